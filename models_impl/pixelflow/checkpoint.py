@@ -1,0 +1,83 @@
+"""PixelFlow's files: the released `model.pt`, training files, and our own safetensors."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..state_dict import family_of, metadata_config, without_prefix
+from .config import PixelFlowConfig
+
+FAMILY = "pixelflow"
+RELEASED_HEAD_DIM = 72  # keys and shapes do not tell it: the query norm spans all heads
+RELEASED_RESOLUTION = {"class": 256, "text": 1024}
+
+
+def read(
+    tensors: Mapping, metadata: Mapping[str, str] | None = None, weights: str = "ema", config: Mapping | None = None
+) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
+    """(configuration, weights under the released key names) from the contents of a file (`state_dict.read_file`).
+
+    weights: "ema" or "model", which of the two to take from a training file {model, ema, opt, args}; EMA falls back to
+    the model when there is none. config: entries of a `config.yaml` that lies beside the file, where one does; they
+    complete and must not contradict what the shapes say. Raises ValueError for a file of another family.
+    """
+    if weights not in ("ema", "model"):
+        raise ValueError(f"weights={weights!r} must be 'ema' or 'model'.")
+    tensors = without_prefix(_unwrap(tensors, weights))
+    patch = tensors.get("patch_embed.proj.weight")
+    if patch is None or patch.ndim != 4 or "latent_size_embedder.linear_1.weight" not in tensors:
+        found = family_of(tensors)
+        what = f"The keys are those of {found}." if found else f"Its first keys are {', '.join(list(tensors)[:3])}."
+        raise ValueError(f"This is not a PixelFlow checkpoint. {what}")
+    stated = {**(metadata_config(metadata or {}, FAMILY) or {}), **PixelFlowConfig.entries_of(config or {})}
+    shapes = _from_shapes(tensors, stated.get("head_dim", RELEASED_HEAD_DIM))
+    for name in shapes.keys() & stated.keys():
+        if stated[name] != shapes[name]:
+            raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
+    return PixelFlowConfig(**{**_trained_for(shapes, stated), **shapes, **stated}), tensors
+
+
+def metadata(config: PixelFlowConfig) -> dict[str, str]:
+    """What our exported safetensors say about themselves, so that nothing has to be guessed."""
+    return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
+
+
+def _unwrap(tensors: Mapping, weights: str) -> Mapping:
+    if isinstance(tensors.get("model"), Mapping):
+        ema = tensors.get("ema")
+        return ema if weights == "ema" and isinstance(ema, Mapping) else tensors["model"]
+    return tensors
+
+
+def _from_shapes(tensors: Mapping[str, Tensor], head_dim: int) -> dict:
+    hidden, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(m[1]) for m in map(re.compile(r"transformer_blocks\.(\d+)\.").match, tensors) if m)
+    text = tensors.get("transformer_blocks.0.attn2.k_proj.weight")
+    classes = tensors.get("class_embedder.embedding_table.weight")
+    if hidden % head_dim:
+        raise ValueError(
+            f"This PixelFlow checkpoint is {hidden} wide, which is no multiple of the head size {head_dim}, and its "
+            "keys do not tell its own. Put the config.yaml that it was trained with beside it."
+        )
+    return dict(
+        heads=hidden // head_dim,
+        head_dim=head_dim,
+        depth=depth,
+        patch_size=patch_size,
+        in_channels=channels,
+        out_channels=tensors["proj_out_2.weight"].shape[0] // patch_size**2,
+        num_classes=0 if classes is None else classes.shape[0] - 1,
+        context_dim=None if text is None else text.shape[1],
+        attention_bias="transformer_blocks.0.attn1.q_proj.bias" in tensors,
+    )
+
+
+def _trained_for(shapes: Mapping, stated: Mapping) -> dict:
+    """The cascade of the released checkpoint of this kind, its resolution brought to whole tokens."""
+    num_stages = stated.get("num_stages", 4)
+    multiple = shapes["patch_size"] * 2 ** (num_stages - 1)
+    resolution = RELEASED_RESOLUTION["class" if shapes["context_dim"] is None else "text"]
+    return dict(num_stages=num_stages, resolution=max(resolution // multiple, 1) * multiple)

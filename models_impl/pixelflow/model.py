@@ -1,0 +1,332 @@
+"""The PixelFlow transformer (arXiv 2504.07963, section 3.3; pixelflow/model.py of ShoufaChen/PixelFlow@8805204).
+
+A DiT on pixel patches. Beyond DiT it is told the size of its canvas (tokens per side), turns queries and keys by a
+two-dimensional rope, normalises them, and, when text-conditional, has an ungated cross attention in every block.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..attention import attention as dense_attention
+from ..attention import packed_attention
+from .config import PixelFlowConfig
+
+EPS = 1e-6
+KEPT_ROPES = 16  # tables, one a grid: the stages of two or three picture sizes
+
+
+def rope_table(height: int, width: int, head_dim: int, device=None, theta: float = 10000.0) -> Tensor:
+    """Angles of the two-dimensional rope as (cos, sin): (height*width, head_dim/2, 2) float32, rows first.
+
+    The first half of the channels turns with the column, the second with the row; positions are whole tokens and are
+    not rescaled between stages.
+    """
+    quarter = head_dim // 4
+    # The frequencies are made in float64, as numpy made those that the weights were trained with.
+    frequency = theta ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+    row, column = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64, device=device),
+        torch.arange(width, dtype=torch.float64, device=device),
+        indexing="ij",
+    )
+    angle = torch.cat((column.flatten()[:, None] * frequency, row.flatten()[:, None] * frequency), dim=1)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn neighbouring pairs of channels. x: (..., N, H, D); rope: (N, D/2, 2)."""
+    cos, sin = rope[:, None].unbind(-1)  # each (N, 1, D/2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def sinusoid(position: Tensor, channels: int = 256) -> Tensor:
+    """(B,) -> (B, channels) as [cos | sin]; the slowest frequency is exactly 1/10000 (downscale_freq_shift=1)."""
+    half = channels // 2
+    frequency = torch.exp(torch.arange(half, device=position.device) * (-math.log(10000.0) / (half - 1)))
+    angle = position.float()[:, None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class SinusoidEmbedder(nn.Module):
+    """A scalar (timestep, or tokens per side) -> (B, D)."""
+
+    def __init__(self, hidden: int, operations, to: dict):
+        super().__init__()
+        self.linear_1 = operations.Linear(256, hidden, **to)
+        self.linear_2 = operations.Linear(hidden, hidden, **to)
+
+    def forward(self, position: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(sinusoid(position).to(dtype))))
+
+
+class ClassEmbedder(nn.Module):
+    """Class index -> (B, D); the last row is the null class."""
+
+    def __init__(self, num_classes: int, hidden: int, operations, to: dict):
+        super().__init__()
+        self.embedding_table = operations.Embedding(num_classes + 1, hidden, **to)
+
+    def forward(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.embedding_table(labels).to(dtype)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: PixelFlowConfig, operations, to: dict):
+        super().__init__()
+        p = config.patch_size
+        self.proj = operations.Conv2d(config.in_channels, config.hidden, kernel_size=p, stride=p, **to)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The same on packed patches. x: (N, C*p*p), a row ordered (c ph pw) -> (N, D)."""
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Modulation(nn.Module):
+    """adaLN-Zero (arXiv 2212.09748, section 3.2): `chunks` tensors of (..., D) from the conditioning."""
+
+    def __init__(self, hidden: int, chunks: int, operations, to: dict):
+        super().__init__()
+        self.chunks = chunks
+        self.linear = operations.Linear(hidden, chunks * hidden, **to)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(condition)).chunk(self.chunks, dim=-1)
+
+
+class Attention(nn.Module):
+    """Query and key are normalised over all heads together, before the split. Only self attention turns its keys."""
+
+    def __init__(self, config: PixelFlowConfig, context_dim: int, operations, to: dict):
+        super().__init__()
+        D, bias = config.hidden, config.attention_bias
+        self.head_dim = config.head_dim
+        self.q_proj = operations.Linear(D, D, bias=bias, **to)
+        self.k_proj = operations.Linear(context_dim, D, bias=bias, **to)
+        self.v_proj = operations.Linear(context_dim, D, bias=bias, **to)
+        self.o_proj = operations.Linear(D, D, bias=bias, **to)
+        self.q_norm = operations.RMSNorm(D, eps=EPS, **to)
+        self.k_norm = operations.RMSNorm(D, eps=EPS, **to)
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Callable, context: Tensor | None = None) -> Tensor:
+        # x: (..., N, D); context: (..., L, C); heads are split as (..., N, H, D/H)
+        source = x if context is None else context
+        q = self.q_norm(self.q_proj(x)).unflatten(-1, (-1, self.head_dim))
+        k = self.k_norm(self.k_proj(source)).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(source).unflatten(-1, (-1, self.head_dim))
+        q = rotate(q, rope)
+        if context is None:  # released behaviour: cross attention turns the queries but not the keys
+            k = rotate(k, rope)
+        return self.o_proj(attend(q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden: int, operations, to: dict):
+        super().__init__()
+        self.fc1 = operations.Linear(hidden, 4 * hidden, **to)
+        self.fc2 = operations.Linear(4 * hidden, hidden, **to)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: PixelFlowConfig, operations, to: dict):
+        super().__init__()
+        D = config.hidden
+        self.norm1 = Modulation(D, 6, operations, to)
+        self.attn1 = Attention(config, D, operations, to)
+        if config.text_conditional:
+            self.norm2 = operations.RMSNorm(D, eps=EPS, **to)
+            self.attn2 = Attention(config, config.context_dim, operations, to)
+        self.norm3 = operations.RMSNorm(D, eps=EPS, **to)
+        self.mlp = MLP(D, operations, to)
+
+    def forward(self, x: Tensor, condition: Tensor, context: Tensor | None, flow: Flow) -> Tensor:
+        # x: (..., N, D); condition: (B, D), spread over the tokens of its picture
+        shift1, scale1, gate1, shift2, scale2, gate2 = (flow.spread(m) for m in self.norm1(condition))
+        h = modulate(F.layer_norm(x, x.shape[-1:], eps=EPS), shift1, scale1)
+        x = x + gate1 * self.attn1(h, flow.rope, flow.attend_self)
+        if context is not None:
+            x = x + self.attn2(self.norm2(x), flow.rope, flow.attend_text, context)
+        return x + gate2 * self.mlp(modulate(self.norm3(x), shift2, scale2))
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How one forward pass lays out its tokens: dense (B, N, D), or packed (N, D)."""
+
+    rope: Tensor
+    spread: Callable[[Tensor], Tensor]
+    attend_self: Callable
+    attend_text: Callable
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Which packed rows belong to which item."""
+
+    grids: tuple[tuple[int, int], ...]
+    """(height, width) in tokens, one per item; its rows stand row-major, items end to end."""
+    context_lengths: tuple[int, ...] | None = None
+    """Text tokens of each item; None without text."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [h * w for h, w in self.grids]
+
+
+class PixelFlow(nn.Module):
+    def __init__(self, config: PixelFlowConfig, operations=nn, dtype=None, device=None):
+        super().__init__()
+        to = dict(dtype=dtype, device=device)
+        D, p = config.hidden, config.patch_size
+        self.config, self.dtype = config, dtype
+        self.gradient_checkpointing = False
+        self.patch_embed = PatchEmbed(config, operations, to)
+        self.timestep_embedder = SinusoidEmbedder(D, operations, to)
+        self.latent_size_embedder = SinusoidEmbedder(D, operations, to)
+        if config.num_classes:
+            self.class_embedder = ClassEmbedder(config.num_classes, D, operations, to)
+        self.transformer_blocks = nn.ModuleList(Block(config, operations, to) for _ in range(config.depth))
+        self.proj_out_1 = operations.Linear(D, 2 * D, **to)
+        self.proj_out_2 = operations.Linear(D, p * p * config.out_channels, **to)
+        self._ropes: dict[tuple, Tensor] = {}
+
+    def initialise(self) -> PixelFlow:
+        """The reference's initialisation: Xavier, N(0, 0.02) embedders, and zeros where a block begins as identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for embedder in (self.timestep_embedder, self.latent_size_embedder):
+            nn.init.normal_(embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(embedder.linear_2.weight, std=0.02)
+        if self.config.num_classes:
+            nn.init.normal_(self.class_embedder.embedding_table.weight, std=0.02)
+        for linear in (*(b.norm1.linear for b in self.transformer_blocks), self.proj_out_1, self.proj_out_2):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        latent_size: Tensor | float | None = None,
+        rope: Tensor | None = None,
+        attention: Callable = dense_attention,
+    ) -> Tensor:
+        """Velocity of the flow inside a stage.
+
+        x: (B, C, H, W) noisy pixels in the range of [-1, 1]; timestep: (B,) in [0, 1000); context: (B, L, context_dim)
+        text tokens with mask (B, L), True = keep; class_labels: (B,), `num_classes` is the null class; latent_size:
+        tokens per side, by default sqrt(rows*columns), which is what training told it for a square; rope: see
+        `rope_table`, made here when not given. Returns (B, out_channels, H, W).
+        """
+        self._refuse_wrong_conditions(context, class_labels)
+        B, _, H, W = x.shape
+        p = self.config.patch_size
+        if H % p or W % p:
+            raise ValueError(f"PixelFlow cannot cut {W}x{H} pixels into patches of {p}x{p}: both sides must be "
+                             f"multiples of {p}.")
+        grid = (H // p, W // p)
+        if latent_size is None:
+            latent_size = math.sqrt(grid[0] * grid[1])
+        latent_size = torch.as_tensor(latent_size, dtype=torch.float32, device=x.device).expand(B)
+        keep = None if mask is None else mask.bool()[:, None, None, :]  # (B, 1, 1, L)
+
+        def attend(q, k, v, mask=None):  # (B, N, H, D/H), as the blocks split heads
+            return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask).transpose(1, 2)
+
+        flow = Flow(
+            rope=self._rope(*grid, x.device) if rope is None else rope,
+            spread=lambda m: m[:, None],
+            attend_self=attend,
+            attend_text=partial(attend, mask=keep),
+        )
+        h = self._transform(self.patch_embed(x), timestep, latent_size, context, class_labels, flow)  # (B, N, p*p*C)
+        h = h.unflatten(1, grid).unflatten(-1, (p, p, -1))  # (B, h, w, p, q, C)
+        return h.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, h*p, w*q)
+
+    def forward_packed(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        layout: PackedLayout,
+        context: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        attention: Callable = packed_attention,
+    ) -> Tensor:
+        """The same for items of different sizes at once, as training packs the stages (section 3.3, "Training").
+
+        x: (N, C*p*p) patches of all items end to end, each row ordered (c ph pw); timestep, class_labels: (S,), one per
+        item; context: (K, context_dim) text tokens of all items end to end. Returns (N, out_channels*p*p), rows
+        ordered like those of x.
+        """
+        self._refuse_wrong_conditions(context, class_labels)
+        lengths = layout.lengths
+        item = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(x.device)  # (N,)
+        latent_size = torch.tensor([math.sqrt(h * w) for h, w in layout.grids], device=x.device)
+        flow = Flow(
+            rope=torch.cat([self._rope(*grid, x.device) for grid in layout.grids]),
+            spread=lambda m: m[item],
+            attend_self=lambda q, k, v: attention(q, k, v, lengths, lengths),
+            attend_text=lambda q, k, v: attention(q, k, v, lengths, list(layout.context_lengths)),
+        )
+        h = self._transform(self.patch_embed.rows(x), timestep, latent_size, context, class_labels, flow)
+        return h.unflatten(-1, (-1, self.config.out_channels)).transpose(-1, -2).flatten(-2)  # (p q c) -> (c p q)
+
+    def _transform(self, h, timestep, latent_size, context, class_labels, flow: Flow) -> Tensor:
+        condition = self.timestep_embedder(timestep, h.dtype)  # (B, D)
+        if class_labels is not None:
+            condition = condition + self.class_embedder(class_labels, h.dtype)
+        condition = condition + self.latent_size_embedder(latent_size, h.dtype)
+        for block in self.transformer_blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = torch.utils.checkpoint.checkpoint(block, h, condition, context, flow, use_reentrant=False)
+            else:
+                h = block(h, condition, context, flow)
+        shift, scale = (flow.spread(m) for m in self.proj_out_1(F.silu(condition)).chunk(2, dim=-1))
+        return self.proj_out_2(modulate(F.layer_norm(h, h.shape[-1:], eps=EPS), shift, scale))
+
+    def _rope(self, height: int, width: int, device) -> Tensor:
+        key = (height, width, device)
+        if key not in self._ropes:
+            if len(self._ropes) == KEPT_ROPES:
+                del self._ropes[next(iter(self._ropes))]
+            self._ropes[key] = rope_table(height, width, self.config.head_dim, device)
+        return self._ropes[key]
+
+    def _refuse_wrong_conditions(self, context, class_labels):
+        config = self.config
+        if config.text_conditional and context is None:
+            raise ValueError("This PixelFlow checkpoint is text-conditional: it needs the tokens of a text encoder.")
+        if not config.text_conditional and context is not None:
+            raise ValueError("This PixelFlow checkpoint is class-conditional: it takes no text.")
+        if config.num_classes and class_labels is None:
+            raise ValueError(f"This PixelFlow checkpoint needs a class: 0 to {config.num_classes - 1}, or the null "
+                             f"class {config.num_classes}.")
+        if not config.num_classes and class_labels is not None:
+            raise ValueError("This PixelFlow checkpoint has no class embedding: it takes a text, not a class.")
+        if context is not None and context.shape[-1] != config.context_dim:
+            raise ValueError(f"The text tokens are {context.shape[-1]} wide, this PixelFlow checkpoint was trained "
+                             f"with {config.context_dim}: use the text encoder that belongs to it.")
