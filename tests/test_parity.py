@@ -1,0 +1,64 @@
+"""Every reference case of a folder must come out of our own loaders and models as the reference computed it.
+
+`pytest tests/test_parity.py --parity-dir DIR` runs the same adapters over any other folder of cases.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from parity_adapters import ADAPTERS
+from safetensors import safe_open
+from torch import Tensor
+
+PENDING = {  # (family, component) not built yet, by family
+    "pixart": "PixArt is not built yet",
+    "pixelponder": "PixelPonder is not built yet",
+    "ultrapixel": "UltraPixel is not built yet",
+}
+
+
+@dataclass
+class Case:
+    family: str
+    component: str
+    config: dict
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path) -> Case:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+            case = cls(about["family"], about["component"], json.loads(about["config"]))
+            kinds = {"weight": case.weights, "input": case.inputs, "output": case.outputs}
+            for key in file.keys():
+                kind, name = key.split(".", 1)
+                kinds[kind][name] = file.get_tensor(key)
+        return case
+
+
+def test_parity(parity_file):
+    case = Case.read(parity_file)
+    if (case.family, case.component) not in ADAPTERS:
+        if case.family in PENDING:
+            pytest.skip(PENDING[case.family])
+        pytest.fail(f"no adapter for ({case.family}, {case.component})")
+    results = ADAPTERS[case.family, case.component](case)
+    assert results, "the adapter compared nothing"
+    for name, (ours, tolerance) in results.items():
+        reference = case.outputs[name]
+        assert ours.shape == reference.shape, f"{name} is {tuple(ours.shape)}, expected {tuple(reference.shape)}"
+        if not reference.is_floating_point():
+            assert torch.equal(ours.to(reference.dtype), reference), name
+            continue
+        allowed = tolerance * max(1.0, reference.double().std(correction=0).item())
+        error = (ours.double() - reference.double()).abs().max().item()
+        assert error <= allowed, f"{name} is {error:.2e} from the reference, allowed {allowed:.2e}"
+
+
+def test_the_parity_folders_are_not_empty(parity_files):
+    assert parity_files
