@@ -97,6 +97,6 @@ _XL = dict(heads=16, head_dim=72, depth=28)
 PRESETS = {
     "xl_c2i": PixelFlowConfig(**_XL, num_classes=1000, resolution=256),
     "xl_t2i": PixelFlowConfig(**_XL, context_dim=2048, resolution=1024),
-    "emoji": PixelFlowConfig(heads=6, head_dim=64, depth=8, context_dim=256, num_stages=3, resolution=64),
+    "emoji": PixelFlowConfig(heads=4, head_dim=64, depth=6, context_dim=192, num_stages=3, resolution=64),
 }
 """The released checkpoints, and the small one that this repository ships in `assets/`."""

@@ -1,0 +1,1 @@
+"""Text encoders as the trainer needs them."""
