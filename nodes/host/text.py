@@ -1,0 +1,157 @@
+"""T5 encoders as ComfyUI CLIP objects, each with its own tokenizer.
+
+Core loads a 2048 wide T5 as AuraFlow's, with another vocabulary, so flan-t5-xl needs this loader. The text is encoded
+at its real length: padding it to 512 tokens and masking the padding, as the reference does, gives the same numbers.
+"""
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import comfy.sd
+import comfy.sd1_clip
+import comfy.text_encoders.sd3_clip
+import comfy.text_encoders.t5
+import comfy.utils
+import folder_paths
+import torch
+from comfy.supported_models_base import ClipTarget
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast, T5TokenizerFast
+
+from ...models_impl.state_dict import family_of, metadata_config, read_file, without_prefix
+
+FAMILY = "t5_encoder"
+MAX_LENGTH = 512
+STANDARD_TOKENIZER = Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_tokenizer"  # T5 v1.1's and flan-T5's
+ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+FIXED_IN_COMFYUI = {"relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6}
+
+
+def load_t5(path: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> comfy.sd.CLIP:
+    """A T5 encoder file as CLIP. dtype None stores the weights as the file does; device None lets ComfyUI choose."""
+    file = Path(path)
+    tensors, metadata = read_file(file)
+    tensors = encoder_weights(tensors, file.name)
+    config = {**config_from_shapes(tensors), **(metadata_config(metadata, FAMILY) or {})}
+    for name, value in FIXED_IN_COMFYUI.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{file.name}: ComfyUI's T5 knows only {name}={value}, this file was trained with "
+                             f"{config[name]}.")
+    options = {"dtype": dtype or comfy.utils.weight_dtype(tensors), "t5_config": t5_config(config)}
+    if device is not None:
+        options.update(load_device=device, offload_device=device)
+    clip = comfy.sd.CLIP(
+        ClipTarget(Tokenize, Encode),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        parameters=comfy.utils.calculate_parameters(tensors),
+        tokenizer_data={
+            "t5_tokenizer": metadata.get("pixstack.tokenizer"),
+            "t5_max_length": config.get("max_length", MAX_LENGTH),
+            "t5_width": config["d_model"],
+        },
+        model_options=options,
+    )
+    missing, unexpected = clip.load_sd(tensors)
+    if missing or unexpected:
+        raise ValueError(f"{file.name} is no whole T5 encoder: {len(missing)} keys are missing "
+                         f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}).")
+    return clip
+
+
+def encoder_weights(tensors: dict, name: str) -> dict:
+    """The encoder of a T5 file under Hugging Face's names; a whole T5 may come along, its decoder is left out."""
+    tensors = without_prefix(tensors)
+    if "encoder.block.0.layer.0.SelfAttention.q.weight" not in tensors or "shared.weight" not in tensors:
+        found = family_of(tensors)
+        what = f"The keys are those of {found}." if found else f"Its first keys are {', '.join(list(tensors)[:3])}."
+        raise ValueError(f"{name} is not a T5 text encoder. {what}")
+    # encoder.embed_tokens is shared.weight under a second name
+    return {k: v for k, v in tensors.items()
+            if not k.startswith(("decoder.", "lm_head.")) and k != "encoder.embed_tokens.weight"}
+
+
+def config_from_shapes(tensors: dict) -> dict:
+    vocab_size, width = tensors["shared.weight"].shape
+    first = "encoder.block.0.layer."
+    inner = tensors[first + "0.SelfAttention.q.weight"].shape[0]
+    heads = tensors[first + "0.SelfAttention.relative_attention_bias.weight"].shape[1]
+    gated = first + "1.DenseReluDense.wi_0.weight" in tensors
+    return dict(
+        d_model=width,
+        d_ff=tensors[first + ("1.DenseReluDense.wi_0.weight" if gated else "1.DenseReluDense.wi.weight")].shape[0],
+        d_kv=inner // heads,
+        num_heads=heads,
+        num_layers=1 + max(int(m[1]) for m in map(re.compile(r"encoder\.block\.(\d+)\.").match, tensors) if m),
+        vocab_size=vocab_size,
+        is_gated_act=gated,
+        dense_act_fn="gelu_new" if gated else "relu",
+    )
+
+
+def t5_config(config: dict) -> dict:
+    """The dictionary that ComfyUI's T5 reads."""
+    names = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "vocab_size", "is_gated_act")
+    return {**{k: config[k] for k in names}, "dense_act_fn": ACTIVATIONS[config["dense_act_fn"]], "model_type": "t5"}
+
+
+class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
+    """One sequence without padding; what exceeds the length that the encoder was trained with is cut, and said so."""
+
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        data = tokenizer_data or {}
+        text = data.get("t5_tokenizer")
+        super().__init__(
+            text or str(STANDARD_TOKENIZER),
+            tokenizer_class=FromText if text else T5TokenizerFast,
+            embedding_directory=embedding_directory,
+            embedding_size=data.get("t5_width", 0),
+            embedding_key="t5",
+            max_length=MAX_LENGTH,
+            pad_with_end=False,
+            has_start_token=False,
+            pad_to_max_length=False,
+            tokenizer_data=data,
+        )
+
+    def tokenize_with_weights(self, text: str, return_word_ids=False, **kwargs):
+        # core breaks a long text into sequences of max_length, each with its own </s>: taken apart again here
+        chunks = super().tokenize_with_weights(text, return_word_ids=True, **kwargs)
+        words = [token for chunk in chunks for token in chunk if token[2]]  # (token, weight, word id), id 0 for </s>
+        if len(words) > self.max_length - 1:
+            logging.warning(f"PixStack: the text encoder reads {self.max_length - 1} tokens, this prompt has "
+                            f"{len(words)}. Its end is left out: ...{text[-60:]}")
+        tokens = [*words[: self.max_length - 1], (self.end_token, 1.0, 0)]
+        return [tokens if return_word_ids else [token[:2] for token in tokens]]
+
+
+class FromText:
+    """A whole tokenizer.json in the place of a folder."""
+
+    @staticmethod
+    def from_pretrained(text: str) -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text))
+
+
+class Tokenize(comfy.sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        super().__init__(embedding_directory, tokenizer_data or {}, name="t5", tokenizer=T5Tokenizer)
+
+
+class T5Model(comfy.sd1_clip.SDClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            textmodel_json_config=model_options["t5_config"],
+            model_class=comfy.text_encoders.t5.T5,
+            special_tokens={"end": 1, "pad": 0},
+            enable_attention_masks=True,  # a weighted prompt is encoded together with a padded empty one
+            model_options=model_options,
+        )
+
+
+class Encode(comfy.sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(device=device, dtype=dtype, model_options=model_options, name="t5", clip_model=T5Model)
