@@ -1,0 +1,58 @@
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pixstack.tools.comfy_host import Host, make_base, prepare_torch, served
+
+pytest_plugins = ["parity_cases"]
+prepare_torch()  # before any test imports transformers, which imports torchvision
+
+ROOT = Path(__file__).resolve().parents[1]
+ARTIFACTS = ROOT / "tests" / "artifacts"
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+
+
+def pytest_generate_tests(metafunc):
+    if "workflow" in metafunc.fixturenames:
+        metafunc.parametrize("workflow", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory) -> Host:
+    """The one ComfyUI of this process: `host.run(graph)`, weights into `host.models / "diffusion_models"`."""
+    return Host(_base(tmp_path_factory)).start()
+
+
+@dataclass(frozen=True)
+class Server:
+    address: str
+    base: Path
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Server:
+    """A ComfyUI server of its own process, as a person starts it."""
+    base = _base(tmp_path_factory)
+    with served(base, base / "server.log") as address:
+        yield Server(address, base)
+
+
+def _base(tmp_path_factory) -> Path:
+    """A base folder with something behind every file that a shipped workflow names."""
+    import weights  # and with it transformers: only for the tests that need a ComfyUI
+
+    base = make_base(tmp_path_factory.mktemp("comfyui"))
+    for path in WORKFLOWS:
+        weights.place(base / "models", json.loads(path.read_text(encoding="utf-8")))
+    return base
+
+
+def needed(what: str | None, why: str) -> str:
+    """`what`, or a skip that says why it is missing; a failure on CI, where everything must run."""
+    if what:
+        return what
+    if os.environ.get("CI", "").lower() in ("1", "true"):
+        pytest.fail(f"{why}, and CI is set", pytrace=False)
+    pytest.skip(why)

@@ -1,0 +1,69 @@
+"""Every shipped workflow in the real frontend, in headless Chromium. Pictures of it are left in tests/artifacts/."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ARTIFACTS, ROOT, WORKFLOWS, needed
+from PIL import Image
+from pixstack.tools import workflow as conversion
+
+pytestmark = pytest.mark.frontend
+QUEUED = "pixelflow_text_to_image"  # runs on the embedded weights; the others are opened and converted
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def opened(request, tmp_path_factory):
+    chromium = needed(next(filter(None, map(shutil.which, BROWSERS)), None), "Chromium is not installed")
+    node = needed(shutil.which("node"), "node is not installed")
+    modules = ROOT / "tests" / "frontend" / "node_modules" / "playwright-core"
+    needed(modules.exists() and str(modules), "playwright-core is not installed (make test installs it)")
+    server = request.getfixturevalue("server")
+    ARTIFACTS.mkdir(exist_ok=True)
+    jobs = [
+        dict(
+            name=path.stem,
+            workflow=json.loads(path.read_text(encoding="utf-8")),
+            queue=path.stem == QUEUED,
+            screenshot=str(ARTIFACTS / f"{path.stem}.png"),
+        )
+        for path in WORKFLOWS
+    ]
+    file = tmp_path_factory.mktemp("frontend") / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [node, ROOT / "tests" / "frontend" / "run.mjs", server.address, file],
+        capture_output=True, text=True, timeout=400, env={**os.environ, "CHROMIUM": chromium},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_browser_converts_a_workflow_as_we_do(workflow, opened, host):
+    ours = conversion.read(workflow, host.object_info())
+    browsers = opened["workflows"][workflow.stem]["prompt"]
+    assert {i: (n["class_type"], n["inputs"]) for i, n in browsers.items()} == {
+        i: (n["class_type"], n["inputs"]) for i, n in ours.items()
+    }
+
+
+def test_a_queued_workflow_shows_its_picture_on_the_canvas(opened):
+    result = opened["workflows"][QUEUED]
+    assert (result["event"], result.get("message")) == ("execution_success", "")
+    assert result["images"] and all(width > 0 for width, _ in result["images"])
+
+
+def test_a_workflow_opens_without_an_alert(workflow, opened):
+    assert opened["workflows"][workflow.stem]["alerts"] == []
+
+
+def test_a_screenshot_is_kept_of_each_workflow(workflow, opened):
+    assert Image.open(ARTIFACTS / f"{workflow.stem}.png").size == (1600, 900)
+
+
+def test_nothing_of_ours_fails_in_the_browser(opened):
+    ours = [e for e in opened["errors"] if e.startswith("page:") or "/extensions/pixstack/" in e]
+    assert ours == []

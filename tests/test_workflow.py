@@ -1,0 +1,129 @@
+"""tools/workflow.py on small graphs, then every shipped workflow: converted, validated and run."""
+
+import pytest
+from conftest import WORKFLOWS
+from pixstack.tools import workflow as conversion
+
+INFO = {
+    "Load": {"input": {"required": {"name": [["a", "b"], {}]}}, "display_name": "Load It"},
+    "Sample": {
+        "input": {
+            "required": {
+                "model": ["MODEL"],
+                "seed": ["INT", {"control_after_generate": True}],
+                "cfg": ["FLOAT", {}],
+                "mode": ["COMBO", {"options": ["x", "y"]}],
+            },
+            "optional": {"text": ["STRING", {}], "strength": ["FLOAT", {"forceInput": True}]},
+        }
+    },
+    "Patch": {"input": {"required": {"clip": ["CLIP"], "model": ["MODEL"]}}},
+    "Picture": {
+        "input": {"required": {"image": [["a.png"], {"image_upload": True}]}, "optional": {"size": ["INT", {}]}}
+    },
+}
+
+
+def node(id, type, values=(), links=(), **more):
+    """`links`: (input name, type, link id or None) in the order of the sockets."""
+    inputs = [{"name": name, "type": kind, "link": link} for name, kind, link in links]
+    return {"id": id, "type": type, "widgets_values": list(values), "inputs": inputs, **more}
+
+
+def converted(*nodes, links):
+    return conversion.to_api({"nodes": list(nodes), "links": links}, INFO)
+
+
+SAMPLE = [7, "fixed", 2.5, "y", "hello"]
+LOAD = node(1, "Load", ["a"], outputs=[{"type": "MODEL"}])
+
+
+def test_values_get_their_names_and_links_their_source():
+    graph = converted(LOAD, node(2, "Sample", SAMPLE, [("model", "MODEL", 9)]), links=[[9, 1, 0, 2, 0, "MODEL"]])
+    assert graph["1"] == {"class_type": "Load", "inputs": {"name": "a"}, "_meta": {"title": "Load It"}}
+    assert graph["2"]["inputs"] == {"model": ["1", 0], "seed": 7, "cfg": 2.5, "mode": "y", "text": "hello"}
+
+
+def test_a_link_replaces_the_value_of_its_widget():
+    sample = node(2, "Sample", SAMPLE, [("model", "MODEL", 9), ("cfg", "FLOAT", 8)])
+    links = [[9, 1, 0, 2, 0, "MODEL"], [8, 1, 0, 2, 1, "FLOAT"]]
+    assert converted(LOAD, sample, links=links)["2"]["inputs"]["cfg"] == ["1", 0]
+
+
+def test_the_button_of_an_upload_takes_a_place_before_the_optional_values():
+    graph = converted(node(1, "Picture", ["a.png", "image", 5]), links=[])
+    assert graph["1"]["inputs"] == {"image": "a.png", "size": 5}
+
+
+def test_values_may_be_saved_by_name():
+    named = {**node(1, "Load"), "widgets_values": {"name": "b", "videopreview": {}}}
+    assert converted(named, links=[])["1"]["inputs"] == {"name": "b"}
+
+
+def test_a_reroute_a_primitive_and_a_bypassed_node_pass_through():
+    reroute = node(3, "Reroute", links=[("", "*", 10)])
+    into = [("clip", "CLIP", None), ("model", "MODEL", 11)]
+    patch = node(4, "Patch", links=into, outputs=[{"type": "MODEL"}], mode=4)
+    primitive = node(5, "PrimitiveNode", [4.5, "fixed"])
+    sample = node(2, "Sample", SAMPLE, [("model", "MODEL", 12), ("cfg", "FLOAT", 13)])
+    links = [[10, 1, 0, 3, 0, "*"], [11, 3, 0, 4, 1, "MODEL"], [12, 4, 0, 2, 0, "MODEL"], [13, 5, 0, 2, 1, "FLOAT"]]
+    graph = converted(LOAD, reroute, patch, primitive, sample, node(6, "Note", ["text"]), links=links)
+    assert list(graph) == ["1", "2"]
+    assert graph["2"]["inputs"]["model"] == ["1", 0]
+    assert graph["2"]["inputs"]["cfg"] == 4.5
+
+
+def test_nothing_comes_from_a_muted_node():
+    sample = node(2, "Sample", SAMPLE, [("model", "MODEL", 9)])
+    graph = converted({**LOAD, "mode": 2}, sample, links=[[9, 1, 0, 2, 0, "MODEL"]])
+    assert list(graph) == ["2"]
+    assert "model" not in graph["2"]["inputs"]
+
+
+def test_an_unknown_node_is_an_error_with_the_nearest_name():
+    with pytest.raises(ValueError, match="node 1 is a Sampel, which ComfyUI does not have; did you mean Sample?"):
+        converted(node(1, "Sampel"), links=[])
+
+
+def test_a_subgraph_is_refused():
+    workflow = {"nodes": [node(1, "f00d")], "links": [], "definitions": {"subgraphs": [{"id": "f00d"}]}}
+    with pytest.raises(ValueError, match="node 1 is a subgraph"):
+        conversion.to_api(workflow, INFO)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"1": {"inputs": {}}}', "{"])
+def test_a_file_that_holds_no_graph_is_refused(content, tmp_path):
+    (tmp_path / "graph.json").write_text(content)
+    with pytest.raises(ValueError, match=r"graph.json is (neither|not JSON)"):
+        conversion.read(tmp_path / "graph.json", INFO)
+
+
+def test_values_are_set_by_number_title_or_type():
+    graph = {
+        "1": {"class_type": "Load", "inputs": {"name": "a"}, "_meta": {"title": "First"}},
+        "2": {"class_type": "Sample", "inputs": {"seed": 1}},
+    }
+    changed = conversion.set_inputs(graph, ["First.name=b", "2.seed=-5", "Sample.cfg=1", "Sample.text=a=b.c"], INFO)
+    assert changed["1"]["inputs"] == {"name": "b"}
+    assert changed["2"]["inputs"] == {"seed": -5, "cfg": 1.0, "text": "a=b.c"}
+    assert graph["2"]["inputs"] == {"seed": 1}
+
+
+def test_a_name_that_several_nodes_have_needs_the_number():
+    graph = {i: {"class_type": "Load", "inputs": {}} for i in "12"}
+    with pytest.raises(ValueError, match="nodes 1, 2 are all Load; use the number"):
+        conversion.set_inputs(graph, ["Load.name=b"], INFO)
+
+
+def test_a_shipped_workflow_validates(workflow, host):
+    assert host.check(conversion.read(workflow, host.object_info())) == []
+
+
+def test_a_shipped_workflow_runs(workflow, host):
+    run = host.run(conversion.read(workflow, host.object_info()))  # as it is: the canvas follows the tiny models' size
+    assert run.error is None
+    assert run.images
+
+
+def test_there_are_workflows():
+    assert WORKFLOWS
