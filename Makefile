@@ -1,0 +1,52 @@
+# make demo    pictures from prompts, on the embedded checkpoint; ends with the path of a contact sheet
+# make serve   ComfyUI with this package at http://127.0.0.1:8188 (ARGS="--listen 0.0.0.0 --port 8200")
+# make test    everything (ARGS="-k layering -x" for a part of it)
+# make bench   PixelFlow against a plain loop of the released algorithm
+#
+# Each works from a fresh clone: the first run fills .venv and fetches a ComfyUI (or set COMFYUI_PATH).
+# PYTHON        3.10 or newer
+# TORCH         another torch, with the torchvision that goes with it in TORCHVISION
+# VENV_ARGS     --system-site-packages keeps a torch that PYTHON already has, if TORCH admits it
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
+VENV_ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+READY := $(VENV)/ready
+FRONTEND := tests/frontend/node_modules/ready
+
+.PHONY: demo serve test bench clean
+
+demo: $(READY)
+	$(RUN) -m pixstack.tools.demo $(ARGS)
+
+serve: $(READY)
+	$(RUN) tools/comfy_host.py serve $(ARGS)
+
+test: $(READY) $(FRONTEND)
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(READY)
+	$(RUN) benchmarks/pixelflow.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .comfyui tests/artifacts tests/frontend/node_modules
+
+# torchvision goes in alone: its own requirement would replace a CPU torch or one that TORCH names.
+$(READY): pyproject.toml tools/requirements-host.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=...")'
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) --no-deps "$(TORCHVISION)"
+	$(PIP) -r tools/requirements-host.txt -e ".[trainer,test]"
+	@touch $@
+
+# The frontend test drives Chromium through playwright-core. Without npm it skips, or fails where CI is set.
+$(FRONTEND): tests/frontend/package.json
+	@if command -v npm >/dev/null; then npm install --prefix tests/frontend --no-package-lock --no-audit --no-fund --silent; \
+	else mkdir -p $(@D); echo "npm is missing: the frontend test cannot run"; fi
+	@touch $@
