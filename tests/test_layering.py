@@ -1,0 +1,109 @@
+"""Imports point one way: kernels <- models_impl <- nodes, and kernels <- models_impl <- trainer. And ruff agrees."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {  # our folder -> our folders it may use
+    "kernels": {"kernels"},
+    "models_impl": {"models_impl", "kernels"},
+    "trainer": {"trainer", "models_impl", "kernels"},
+    "nodes": {"nodes", "models_impl", "kernels"},
+}
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview"}
+COMFYUI |= {"node_helpers", "nodes", "server"}
+
+
+def violations(source: str, path: str) -> list[str]:
+    *package, _ = Path(path).parts
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = package[: len(package) - node.level + 1]
+            for target in {(*above, *(node.module or alias.name).split("."))[0] for alias in node.names}:
+                if target not in MAY_IMPORT[package[0]]:
+                    found.append(f"line {node.lineno}: {package[0]}/ may not import {target}/")
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            tops = {name.split(".")[0] for name in names}
+            if package[0] != "nodes" and tops & COMFYUI:
+                found.append(f"line {node.lineno}: only nodes/ may import ComfyUI")
+            elif tops & ({"pixstack", *MAY_IMPORT} - {"nodes"}):
+                found.append(f"line {node.lineno}: our own folders are imported relatively")
+    return found
+
+
+def python_files(*folders) -> list[str]:
+    return [p.relative_to(ROOT).as_posix() for folder in folders for p in sorted(ROOT.glob(f"{folder}/**/*.py"))]
+
+
+@pytest.mark.parametrize("path", python_files(*MAY_IMPORT))
+def test_a_file_imports_only_what_its_folder_may(path):
+    assert not violations((ROOT / path).read_text(encoding="utf-8"), path)
+
+
+@pytest.mark.parametrize(
+    "path, source, expected",
+    [
+        ("models_impl/toy/model.py", "from ...nodes import x", "models_impl/ may not import nodes/"),
+        ("models_impl/toy/model.py", "def f():\n    from ... import trainer", "models_impl/ may not import trainer/"),
+        ("kernels/toy.py", "from ..models_impl.layers import x", "kernels/ may not import models_impl/"),
+        ("trainer/recipes/toy.py", "from ...nodes.host import x", "trainer/ may not import nodes/"),
+        ("nodes/toy.py", "from ..trainer import loop", "nodes/ may not import trainer/"),
+        ("nodes/toy.py", "from .. import tools", "nodes/ may not import tools/"),
+        ("models_impl/toy/model.py", "import comfy.ops", "only nodes/ may import ComfyUI"),
+        ("trainer/toy.py", "from nodes import NODE_CLASS_MAPPINGS", "only nodes/ may import ComfyUI"),
+        ("nodes/toy.py", "from models_impl import layers", "imported relatively"),
+        ("nodes/toy.py", "import pixstack.models_impl", "imported relatively"),
+        ("trainer/toy.py", "import kernels.adaln", "imported relatively"),
+    ],
+)
+def test_the_rule_fires_on_a_planted_violation(path, source, expected):
+    (found,) = violations(source, path)
+    assert expected in found
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        (
+            "nodes/toy.py",
+            "import nodes\nfrom comfy_api.latest import io\nfrom ..models_impl import toy\nfrom . import host",
+        ),
+        ("trainer/recipes/toy.py", "import torch\nfrom ...models_impl.toy import model\nfrom ..config import Config"),
+        ("models_impl/toy/model.py", "from . import sampling\nfrom ..layers import x\nfrom ...kernels import adaln"),
+    ],
+)
+def test_the_rule_lets_honest_imports_pass(path, source):
+    assert not violations(source, path)
+
+
+def test_the_root_imports_nothing_until_comfyui_asks():
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    at_once = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert [ast.unparse(node) for node in at_once] == ["import logging"]
+
+
+def test_models_and_trainer_load_without_comfyui():
+    files = [path for path in python_files("models_impl", "trainer") if not path.endswith("__main__.py")]
+    names = ["pixstack." + path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in files]
+    script = (
+        "import importlib, sys\n"
+        "importlib.import_module('pixstack.tools.comfy_host').prepare_torch()\n"  # transformers looks for torchvision
+        f"for name in {names}: importlib.import_module(name)\n"
+        f"assert not {COMFYUI} & set(sys.modules), {COMFYUI} & set(sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "package")}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "tests", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ruff_finds_nothing():
+    check = [sys.executable, "-m", "ruff", "check", "--output-format=concise", "."]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
