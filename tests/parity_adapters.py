@@ -31,6 +31,11 @@ def pixelflow_model(weights, config) -> PixelFlow:
     return model.eval()
 
 
+def cascade(config) -> sampling.Stages:
+    known = {name: config[name] for name in ("gamma", "num_train_timesteps") if name in config}
+    return sampling.Stages(config["num_stages"], **known)
+
+
 @adapter("pixelflow", "rope")
 def rope(case):
     results = {}
@@ -47,7 +52,7 @@ def scheduler(case):
     for name in case.outputs:
         parts = name.removesuffix("_f64").split(".")
         num_stages = int(parts[0].removeprefix("stages"))
-        stages = sampling.Stages(num_stages, case.config["gamma"])
+        stages = sampling.Stages(num_stages, case.config["gamma"], case.config["num_train_timesteps"])
         if parts[1] == "table":
             value = torch.tensor([
                 (stages.origin[k], stages.start[k], stages.end[k], *stages.jump(k), stages.first_timestep[k],
@@ -76,8 +81,10 @@ def cfg_scale(case):
 @adapter("pixelflow", "block_noise")
 def block_noise(case):
     c = case.config
-    shape = (c["b"], c["c"], c["h"], c["w"])
-    return {"noise": (sampling.correlate(case.inputs["z"], shape, c["gamma"]), TOLERANCE)}
+    covariance = sampling.block_covariance(c["gamma"], c["eps"])
+    noise = sampling.correlate(case.inputs["z"], (c["b"], c["c"], c["h"], c["w"]), covariance)
+    results = {"cov": covariance, "cholesky": torch.linalg.cholesky(covariance), "noise": noise}
+    return {name: (value, TOLERANCE) for name, value in results.items()}
 
 
 @adapter("pixelflow", "transformer")
@@ -114,7 +121,7 @@ def packed_train(case):
 @adapter("pixelflow", "collate")
 def collate(case):
     i, c = case.inputs, case.config
-    stages = sampling.Stages(c["num_stages"])
+    stages = cascade(c)
     batch = sampling.pack(
         i["images"], i["stage_indices"], i["t_index"], lambda k, shape: i[f"noise_stage{k}"], stages, c["patch_size"]
     )
@@ -127,7 +134,7 @@ def collate(case):
         "latent_size": torch.tensor([int(math.sqrt(h * w)) for h, w in batch.layout.grids]),
     }
     close = {"x": batch.x, "target": batch.target, "timestep": batch.timestep, "rope": ropes}
-    return {name: (value, TOLERANCE) for name, value in {**exact, **close}.items() if name in case.outputs}
+    return {name: (value, TOLERANCE) for name, value in {**exact, **close}.items()}
 
 
 @adapter("pixelflow", "sampler")
@@ -136,7 +143,7 @@ def sampler(case):
     i, c = case.inputs, case.config
     model = pixelflow_model(case.weights, c["model"])
     config, B, num_stages = model.config, i["noise0"].shape[0], c["num_stages"]
-    stages = sampling.Stages(num_stages)
+    stages = cascade(c)
     policy = "constant" if config.text_conditional else "scaled"
     guidance = sampling.guidance_scales(policy, c["guidance"], num_stages)
     solver = {"dopri5": "dopri5_reference"}.get(c["solver"], c["solver"])
@@ -175,4 +182,4 @@ def sampler(case):
     assert torch.equal(whole, x), "the stages one by one do not repeat the whole cascade"
     results["image"] = (whole[:B] / 2 + 0.5).clamp(0, 1).movedim(1, -1)
     tolerance = DOPRI5_TOLERANCE if c["solver"] == "dopri5" else TOLERANCE
-    return {name: (value, tolerance) for name, value in results.items() if name in case.outputs}
+    return {name: (value, tolerance) for name, value in results.items()}

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from .model import PackedLayout
 
-TRAIN_TIMESTEPS = 1000
-LAST_T = 0.999  # the grid of Euler steps ends here, and one last step of what remains follows
+TRAIN_TIMESTEPS = 1000  # of every released checkpoint
 CLASS_GUIDANCE = (0, 1 / 6, 2 / 3, 1)  # share of (cfg - 1) in each stage, class-conditional
 NOISE_EPS = 1e-6  # keeps the reference's covariance invertible
 
@@ -33,6 +32,7 @@ class Stages:
     num_stages: int = 4
     gamma: float = -1 / 3
     """Correlation of the noise inside a 2x2 block at a jump; -1/3 is the least that four values can have."""
+    num_train_timesteps: int = TRAIN_TIMESTEPS
 
     def __post_init__(self):
         if self.num_stages < 1:
@@ -40,8 +40,14 @@ class Stages:
 
     @cached_property
     def origin(self) -> tuple[float, ...]:
-        """Where the stages would start if resolutions did not differ. Cut to 1/1000: the weights know these values."""
-        return tuple(int(TRAIN_TIMESTEPS * k / self.num_stages) / TRAIN_TIMESTEPS for k in range(self.num_stages))
+        """Where the stages would start if resolutions did not differ. Cut to whole timesteps: 0.333, not 1/3."""
+        steps = self.num_train_timesteps
+        return tuple(int(steps * k / self.num_stages) / steps for k in range(self.num_stages))
+
+    @property
+    def last_t(self) -> float:
+        """The grid of Euler steps ends here, and one last step of what remains follows: 0.999."""
+        return 1 - 1 / self.num_train_timesteps
 
     @cached_property
     def end(self) -> tuple[float, ...]:
@@ -63,14 +69,14 @@ class Stages:
 
     @cached_property
     def _ranges(self) -> tuple[tuple[float, float], ...]:
-        spans = [e - s for s, e in zip(self.start, self.end, strict=True)]
-        edges = [int(TRAIN_TIMESTEPS * sum(spans[:k]) / sum(spans)) for k in range(self.num_stages)]
+        steps, spans = self.num_train_timesteps, [e - s for s, e in zip(self.start, self.end, strict=True)]
+        edges = [int(steps * sum(spans[:k]) / sum(spans)) for k in range(self.num_stages)]
         ranges = []
         for k, first in enumerate(edges):
             if k == self.num_stages - 1:
-                ranges.append((float(first), TRAIN_TIMESTEPS - 1.0))
-            else:  # 1000 values up to, but without, the first of the next stage
-                ranges.append((float(first), edges[k + 1] - (edges[k + 1] - first) / TRAIN_TIMESTEPS))
+                ranges.append((float(first), steps - 1.0))
+            else:  # as many values as there are timesteps, up to, but without, the first of the next stage
+                ranges.append((float(first), edges[k + 1] - (edges[k + 1] - first) / steps))
         return tuple(ranges)
 
     @cached_property
@@ -79,16 +85,16 @@ class Stages:
 
     @cached_property
     def last_timestep(self) -> tuple[float, ...]:
-        """The timestep at t = 0.999, the last one that is trained."""
+        """The timestep at `last_t`, the last one that is trained."""
         return tuple(last for _, last in self._ranges)
 
     def train_timesteps(self, stage: int) -> Tensor:
-        """The 1000 timesteps that training draws from in a stage, float64."""
-        return torch.linspace(*self._ranges[stage], TRAIN_TIMESTEPS, dtype=torch.float64)
+        """The timesteps that training draws from in a stage: (num_train_timesteps,) float64."""
+        return torch.linspace(*self._ranges[stage], self.num_train_timesteps, dtype=torch.float64)
 
     def timestep(self, stage: int, t: float) -> float:
         first, last = self._ranges[stage]
-        return first + (last - first) * t / LAST_T
+        return first + (last - first) * t / self.last_t
 
     def times(self, stage: int, steps: int, shift: float = 1.0) -> tuple[Tensor, Tensor]:
         """Euler steps of one stage: (timesteps (steps,), t (steps + 1,) with a final 1), both float64.
@@ -99,23 +105,22 @@ class Stages:
             raise ValueError(f"steps={steps} must be at least 1 in every stage.")
         if shift <= 0:
             raise ValueError(f"shift={shift} must be positive.")
-        t = torch.linspace(0, LAST_T, steps, dtype=torch.float64)
+        t = torch.linspace(0, self.last_t, steps, dtype=torch.float64)
         t = t / (shift + (1 - shift) * t)
         first, last = self._ranges[stage]
-        return first + (last - first) * t / LAST_T, F.pad(t, (0, 1), value=1.0)
+        return first + (last - first) * t / self.last_t, F.pad(t, (0, 1), value=1.0)
 
-    @staticmethod
-    def sigma(timestep: float) -> float:
-        return 1 - timestep / TRAIN_TIMESTEPS
+    def sigma(self, timestep: float) -> float:
+        return 1 - timestep / self.num_train_timesteps
 
     def locate(self, sigma: float) -> tuple[int, float, float]:
         """The (stage, t, timestep) that a sigma names. One within rounding (1e-6) of a stage's start is it."""
-        timestep = (1 - float(sigma)) * TRAIN_TIMESTEPS
+        timestep = (1 - float(sigma)) * self.num_train_timesteps
         stage = max(k for k in range(self.num_stages) if k == 0 or timestep > self.first_timestep[k] - 1e-3)
         first, last = self._ranges[stage]
         if abs(timestep - first) < 1e-3:
             timestep = first
-        return stage, (timestep - first) / (last - first) * LAST_T, timestep
+        return stage, (timestep - first) / (last - first) * self.last_t, timestep
 
     def denoised(self, x: Tensor, velocity: Tensor, stage: int, t: float) -> Tensor:
         """Estimate of the clean sample at the stage's resolution; exact when halving and doubling it loses nothing."""
@@ -227,7 +232,7 @@ class Schedule:
 
     def sigmas(self) -> Tensor:
         """The whole schedule as ComfyUI's SIGMAS: one sigma per step, high to low, and a final 0. float32"""
-        return torch.tensor([*(Stages.sigma(T) for plan in self.plans for T in plan.timesteps), 0.0])
+        return torch.tensor([*(self.stages.sigma(T) for plan in self.plans for T in plan.timesteps), 0.0])
 
     @classmethod
     def from_sigmas(
@@ -305,13 +310,17 @@ def block_noise_reference(
     # Fewer than 16 values a call keep torch on its scalar path, whose stream does not depend on the size of the call.
     blocks = B * C * (H // 2) * (W // 2)
     z = torch.cat([torch.randn(4 * min(3, blocks - i), generator=generator) for i in range(0, blocks, 3)])
-    return correlate(z.view(-1, 4), shape, gamma).to(device)
+    return correlate(z.view(-1, 4), shape, block_covariance(gamma)).to(device)
 
 
-def correlate(z: Tensor, shape: Sequence[int], gamma: float = -1 / 3) -> Tensor:
+def block_covariance(gamma: float = -1 / 3, eps: float = NOISE_EPS) -> Tensor:
+    """(4, 4): 1 on the diagonal, gamma beside it; eps keeps it positive definite."""
+    return (1 - gamma + eps) * torch.eye(4) + gamma * torch.ones(4, 4)
+
+
+def correlate(z: Tensor, shape: Sequence[int], covariance: Tensor) -> Tensor:
     """White z (blocks, 4), blocks ordered (b c h w), through the Cholesky factor of a block's covariance."""
     B, C, H, W = shape
-    covariance = (1 - gamma + NOISE_EPS) * torch.eye(4) + gamma * torch.ones(4, 4)
     noise = z @ torch.linalg.cholesky(covariance).T
     return noise.view(B, C, H // 2, W // 2, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(B, C, H, W)
 
@@ -556,10 +565,10 @@ def pack(
 ) -> PackedBatch:
     """Noise a batch and pack it (data_in1k.py, collate).
 
-    images: (B, C, H, W) at full size; stage, t_index: (B,), t_index in [0, 1000); noise(stage, shape) -> noise of the
+    images: (B, C, H, W) at full size; stage, t_index: (B,), t_index in [0, num_train_timesteps); noise(stage, shape) -> noise of the
     stage's pictures in batch order; context_lengths: text tokens of each picture.
     """
-    grid_t = torch.linspace(0, 1, TRAIN_TIMESTEPS + 1)[:-1]
+    grid_t = torch.arange(stages.num_train_timesteps) / stages.num_train_timesteps
     rows, targets, timesteps, grids, order = [], [], [], [], []
     for k in reversed(range(stages.num_stages)):
         items = (stage == k).nonzero().flatten()
