@@ -565,8 +565,8 @@ def pack(
 ) -> PackedBatch:
     """Noise a batch and pack it (data_in1k.py, collate).
 
-    images: (B, C, H, W) at full size; stage, t_index: (B,), t_index in [0, num_train_timesteps); noise(stage, shape) -> noise of the
-    stage's pictures in batch order; context_lengths: text tokens of each picture.
+    images: (B, C, H, W) at full size; stage, t_index: (B,), t_index in [0, num_train_timesteps); noise(stage, shape) ->
+    noise of the stage's pictures in batch order; context_lengths: text tokens of each picture.
     """
     grid_t = torch.arange(stages.num_train_timesteps) / stages.num_train_timesteps
     rows, targets, timesteps, grids, order = [], [], [], [], []

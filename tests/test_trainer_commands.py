@@ -1,0 +1,176 @@
+"""python -m trainer: what its commands write and say."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from PIL import Image
+from pixstack.models_impl import state_dict
+from pixstack.models_impl.pixelflow import checkpoint
+from pixstack.trainer import cli, evaluate, export, run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 20 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = tiny_run.settings(tiny_run.pictures(folder / "set"), folder / "run", "steps=20", "save_every=20",
+                                 "samples.prompts=[\"red card\"]", "samples.steps=2")
+    tiny_run.train(settings)
+    return folder / "run"
+
+
+def refusal(capsys, *words):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(w) for w in words])
+    return f"{caught.value.code}{capsys.readouterr().err}"
+
+
+def test_a_dry_run_says_what_would_happen(tmp_path, capsys):
+    path = tiny_run.pictures(tmp_path / "set")
+    cli.main(["train", str(tiny_run.toml(tmp_path, path, tmp_path / "run")), "--dry-run", "micro_batch_size=3"])
+    said = capsys.readouterr().out
+    for part in ("8 training pictures, 4 held out", "learn", "stage 0: 3 pictures of 8x8 pixels, 4 tokens each",
+                 "stage 1: 3 pictures of 16x16", "6 of 6 pictures = 36 pictures, 4.5 epochs", "2 pass(es) of 3",
+                 "memory     about", "first batch", "_card.png"):
+        assert part in said, part
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_the_parameters_that_a_run_has(trained, tmp_path, capsys):
+    config = json.loads((trained / "config.json").read_text())
+    cli.main(["train", str(tiny_run.toml(tmp_path, config["data"]["path"], tmp_path / "run")), "--dry-run"])
+    tensors = run.read_tensors(trained / "checkpoints/00000020/ema.safetensors")
+    assert f"parameters {sum(t.numel() for t in tensors.values()):,} learn" in capsys.readouterr().out
+
+
+def test_what_was_trained_is_what_is_exported(trained, tmp_path):
+    image, text = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    assert (image.name, text.name) == ("tiny_16.safetensors", "tiny_t5.safetensors")
+    shape, tensors = checkpoint.read(*state_dict.read_file(image))
+    assert (shape.heads, shape.head_dim, shape.num_stages, shape.resolution, shape.context_dim) == (2, 8, 2, 16, 16)
+    average = run.read_tensors(trained / "checkpoints/00000020/ema.safetensors")
+    for key, value in tensors.items():
+        assert torch.equal(value, average[f"diffusion.{key}"]), key
+
+
+def test_an_exported_text_encoder_reads_as_the_trained_one(trained, tmp_path):
+    from pixstack.models_impl.text.t5 import TextEncoder
+
+    _, text = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    recipe, _, _ = export.open_run(trained)
+    ids, mask = recipe.text.tokenize(["red card", ""])
+    opened = TextEncoder.read(text).eval()
+    assert torch.equal(opened.tokenize(["red card", ""])[0], ids)
+    with torch.no_grad():
+        torch.testing.assert_close(opened(ids, mask), recipe.text(ids, mask))
+
+
+def test_exported_weights_draw_in_comfyui(trained, host):
+    image, text = export.export(trained, Path(host.models), "trained")
+    graph = json.loads((ROOT / "tests/prompts/pixelflow_text_to_image.json").read_text())
+    wanted = {"model_name": image.name, "encoder_name": text.name, "width": 16, "height": 16, "batch_size": 2,
+              "steps": 1}
+    for node in graph.values():
+        node["inputs"].update({k: v for k, v in wanted.items() if k in node["inputs"]})
+    done = host.run(graph)
+    assert done.error is None and [Image.open(p).size for p in done.images] == [(64, 64)] * 2
+
+
+def test_a_run_draws_its_prompts_on_a_sheet(trained, tmp_path):
+    cli.main(["sample", str(trained), "red card", "blue square", "--out", str(tmp_path / "s.png"), "--steps", "1"])
+    assert Image.open(tmp_path / "s.png").size == (2 * 16 + 2, 16)
+
+
+def test_a_run_draws_sizes_that_are_not_square(trained, tmp_path):
+    cli.main(["sample", str(trained), "red card", "--out", str(tmp_path), "--steps", "1", "--width", "24"])
+    assert Image.open(tmp_path / "000.png").size == (24, 16)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(trained, tmp_path, capsys):
+    said = refusal(capsys, "sample", trained, "x", "--out", tmp_path, "--step", 7)
+    assert "no checkpoint of step 7; there are: 20" in said
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    assert "is not a run folder" in refusal(capsys, "export", tmp_path, "--out", tmp_path)
+
+
+def test_wrong_settings_end_the_command_with_all_of_them(tmp_path, capsys):
+    file = tiny_run.toml(tmp_path, tiny_run.pictures(tmp_path / "set"), tmp_path / "run")
+    said = refusal(capsys, "train", file, "stepz=1", "optimizer.rate=7")
+    assert "did you mean steps" in said and "optimizer.rate=7" in said
+
+
+def test_a_word_that_is_no_setting_is_refused(capsys):
+    assert "not understood: --fast" in refusal(capsys, "train", "recipes/pixelflow_emoji.toml", "--fast")
+
+
+def test_every_setting_is_listed_with_its_default(capsys):
+    cli.main(["settings"])
+    said = capsys.readouterr().out
+    for part in ("batch_size = 64\n    Samples per optimizer step", "[optimizer]\nname = \"adamw\"", "[model]\npreset",
+                 "stage_weights = (none)\n    Share of the pictures"):
+        assert part in said, part
+
+
+def test_the_check_ends_with_an_error_when_a_picture_is_broken(tmp_path, capsys):
+    path = tiny_run.pictures(tmp_path / "set")
+    (path.parent / "images/red_card.png").write_bytes(b"no")
+    assert "red_card.png" in refusal(capsys, "check", tiny_run.toml(tmp_path, path, tmp_path / "run"))
+
+
+def test_retrieval_finds_a_picture_that_was_copied():
+    references = evaluate.features(torch.rand(20, 3, 16, 16) * 2 - 1)
+    truth = torch.tensor([3, 7])
+    place, nearest = evaluate.ranks(references[truth] * 0.9 + 0.01, references, truth)
+    assert place.tolist() == [0, 0] and nearest.tolist() == [3, 7]
+
+
+def test_retrieval_of_noise_is_near_chance():
+    torch.manual_seed(0)
+    references = torch.randn(200, 30)
+    place, _ = evaluate.ranks(torch.randn(400, 30), references, torch.arange(400) % 200)
+    assert (place < 10).float().mean().item() == pytest.approx(10 / 200, abs=0.03)
+
+
+def test_an_evaluation_says_how_much_chance_would_give(trained, tmp_path, capsys):
+    cli.main(["evaluate", str(trained), "--out", str(tmp_path / "card"), "--steps", "1", "--seen", "5"])
+    results = json.loads((tmp_path / "card/evaluation.json").read_text())["results"]
+    assert (results["train"]["prompts"], results["held_out"]["prompts"]) == (5, 4)
+    assert results["held_out"]["chance"]["top1"] == pytest.approx(1 / 12)
+    assert {p.name for p in (tmp_path / "card").iterdir()} == {
+        "evaluation.json", "train.png", "held_out.png", "prompts.png", "loss.png"}
+
+
+def launched(tmp_path, *launcher):
+    """The weights of two steps in one process, and of the same as the launcher starts it."""
+    path = tiny_run.pictures(tmp_path / "set")
+    words = ["precision=fp32", "steps=2", "device=auto"]
+    tiny_run.train(tiny_run.settings(path, tmp_path / "one", *words))
+    file = tiny_run.toml(tmp_path, path, tmp_path / "two")
+    command = [sys.executable, "-m", *launcher, "-m", "trainer", "train", str(file), *words]
+    done = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("step 2 of 2") == 1, done.stdout  # one run, whatever the number of processes
+    return [run.read_tensors(tmp_path / name / "checkpoints/00000002/model.safetensors") for name in ("one", "two")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares processes on the CPU")
+@pytest.mark.parametrize("launcher", [
+    ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    # accelerate starts several processes on GPUs only; this shows that it finds its way into the trainer
+    ["accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no",
+     "--dynamo_backend=no"],
+], ids=["two-processes-of-torchrun", "accelerate"])
+def test_a_launched_run_trains_what_a_plain_one_trains(tmp_path, launcher):
+    plain, other = launched(tmp_path, *launcher)
+    for key in plain:
+        torch.testing.assert_close(plain[key], other[key], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,79 @@
+import dataclasses
+
+import pytest
+import tiny_run
+from pixstack.trainer import config
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tiny_run.pictures(tmp_path / "set")
+
+
+def refusal(path, tmp_path, *words, **sections):
+    with pytest.raises(ValueError) as caught:
+        tiny_run.settings(path, tmp_path / "run", *words, **sections)
+    return str(caught.value)
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(path, tmp_path):
+    assert "optimizer.rat is not a setting; did you mean rate" in refusal(path, tmp_path, "optimizer.rat=0.1")
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_name(path, tmp_path):
+    assert "did you mean pixelflow" in refusal(path, tmp_path, "recipe.name=pixelflw")
+
+
+def test_everything_wrong_is_reported_at_once(path, tmp_path):
+    said = refusal(path, tmp_path, "stepz=3", "batch_size=many", "data.resolution=18", "data.path=/nowhere/all.jsonl",
+                   "micro_batch_size=4", "recipe.dropout=2.0", "samples.height=20", "optimizer.betas=[0.9]")
+    for part in ("stepz", "batch_size='many' should be a whole number", "resolution=18", "/nowhere/all.jsonl",
+                 "recipe.dropout=2.0", "samples.height=20", "optimizer.betas=[0.9]"):
+        assert part in said, part
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_both_numbers(path, tmp_path):
+    assert "batch_size=6 is not a multiple of micro_batch_size=4" in refusal(path, tmp_path, "micro_batch_size=4")
+
+
+def test_a_size_that_the_stages_do_not_allow_is_refused(path, tmp_path):
+    said = refusal(path, tmp_path, "data.resolution=20", "model.num_stages=3")
+    assert "resolution=20 is not a multiple of 16" in said
+
+
+@pytest.mark.parametrize("word, part", [
+    ("precision=fp8", "none of bf16, fp32"), ("samples.classes=[1]", "use samples.prompts"),
+    ("recipe.stage_weights=[1,1,1]", "2 numbers"), ("init_from=gone.safetensors", "gone.safetensors"),
+    ("data.kind=folder", "takes a folder"), ("steps", "key=value"), ("text=small", "is a section"),
+    ("data.templates=[\"no place\"]", "needs a {}"), ("model.preset=xl_t2", "did you mean xl_t2i"),
+])
+def test_a_setting_that_cannot_work_is_refused(path, tmp_path, word, part):
+    assert part in refusal(path, tmp_path, word)
+
+
+def test_a_word_changes_one_setting_of_a_section(path, tmp_path):
+    changed = tiny_run.settings(path, tmp_path / "run", "optimizer.rate=0.25")
+    assert dataclasses.replace(changed, optimizer=dataclasses.replace(changed.optimizer, rate=1e-3)) \
+        == tiny_run.settings(path, tmp_path / "run")
+
+
+def test_a_whole_number_serves_as_a_number(path, tmp_path):
+    assert tiny_run.settings(path, tmp_path / "run", "samples.cfg=4").samples.cfg == 4.0
+
+
+def test_settings_survive_the_way_through_the_run_folder(path, tmp_path):
+    made = tiny_run.settings(path, tmp_path / "run", "recipe.stage_weights=[2,1]")
+    assert config.parse(config.as_dict(made)) == made
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (config.HERE / "recipes").glob("*.toml")))
+def test_a_shipped_recipe_lacks_nothing_but_its_data(name):
+    with pytest.raises(ValueError) as caught:
+        config.load(f"recipes/{name}", ["data.path=/nowhere"])
+    problems = str(caught.value).splitlines()[1:]
+    assert problems == ["  data.path='/nowhere': there is no such file or folder."]
+
+
+def test_a_recipe_file_that_is_not_there_names_those_that_are():
+    with pytest.raises(ValueError, match="recipes/pixelflow_emoji.toml"):
+        config.load("recipes/gone.toml")

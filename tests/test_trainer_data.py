@@ -1,0 +1,190 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny_run
+import torch
+from PIL import Image
+from pixstack.trainer import check, data, emoji
+from pixstack.trainer import tokenizer as tokenizers_
+from pixstack.trainer.config import Data
+
+
+def items(tmp_path):
+    return data.read(Data(path=str(tiny_run.pictures(tmp_path / "set"))), "captions")
+
+
+def folder_of(tmp_path, size=(20, 16), names=("a", "b")):
+    for name in names:
+        Image.new("RGB", size, (9, 9, 9)).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def test_a_jsonl_knows_its_split(tmp_path):
+    found = items(tmp_path)
+    assert len(found.train) == 8 and len(found.held_out) == 4
+    assert {i.label for i in found.held_out} & {i.label for i in found.train} == set()
+
+
+def test_a_folder_reads_captions_beside_its_pictures(tmp_path):
+    folder_of(tmp_path)
+    (tmp_path / "a.txt").write_text("a grey wall\nconcrete\n")
+    (tmp_path / "b.json").write_text(json.dumps({"caption": "another wall"}))
+    found = data.read(Data(kind="folder", path=str(tmp_path)), "captions")
+    assert [i.captions for i in found.train] == [("a grey wall", "concrete"), ("another wall",)]
+
+
+def test_pictures_without_captions_are_listed(tmp_path):
+    with pytest.raises(ValueError, match=r"2 pictures have no caption:\n.*a\.png\n.*b\.png"):
+        data.read(Data(kind="folder", path=str(folder_of(tmp_path))), "captions")
+
+
+def test_class_folders_number_their_classes_in_order(tmp_path):
+    for name in ("n02", "n01"):
+        (tmp_path / name).mkdir()
+        folder_of(tmp_path / name, names=(name,))
+    found = data.read(Data(kind="classes", path=str(tmp_path)), "classes")
+    assert found.classes == ["n01", "n02"] and [i.label for i in found.train] == [0, 1]
+
+
+def test_an_unreadable_picture_is_named(tmp_path):
+    found = items(tmp_path)
+    found.train[0].file.write_bytes(b"not a picture")
+    batches = data.Batches(found.train, Data(resolution=16, crop="none"), 0, 8)
+    with pytest.raises(ValueError, match=found.train[0].file.name):
+        batches(0, range(8))
+
+
+def test_a_broken_line_of_a_jsonl_is_named(tmp_path):
+    path = tiny_run.pictures(tmp_path / "set")
+    path.write_text(path.read_text() + "{oops\n")
+    with pytest.raises(ValueError, match="line 13"):
+        data.read(Data(path=str(path)), "captions")
+
+
+def test_an_epoch_shows_every_picture_once(tmp_path):
+    batches = data.Batches(items(tmp_path).train, Data(), seed=3, batch_size=4)
+    shown = [batches.index(step, p) for step in range(4) for p in range(4)]
+    assert sorted(shown[:8]) == sorted(shown[8:]) == list(range(8)) and shown[:8] != shown[8:]
+
+
+def test_a_batch_depends_on_its_step_alone(tmp_path):
+    found = items(tmp_path)
+    settings = Data(resolution=8, crop="random", flip=True, tag_share=0.5, templates=["a {}"], template_share=0.5)
+    one, other = (data.Batches(found.train, settings, 0, 6) for _ in range(2))
+    for step in range(3):
+        one(step, range(6), following=(step + 1, range(6)))
+    a, b = one(3, range(6)), other(3, range(6))
+    assert torch.equal(a.pictures, b.pictures) and a.captions == b.captions
+
+
+def test_parts_of_a_batch_are_the_batch(tmp_path):
+    batches = data.Batches(items(tmp_path).train, Data(resolution=8, tag_share=0.5), 0, 6)
+    whole, parts = batches(1, range(6)), [batches(1, range(3)), batches(1, range(3, 6))]
+    assert torch.equal(whole.pictures, torch.cat([p.pictures for p in parts]))
+    assert whole.captions == parts[0].captions + parts[1].captions
+
+
+@pytest.mark.parametrize("crop", ["random", "centre"])
+def test_a_crop_has_the_asked_size(crop):
+    import random
+
+    assert data.fit(Image.new("RGB", (90, 37)), 16, crop, random.Random(0)).size == (16, 16)
+
+
+def test_the_random_crop_is_the_papers():
+    """Short side to round(1.125 x size): 18 for 16, so a square leaves 3 x 3 places."""
+    import random
+
+    ramp = Image.fromarray(np.add.outer(np.arange(18) * 10, np.arange(18)).astype(np.uint8)).convert("RGB")
+    corners = {np.array(data.fit(ramp, 16, "random", random.Random(i)))[0, 0, 0] for i in range(60)}
+    assert corners == {r * 10 + c for r in range(3) for c in range(3)}
+
+
+def test_a_tokenizer_ends_every_text(tmp_path):
+    made = tokenizers_.train(["red square", "blue card", "red card"], 40)
+    assert made.encode("").ids == [1]
+    assert made.encode("Red  SQUARE").ids == made.encode("red square").ids
+    assert made.encode("red card").ids[-1] == 1 and 2 not in made.encode("red card").ids
+
+
+def test_equal_captions_give_equal_tokenizers():
+    words = [f"a {c} {s}" for c in tiny_run.COLOURS for s in ("square", "card", "quick fox")]
+    assert tokenizers_.train(words, 60).to_str() == tokenizers_.train(words[::-1], 60).to_str()
+
+
+def test_the_check_names_what_a_run_would_meet(tmp_path):
+    images = tiny_run.pictures(tmp_path / "set", size=8).parent / "images"
+    (images / "red_card.png").write_bytes(b"nothing")
+    shutil.copy(images / "blue_square.png", images / "green_square.png")  # one of them is held out
+    errors, remarks = check.check(tiny_run.settings(images.parent / "data.jsonl", tmp_path / "run"))
+    assert [e.splitlines()[0] for e in errors] == [
+        "1 pictures cannot be read:", "1 held-out pictures are trained on as well:"]
+    assert "red_card.png" in errors[0]
+    said = "\n".join(remarks)
+    assert "smaller than data.resolution=16" in said and "there twice" in said
+
+
+def test_the_check_counts_captions_that_will_be_cut(tmp_path):
+    settings = tiny_run.settings(tiny_run.pictures(tmp_path / "set"), tmp_path / "run", "text.max_length=1")
+    _, remarks = check.check(settings)
+    assert any("longer than text.max_length=1" in r for r in remarks)
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """Two emoji in the layout of the npm packages; one has a skin tone."""
+    google, base = tmp_path / "npm/emoji-datasource-google", tmp_path / "npm/emojibase-data"
+    (google / "img/google/64").mkdir(parents=True)
+    (base / "en").mkdir(parents=True)
+    for folder in (google, base):
+        (folder / "LICENSE").write_text("MIT")
+    for name in ("1f697.png", "1f44b.png", "1f44b-1f3fb.png"):
+        Image.new("RGBA", (64, 64), (255, 0, 0, 128)).save(google / "img/google/64" / name)
+    common = {"has_img_google": True, "category": "C", "subcategory": "s"}
+    (google / "emoji.json").write_text(json.dumps([
+        {"unified": "1F697", "image": "1f697.png", "name": "AUTOMOBILE", "short_names": ["car", "red_car"], **common},
+        {"unified": "1F44B", "image": "1f44b.png", "name": "WAVING HAND SIGN", "short_names": ["wave"], **common,
+         "skin_variations": {"1F3FB": {"unified": "1F44B-1F3FB", "image": "1f44b-1f3fb.png"}}},
+    ]))
+    (base / "en/data.json").write_text(json.dumps([
+        {"label": "automobile", "hexcode": "1F697", "tags": ["vehicle"]},
+        {"label": "waving hand", "hexcode": "1F44B", "tags": ["hi"],
+         "skins": [{"label": "waving hand: light skin tone", "hexcode": "1F44B-1F3FB"}]},
+    ]))
+    return tmp_path / "npm"
+
+
+def test_the_emoji_set_reads_like_people_speak(packages, tmp_path):
+    path = emoji.build(tmp_path / "emoji", packages)
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [e["captions"] for e in entries] == [
+        ["automobile", "car", "red car"], ["waving hand", "waving hand sign", "wave"]]
+
+
+def test_the_emoji_set_stands_on_white(packages, tmp_path):
+    path = emoji.build(tmp_path / "emoji", packages)
+    assert Image.open(path.parent / "images/1f697.png").getpixel((5, 5)) == (255, 127, 127)
+
+
+def test_the_emoji_set_keeps_its_licences_beside_it(packages, tmp_path):
+    folder = emoji.build(tmp_path / "emoji", packages).parent
+    assert {p.name for p in folder.glob("LICENSE-*")} == {"LICENSE-emoji-datasource-google", "LICENSE-emojibase-data"}
+    assert "Apache License 2.0" in (folder / "NOTICE").read_text()
+
+
+def test_skin_tones_are_held_out_with_their_emoji(packages, tmp_path):
+    path = emoji.build(tmp_path / "emoji", packages, skin_tones=True)
+    splits = {e["code_point"]: e["split"] for e in map(json.loads, path.read_text().splitlines())}
+    assert len(splits) == 3 and splits["1F44B"] == splits["1F44B-1F3FB"]
+
+
+def test_about_one_emoji_in_twenty_is_held_out():
+    held = sum(emoji.is_held_out(f"{n:X}", 0.05) for n in range(0x1F300, 0x1F300 + 4000))
+    assert 150 < held < 250
+
+
+def test_a_folder_without_the_packages_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="emoji-datasource-google"):
+        emoji.build(tmp_path / "out", tmp_path)

@@ -1,0 +1,177 @@
+import pytest
+import tiny_run
+import torch
+from pixstack.models_impl import state_dict
+from pixstack.models_impl.pixelflow import checkpoint
+from pixstack.models_impl.pixelflow.config import PixelFlowConfig
+from pixstack.models_impl.pixelflow.model import PixelFlow
+from pixstack.trainer import build, data, optim
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tiny_run.pictures(tmp_path / "set")
+
+
+def recipe_of(path, tmp_path, *words, **sections):
+    """A recipe whose zero-initialised parts are filled, so that every part of the network shows in its loss."""
+    settings = tiny_run.settings(path, tmp_path / "run", "precision=fp32", *words, **sections)
+    found = build.collection(settings)
+    recipe = build.recipe(settings, found)
+    torch.manual_seed(1)
+    for p in recipe.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return recipe, data.Batches(found.train, settings.data, settings.seed, settings.batch_size)
+
+
+CLASSES = {"text": {}, "samples": {"classes": [0, 3]}}
+
+
+@pytest.mark.parametrize("sections", [{}, CLASSES], ids=["text", "class"])
+def test_packed_stages_give_the_losses_of_stages_one_by_one(path, tmp_path, sections):
+    losses = []
+    for packing in ("dense", "packed"):
+        words = (f"recipe.packing={packing}", "model.num_stages=3", "batch_size=7")
+        recipe, batches = recipe_of(path, tmp_path, *words, **sections)
+        losses.append(recipe(batches(0, range(7))))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batches_give_the_losses_of_the_whole_batch(path, tmp_path):
+    recipe, batches = recipe_of(path, tmp_path)
+    whole = recipe(batches(2, range(6)))
+    parts = torch.cat([recipe(batches(2, range(s, s + 2))) for s in (0, 2, 4)])
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_the_papers(path, tmp_path):
+    """At the start the network says zero, so a picture's loss is the mean square of end - start."""
+    settings = tiny_run.settings(path, tmp_path / "run", "precision=fp32", "model.num_stages=1")
+    recipe = build.recipe(settings, build.collection(settings))
+    batch = data.Batches(build.collection(settings).train, settings.data, 0, 6)(0, range(6))
+    from pixstack.trainer.recipes.pixelflow import picture_noise
+    noise = torch.stack([picture_noise(0, 0, p, (3, 16, 16), "cpu") for p in range(6)])
+    expected = (batch.pictures / 127.5 - 1 - noise).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(recipe(batch), expected)
+
+
+def test_stage_weights_move_pictures_to_the_low_stages(path, tmp_path):
+    recipe, _ = recipe_of(path, tmp_path, "recipe.stage_weights=[5,1]")
+    assert sum(int((recipe.draw(step)[0] == 0).sum()) for step in range(50)) == pytest.approx(250, abs=15)
+
+
+def test_dropout_takes_its_share_of_the_captions(path, tmp_path):
+    recipe, _ = recipe_of(path, tmp_path, "recipe.dropout=0.25")
+    assert sum(int(recipe.draw(step)[2].sum()) for step in range(200)) == pytest.approx(300, abs=50)
+
+
+def test_a_dropped_class_is_the_null_class(path, tmp_path):
+    recipe, _ = recipe_of(path, tmp_path, **CLASSES)
+    labels = recipe.condition([], torch.tensor([0, 1]), [True, False])["class_labels"]
+    assert labels.tolist() == [recipe.diffusion.config.num_classes, 1]
+
+
+def test_activation_checkpointing_leaves_gradients_as_they_are(path, tmp_path):
+    gradients = []
+    for word in ("checkpoint_activations=false", "checkpoint_activations=true"):
+        recipe, batches = recipe_of(path, tmp_path, word)
+        recipe(batches(0, range(6))).mean().backward()
+        gradients.append([p.grad for p in recipe.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_validation_says_the_same_twice(path, tmp_path):
+    recipe, batches = recipe_of(path, tmp_path)
+    fixed = data.fixed(batches.items, batches.settings)
+    first = recipe.validate(fixed)
+    assert recipe.validate(fixed) == first and set(first) == {"loss", "stage0", "stage1"}
+
+
+def test_training_starts_from_a_released_checkpoint(path, tmp_path):
+    shape = PixelFlowConfig(heads=1, head_dim=72, depth=1, num_classes=len(tiny_run.COLOURS))
+    released = PixelFlow(shape).initialise().state_dict()
+    torch.save(released, tmp_path / "model.pt")
+    recipe, _ = recipe_of(path, tmp_path, f"init_from={tmp_path / 'model.pt'}", "data.resolution=32",
+                          **{**CLASSES, "model": {}})
+    own = recipe.diffusion.state_dict()
+    for key in ("patch_embed.proj.weight", "transformer_blocks.0.mlp.fc1.weight",
+                "class_embedder.embedding_table.weight"):
+        assert torch.equal(own[key], released[key]), key
+
+
+def test_other_classes_than_the_checkpoints_get_a_new_table(path, tmp_path):
+    shape = PixelFlowConfig(heads=1, head_dim=72, depth=1, num_classes=4)
+    torch.save(PixelFlow(shape).initialise().state_dict(), tmp_path / "model.pt")
+    recipe, _ = recipe_of(path, tmp_path, f"init_from={tmp_path / 'model.pt'}", "data.resolution=32",
+                          **{**CLASSES, "model": {}})
+    assert recipe.diffusion.class_embedder.embedding_table.weight.shape[0] == len(tiny_run.COLOURS) + 1
+
+
+def test_training_starts_from_our_own_export(path, tmp_path):
+    shape = PixelFlowConfig(heads=2, head_dim=8, depth=1, context_dim=16, num_stages=2, resolution=32)
+    weights = PixelFlow(shape).initialise().state_dict()
+    state_dict.write_file(tmp_path / "own.safetensors", weights, checkpoint.metadata(shape))
+    recipe, _ = recipe_of(path, tmp_path, f"init_from={tmp_path / 'own.safetensors'}", model={})
+    assert recipe.diffusion.config.num_stages == 2 and recipe.diffusion.config.resolution == 16
+    assert torch.equal(recipe.diffusion.state_dict()["patch_embed.proj.weight"], weights["patch_embed.proj.weight"])
+
+
+def test_muon_takes_the_matrices_of_the_blocks_only(path, tmp_path):
+    settings = tiny_run.settings(path, tmp_path / "run", "optimizer.name=muon")
+    recipe = build.recipe(settings, build.collection(settings))
+    adamw, muon = optim.Optimizers(recipe.groups(settings), settings.optimizer, 10).parts
+    names = {id(p): n for n, p in recipe.named_parameters()}
+    chosen = {names[id(p)] for g in muon.param_groups for p in g["params"]}
+    assert "diffusion.transformer_blocks.0.attn1.q_proj.weight" in chosen
+    assert "text.t5.encoder.block.0.layer.0.SelfAttention.q.weight" in chosen
+    assert not any(w in n for n in chosen for w in ("embed", "proj_out", "bias", "norm", "shared"))
+    assert len(chosen) + sum(len(g["params"]) for g in adamw.param_groups) == len(list(recipe.parameters()))
+
+
+@pytest.mark.parametrize("decay, at_half, at_end", [("constant", 1, 1), ("linear", 0.5, 0), ("cosine", 0.5, 0)])
+def test_the_rate_warms_up_then_decays(decay, at_half, at_end):
+    from pixstack.trainer.config import Optimizer
+
+    settings = Optimizer(warm_up=10, decay=decay)
+    assert optim.rate_at(4, 1000, settings) == pytest.approx(0.5, abs=0.01)
+    assert optim.rate_at(500, 1000, settings) == pytest.approx(at_half)
+    assert optim.rate_at(1000, 1000, settings) == pytest.approx(at_end)
+
+
+@pytest.fixture(scope="module")
+def outside_t5(tmp_path_factory):
+    """A T5 as transformers saves one."""
+    from pixstack.trainer import encoders, tokenizer
+
+    encoders.hide_broken_torchvision()
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("t5")
+    made = tokenizer.train([f"a {c} {s}" for c in tiny_run.COLOURS for s in ("square", "card")], 60)
+    names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(shape).save_pretrained(folder)
+    return folder
+
+
+def test_a_frozen_encoder_embeds_every_caption_once(path, tmp_path, outside_t5):
+    recipe, batches = recipe_of(path, tmp_path, text={"encoder": str(outside_t5), "cache": str(tmp_path / "cache")})
+    assert not list(recipe.text.parameters()) and recipe.diffusion.config.context_dim == 16
+    before = recipe.text.lookup(["a red square", ""], "cpu")
+    recipe.text.prepare(["", *(c for i in batches.items for c in i.captions)], "cpu")
+    assert recipe.text.encoder == [] and len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+    again, _ = recipe_of(path, tmp_path, text={"encoder": str(outside_t5), "cache": str(tmp_path / "cache")})
+    again.text.embed = None  # nothing is left to embed
+    for a, b in zip(before, again.text.lookup(["a red square", ""], "cpu"), strict=True):
+        assert torch.equal(a, b)
+    assert again(batches(0, range(6))).isfinite().all()
+
+
+def test_an_encoder_that_is_none_is_refused_by_name(path, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="text.encoder="):
+        recipe_of(path, tmp_path, text={"encoder": str(tmp_path / "empty")})

@@ -1,0 +1,176 @@
+import json
+import os
+import signal
+
+import pytest
+import tiny_run
+import torch
+from pixstack.trainer import export, run
+from pixstack.trainer.ema import Ema
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tiny_run.pictures(tmp_path / "set")
+
+
+def weights(folder, step=6):
+    at = folder / "checkpoints" / f"{step:08d}"
+    return {f"{file}.{k}": v for file in ("model", "ema", "optimizer")
+            for k, v in run.read_tensors(at / f"{file}.safetensors").items()}
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def interrupt(one, step):
+    if step == 4:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("words", [
+    ("precision=bf16",), ("optimizer.name=muon", "micro_batch_size=3", "recipe.packing=packed"),
+], ids=["adamw-bf16", "muon-accumulated-packed"])
+def test_a_resumed_run_repeats_the_unbroken_run(path, tmp_path, words):
+    words = (*words, "data.tag_share=0.5", "validation.every=2", "save_every=5")
+    unbroken = tiny_run.settings(path, tmp_path / "unbroken", *words)
+    tiny_run.train(unbroken)
+    broken = tiny_run.settings(path, tmp_path / "broken", *words)
+    tiny_run.train(broken, interrupt)
+    assert [p.name for p in run.checkpoints(tmp_path / "broken")] == ["00000004"]  # Ctrl-C saved where it was
+    tiny_run.train(broken)
+    expected, found = weights(tmp_path / "unbroken"), weights(tmp_path / "broken")
+    assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+    assert log(tmp_path / "unbroken") == log(tmp_path / "broken")
+
+
+def test_micro_batches_do_not_change_the_training(path, tmp_path):
+    for name, micro in (("whole", 6), ("parts", 2)):
+        tiny_run.train(tiny_run.settings(path, tmp_path / name, "precision=fp32", f"micro_batch_size={micro}"))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for key in whole:
+        torch.testing.assert_close(whole[key], parts[key], rtol=1e-3, atol=1e-4)
+
+
+def test_a_line_that_was_half_written_is_forgotten(path, tmp_path):
+    settings = tiny_run.settings(path, tmp_path / "run")
+    tiny_run.train(settings, interrupt)
+    with open(tmp_path / "run/log.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    tiny_run.train(settings)
+    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_training_lowers_the_loss(path, tmp_path):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=40", "optimizer.rate=1e-2", "save_every=40"))
+    losses = [line["loss"] for line in log(tmp_path / "run")]
+    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
+
+
+def test_a_process_killed_while_saving_leaves_the_checkpoint_before(path, tmp_path, monkeypatch):
+    settings = tiny_run.settings(path, tmp_path / "run")
+    replace = os.replace
+
+    def die(source, target):
+        if "00000006" in str(target):
+            raise SystemExit("killed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(SystemExit):
+        tiny_run.train(settings)
+    assert [p.name for p in run.checkpoints(tmp_path / "run")] == ["00000003"]
+    monkeypatch.undo()
+    tiny_run.train(settings)
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {"00000003", "00000006"}
+
+
+def test_a_run_with_other_settings_is_refused_with_what_differs(path, tmp_path):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2"))
+    with pytest.raises(ValueError, match="batch_size was 6, now 4\n.*optimizer.rate was 0.001, now 0.5"):
+        tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2", "batch_size=4", "optimizer.rate=0.5"))
+
+
+def test_a_run_goes_on_with_other_settings_when_told_so(path, tmp_path):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2"))
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=4", "resume=changed"))
+    assert run.checkpoints(tmp_path / "run")[-1].name == "00000004"
+
+
+def test_settings_that_only_watch_may_change(path, tmp_path):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2"))
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2", "samples.every=1", "keep=1"))
+
+
+def test_a_setting_that_an_older_trainer_did_not_know_is_no_difference(path, tmp_path):
+    settings = tiny_run.settings(path, tmp_path / "run", "steps=2")
+    tiny_run.train(settings)
+    file = tmp_path / "run/config.json"
+    old = json.loads(file.read_text())
+    del old["text"]["learn"], old["recipe"]["packing"]
+    file.write_text(json.dumps(old))
+    tiny_run.train(settings)
+
+
+def test_a_folder_that_holds_a_run_is_refused_by_resume_never(path, tmp_path):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2"))
+    with pytest.raises(ValueError, match="holds a run already"):
+        tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2", "resume=never"))
+
+
+def test_only_the_newest_checkpoints_are_kept(path, tmp_path):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "save_every=1", "keep=2"))
+    assert [p.name for p in run.checkpoints(tmp_path / "run")] == ["00000005", "00000006"]
+
+
+def test_a_run_folder_holds_what_its_page_says(path, tmp_path):
+    words = ("samples.every=3", "samples.prompts=[\"red card\", \"blue square\"]", "samples.steps=1")
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "validation.every=3", *words))
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "facts.json", "tokenizer.json", "log.jsonl", "tensorboard", "samples", "checkpoints"}
+    assert {p.name for p in (folder / "samples").iterdir()} == {"00000003.png", "00000006.png"}
+    assert [line["step"] for line in log(folder) if "validation_loss" in line] == [3, 6]
+    assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_advice(path, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step \d+: the gradient norm is nan. Lower optimizer.rate="):
+        def spoil(one, step):
+            for p in one.accelerator._models[0].parameters():
+                p.data.fill_(float("nan"))
+        tiny_run.train(tiny_run.settings(path, tmp_path / "run"), spoil)
+
+
+def test_the_average_is_the_papers_formula():
+    module = torch.nn.Linear(2, 2)
+    ema = Ema(module, 0.9)
+    start = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight += 1
+    ema.update(0)
+    torch.testing.assert_close(ema.average["weight"], 0.9 * start + 0.1 * (start + 1))
+
+
+def test_the_average_is_worn_only_inside():
+    module = torch.nn.Linear(2, 2)
+    ema = Ema(module, 0.9)
+    start = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight += 1
+    live = module.weight.detach().clone()
+    with ema.applied():
+        assert torch.equal(module.weight, start)
+    assert torch.equal(module.weight, live)
+
+
+def test_a_run_opens_without_its_data(path, tmp_path):
+    settings = tiny_run.settings(path, tmp_path / "run", "steps=2")
+    recipe, _ = tiny_run.train(settings)
+    path.rename(path.with_name("gone"))
+    opened, _, step = export.open_run(tmp_path / "run", weights="model")
+    assert step == 2
+    for key, value in recipe.state_dict().items():
+        assert torch.equal(value, opened.state_dict()[key]), key

@@ -1,0 +1,70 @@
+"""A trainer run so small that it takes a second: pictures, settings, and the pieces of a run around them."""
+import json
+
+from accelerate import Accelerator
+from PIL import Image
+from pixstack.trainer import build, config, data, loop
+from pixstack.trainer.run import Run
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "black": (0, 0, 0),
+           "white": (250, 250, 250), "yellow": (240, 220, 40)}
+SETTINGS = {
+    "recipe": {"name": "pixelflow"},
+    "model": {"heads": 2, "head_dim": 8, "depth": 1, "num_stages": 2},
+    "text": {"encoder": "small", "vocabulary": 60, "width": 16, "depth": 1, "heads": 2, "hidden": 32, "max_length": 16},
+    "optimizer": {"rate": 1e-3, "warm_up": 2, "decay": "linear"},
+    "ema": {"decay": 0.9},
+    "steps": 6, "batch_size": 6, "save_every": 3, "log_every": 1, "device": "cpu",
+}
+IMAGE = {"resolution": 16, "crop": "none"}
+
+
+def pictures(folder, size=16):
+    """A jsonl of plain squares; every third one is held out."""
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        for shape in ("square", "card"):
+            file = f"images/{name}_{shape}.png"
+            picture = Image.new("RGB", (size, size), colour)
+            if shape == "card":
+                picture.paste((128, 128, 128), (0, 0, size, size // 4))
+            picture.save(folder / file)
+            lines.append({"file": file, "captions": [f"{name} {shape}", f"a {name} {shape}"], "tags": [name, "colour"],
+                          "class": name, "subcategory": shape, "split": "held_out" if i % 3 == 2 else "train"})
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def settings(path, out, *words, **sections):
+    raw = {**SETTINGS, "data": {"path": str(path), **IMAGE}, "out": str(out), **sections}
+    return config.parse(raw, words)
+
+
+def train(settings, interrupt=None):
+    """Runs to the end, or until `interrupt(run, step)` says so. Returns (recipe, run)."""
+    accelerator = Accelerator(cpu=True)
+    found = build.collection(settings)
+    run = Run(settings, accelerator, found.held_out)
+    run.open()
+    recipe = build.recipe(settings, found, run.folder)
+    build.write_facts(run.folder, recipe, found)
+    if interrupt:
+        log = run.log
+        run.log = lambda step, **values: (log(step, **values), interrupt(run, step))
+    loop.train(recipe, data.Batches(found.train, settings.data, settings.seed, settings.batch_size), settings, run,
+               accelerator)
+    return recipe, run
+
+
+def toml(folder, path, out):
+    """The same settings as a file, for the command line."""
+    raw = {**SETTINGS, "data": {"path": str(path), **IMAGE}, "out": str(out)}
+    lines = [f"{k} = {json.dumps(v)}" for k, v in raw.items() if not isinstance(v, dict)]
+    for section, values in raw.items():
+        if isinstance(values, dict):
+            lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
+    file = folder / "tiny.toml"
+    file.write_text("\n".join(lines) + "\n")
+    return file

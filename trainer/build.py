@@ -1,0 +1,47 @@
+"""From settings to the things that training needs: data, text encoder, recipe."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import data, encoders
+from .config import Config
+from .recipes import find
+
+TOKENIZER, FACTS = "tokenizer.json", "facts.json"
+
+
+def collection(config: Config) -> data.Collection:
+    return data.read(config.data, need(config))
+
+
+def need(config: Config) -> str:
+    return "captions" if config.text.encoder else "classes"
+
+
+def recipe(config: Config, found: data.Collection, folder: Path | None = None) -> nn.Module:
+    """What is trained, at its start. The weights depend on the seed alone."""
+    torch.manual_seed(config.seed)
+    words = [text for i in found.train for text in (*i.captions, *i.tags)]
+    text = encoders.make(config, words + [t.replace("{}", "") for t in config.data.templates], folder)
+    classes = len(found.classes) or 1 + max(i.label for i in found.train)
+    return find(config.recipe.name)(config, text, classes)
+
+
+def write_facts(folder: Path, recipe: nn.Module, found: data.Collection):
+    """What a run must know to be opened without its data."""
+    facts = {"network": recipe.network(), "classes": found.classes}
+    if recipe.text is not None and not isinstance(recipe.text, encoders.FrozenT5):
+        facts["text"] = {**recipe.text.config, "max_length": recipe.text.max_length}
+        recipe.text.tokenizer.save(str(folder / TOKENIZER))
+    (folder / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def reopened(config: Config, folder: Path) -> nn.Module:
+    """The recipe of a run folder, its weights still to be loaded."""
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    text = encoders.make(config, [], folder, facts if config.text.learn else None)
+    return find(config.recipe.name)(config, text, len(facts["classes"]), facts["network"])

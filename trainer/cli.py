@@ -1,0 +1,217 @@
+"""The commands: python -m trainer {train, data, check, settings, sample, export, evaluate}."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+
+def main(words: list[str] | None = None):
+    top = parser()
+    args, rest = top.parse_known_args(words)
+    if rest and hasattr(args, "settings") and all("=" in word and not word.startswith("-") for word in rest):
+        args.settings += rest  # argparse does not take key=value after an option
+    elif rest:
+        top.error(f"not understood: {' '.join(rest)}")
+    # Said once per process by every bf16 run on a CPU; it is about speed, and there is nothing to do about it.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m trainer", description="Trains the models of PixStack.")
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    def command(run, name, text):
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(run=run)
+        return one
+
+    def with_recipe(one):
+        one.add_argument("recipe", type=Path, help="a TOML file, such as recipes/pixelflow_emoji.toml (shipped)")
+        one.add_argument("settings", nargs="*", metavar="key=value", help="change a setting: optimizer.rate=3e-4")
+
+    def with_run(one):
+        one.add_argument("run_folder", type=Path, metavar="run")
+        one.add_argument("--step", type=int, help="the checkpoint; without it, the newest")
+        one.add_argument("--weights", choices=["ema", "model"], default="ema")
+        one.add_argument("--device", default="cpu")
+
+    def with_sampling(one):
+        one.add_argument("--steps", type=int, help="per stage")
+        one.add_argument("--shift", type=float)
+        one.add_argument("--cfg", type=float)
+        one.add_argument("--seed", type=int)
+
+    one = command(train, "train", "Train by a recipe file; run it again to go on.")
+    with_recipe(one)
+    one.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
+
+    one = command(make_data, "data", "Make a data set.")
+    one.add_argument("set", choices=["emoji"])
+    one.add_argument("--source", type=Path, help="a folder that holds the npm packages; without it, npm fetches them")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--skin-tones", action="store_true", help="the skin tone variants too")
+
+    one = command(check, "check", "Look for everything that is wrong with a recipe's settings and data.")
+    with_recipe(one)
+
+    command(settings, "settings", "List every setting of a recipe file.")
+
+    one = command(sample, "sample", "Make pictures with a run.")
+    with_run(one)
+    one.add_argument("what", nargs="+", metavar="prompt", help="prompts, or class indices")
+    one.add_argument("--out", type=Path, required=True, help="a .png or .jpg: all on one sheet; else a folder")
+    one.add_argument("--height", type=int)
+    one.add_argument("--width", type=int)
+    with_sampling(one)
+
+    one = command(export, "export", "Write the files that ComfyUI loads.")
+    with_run(one)
+    one.add_argument("--out", type=Path, default=Path("assets"), help="gets diffusion_models/ and text_encoders/")
+    one.add_argument("--name", help="of the files; without it, the run's")
+    one.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+
+    one = command(evaluate, "evaluate", "Retrieval of the prompted pictures; see trainer/evaluate.py for the metric.")
+    with_run(one)
+    one.add_argument("--data", type=Path, help="the jsonl; without it, the run's")
+    one.add_argument("--seen", type=int, default=256, help="so many captions that were trained on")
+    one.add_argument("--out", type=Path, required=True, help="a folder: evaluation.json, contact sheets, loss.png")
+    with_sampling(one)
+    return top
+
+
+def train(args):
+    from .config import load
+
+    config = load(args.recipe, args.settings)
+
+    import torch
+    from accelerate import Accelerator
+
+    from . import build, data, encoders, loop
+    from .run import Run
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    # Said outright, because without a GPU accelerate takes the processes of torchrun for separate runs.
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    accelerator = Accelerator(cpu=config.device == "cpu" or not gpu)
+    parts = loop.parts_of(config, accelerator.process_index, accelerator.num_processes)
+    found = build.collection(config)
+    batches = data.Batches(found.train, config.data, config.seed, config.batch_size)
+    if args.dry_run:
+        from . import plan
+
+        recipe = plan.on_meta(lambda: build.recipe(config, found))
+        lines = plan.describe(config, found, recipe, batches, parts, accelerator.num_processes,
+                              cpu=accelerator.device.type == "cpu")
+        return accelerator.print("\n".join(lines))
+
+    run = Run(config, accelerator, found.held_out)
+    run.open()
+    recipe = build.recipe(config, found, run.folder).to(accelerator.device)
+    if isinstance(recipe.text, encoders.FrozenT5):
+        captions = [c for i in found.train + found.held_out for c in i.captions]
+        with accelerator.main_process_first():
+            recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
+    if config.compile:
+        recipe.compile_blocks()
+    if accelerator.is_main_process:
+        build.write_facts(run.folder, recipe, found)
+        print(f"{config.folder}: {data.summary(found)}; {sum(p.numel() for p in recipe.parameters()):,} parameters")
+    step = loop.train(recipe, batches, config, run, accelerator)
+    if accelerator.is_main_process:
+        print(f"step {step} of {config.steps}: {config.folder}")
+    accelerator.end_training()
+
+
+def make_data(args):
+    from . import emoji
+
+    print(emoji.build(args.out, args.source, args.skin_tones))
+
+
+def check(args):
+    from tqdm import tqdm
+
+    from . import check
+    from .config import load
+
+    errors, remarks = check.check(load(args.recipe, args.settings), lambda items, total: tqdm(items, total=total))
+    print("\n".join(remarks))
+    if errors:
+        raise ValueError("this data set cannot be trained on.\n  " + "\n  ".join(errors))
+    print("nothing stands in the way of training.")
+
+
+def settings(args):
+    from . import settings
+
+    print("\n".join(settings.describe()))
+
+
+def sample(args):
+    from .export import open_run
+    from .run import sheet, to_images
+
+    recipe, config, _ = open_run(args.run_folder, args.step, args.weights, args.device)
+    if recipe.text is None and not all(w.isdigit() for w in args.what):
+        raise ValueError(f"{args.run_folder} knows classes, not prompts: give class indices.")
+    s, side = config.samples, config.data.resolution
+    what = args.what if recipe.text is not None else [int(w) for w in args.what]
+    height, width = (a or b or side for a, b in ((args.height, s.height), (args.width, s.width)))
+    pictures = recipe.sample(what, height, width, **sampling(args, s))
+    if args.out.suffix:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        sheet(pictures).save(args.out)
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(to_images(pictures)):
+            picture.save(args.out / f"{i:03d}.png")
+    print(args.out)
+
+
+def sampling(args, settings) -> dict:
+    """The words of the command line, else the run's own."""
+    names = ("steps", "shift", "cfg", "seed")
+    return {n: getattr(settings, n) if getattr(args, n) is None else getattr(args, n) for n in names}
+
+
+def export(args):
+    from . import export
+
+    name = args.name or args.run_folder.resolve().name
+    for path in export.export(args.run_folder, args.out, name, args.dtype, args.step, args.weights):
+        print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+
+
+def evaluate(args):
+    import torch
+    from tqdm import tqdm
+
+    from . import evaluate
+    from .export import open_run
+
+    recipe, config, step = open_run(args.run_folder, args.step, args.weights, args.device)
+    path, how = args.data or Path(config.data.path), sampling(args, config.samples)
+    if recipe.text is None or not path.is_file():
+        raise ValueError("evaluate needs a run with prompts and a jsonl data set (--data).")
+    results, rows = evaluate.evaluate(recipe, config, path, args.seen, progress=tqdm, **how)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split in results:
+        some = [r for r in rows if r[1] == split][:48]
+        evaluate.contact_sheet([r[0] for r in some], torch.stack([r[2] for r in some]), 8,
+                               notes=[f"#{r[3] + 1}" for r in some]).save(args.out / f"{split}.png")
+    report = {"step": step, "weights": args.weights, "sampling": how, "results": results}
+    (args.out / "evaluation.json").write_text(json.dumps(report, indent=2))
+    evaluate.loss_curve(args.run_folder / "log.jsonl").save(args.out / "loss.png")
+    if prompts := config.samples.prompts:
+        pictures = recipe.sample(prompts, config.data.resolution, config.data.resolution, **how)
+        evaluate.contact_sheet(prompts, pictures).save(args.out / "prompts.png")
+    print(json.dumps(report, indent=2))

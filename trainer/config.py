@@ -1,0 +1,383 @@
+"""Settings: dataclasses with the doc under the field, read from TOML and `key=value` words, strictly.
+
+Everything wrong is found and reported together, before anything is allocated; past that edge nobody checks again.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Data:
+    kind: str = "jsonl"
+    """jsonl: one object a line (file, caption or captions, tags, class, split). folder: pictures with a same-name .txt
+    or .json. classes: one folder per class (ImageNet layout)."""
+    path: str = ""
+    """The .jsonl file, or the folder."""
+    held_out_path: str = ""
+    """Folders only: the held-out pictures (a jsonl names its split itself)."""
+    resolution: int = 256
+    crop: str = "random"
+    """random: short side to 1.125 x resolution, random crop (the paper). centre: ADM's centre crop. none: the picture
+    is square already, and is only resized when its size differs."""
+    flip: bool = False
+    """Mirror half of the pictures. The paper does; leave it off where captions say left and right."""
+    cache: bool = True
+    """Keep decoded pictures in memory as uint8, where the crop is fixed (none or centre) and all fit into 2 GiB."""
+    workers: int = 4
+    """Threads that decode pictures."""
+    tag_share: float = 0.0
+    """How often a caption is followed by some of the item's tags."""
+    tag_count: int = 2
+    templates: list[str] = field(default_factory=list)
+    """Frames such as "a picture of {}" that a caption is put into ..."""
+    template_share: float = 0.0
+    """... this often."""
+
+
+@dataclass(frozen=True)
+class Text:
+    encoder: str = ""
+    """Empty: class-conditional. small: a new T5 of the sizes below. A .safetensors file: a T5 that `export` wrote. Else
+    a folder or name that transformers reads (google/flan-t5-xl), frozen, its embeddings kept in `cache`."""
+    learn: bool = True
+    """Train the encoder together with the model, where it is small or a file of ours."""
+    tokenizer: str = ""
+    """A tokenizer.json; empty with encoder=small: a unigram model of `vocabulary` pieces is made from the captions."""
+    vocabulary: int = 4000
+    width: int = 256
+    depth: int = 4
+    heads: int = 4
+    hidden: int = 1024
+    """Width of the feed-forward layers."""
+    max_length: int = 64
+    """Tokens after which a caption is cut."""
+    rate: float = 1.0
+    """Learning rate of the text encoder, as a multiple of optimizer.rate."""
+    cache: str = ""
+    """Folder for the embeddings of a frozen encoder, which runs may share; empty: inside the run folder."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether transformers reads the encoder."""
+        return self.encoder not in ("", "small") and not self.encoder.endswith(".safetensors")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: str = "adamw"
+    """adamw, or muon: Muon for the hidden matrices, AdamW for everything else."""
+    rate: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    muon_rate: float = 0.01
+    """Learning rate of the matrices that Muon trains."""
+    muon_momentum: float = 0.95
+    warm_up: int = 0
+    """Steps over which the rate rises from zero."""
+    decay: str = "constant"
+    """constant, cosine or linear: down to zero ..."""
+    decay_from: float = 0.0
+    """... starting at this share of the steps (0.8 = the last fifth)."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 = no limit."""
+
+
+@dataclass(frozen=True)
+class Ema:
+    decay: float = 0.9999
+    """0 = no moving average."""
+    warm_up: bool = False
+    """Use (1 + step) / (10 + step) while that is lower: the average forgets the random start sooner."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    every: int = 0
+    """Steps between sample grids; 0 = none."""
+    prompts: list[str] = field(default_factory=list)
+    classes: list[int] = field(default_factory=list)
+    steps: int = 10
+    """Per stage."""
+    shift: float = 1.0
+    cfg: float = 4.0
+    seed: int = 0
+    height: int = 0
+    """0 = data.resolution"""
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Validation:
+    every: int = 0
+    """Steps between measurements of the loss on the held-out pictures, with fixed noise; 0 = none."""
+    items: int = 256
+    """At most so many pictures."""
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"
+    recipe: Any = None
+    """[recipe] name = "...": what the loss is; its other settings belong to the recipe."""
+    model: Any = None
+    """[model]: settings of the network, defined by the recipe."""
+    data: Data = Data()
+    text: Text = Text()
+    optimizer: Optimizer = Optimizer()
+    ema: Ema = Ema()
+    samples: Samples = Samples()
+    validation: Validation = Validation()
+
+    out: str = "runs/{name}"
+    """The run folder. If it holds a checkpoint, the run goes on from there."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint if the settings that shape the result are the same. changed: go on with
+    other settings. never: refuse a folder that holds a run."""
+    init_from: str = ""
+    """A checkpoint (released or ours) whose weights the network starts from."""
+    seed: int = 0
+    steps: int = 100_000
+    batch_size: int = 64
+    """Samples per optimizer step, over all processes and accumulation rounds."""
+    micro_batch_size: int = 0
+    """Samples per forward pass and process; lower it when memory runs out, the result is the same. 0 = as large as
+    batch_size allows."""
+    precision: str = "bf16"
+    """bf16: float32 weights under autocast. fp32."""
+    device: str = "auto"
+    """auto: the GPUs that accelerate or torchrun gives (CUDA_VISIBLE_DEVICES narrows them), else the CPU. cpu."""
+    threads: int = 0
+    """CPU threads of torch; 0 = torch's choice."""
+    compile: bool = False
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass: less memory, a third more work."""
+    save_every: int = 1000
+    keep: int = 3
+    """Newest checkpoints kept; 0 = all."""
+    log_every: int = 10
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out.format(name=self.name))
+
+    def problems(self) -> list[str]:
+        found = []
+
+        def need(good, sentence):
+            if not good:
+                found.append(sentence)
+
+        def one_of(name, value, *choices):
+            need(value in choices, f"{name}={value!r} is none of {', '.join(choices)}{nearest(value, choices)}.")
+
+        one_of("data.kind", self.data.kind, "jsonl", "folder", "classes")
+        one_of("data.crop", self.data.crop, "random", "centre", "none")
+        one_of("optimizer.name", self.optimizer.name, "adamw", "muon")
+        if self.optimizer.name == "muon":
+            import torch
+
+            need(hasattr(torch.optim, "Muon"), f"optimizer.name='muon' needs torch 2.9 or newer, this is "
+                                               f"{torch.__version__}: use adamw.")
+        one_of("optimizer.decay", self.optimizer.decay, "constant", "cosine", "linear")
+        one_of("precision", self.precision, "bf16", "fp32")
+        one_of("device", self.device, "auto", "cpu")
+        one_of("resume", self.resume, "auto", "changed", "never")
+        for name, path in (("data.path", self.data.path), ("data.held_out_path", self.data.held_out_path),
+                           ("init_from", self.init_from), ("text.tokenizer", self.text.tokenizer)):
+            need(not path or Path(path).expanduser().exists(), f"{name}={path!r}: there is no such file or folder.")
+        need(self.data.path, "data.path is empty: name the pictures.")
+        path = Path(self.data.path).expanduser()
+        if self.data.path and path.exists():
+            need(path.is_file() == (self.data.kind == "jsonl"),
+                 f"data.path={self.data.path!r} is a {'file' if path.is_file() else 'folder'}, and data.kind="
+                 f"{self.data.kind!r} takes a {'file' if self.data.kind == 'jsonl' else 'folder'}.")
+        if self.text.encoder.endswith(".safetensors"):
+            need(Path(self.text.encoder).expanduser().is_file(), f"text.encoder={self.text.encoder!r}: no such file.")
+        for name in ("steps", "batch_size", "save_every", "log_every", "data.resolution", "data.workers",
+                     "samples.steps", "text.max_length", "text.vocabulary", "text.width", "text.depth", "text.heads"):
+            value = look_up(self, name)
+            need(value >= 1, f"{name}={value} must be at least 1.")
+        for name in ("micro_batch_size", "threads", "keep", "samples.every", "validation.every", "optimizer.warm_up",
+                     "optimizer.weight_decay", "optimizer.clip"):
+            value = look_up(self, name)
+            need(value >= 0, f"{name}={value} must not be negative.")
+        for name in ("data.tag_share", "data.template_share", "optimizer.decay_from"):
+            value = look_up(self, name)
+            need(0 <= value <= 1, f"{name}={value} is outside [0, 1].")
+        for name in ("optimizer.rate", "optimizer.muon_rate"):
+            value = look_up(self, name)
+            need(0 < value < 1, f"{name}={value} is outside (0, 1).")
+        need(0 <= self.ema.decay < 1, f"ema.decay={self.ema.decay} is outside [0, 1).")
+        need(len(self.optimizer.betas) == 2 and all(0 <= b < 1 for b in self.optimizer.betas),
+             f"optimizer.betas={self.optimizer.betas} must be two numbers in [0, 1).")
+        micro = self.micro_batch_size
+        need(micro < 1 or self.batch_size % micro == 0,
+             f"batch_size={self.batch_size} is not a multiple of micro_batch_size={micro}.")
+        need(all("{}" in t for t in self.data.templates), "data.templates: each one needs a {} where the caption goes.")
+        need(self.text.width % max(self.text.heads, 1) == 0 or self.text.encoder != "small",
+             f"text.width={self.text.width} is not a multiple of text.heads={self.text.heads}.")
+        return found
+
+
+def load(path: Path, words: list[str] = ()) -> Config:
+    """The settings of a TOML file, changed by words such as `optimizer.rate=3e-4`."""
+    return parse(read_toml(path), words, str(path))
+
+
+def read_toml(path) -> dict:
+    found = next((p for p in (Path(path), HERE / path, HERE / "recipes" / path) if p.is_file()), None)
+    if found is None:
+        shipped = ", ".join(sorted(f"recipes/{p.name}" for p in (HERE / "recipes").glob("*.toml")))
+        raise ValueError(f"{path}: there is no such recipe file. Shipped with the trainer: {shipped}.")
+    try:
+        return tomllib.loads(found.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{found} is not valid TOML: {error}") from None
+
+
+def parse(raw: dict, words=(), origin="the settings", check: bool = True) -> Config:
+    """check: also look at values and files, not only at names and types (a finished run's data may be gone)."""
+    from .recipes import RECIPES, find
+
+    problems = []
+    raw = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            problems.append(f"{word!r} is not of the form key=value.")
+            continue
+        section, key = raw, name.strip()
+        if "." in key:
+            section_name, key = key.split(".", 1)
+            section = raw.setdefault(section_name, {})
+        section[key] = value_of(text)
+
+    recipe = raw.get("recipe", {})
+    name = recipe.pop("name", None) if isinstance(recipe, dict) else None
+    if name not in RECIPES:
+        problems.append(f"[recipe] name = {name!r} is none of {', '.join(RECIPES)}{nearest(name, RECIPES)}.")
+        kinds = {}
+    else:
+        kinds = {"recipe": find(name).Settings, "model": find(name).Model}
+    config = build(Config, raw, kinds, problems)
+    if config and kinds:
+        config = dataclasses.replace(config, **{k: getattr(config, k) or kind() for k, kind in kinds.items()})
+    if config and check:  # what did not fit stands at its default here, so that everything else is still looked at
+        problems += config.problems()
+        if kinds and not any(p.startswith("model.") for p in problems):
+            problems += find(name).problems(config)
+    if problems:
+        raise ValueError(f"{origin} cannot work:\n  " + "\n  ".join(problems))
+    return config
+
+
+def value_of(text: str):
+    """A word's value as TOML reads it; what TOML cannot read is a plain string."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    good = {}
+    for key, value in raw.items():
+        full = prefix + key
+        if key not in names:
+            problems.append(f"{full} is not a setting{nearest(key, names)}.")
+            continue
+        kind = kinds.get(key, hints[key])
+        if dataclasses.is_dataclass(kind):
+            if isinstance(value, dict):
+                good[key] = build(kind, value, {}, problems, f"{full}.")
+            else:
+                problems.append(f"{full} is a section, [{full}], not a value ({value!r}).")
+        elif kind is Any:
+            pass  # a section of an unknown recipe, already reported
+        else:
+            value, fits = convert(value, kind)
+            if fits:
+                good[key] = value
+            else:
+                problems.append(f"{full}={value!r} should be {describe(kind)}.")
+    try:
+        return cls(**good)
+    except (TypeError, ValueError) as error:
+        problems.append(f"{prefix or 'settings: '}{error}")
+        return None
+
+
+def convert(value, kind):
+    """(value as `kind`, whether it fits). An int serves as a float, and nothing else is bent."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, UnionType):
+        for one in args:
+            converted, fits = convert(value, one)
+            if fits:
+                return converted, True
+        return value, False
+    if origin is list:
+        if not isinstance(value, list):
+            return value, False
+        pairs = [convert(v, args[0]) for v in value]
+        return [v for v, _ in pairs], all(fits for _, fits in pairs)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value), True
+    return value, isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def describe(kind) -> str:
+    if typing.get_origin(kind) is list:
+        return f"a list of {typing.get_args(kind)[0].__name__}"
+    if typing.get_args(kind):
+        return " or ".join(describe(k) for k in typing.get_args(kind) if k is not type(None))
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(kind, str(kind))
+
+
+def nearest(name, choices) -> str:
+    close = difflib.get_close_matches(str(name), [str(c) for c in choices], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}" if close else ""
+
+
+def look_up(config, name: str):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def differences(old: Config, new: Config, free: set[str]) -> list[str]:
+    """Settings with other values, in words, without those that are `free` to change."""
+    found = []
+
+    def compare(a: dict, b: dict, prefix: str):
+        for key in a.keys() | b.keys():
+            name = prefix + key
+            if isinstance(a.get(key), dict) and isinstance(b.get(key), dict) and name not in free:
+                compare(a[key], b[key], name + ".")
+            elif a.get(key) != b.get(key) and name not in free:
+                found.append(f"{name} was {a.get(key)!r}, now {b.get(key)!r}")
+
+    compare(as_dict(old), as_dict(new), "")
+    return sorted(found)
+
+
+def as_dict(config: Config) -> dict:
+    raw = dataclasses.asdict(config)
+    raw["recipe"] = {"name": config.recipe.name, **raw["recipe"]}
+    return raw

@@ -1,0 +1,46 @@
+"""From a run to the files that ComfyUI loads: weights in the released key names, the configuration in the metadata."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..models_impl import state_dict
+from . import build, config
+from .run import checkpoints, read_tensors, restore_module
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+def open_run(folder: Path, step: int | None = None, weights: str = "ema", device: str = "cpu"):
+    """The trained recipe of a run folder, ready to sample: (recipe, settings, step)."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is not a run folder: it has no config.json.")
+    found = checkpoints(folder)
+    steps = [int(p.name) for p in found]
+    if not found or (step is not None and step not in steps):
+        raise ValueError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}; there are: "
+                         f"{', '.join(map(str, steps)) or 'none'}.")
+    chosen = found[-1 if step is None else steps.index(step)]
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = config.parse(raw, (), f"the settings of {folder}", check=False)
+    recipe = build.reopened(settings, folder)
+    restore_module(recipe, read_tensors(chosen / "model.safetensors"))
+    if weights == "ema" and (chosen / "ema.safetensors").exists():
+        recipe.load_state_dict(read_tensors(chosen / "ema.safetensors"), strict=False)
+    return recipe.to(device).eval(), settings, int(chosen.name)
+
+
+def export(folder: Path, out: Path, name: str, dtype: str = "bf16", step: int | None = None, weights: str = "ema"):
+    """Writes the files of the recipe, for PixelFlow out/diffusion_models/NAME_RESOLUTION.safetensors, and
+    out/text_encoders/NAME_t5.safetensors where an encoder was trained. Returns their paths."""
+    recipe, settings, step = open_run(folder, step, weights)
+    written = []
+    for pattern, (tensors, metadata) in recipe.files().items():
+        path = out / pattern.format(name=name)
+        origin = {"pixstack.run": json.dumps({"name": settings.name, "step": step, "weights": weights})}
+        tensors = {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in tensors.items()}
+        state_dict.write_file(path, tensors, {**metadata, **origin})
+        written.append(path)
+    return written
