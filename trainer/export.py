@@ -26,9 +26,10 @@ def open_run(folder: Path, step: int | None = None, weights: str = "ema", device
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings = config.parse(raw, (), f"the settings of {folder}", check=False)
     recipe = build.reopened(settings, folder)
-    restore_module(recipe, read_tensors(chosen / "model.safetensors"))
+    tensors = read_tensors(chosen / "model.safetensors")
     if weights == "ema" and (chosen / "ema.safetensors").exists():
-        recipe.load_state_dict(read_tensors(chosen / "ema.safetensors"), strict=False)
+        tensors.update(read_tensors(chosen / "ema.safetensors"))  # parameters only; buffers stay the model's
+    restore_module(recipe, tensors)
     return recipe.to(device).eval(), settings, int(chosen.name)
 
 

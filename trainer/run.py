@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -83,7 +84,8 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
-        self.bar = tqdm(total=self.config.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
+        self.bar = tqdm(total=self.config.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
+                        mininterval=0.1 if sys.stderr.isatty() else 60)  # a log file needs no line a step
         self.clock = (time.perf_counter(), step)
 
     def listen(self):
