@@ -1,6 +1,7 @@
 """Attention as a plain function, dense and packed. Models take it as an argument, so a host can give its own."""
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -28,9 +29,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     q: (B, H, N, D); k, v: (B, H, L, D); mask: bool, broadcastable to (B, H, N, L), True = keep. Returns (B, H, N, D).
     """
-    if q.requires_grad and not q.is_cuda and q.shape[-2] * k.shape[-2] <= SHORT:
-        # On a CPU the backward of the fused kernel costs more than two plain products for short sequences: a training
-        # step of the emoji recipe takes 0.85 of the time.
+    if q.requires_grad and q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= SHORT:
+        # On a CPU the backward pass of the fused kernel costs more than two plain products for short sequences, most of
+        # all in bfloat16: so a training step of the emoji recipe takes 0.85 of the time.
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # (B, H, N, L)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
@@ -57,11 +58,12 @@ def packed_attention(
 
 def packed_backends(q: Tensor) -> dict:
     """The packed variants that can take `q`, fastest first; the last one, per-segment SDPA, takes anything."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
+    flash = (q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+             and torch.cuda.get_device_capability(q.device) >= (8, 0))
     usable = {}
-    if q.is_cuda and half and flash_attn_varlen_func is not None:
+    if flash and flash_attn_varlen_func is not None:
         usable["flash_attn"] = _flash_attn
-    if q.is_cuda and half and varlen_attn is not None:
+    if flash and varlen_attn is not None:
         usable["varlen"] = _varlen
     if q.is_cuda and memory_efficient_attention is not None:
         usable["xformers"] = _xformers
@@ -69,20 +71,19 @@ def packed_backends(q: Tensor) -> dict:
     return usable
 
 
-def _offsets(lengths: list[int], device) -> Tensor:
+@lru_cache(maxsize=8)  # every block of a forward pass asks again, and each answer waits for the GPU
+def _offsets(lengths: tuple[int, ...], device) -> Tensor:
     return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
 
 
 def _flash_attn(q, k, v, lengths_q, lengths_k):
-    return flash_attn_varlen_func(
-        q, k, v, _offsets(lengths_q, q.device), _offsets(lengths_k, q.device), max(lengths_q), max(lengths_k)
-    )
+    offsets_q, offsets_k = _offsets(tuple(lengths_q), q.device), _offsets(tuple(lengths_k), q.device)
+    return flash_attn_varlen_func(q, k, v, offsets_q, offsets_k, max(lengths_q), max(lengths_k))
 
 
 def _varlen(q, k, v, lengths_q, lengths_k):
-    return varlen_attn(
-        q, k, v, _offsets(lengths_q, q.device), _offsets(lengths_k, q.device), max(lengths_q), max(lengths_k)
-    )
+    offsets_q, offsets_k = _offsets(tuple(lengths_q), q.device), _offsets(tuple(lengths_k), q.device)
+    return varlen_attn(q, k, v, offsets_q, offsets_k, max(lengths_q), max(lengths_k))
 
 
 def _xformers(q, k, v, lengths_q, lengths_k):

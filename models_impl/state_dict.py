@@ -72,18 +72,22 @@ def _read_torch_file(path: Path) -> dict:
                 tensors = torch.load(file if named else path, map_location="cpu", weights_only=True,
                                      mmap=not named and _is_zip(path))
     except pickle.UnpicklingError as error:
+        if "truncated" in str(error):
+            raise ValueError(_cut(path, error)) from error
         raise ValueError(
             f"{path.name} holds more than weights ({_first_line(error)}), so it is not opened: unpickling it could run "
             "code. Get a safetensors file, or convert it where you trust it."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path.name} is not a whole torch file ({_first_line(error)}): {path.stat().st_size:,} bytes are there. "
-            "Compare its size with the original and download it again."
-        ) from error
+        raise ValueError(_cut(path, error)) from error
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{path.name} holds a {type(tensors).__name__}, not a table of weights.")
     return dict(tensors)
+
+
+def _cut(path: Path, error: BaseException) -> str:
+    return (f"{path.name} is not a whole torch file ({_first_line(error)}): {path.stat().st_size:,} bytes are there. "
+            "Compare its size with the original and download it again.")
 
 
 def _is_zip(path: Path) -> bool:
@@ -135,6 +139,12 @@ def family_of(keys: Iterable[str]) -> str | None:
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], what: str):
     """Load every weight, or raise ValueError that counts and names those that do not fit."""
+    check_fit(module, tensors, what)
+    module.load_state_dict(tensors, strict=True)
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], what: str):
+    """Raise ValueError that counts and names the weights that do not fit, if there are any."""
     own = module.state_dict()
     missing = [key for key in own if key not in tensors]
     unexpected = [key for key in tensors if key not in own]
@@ -145,7 +155,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], what: str):
                   if names]
     if complaints:
         raise ValueError(f"The weights do not fit {what}. " + "; ".join(complaints) + ".")
-    module.load_state_dict(tensors, strict=True)
 
 
 def metadata_config(metadata: Mapping[str, str], family: str) -> dict | None:

@@ -70,6 +70,26 @@ def test_a_width_that_the_released_head_size_does_not_divide_asks_for_the_config
         checkpoint.read(network(CLASS).state_dict())
 
 
+def test_a_yaml_beside_the_file_counts_only_where_it_fits(tmp_path):
+    small = "model: {params: {num_attention_heads: 2, attention_head_dim: 8, depth: 2, num_classes: 5}}"
+    (tmp_path / "config.yaml").write_text(small + "\nscheduler: {num_stages: 3}")
+    beside = checkpoint.config_beside(tmp_path / "model.pt")
+    assert checkpoint.read(network(CLASS).state_dict(), beside=beside)[0].head_dim == 8
+    ours, _ = checkpoint.read(network(TEXT).state_dict(), checkpoint.metadata(TEXT), beside=beside)
+    assert ours == TEXT
+    released = PixelFlowConfig(heads=1, head_dim=72, depth=1, num_classes=3)
+    found, _ = checkpoint.read(PixelFlow(released).state_dict(), beside=beside)
+    assert (found.head_dim, found.num_classes) == (72, 3)
+
+
+@pytest.mark.parametrize("key", ["proj_out_2.weight", "transformer_blocks.0.attn1.q_proj.weight"])
+def test_a_file_that_lacks_what_its_shape_is_read_from_is_named_as_incomplete(key):
+    weights = network(CLASS).state_dict()
+    del weights[key]
+    with pytest.raises(ValueError, match=f"not whole: it has no {key}"):
+        checkpoint.read(weights, config=CLASS.as_dict())
+
+
 def test_a_configuration_that_contradicts_the_weights_is_refused():
     with pytest.raises(ValueError, match="depth=3, the weights say 2"):
         checkpoint.read(network(CLASS).state_dict(), config={**CLASS.as_dict(), "depth": 3})
@@ -269,13 +289,24 @@ def test_a_cascade_that_ends_early_gives_the_clean_estimate():
     torch.testing.assert_close(draft, smooth)
 
 
+def test_an_adaptive_draft_is_estimated_at_the_end_of_its_stage():
+    stages, told = Stages(2), []
+    x = torch.randn(1, 3, 4, 4)
+    schedule = Schedule.build(stages, 4, solver="dopri5", end_stage=0)
+    draft = sampling.sample(field, x, schedule, noise_of, told.append)
+    state = sampling.sample(field, x, Schedule(stages, schedule.plans, "dopri5"), noise_of)
+    velocity = field(state, stages.last_timestep[0], 0, 1.0)
+    torch.testing.assert_close(draft, stages.denoised(state, velocity, 0, 1.0))
+    assert told[-1].step == told[-1].steps - 1
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_cascade_started_from_a_picture_gets_back_to_it(stage):
     stages, image = Stages(3), sampling.double(sampling.double(sampling.double(torch.rand(1, 3, 4, 4) * 2 - 1)))
     size = sampling.stage_size(32, 32, stage, 3)
     noise = torch.randn(1, 3, *size)
     small = sampling.shrink(image, stage, 3)
-    x = sampling.start_from_image(image, stage, noise, stages)
+    x, _ = sampling.training_pair(small, stage, torch.zeros(1), noise, stages)
     velocity = (stages.end[stage] - stages.start[stage]) * (small - noise)
     torch.testing.assert_close(stages.denoised(x, velocity, stage, 0.0), small, rtol=1e-5, atol=1e-5)
 

@@ -15,8 +15,10 @@ WIDTH = 32  # of the text tokens
 EMBEDDED = (("diffusion_models", "pixelflow_emoji_64.safetensors"), ("text_encoders", "pixelflow_emoji_t5.safetensors"))
 
 
-def tiny_pixelflow(path: Path, text: bool = True, num_stages: int = 4, resolution: int = 64) -> PixelFlowConfig:
-    condition = dict(context_dim=WIDTH) if text else dict(num_classes=1000)
+def tiny_pixelflow(
+    path: Path, text: bool = True, num_stages: int = 4, resolution: int = 64, num_classes: int = 1000
+) -> PixelFlowConfig:
+    condition = dict(context_dim=WIDTH) if text else dict(num_classes=num_classes)
     config = PixelFlowConfig(
         heads=2, head_dim=8, depth=1, num_stages=num_stages, resolution=resolution, **condition
     )

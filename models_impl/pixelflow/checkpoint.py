@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -16,13 +18,18 @@ RELEASED_RESOLUTION = {"class": 256, "text": 1024}
 
 
 def read(
-    tensors: Mapping, metadata: Mapping[str, str] | None = None, weights: str = "ema", config: Mapping | None = None
+    tensors: Mapping,
+    metadata: Mapping[str, str] | None = None,
+    weights: str = "ema",
+    config: Mapping | None = None,
+    beside: Mapping | None = None,
 ) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
     """(configuration, weights under the released key names) from the contents of a file (`state_dict.read_file`).
 
     weights: "ema" or "model", which of the two to take from a training file {model, ema, opt, args}; EMA falls back to
-    the model when there is none. config: entries of a `config.yaml` that lies beside the file, where one does; they
-    complete and must not contradict what the shapes say. Raises ValueError for a file of another family.
+    the model when there is none. config: entries that complete and must not contradict what the shapes say. beside: the
+    same from `config_beside`, which may be of another file in the folder: it counts where it fits and the file itself
+    says nothing. Raises ValueError for a file of another family.
     """
     if weights not in ("ema", "model"):
         raise ValueError(f"weights={weights!r} must be 'ema' or 'model'.")
@@ -32,12 +39,39 @@ def read(
         found = family_of(tensors)
         what = f"The keys are those of {found}." if found else f"Its first keys are {', '.join(list(tensors)[:3])}."
         raise ValueError(f"This is not a PixelFlow checkpoint. {what}")
+    missing = [key for key in ("proj_out_2.weight", "transformer_blocks.0.attn1.q_proj.weight") if key not in tensors]
+    if missing:
+        raise ValueError(f"This PixelFlow checkpoint is not whole: it has no {', '.join(missing)}.")
     stated = {**(metadata_config(metadata or {}, FAMILY) or {}), **PixelFlowConfig.entries_of(config or {})}
+    if not stated and beside is not None:
+        stated = _if_it_fits(PixelFlowConfig.entries_of(beside), tensors)
     shapes = _from_shapes(tensors, stated.get("head_dim", RELEASED_HEAD_DIM))
     for name in shapes.keys() & stated.keys():
         if stated[name] != shapes[name]:
             raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
     return PixelFlowConfig(**{**_trained_for(shapes, stated), **shapes, **stated}), tensors
+
+
+def config_beside(path: str | os.PathLike) -> dict | None:
+    """The yaml of a release or a training run that lies beside its checkpoint: `<same name>.yaml` or `config.yaml`."""
+    import yaml  # comes with ComfyUI and with transformers; nothing else here needs it
+
+    path = Path(path)
+    for candidate in (path.with_suffix(".yaml"), path.with_name("config.yaml")):
+        if candidate.is_file():
+            entries = yaml.safe_load(candidate.read_text(encoding="utf-8"))
+            model = entries.get("model") if isinstance(entries, dict) else None
+            if isinstance(model, dict) and "attention_head_dim" in model.get("params", {}):  # else another family's
+                return {"model": model, "scheduler": entries.get("scheduler") or {}}
+    return None
+
+
+def _if_it_fits(entries: dict, tensors: Mapping[str, Tensor]) -> dict:
+    try:
+        shapes = _from_shapes(tensors, entries.get("head_dim", RELEASED_HEAD_DIM))
+    except ValueError:
+        return {}
+    return entries if all(entries[name] == shapes[name] for name in shapes.keys() & entries.keys()) else {}
 
 
 def metadata(config: PixelFlowConfig) -> dict[str, str]:

@@ -29,15 +29,13 @@ def rope_table(height: int, width: int, head_dim: int, device=None, theta: float
     not rescaled between stages.
     """
     quarter = head_dim // 4
-    # The frequencies are made in float64, as numpy made those that the weights were trained with.
-    frequency = theta ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+    # In float64, as numpy made those that the weights were trained with, so on the CPU: not every GPU has it.
+    frequency = theta ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     row, column = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64, device=device),
-        torch.arange(width, dtype=torch.float64, device=device),
-        indexing="ij",
+        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
     )
     angle = torch.cat((column.flatten()[:, None] * frequency, row.flatten()[:, None] * frequency), dim=1)
-    return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).float().to(device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

@@ -336,19 +336,6 @@ def jump(x: Tensor, stage: int, noise: Tensor, stages: Stages) -> Tensor:
     return alpha * double(x) + beta * noise.to(x)
 
 
-def start_from_image(image: Tensor, stage: int, noise: Tensor, stages: Stages) -> Tensor:
-    """The state at the start of `stage` for a known picture: how a cascade begins in the middle.
-
-    image: (B, C, H, W) at full size, in [-1, 1]; noise: white, at the stage's size.
-    """
-    height, width = noise.shape[-2:]
-    factor = image.shape[-2] // height
-    if image.shape[-2:] != (height * factor, width * factor):
-        raise ValueError(f"A picture of {image.shape[-1]}x{image.shape[-2]} does not shrink to {width}x{height}.")
-    small = F.avg_pool2d(image, factor)
-    return torch.lerp(noise, double(F.avg_pool2d(small, 2)) if stage else small, stages.start[stage])
-
-
 # --- Sampling
 
 @dataclass(frozen=True)
@@ -469,6 +456,7 @@ def _dopri5(predict: Predict, x: Tensor, plan: StagePlan, stages: Stages, report
                 return _between(x, ahead, middle, dt * v, dt * slopes[-1], (end - t) / dt)
             x, v, t = ahead, slopes[-1], t + dt if end - t > dt else end
         dt *= min(10.0, max(0.2 if ratio > 1 else 1.0, 0.9 * max(ratio, 1e-10) ** -0.2))
+    report(plan.steps - 1, x, v, t)  # a draft is made of this estimate
     return x
 
 

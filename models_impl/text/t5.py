@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from ..state_dict import load_into, metadata_config, read_file
+from . import MAX_LENGTH, T5_FAMILY
 
-FAMILY = "t5_encoder"
 CONFIG_ENTRIES = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "vocab_size", "is_gated_act", "dense_act_fn",
                   "relative_attention_num_buckets", "layer_norm_epsilon")
-MAX_LENGTH = 512
 
 
 class TextEncoder(nn.Module):
@@ -44,7 +43,7 @@ class TextEncoder(nn.Module):
     def read(cls, path) -> TextEncoder:
         """From a file of ours. Raises ValueError for any other."""
         tensors, metadata = read_file(path)
-        config = metadata_config(metadata, FAMILY)
+        config = metadata_config(metadata, T5_FAMILY)
         if config is None or "pixstack.tokenizer" not in metadata:
             raise ValueError(f"{path} is not a text encoder with its tokenizer, as the trainer exports it.")
         encoder = cls(config, Tokenizer.from_str(metadata["pixstack.tokenizer"]))
@@ -58,7 +57,7 @@ class TextEncoder(nn.Module):
 
     def metadata(self) -> dict[str, str]:
         return {
-            "pixstack.family": FAMILY,
+            "pixstack.family": T5_FAMILY,
             "pixstack.config": json.dumps({**self.config, "max_length": self.max_length}),
             "pixstack.tokenizer": self.tokenizer.to_str(),
         }

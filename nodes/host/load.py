@@ -7,10 +7,9 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.utils
 import torch
-import yaml
 
 from ...models_impl.pixelflow import checkpoint
-from ...models_impl.state_dict import load_into, read_file
+from ...models_impl.state_dict import check_fit, read_file
 from . import pixelflow
 
 DTYPES = {
@@ -36,7 +35,7 @@ def load_pixelflow(path: str, weights: str = "ema", dtype: torch.dtype | None = 
     """A PixelFlow file as a ModelPatcher; dtype None lets ComfyUI choose the storage."""
     file = Path(path)
     try:
-        config, tensors = checkpoint.read(*read_file(file), weights=weights, config=config_beside(file))
+        config, tensors = checkpoint.read(*read_file(file), weights=weights, beside=checkpoint.config_beside(file))
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
     model_config = pixelflow.ModelConfig(config)
@@ -44,22 +43,15 @@ def load_pixelflow(path: str, weights: str = "ema", dtype: torch.dtype | None = 
     if dtype is None:
         stored = comfy.utils.weight_dtype(tensors)
         dtype = mm.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
-    model_config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, mm.get_torch_device(), supported))
+    cast = mm.unet_manual_cast(dtype, mm.get_torch_device(), supported)
+    if cast is None and dtype not in supported:  # ComfyUI would compute in float16 where that is stored
+        cast = mm.unet_dtype(model_params=parameters, supported_dtypes=supported)
+    model_config.set_inference_dtype(dtype, cast)
     model = model_config.get_model(tensors, device=mm.unet_inital_load_device(parameters, dtype))
+    check_fit(model.diffusion_model, tensors, f"PixelFlow ({file.name})")
     patched = patcher(model)
-    if hasattr(patched, "is_dynamic") and patched.is_dynamic():  # after 0.3.75: weights stay in the file's memory map
+    if getattr(patched, "is_dynamic", bool)():  # after 0.3.75: the weights stay in the file's memory map
         model.load_model_weights(tensors, "", assign=True)
     else:
-        load_into(model.diffusion_model, tensors, f"PixelFlow ({file.name})")
+        model.diffusion_model.load_state_dict(tensors)
     return patched
-
-
-def config_beside(file: Path) -> dict | None:
-    """The yaml of a release or a training run that lies beside its checkpoint: `<same name>.yaml` or `config.yaml`."""
-    for candidate in (file.with_suffix(".yaml"), file.with_name("config.yaml")):
-        if candidate.is_file():
-            entries = yaml.safe_load(candidate.read_text(encoding="utf-8"))
-            model = entries.get("model") if isinstance(entries, dict) else None
-            if isinstance(model, dict) and "attention_head_dim" in model.get("params", {}):  # else another family's
-                return {"model": model, "scheduler": entries.get("scheduler") or {}}
-    return None

@@ -21,9 +21,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 
 from ...models_impl.state_dict import family_of, metadata_config, read_file, without_prefix
+from ...models_impl.text import MAX_LENGTH, T5_FAMILY
 
-FAMILY = "t5_encoder"
-MAX_LENGTH = 512
 STANDARD_TOKENIZER = Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_tokenizer"  # T5 v1.1's and flan-T5's
 ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 FIXED_IN_COMFYUI = {"relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6}
@@ -34,7 +33,7 @@ def load_t5(path: str, dtype: torch.dtype | None = None, device: torch.device | 
     file = Path(path)
     tensors, metadata = read_file(file)
     tensors = encoder_weights(tensors, file.name)
-    config = {**config_from_shapes(tensors), **(metadata_config(metadata, FAMILY) or {})}
+    config = {**config_from_shapes(tensors), **(metadata_config(metadata, T5_FAMILY) or {})}
     for name, value in FIXED_IN_COMFYUI.items():
         if config.get(name, value) != value:
             raise ValueError(f"{file.name}: ComfyUI's T5 knows only {name}={value}, this file was trained with "
