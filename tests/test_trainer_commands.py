@@ -60,6 +60,20 @@ def test_what_was_trained_is_what_is_exported(trained, tmp_path):
         assert torch.equal(value, average[f"diffusion.{key}"]), key
 
 
+def test_the_word_table_that_is_exported_is_the_average(trained, tmp_path):
+    _, text = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    average = run.read_tensors(trained / "checkpoints/00000020/ema.safetensors")["text.t5.shared.weight"]
+    raw = run.read_tensors(trained / "checkpoints/00000020/model.safetensors")["text.t5.shared.weight"]
+    assert torch.equal(state_dict.read_file(text)[0]["shared.weight"], average) and not torch.equal(raw, average)
+
+
+def test_an_average_of_another_model_is_refused(trained, tmp_path):
+    recipe, _, _ = export.open_run(trained)
+    run.write_tensors(tmp_path / "ema.safetensors", {"diffusion.gone": torch.zeros(1)})
+    with pytest.raises(ValueError, match="of another model: .*diffusion.gone"):
+        export.restore_average(recipe, tmp_path / "ema.safetensors")
+
+
 def test_an_exported_text_encoder_reads_as_the_trained_one(trained, tmp_path):
     from pixstack.models_impl.text.t5 import TextEncoder
 

@@ -2,6 +2,10 @@ import dataclasses
 
 import pytest
 import tiny_run
+from pixstack.models_impl import state_dict
+from pixstack.models_impl.pixelflow import checkpoint
+from pixstack.models_impl.pixelflow.config import PixelFlowConfig
+from pixstack.models_impl.pixelflow.model import PixelFlow
 from pixstack.trainer import config
 
 
@@ -49,6 +53,41 @@ def test_a_size_that_the_stages_do_not_allow_is_refused(path, tmp_path):
 ])
 def test_a_setting_that_cannot_work_is_refused(path, tmp_path, word, part):
     assert part in refusal(path, tmp_path, word)
+
+
+def test_captions_that_change_are_refused_with_a_frozen_encoder(path, tmp_path):
+    said = refusal(path, tmp_path, "data.tag_share=0.5", text={"encoder": "google/flan-t5-xl"})
+    assert "data.tag_share=0.5 makes other captions at every step" in said and "set it to 0" in said
+
+
+def checkpoint_file(folder, **shape):
+    shape = PixelFlowConfig(**{"heads": 2, "head_dim": 8, "depth": 1, "num_stages": 2, "resolution": 16, **shape})
+    file = folder / "start.safetensors"
+    state_dict.write_file(file, PixelFlow(shape).state_dict(), checkpoint.metadata(shape))
+    return file
+
+
+@pytest.mark.parametrize("shape, sections, part", [
+    ({"context_dim": 16}, {"text": {}}, "is not class-conditional"),
+    ({"num_classes": 3}, {}, "is not text-conditional"),
+    ({"context_dim": 24}, {}, "context_dim=24 for 16"),
+    ({"context_dim": 16, "depth": 2}, {}, "depth=2 for 1"),
+])
+def test_a_start_that_does_not_fit_is_reported_with_the_rest(path, tmp_path, shape, sections, part):
+    file = checkpoint_file(tmp_path, **shape)
+    said = refusal(path, tmp_path, f"init_from={file}", "recipe.dropout=2.0", "data.resolution=18", **sections)
+    assert part in said and "recipe.dropout=2.0" in said and "resolution=18 is not a multiple of 8" in said
+
+
+def test_a_start_that_is_no_checkpoint_is_reported_with_the_rest(path, tmp_path):
+    (tmp_path / "start.pt").write_bytes(b"nothing")
+    said = refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", "recipe.dropout=2.0", model={})
+    assert "start.pt is neither" in said and "recipe.dropout=2.0" in said
+
+
+def test_a_start_tells_the_sizes_that_model_leaves_out(path, tmp_path):
+    file = checkpoint_file(tmp_path, context_dim=16)
+    tiny_run.settings(path, tmp_path / "run", f"init_from={file}", "model.num_stages=3", model={})
 
 
 def test_a_word_changes_one_setting_of_a_section(path, tmp_path):

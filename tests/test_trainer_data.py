@@ -48,6 +48,51 @@ def test_class_folders_number_their_classes_in_order(tmp_path):
     assert found.classes == ["n01", "n02"] and [i.label for i in found.train] == [0, 1]
 
 
+def class_folders(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        folder_of(root / name, names=("a",))
+    return str(root)
+
+
+def test_held_out_folders_have_the_numbers_of_the_training_classes(tmp_path):
+    train, held_out = class_folders(tmp_path / "train", "ant", "bee", "cat"), class_folders(tmp_path / "held", "cat")
+    found = data.read(Data(kind="classes", path=train, held_out_path=held_out), "classes")
+    assert [i.label for i in found.held_out] == [2] and found.classes == ["ant", "bee", "cat"]
+
+
+def test_a_held_out_folder_of_no_class_is_named(tmp_path):
+    train, held_out = class_folders(tmp_path / "train", "ant"), class_folders(tmp_path / "held", "ant", "dog")
+    with pytest.raises(ValueError, match=r"no class that is trained on:\n    dog"):
+        data.read(Data(kind="classes", path=train, held_out_path=held_out), "classes")
+
+
+def test_hidden_or_empty_folders_are_no_classes(tmp_path):
+    train = class_folders(tmp_path, "ant", ".thumbnails", "bee")
+    (tmp_path / "april").mkdir()
+    assert data.read(Data(kind="classes", path=train), "classes").classes == ["ant", "bee"]
+
+
+def test_a_picture_stands_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
+    assert data.decode(tmp_path / "a.jpg").size == (2, 4)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_stands_on_white(tmp_path, mode):
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).convert(mode).save(tmp_path / "a.png")
+    assert data.decode(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_picture_that_is_too_large_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png is too large"):
+        data.decode(tmp_path / "a.png")
+
+
 def test_an_unreadable_picture_is_named(tmp_path):
     found = items(tmp_path)
     found.train[0].file.write_bytes(b"not a picture")

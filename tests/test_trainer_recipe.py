@@ -89,6 +89,12 @@ def test_validation_says_the_same_twice(path, tmp_path):
     assert recipe.validate(fixed) == first and set(first) == {"loss", "stage0", "stage1"}
 
 
+def test_validation_in_small_batches_says_the_same(path, tmp_path):
+    recipe, batches = recipe_of(path, tmp_path)
+    whole, parts = (recipe.validate(data.fixed(batches.items, batches.settings, n)) for n in (64, 3))
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
 def test_training_starts_from_a_released_checkpoint(path, tmp_path):
     shape = PixelFlowConfig(heads=1, head_dim=72, depth=1, num_classes=len(tiny_run.COLOURS))
     released = PixelFlow(shape).initialise().state_dict()

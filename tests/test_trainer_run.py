@@ -5,7 +5,7 @@ import signal
 import pytest
 import tiny_run
 import torch
-from pixstack.trainer import export, run
+from pixstack.trainer import export, run, tokenizer
 from pixstack.trainer.ema import Ema
 
 
@@ -164,6 +164,19 @@ def test_the_average_is_worn_only_inside():
     with ema.applied():
         assert torch.equal(module.weight, start)
     assert torch.equal(module.weight, live)
+
+
+def test_the_tokenizer_of_an_attempt_that_learned_nothing_is_made_anew(path, tmp_path):
+    (tmp_path / "run").mkdir()
+    tokenizer.train(["some other words"], 20).save(str(tmp_path / "run/tokenizer.json"))
+    recipe, _ = tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=1"))
+    assert 2 not in recipe.text.tokenizer.encode("red card").ids
+
+
+def test_validation_takes_the_micro_batches_of_the_run(path, tmp_path):
+    _, one = tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=1", "validation.every=1",
+                                              "micro_batch_size=3"))
+    assert [len(b.positions) for b in one.held_out] == [3, 1]
 
 
 def test_a_run_opens_without_its_data(path, tmp_path):

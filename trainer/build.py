@@ -10,6 +10,7 @@ from torch import nn
 from . import data, encoders
 from .config import Config
 from .recipes import find
+from .run import write_whole
 
 TOKENIZER, FACTS = "tokenizer.json", "facts.json"
 
@@ -36,8 +37,8 @@ def write_facts(folder: Path, recipe: nn.Module, found: data.Collection):
     facts = {"network": recipe.network(), "classes": found.classes}
     if recipe.text is not None and not isinstance(recipe.text, encoders.FrozenT5):
         facts["text"] = {**recipe.text.config, "max_length": recipe.text.max_length}
-        recipe.text.tokenizer.save(str(folder / TOKENIZER))
-    (folder / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_whole(folder / TOKENIZER, recipe.text.tokenizer.to_str(pretty=True))
+    write_whole(folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
 
 
 def reopened(config: Config, folder: Path) -> nn.Module:

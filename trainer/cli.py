@@ -114,8 +114,9 @@ def train(args):
         return accelerator.print("\n".join(lines))
 
     run = Run(config, accelerator, found.held_out)
-    run.open()
-    recipe = build.recipe(config, found, run.folder).to(accelerator.device)
+    with accelerator.main_process_first():  # it clears the folder and makes the tokenizer that the others read
+        run.open()
+        recipe = build.recipe(config, found, run.folder).to(accelerator.device)
     if isinstance(recipe.text, encoders.FrozenT5):
         captions = [c for i in found.train + found.held_out for c in i.captions]
         with accelerator.main_process_first():

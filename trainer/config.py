@@ -26,9 +26,10 @@ class Data:
     """jsonl: one object a line (file, caption or captions, tags, class, split). folder: pictures with a same-name .txt
     or .json. classes: one folder per class (ImageNet layout)."""
     path: str = ""
-    """The .jsonl file, or the folder."""
+    """The .jsonl file, or the folder. Pictures are turned as their EXIF says, and stand on white where transparent."""
     held_out_path: str = ""
-    """Folders only: the held-out pictures (a jsonl names its split itself)."""
+    """Folders only: the held-out pictures (a jsonl names its split itself). With classes, its folders have names that
+    the training folder has too."""
     resolution: int = 256
     crop: str = "random"
     """random: short side to 1.125 x resolution, random crop (the paper). centre: ADM's centre crop. none: the picture
@@ -154,8 +155,8 @@ class Config:
     batch_size: int = 64
     """Samples per optimizer step, over all processes and accumulation rounds."""
     micro_batch_size: int = 0
-    """Samples per forward pass and process; lower it when memory runs out, the result is the same. 0 = as large as
-    batch_size allows."""
+    """Samples per forward pass and process, in validation too; lower it when memory runs out, the result is the same.
+    0 = as large as batch_size allows (in validation 64)."""
     precision: str = "bf16"
     """bf16: float32 weights under autocast. fp32."""
     device: str = "auto"
@@ -228,6 +229,10 @@ class Config:
         need(micro < 1 or self.batch_size % micro == 0,
              f"batch_size={self.batch_size} is not a multiple of micro_batch_size={micro}.")
         need(all("{}" in t for t in self.data.templates), "data.templates: each one needs a {} where the caption goes.")
+        made = [f"data.{n}={v}" for n in ("tag_share", "template_share") if (v := getattr(self.data, n)) > 0]
+        need(not (self.text.frozen and made),
+             f"{', '.join(made)} makes other captions at every step, and the embeddings of a frozen encoder are made "
+             "once, before training: set it to 0 and write such captions into the data, or let an encoder learn.")
         need(self.text.width % max(self.text.heads, 1) == 0 or self.text.encoder != "small",
              f"text.width={self.text.width} is not a multiple of text.heads={self.text.heads}.")
         return found

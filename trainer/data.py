@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .config import Data
@@ -58,7 +58,8 @@ def read(settings: Data, need: str) -> Collection:
     else:
         reader = read_folder if settings.kind == "folder" else read_classes
         train, classes = reader(path)
-        held_out = reader(Path(settings.held_out_path).expanduser())[0] if settings.held_out_path else []
+        other = Path(settings.held_out_path).expanduser()
+        held_out = reader(other, classes)[0] if settings.held_out_path else []
     if not train:
         raise ValueError(f"{path} holds no training pictures (looked for {settings.kind}: "
                          f"{', '.join(sorted(SUFFIXES))}).")
@@ -114,10 +115,12 @@ def texts(entry) -> tuple[str, ...]:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    """What other programs hide in folders or files that begin with a dot is not of the set."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+                  and not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def read_folder(folder: Path):
+def read_folder(folder: Path, classes=()):
     items = []
     for file in pictures_in(folder):
         text, facts = file.with_suffix(".txt"), file.with_suffix(".json")
@@ -133,17 +136,34 @@ def read_folder(folder: Path):
     return items, []
 
 
-def read_classes(folder: Path):
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    return [Item(f, label=i) for i, name in enumerate(classes) for f in pictures_in(folder / name)], classes
+def read_classes(folder: Path, classes: list[str] | None = None):
+    """classes: what the folders are numbered by, of the training set; without it, those found here are."""
+    named = {p.name: pictures_in(p) for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+    named = {name: files for name, files in named.items() if files}
+    classes = list(named) if classes is None else classes
+    if unknown := [name for name in named if name not in classes]:
+        raise ValueError(f"{folder} cannot be used:\n  " + "\n  ".join(listed(
+            unknown, "folders have the name of no class that is trained on", "Rename them, or take them out.")))
+    number = {name: i for i, name in enumerate(classes)}
+    return [Item(f, label=number[name]) for name, files in named.items() for f in files], classes
 
 
 def decode(file: Path) -> Image.Image:
     try:
         with Image.open(file) as picture:
-            return picture.convert("RGB")
+            return on_white(ImageOps.exif_transpose(picture))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{file} is too large to be opened: {error} Make it smaller.") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    if "A" not in picture.getbands() and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    page = Image.new("RGBA", picture.size, "white")
+    page.alpha_composite(picture.convert("RGBA"))
+    return page.convert("RGB")
 
 
 def fit(picture: Image.Image, size: int, crop: str, rng: random.Random) -> Image.Image:
@@ -243,11 +263,11 @@ class Batches:
         return text
 
 
-def fixed(items: list[Item], settings: Data) -> list[Batch]:
-    """All items with their first caption and nothing random, one batch each 64, for validation and evaluation."""
+def fixed(items: list[Item], settings: Data, at_once: int = 64) -> list[Batch]:
+    """All items with their first caption and nothing random, `at_once` a batch, for validation and evaluation."""
     crop = "centre" if settings.crop == "random" else settings.crop
     pictures = Pictures(items, replace(settings, flip=False, crop=crop))
-    parts = [range(i, min(i + 64, len(items))) for i in range(0, len(items), 64)]
+    parts = [range(i, min(i + at_once, len(items))) for i in range(0, len(items), at_once)]
     return [Batch(
         pictures=torch.stack([f.result() for f in [pictures.submit(i, random.Random(0)) for i in part]]),
         captions=[(items[i].captions or ("",))[0] for i in part],

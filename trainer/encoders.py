@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import tokenizer
 from .config import Config
+from .run import write_whole
 
 SHARD = 1024  # captions in one file of the cache
 AT_ONCE = 32  # captions in one pass of the frozen encoder
@@ -29,7 +30,8 @@ def hide_broken_torchvision():
 
 def make(config: Config, captions: list[str], folder: Path | None, facts: dict | None = None) -> nn.Module | None:
     """The text encoder that the settings ask for. captions: what a new tokenizer is made from; facts: of a run that is
-    opened again, whose tokenizer lies in `folder`."""
+    opened again, whose tokenizer lies in `folder`. A tokenizer in `folder` is taken before one is made: `Run.open` has
+    cleared away what is not of the run, and other processes read what the first one made."""
     text = config.text
     if not text.encoder:
         return None
@@ -38,9 +40,10 @@ def make(config: Config, captions: list[str], folder: Path | None, facts: dict |
 
     if text.frozen:
         return FrozenT5(text.encoder, text.max_length, Path(text.cache or (folder or Path()) / "embeddings"))
-    given = Path(text.tokenizer) if text.tokenizer else folder / "tokenizer.json" if folder else None
+    kept = folder / "tokenizer.json" if folder else None
+    given = Path(text.tokenizer).expanduser() if text.tokenizer else kept
     if facts and "text" in facts:
-        encoder = TextEncoder(facts["text"], Tokenizer.from_file(str(given)))
+        encoder = TextEncoder(facts["text"], Tokenizer.from_file(str(kept)))
     elif text.encoder != "small":
         encoder = TextEncoder.read(Path(text.encoder).expanduser())
     else:
@@ -48,6 +51,8 @@ def make(config: Config, captions: list[str], folder: Path | None, facts: dict |
             made = Tokenizer.from_file(str(given))
         else:
             made = tokenizer.train(captions, text.vocabulary)
+            if kept:  # before another process looks for it
+                write_whole(kept, made.to_str(pretty=True))
         encoder = TextEncoder(dict(
             d_model=text.width, d_ff=text.hidden, d_kv=text.width // text.heads, num_heads=text.heads,
             num_layers=text.depth, vocab_size=made.get_vocab_size(), is_gated_act=True, dense_act_fn="gelu_new",

@@ -26,11 +26,21 @@ def open_run(folder: Path, step: int | None = None, weights: str = "ema", device
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings = config.parse(raw, (), f"the settings of {folder}", check=False)
     recipe = build.reopened(settings, folder)
-    tensors = read_tensors(chosen / "model.safetensors")
+    restore_module(recipe, read_tensors(chosen / "model.safetensors"))
     if weights == "ema" and (chosen / "ema.safetensors").exists():
-        tensors.update(read_tensors(chosen / "ema.safetensors"))  # parameters only; buffers stay the model's
-    restore_module(recipe, tensors)
+        restore_average(recipe, chosen / "ema.safetensors")
     return recipe.to(device).eval(), settings, int(chosen.name)
+
+
+@torch.no_grad()
+def restore_average(recipe: torch.nn.Module, file: Path):
+    """The averages over the parameters that learn; a tied one, which the model's file names twice, is one here."""
+    own, average = dict(recipe.named_parameters()), read_tensors(file)
+    if unknown := sorted(average.keys() - own.keys()):
+        raise ValueError(f"{file} is of another model: {len(unknown)} averages have no parameter here "
+                         f"({', '.join(unknown[:3])}).")
+    for name, value in average.items():
+        own[name].copy_(value)
 
 
 def export(folder: Path, out: Path, name: str, dtype: str = "bf16", step: int | None = None, weights: str = "ema"):

@@ -34,7 +34,8 @@ class Run:
     def __init__(self, config: Config, accelerator, held_out: list[data.Item] = ()):
         self.config, self.accelerator, self.folder = config, accelerator, config.folder
         self.main = accelerator.is_main_process
-        self.held_out = data.fixed(list(held_out)[: config.validation.items], config.data) \
+        self.held_out = data.fixed(list(held_out)[: config.validation.items], config.data,
+                                   config.micro_batch_size or 64) \
             if config.validation.every and held_out and self.main else []
         self.stop, self.saved_at, self.writer, self.bar = False, None, None, None
         self.losses, self.clock = [], None
@@ -55,7 +56,9 @@ class Run:
                 raise ValueError(f"{self.folder} holds a run with other settings:\n  " + "\n  ".join(changed)
                                  + "\nChoose another folder (out=...), or go on with the new ones: resume=changed.")
         if self.main:
-            path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+            if not checkpoints(self.folder):  # what an attempt left that learned nothing is not of this run
+                (self.folder / "tokenizer.json").unlink(missing_ok=True)
+            write_whole(path, json.dumps(settings, indent=2))
 
     def restore(self, recipe: nn.Module, ema, optimizer) -> int:
         found = checkpoints(self.folder)
@@ -224,6 +227,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         tied = json.loads((file.metadata() or {}).get("tied", "{}"))
     return {**tensors, **{name: tensors[other] for name, other in tied.items()}}
+
+
+def write_whole(path: Path, text: str):
+    """At once or not at all: a process that reads meanwhile, or a killed one, finds no half of it."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def flush(path: Path):

@@ -59,7 +59,10 @@ def config_beside(path: str | os.PathLike) -> dict | None:
     path = Path(path)
     for candidate in (path.with_suffix(".yaml"), path.with_name("config.yaml")):
         if candidate.is_file():
-            entries = yaml.safe_load(candidate.read_text(encoding="utf-8"))
+            try:
+                entries = yaml.safe_load(candidate.read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise ValueError(f"{candidate.name} beside {path.name} is no valid YAML: {error}") from error
             model = entries.get("model") if isinstance(entries, dict) else None
             if isinstance(model, dict) and "attention_head_dim" in model.get("params", {}):  # else another family's
                 return {"model": model, "scheduler": entries.get("scheduler") or {}}

@@ -6,13 +6,15 @@ one of the last stage. Classes or captions are dropped for classifier-free guida
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...models_impl import state_dict
-from ...models_impl.attention import attention, packed_attention
+from ...models_impl.attention import SHORT, packed_attention
 from ...models_impl.pixelflow import checkpoint, sampling
 from ...models_impl.pixelflow.config import PRESETS, PixelFlowConfig
 from ...models_impl.pixelflow.model import PixelFlow
@@ -79,9 +81,11 @@ class Recipe(nn.Module):
             found.append(f"recipe.packing={settings.packing!r} is none of auto, packed, dense"
                          f"{nearest(settings.packing, ('auto', 'packed', 'dense'))}.")
         try:
-            shape = requested(config)
-        except ValueError as error:
-            found.append(str(error))
+            shape = starting_point(config)[0]
+            found += mismatches(config, shape) if config.init_from else []
+        except (ValueError, OSError) as error:
+            if Path(config.init_from).expanduser().exists():  # else it is said already that it does not
+                found.append(f"init_from={config.init_from}: {error}" if config.init_from else str(error))
         if shape:
             if config.data.resolution % shape.size_multiple:
                 found.append(f"data.resolution={config.data.resolution} is not a multiple of {shape.size_multiple} "
@@ -160,8 +164,7 @@ class Recipe(nn.Module):
             x, target = sampling.training_pair(small, k, t, noise(k, small.shape), self.stages)
             timestep = self.stages.train_timesteps(k)[t_index[items]].float().to(images.device)
             given = {name: c[items] for name, c in condition.items()}
-            attend = matmul_attention if self.bf16 and x.device.type == "cpu" else attention
-            velocity = self.diffusion(x, timestep, **given, attention=attend)
+            velocity = self.diffusion(x, timestep, **given)
             losses.append((velocity.float() - target).square().mean(dim=(1, 2, 3)))
             order.append(items)
         return torch.cat(losses)[torch.cat(order).argsort()]
@@ -205,8 +208,9 @@ class Recipe(nn.Module):
         tokens = [side * side * 4**k for k in range(self.stages.num_stages)]
         relative = sum(s * n for s, n in zip(share, tokens, strict=True)) / tokens[0]
         block = (two - one) * relative
-        if cpu and self.bf16:  # matmul_attention keeps its scores
-            block += sum(s * n * n for s, n in zip(share, tokens, strict=True)) * shape.heads * 6
+        if cpu:  # where `attention` multiplies plainly it keeps the scores, in bf16 as float32 too
+            scores = sum(s * n * n for s, n in zip(share, tokens, strict=True) if n * n <= SHORT)
+            block += scores * shape.heads * (6 if self.bf16 else 4)
         inputs = relative * tokens[0] * shape.hidden * (2 if self.bf16 else 4)
         blocks = block + shape.depth * inputs if self.diffusion.gradient_checkpointing else shape.depth * block
         casts = 2 * sum(p.numel() for p in self.diffusion.parameters()) if self.bf16 else 0
@@ -281,19 +285,15 @@ def kept_bytes(shape: PixelFlowConfig, pictures: int, side: int, bf16: bool) -> 
         given["context"] = torch.zeros(pictures, 16, shape.context_dim)
     if shape.num_classes:
         given["class_labels"] = torch.zeros(pictures, dtype=torch.int64)
+
+    def fused(q, k, v, mask=None):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
     x = torch.zeros(pictures, shape.in_channels, side * shape.patch_size, side * shape.patch_size)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        model(x, torch.zeros(pictures), **given)
+        model(x, torch.zeros(pictures), **given, attention=fused)
     return sum(size for size, _ in seen.values())
-
-
-def matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """For dense training in bf16 on a CPU: the backward pass of torch's fused attention takes 2 to 8 times longer."""
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 def picture_noise(seed: int, step: int, position: int, shape, device) -> Tensor:
@@ -302,33 +302,49 @@ def picture_noise(seed: int, step: int, position: int, shape, device) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator(device).manual_seed(number % 2**63), device=device)
 
 
-def requested(config: Config) -> PixelFlowConfig:
-    """The shape that [model] asks for; its resolution stands at the smallest possible, for data.resolution decides."""
-    given = {k: v for k, v in vars(config.model).items() if v is not None and k != "preset"}
-    if config.model.preset:
-        if config.model.preset not in PRESETS:
-            raise ValueError(f"model.preset={config.model.preset!r} is none of {', '.join(PRESETS)}"
-                             f"{nearest(config.model.preset, PRESETS)}.")
-        given = {**PRESETS[config.model.preset].as_dict(), **given}
-    elif config.init_from and not given:
-        return starting_point(config)[0]
-    if missing := [k for k in ("heads", "head_dim", "depth") if k not in given]:
-        raise ValueError(f"[model] needs a preset ({', '.join(PRESETS)}), or {', '.join(missing)}.")
-    smallest = given.get("patch_size", 4) * 2 ** (given.get("num_stages", 4) - 1)
-    return PixelFlowConfig(**{**given, "resolution": max(smallest, 1)})
+def requested(config: Config) -> dict:
+    """What [model] asks for, a preset filled in."""
+    preset, given = config.model.preset, {k: v for k, v in vars(config.model).items() if v is not None}
+    if preset and preset not in PRESETS:
+        raise ValueError(f"model.preset={preset!r} is none of {', '.join(PRESETS)}{nearest(preset, PRESETS)}.")
+    return {**(PRESETS[preset].as_dict() if preset else {}), **{k: v for k, v in given.items() if k != "preset"}}
 
 
 def starting_point(config: Config) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
-    if not config.init_from:
-        return requested(config), {}
-    shape, tensors = checkpoint.read(*state_dict.read_file(config.init_from))
-    wanted, found = requested(config) if config.model.preset else shape, shape.as_dict()
-    other = [f"{k}={found[k]} for {v}" for k, v in wanted.as_dict().items()
-             if k in ("heads", "head_dim", "depth", "patch_size") and found[k] != v]
+    """(shape, weights if any) from init_from and [model]; the resolution stands at the smallest possible, for
+    data.resolution decides. Where they contradict each other (`mismatches`), init_from counts."""
+    asked, tensors = requested(config), {}
+    if config.init_from:
+        path = Path(config.init_from).expanduser()
+        contents = state_dict.read_file(path)
+        beside = {**{k: v for k, v in asked.items() if k == "head_dim"},  # of all sizes, the weights do not tell this
+                  **PixelFlowConfig.entries_of(checkpoint.config_beside(path) or {})}
+        found, tensors = checkpoint.read(*contents, beside=beside or None)
+        asked = {**found.as_dict(), "num_stages": asked.get("num_stages", found.num_stages)}
+    elif missing := [k for k in ("heads", "head_dim", "depth") if k not in asked]:
+        raise ValueError(f"[model] needs a preset ({', '.join(PRESETS)}), or {', '.join(missing)}.")
+    smallest = asked.get("patch_size", 4) * 2 ** max(asked.get("num_stages", 4) - 1, 0)
+    return PixelFlowConfig(**{**asked, "resolution": max(smallest, 1)}), tensors
+
+
+def mismatches(config: Config, found: PixelFlowConfig) -> list[str]:
+    """What the file of init_from, whose shape was found, has otherwise than the settings want it."""
+    complaints, text = [], config.text.encoder
+    wanted = {"in_channels": 3, "out_channels": 3, **requested(config)}
+    if text == "small" and found.text_conditional:
+        wanted["context_dim"] = config.text.width
+    elif text and not found.text_conditional:
+        complaints.append(f"init_from={config.init_from} is not text-conditional, and text.encoder={text!r} is set: "
+                          "start from a text-conditional checkpoint, or leave text.encoder empty and train on classes.")
+    elif not text and not found.num_classes:
+        complaints.append(f"init_from={config.init_from} is not class-conditional, and this run is, because "
+                          "text.encoder is empty: start from a class-conditional checkpoint, or set text.encoder.")
+    told = ("heads", "head_dim", "depth", "patch_size", "attention_bias", "in_channels", "out_channels")
+    told += ("context_dim",) if text == "small" and found.text_conditional else ()
+    other = [f"{k}={getattr(found, k)} for {wanted[k]}" for k in told if k in wanted and getattr(found, k) != wanted[k]]
     if other:
-        raise ValueError(f"init_from={config.init_from} does not fit [model]: it has {', '.join(other)}.")
-    given = {k: v for k, v in vars(config.model).items() if v is not None and k != "preset"}
-    return replace(shape, **given), tensors
+        complaints.append(f"init_from={config.init_from} does not fit [model] and [text]: it has {', '.join(other)}.")
+    return complaints
 
 
 def prefixed(module: nn.Module, prefix: str) -> dict[str, Tensor]:
