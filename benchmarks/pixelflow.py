@@ -190,8 +190,9 @@ def main():
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--preset", choices=("xl", "small"), default="xl", help="xl: the released size, random weights")
-    parser.add_argument("--steps", type=int, default=10 if cuda else 1, help="per stage")
+    parser.add_argument("--preset", choices=("xl", "small"), default="xl" if cuda else "small",
+                        help="xl: the released size, random weights; small: 4 heads, 4 blocks")
+    parser.add_argument("--steps", type=int, default=10, help="per stage")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5 if cuda else 3)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
