@@ -202,6 +202,12 @@ class PixelFlowCanvas(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, shape="square"):
+        # ComfyUI 0.3.75 does not look into the options of a V3 node
+        offered = (*SHAPES, CUSTOM)
+        return shape in offered or f"shape={shape!r} is not one of {', '.join(offered)}."
+
+    @classmethod
     def execute(cls, model, shape, width, height, batch_size) -> io.NodeOutput:
         config = cascade.config_of(model)
         if shape == CUSTOM:

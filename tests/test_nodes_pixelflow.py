@@ -517,6 +517,12 @@ def test_the_negative_class_is_the_model_s_own_null_class(flow):
 # Sizes
 
 
+def test_a_shape_that_is_not_offered_is_refused_with_those_that_are(flow):
+    canvas = flow.nodes["PixStack_PixelFlowCanvas"]
+    assert canvas.validate_inputs(shape="square") is True
+    assert "'round' is not one of square, landscape 3:2" in canvas.validate_inputs(shape="round")
+
+
 @pytest.mark.parametrize("shape", ["square", "landscape 3:2", "landscape 16:9", "portrait 2:3", "portrait 9:16"])
 @pytest.mark.parametrize("kind", ["text", "classes"])
 def test_every_shape_fits_every_stage(flow, kind, shape):
