@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from parity_adapters import ADAPTERS
+from adapters import ADAPTERS
 from safetensors import safe_open
 from torch import Tensor
 

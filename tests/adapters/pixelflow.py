@@ -1,7 +1,4 @@
-"""How each (family, component) of a parity case is computed with our code: name of an output -> (ours, tolerance).
-
-An adapter reads shapes and settings from the case alone.
-"""
+"""PixelFlow's parity adapters."""
 from __future__ import annotations
 
 import math
@@ -11,17 +8,9 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint, sampling
 from pixstack.models_impl.pixelflow.model import PackedLayout, PixelFlow, rope_table
 
-TOLERANCE = 1e-4
+from .registry import TOLERANCE, adapter
+
 DOPRI5_TOLERANCE = 2e-2  # adaptive steps: the reference's notes ask for this
-ADAPTERS = {}
-
-
-def adapter(family, component):
-    def register(function):
-        ADAPTERS[family, component] = function
-        return function
-
-    return register
 
 
 def pixelflow_model(weights, config) -> PixelFlow:

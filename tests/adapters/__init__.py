@@ -1,0 +1,13 @@
+"""How each (family, component) of a parity case is computed with our code: name of an output -> (ours, tolerance).
+
+An adapter reads shapes and settings from the case alone.
+"""
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .registry import ADAPTERS
+
+for module in iter_modules(__path__):
+    import_module(f"{__name__}.{module.name}")
+
+__all__ = ["ADAPTERS"]
