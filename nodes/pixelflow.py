@@ -7,12 +7,16 @@ import torch
 from comfy_api.latest import io
 
 from ..models_impl.pixelflow.sampling import Schedule, Stages
+from .checks import first_problem, known_file, one_of
 from .host import cascade, imagenet
 from .host.load import DTYPES, load_pixelflow
 from .host.pixelflow import CLASS_LABELS
 from .host.text import load_t5
 
 CATEGORY = "pixstack/pixelflow"
+WEIGHTS = ["ema", "model"]
+DEVICES = ["default", "cpu"]
+SOLVERS = ["euler", "dopri5"]
 LAST_STAGE = 7  # more stages than any cascade has: 128 times the size of the first
 SHAPES = {  # width : height
     "square": (1, 1),
@@ -22,13 +26,6 @@ SHAPES = {  # width : height
     "portrait 9:16": (9, 16),
 }
 CUSTOM = "custom (width, height)"
-
-
-def file_problem(folder: str, name: str) -> bool | str:
-    """For validate_inputs: ComfyUI does not check the menus of V3 nodes itself."""
-    if folder_paths.get_full_path(folder, name) is None:
-        return f"{name} is not in models/{folder}. Put it there, or choose another file."
-    return True
 
 
 class PixelFlowLoader(io.ComfyNode):
@@ -48,7 +45,7 @@ class PixelFlowLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weights",
-                    options=["ema", "model"],
+                    options=WEIGHTS,
                     default="ema",
                     tooltip="Of a training checkpoint: the averaged weights (ema, better pictures) or the raw ones "
                     "(model). Files with one set of weights ignore this.",
@@ -65,8 +62,11 @@ class PixelFlowLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name=None):
-        return model_name is None or file_problem("diffusion_models", model_name)
+    def validate_inputs(cls, model_name=None, weights=None, dtype=None):
+        return first_problem(
+            known_file("diffusion_models", model_name), one_of("weights", weights, WEIGHTS),
+            one_of("dtype", dtype, DTYPES),
+        )
 
     @classmethod
     def execute(cls, model_name, weights, dtype) -> io.NodeOutput:
@@ -99,7 +99,7 @@ class PixelFlowTextEncoderLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "device",
-                    options=["default", "cpu"],
+                    options=DEVICES,
                     default="default",
                     tooltip="cpu: keep the encoder off the GPU; slower, and the GPU's memory stays free.",
                 ),
@@ -108,8 +108,11 @@ class PixelFlowTextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, encoder_name=None):
-        return encoder_name is None or file_problem("text_encoders", encoder_name)
+    def validate_inputs(cls, encoder_name=None, dtype=None, device=None):
+        return first_problem(
+            known_file("text_encoders", encoder_name), one_of("dtype", dtype, DTYPES),
+            one_of("device", device, DEVICES),
+        )
 
     @classmethod
     def execute(cls, encoder_name, dtype, device) -> io.NodeOutput:
@@ -202,10 +205,8 @@ class PixelFlowCanvas(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, shape="square"):
-        # ComfyUI 0.3.75 does not look into the options of a V3 node
-        offered = (*SHAPES, CUSTOM)
-        return shape in offered or f"shape={shape!r} is not one of {', '.join(offered)}."
+    def validate_inputs(cls, shape=None):
+        return one_of("shape", shape, (*SHAPES, CUSTOM))
 
     @classmethod
     def execute(cls, model, shape, width, height, batch_size) -> io.NodeOutput:
@@ -241,7 +242,7 @@ def stage_inputs() -> list[io.Input]:
 
 def solver_input() -> io.Input:
     return io.Combo.Input(
-        "solver", options=["euler", "dopri5"], default="euler",
+        "solver", options=SOLVERS, default="euler",
         tooltip="euler: the given number of steps. dopri5: adaptive, takes as many as its tolerance of 0.001 needs and "
         "ignores steps and shift.",
     )
@@ -356,13 +357,16 @@ class PixelFlowSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, guidance="auto", custom_guidance=""):
+    def validate_inputs(cls, solver=None, guidance=None, custom_guidance="", latent=None):
         try:
             if guidance == "custom":
                 numbers(custom_guidance, "custom_guidance")
         except ValueError as error:
             return str(error)
-        return True
+        return first_problem(
+            one_of("solver", solver, SOLVERS), one_of("guidance", guidance, cascade.POLICIES),
+            one_of("latent", latent, cascade.LATENTS),
+        )
 
     @classmethod
     def execute(cls, solver, guidance, custom_guidance, reference_noise, latent) -> io.NodeOutput:
@@ -412,6 +416,10 @@ class PixelFlowSample(io.ComfyNode):
             outputs=[io.Latent.Output("picture", display_name="LATENT",
                                       tooltip="The picture: decode it with the VAE 'pixel_space'.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, solver=None):
+        return one_of("solver", solver, SOLVERS)
 
     @classmethod
     def execute(

@@ -517,10 +517,24 @@ def test_the_negative_class_is_the_model_s_own_null_class(flow):
 # Sizes
 
 
-def test_a_shape_that_is_not_offered_is_refused_with_those_that_are(flow):
-    canvas = flow.nodes["PixStack_PixelFlowCanvas"]
-    assert canvas.validate_inputs(shape="square") is True
-    assert "'round' is not one of square, landscape 3:2" in canvas.validate_inputs(shape="round")
+@pytest.mark.parametrize(
+    "name, inputs, words",
+    [
+        ("Canvas", dict(shape="round"), "shape='round' is not one of square, landscape 3:2"),
+        ("Loader", dict(dtype="int7"), "dtype='int7' is not one of default, fp32"),
+        ("Loader", dict(weights="best"), "weights='best' is not one of ema, model"),
+        ("TextEncoderLoader", dict(dtype="int7"), "dtype='int7' is not one of default, fp32"),
+        ("TextEncoderLoader", dict(device="tpu"), "device='tpu' is not one of default, cpu"),
+        ("Sampler", dict(solver="rk"), "solver='rk' is not one of euler, dopri5"),
+        ("Sampler", dict(guidance="more"), "guidance='more' is not one of auto, constant"),
+        ("Sampler", dict(latent="noise"), "latent='noise' is not one of auto, picture"),
+        ("Sample", dict(solver="rk"), "solver='rk' is not one of euler, dopri5"),
+    ],
+)
+def test_a_choice_that_a_menu_does_not_offer_is_refused_with_those_it_does(flow, name, inputs, words):
+    node = flow.nodes[f"PixStack_PixelFlow{name}"]
+    assert words in node.validate_inputs(**inputs)
+    assert node.validate_inputs() is True
 
 
 @pytest.mark.parametrize("shape", ["square", "landscape 3:2", "landscape 16:9", "portrait 2:3", "portrait 9:16"])

@@ -6,14 +6,14 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.supported_models_base
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...models_impl.pixelflow.config import PixelFlowConfig
 from ...models_impl.pixelflow.model import PixelFlow
 from ...models_impl.pixelflow.sampling import TRAIN_TIMESTEPS, Stages
+from .attention import host_attention
+from .conds import Text, TextMask
 
 CLASS_LABELS = "pixelflow_class_labels"  # where the class node leaves (K,) indices in a conditioning; -1: null class
 
@@ -68,28 +68,6 @@ class CascadeSampling(torch.nn.Module):
         return latent
 
 
-class Text(comfy.conds.CONDRegular):
-    """Text tokens (B, L, C). Prompts of different lengths share a batch: the shorter one is filled with zeros."""
-
-    def can_concat(self, other) -> bool:
-        ours, theirs = self.cond.shape, other.cond.shape
-        return ours[0] == theirs[0] and ours[2:] == theirs[2:] and self.cond.device == other.cond.device
-
-    def concat(self, others) -> Tensor:
-        rows = [self.cond, *(o.cond for o in others)]
-        longest = max(row.shape[1] for row in rows)
-        padding = [0, 0] * (self.cond.ndim - 2)
-        return torch.cat([F.pad(row, (*padding, 0, longest - row.shape[1])) for row in rows])
-
-
-class TextMask(Text):
-    """1 = keep, (B, L), filled like the tokens; None where all are kept, because a mask rules out flash attention."""
-
-    def concat(self, others) -> Tensor | None:
-        mask = super().concat(others)
-        return None if mask.all() else mask
-
-
 class Network(PixelFlow):
     """The transformer under the calling convention of ComfyUI's diffusion models."""
 
@@ -105,15 +83,8 @@ class Network(PixelFlow):
         )
 
     def _forward(self, x, timesteps, context, mask, class_labels, transformer_options):
-        def attend(q, k, v, mask=None):  # (B, H, N, D)
-            if mask is not None:  # not all of ComfyUI's attention functions read a bool mask as "keep"
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
-            return optimized_attention(
-                q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True,
-                transformer_options=transformer_options,
-            )
-
-        return super().forward(x, timesteps, context, mask=mask, class_labels=class_labels, attention=attend)
+        return super().forward(x, timesteps, context, mask=mask, class_labels=class_labels,
+                               attention=host_attention(transformer_options))
 
 
 class ModelConfig(comfy.supported_models_base.BASE):

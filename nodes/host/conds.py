@@ -1,0 +1,63 @@
+"""Conditions whose rows share a batch where core's would not, or reach the network as they are."""
+from __future__ import annotations
+
+import comfy.conds
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Text(comfy.conds.CONDRegular):
+    """Text tokens (B, L, C). Prompts of different lengths share a batch: the shorter one is filled with zeros."""
+
+    def can_concat(self, other) -> bool:
+        ours, theirs = self.cond.shape, other.cond.shape
+        return ours[0] == theirs[0] and ours[2:] == theirs[2:] and self.cond.device == other.cond.device
+
+    def concat(self, others) -> Tensor:
+        rows = [self.cond, *(o.cond for o in others)]
+        longest = max(row.shape[1] for row in rows)
+        padding = [0, 0] * (self.cond.ndim - 2)
+        return torch.cat([F.pad(row, (*padding, 0, longest - row.shape[1])) for row in rows])
+
+
+class TextMask(Text):
+    """1 = keep, (B, L), filled like the tokens; None where all are kept, because a mask rules out flash attention."""
+
+    def concat(self, others) -> Tensor | None:
+        mask = super().concat(others)
+        return None if mask.all() else mask
+
+
+class Exact(comfy.conds.CONDRegular):
+    """A tensor that ComfyUI must not round to the model's dtype: it arrives as a tuple of one."""
+
+    def concat(self, others) -> tuple[Tensor]:
+        return (super().concat(others),)
+
+
+class Prompt:
+    """One prompt of one sampling run; what a network computes from it alone can be kept here for as long."""
+
+    def __init__(self):
+        self.kept = {}
+
+
+class PromptKey(comfy.conds.CONDRegular):
+    """Whose tokens the rows of a batch are: a tuple of (Prompt, how many rows)."""
+
+    def __init__(self, prompt: Prompt, rows: int = 1):
+        super().__init__(prompt)
+        self.rows = rows
+
+    def process_cond(self, batch_size, **kwargs):
+        return PromptKey(self.cond, batch_size)
+
+    def can_concat(self, other) -> bool:
+        return True
+
+    def concat(self, others) -> tuple:
+        return tuple((key.cond, key.rows) for key in (self, *others))
+
+    def size(self) -> list[int]:
+        return [self.rows]
