@@ -18,8 +18,9 @@ PREFIXES = ("module.", "model.diffusion_model.", "_orig_mod.", "diffusion_model.
 MARKS = {  # family, as a person knows it -> keys of which one is enough to know it by, any prefix removed
     "a LoRA": ("*.lora_A.weight", "*.lora_down.weight", "*.lora_A.default.weight", "*.lokr_w1", "*.hada_w1_a"),
     "PixArt": ("blocks.0.scale_shift_table", "adaln_single.emb.timestep_embedder.linear_1.weight"),
+    "PixelPonder": ("input_hint_block_list_moe.0.0.weight", "select_net.attn_block.0.img_attn.qkv.weight"),
+    "a ControlNet for FLUX": ("controlnet_blocks.0.weight", "controlnet_x_embedder.weight"),
     "FLUX": ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
-    "PixelPonder": ("select_net.attn_block.0.img_attn.qkv.weight",),
     "Stable Cascade Stage C": ("clip_txt_pooled_mapper.weight",),
     "Stable Cascade Stage B": ("clip_mapper.weight",),
     "UltraPixel": ("agg_net.0.0.weight", "train_norm.0.weight"),
