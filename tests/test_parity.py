@@ -14,8 +14,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 PENDING = {  # (family, component) not built yet, by family
-    "pixart": "PixArt is not built yet",
-    "pixelponder": "PixelPonder is not built yet",
     "ultrapixel": "UltraPixel is not built yet",
 }
 

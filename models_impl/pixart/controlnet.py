@@ -1,0 +1,70 @@
+"""PixArt-delta's ControlNet-Transformer (arXiv 2401.05252, section 4; pixart_controlnet.py of PixArt-alpha@cac2fd3).
+
+Trainable copies of the first blocks form a stream of their own, which begins at the tokens that leave block 0 of the
+base model plus the projected hint. What leaves copy i is projected and added before block i + 1 of the base.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .config import PixArtConfig
+from .model import Block, Flow, PixArt
+
+RELEASED_BLOCKS = 13
+
+
+class ControlBlock(nn.Module):
+    def __init__(self, config: PixArtConfig, index: int, operations, to: dict):
+        super().__init__()
+        D = config.hidden
+        self.copied_block = Block(config, index, operations, to)
+        if index == 0:
+            self.before_proj = operations.Linear(D, D, **to)
+        self.after_proj = operations.Linear(D, D, **to)
+
+
+class PixArtControlNet(nn.ModuleList):
+    """Keys: i.copied_block.<key of a block>, i.after_proj, 0.before_proj."""
+
+    def __init__(self, config: PixArtConfig, blocks: int = RELEASED_BLOCKS, operations=nn, dtype=None, device=None):
+        if not 1 <= blocks < config.depth:
+            raise ValueError(f"A ControlNet of {blocks} blocks does not fit a PixArt of {config.depth}: it has at "
+                             f"least 1 and at most {config.depth - 1}.")
+        to = dict(dtype=dtype, device=device)
+        super().__init__(ControlBlock(config, i, operations, to) for i in range(blocks))
+        self.config, self.dtype = config, dtype
+
+    def initialise(self, base: PixArt) -> PixArtControlNet:
+        """Copies of `base`'s blocks, which change nothing before the first step of training."""
+        for i, block in enumerate(self):
+            block.copied_block.load_state_dict(deepcopy(base.blocks[i].state_dict()))
+            for linear in (block.after_proj, *([block.before_proj] if i == 0 else [])):
+                nn.init.zeros_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        return self
+
+    def residuals(self, x: Tensor, hint: Tensor, flow: Flow, run: Callable) -> Iterator[Tensor]:
+        """What is added to the tokens before block 1, 2, ... of the base model, (B, N, D) each.
+
+        x: (B, N, D) tokens that leave its block 0; hint: (B or 1, N, D) embedded by the base model, positions included;
+        run: how the base model runs a block, `run(block, tokens, flow)`.
+        """
+        c = x + self[0].before_proj(hint)
+        for block in self:
+            c = run(block.copied_block, c, flow)
+            yield block.after_proj(c)
+
+
+@dataclass(frozen=True)
+class Control:
+    """One ControlNet in one forward pass."""
+
+    net: PixArtControlNet
+    hint: Tensor
+    """(B or 1, 4, H, W): the VAE latent of the hint image times latent_scale, of the size of the noisy latent."""
+    strength: float | Tensor = 1.0
+    """Factor of the residuals; a tensor broadcasts to (B, N, 1), N tokens in reading order."""
