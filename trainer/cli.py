@@ -1,4 +1,4 @@
-"""The commands: python -m trainer {train, data, check, settings, sample, export, evaluate}."""
+"""The commands: python -m trainer {train, data, check, settings, sample, export, convert, evaluate}."""
 from __future__ import annotations
 
 import argparse
@@ -76,6 +76,24 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("assets"), help="gets diffusion_models/ and text_encoders/")
     one.add_argument("--name", help="of the files; without it, the run's")
     one.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+
+    one = command(convert, "convert", "Write a model, ControlNet or LoRA file in another program's format.")
+    one.add_argument("source", type=Path, help="a .safetensors, .pth or .pt file, or a folder of PEFT or diffusers")
+    one.add_argument("dest", type=Path, help="a .safetensors file; for a model to diffusers a folder too, which gets a "
+                     "config.json")
+    one.add_argument("settings", nargs="*", metavar="key=value", help="an entry of the model's configuration that the "
+                     "file does not tell: variant=alpha")
+    one.add_argument("--to", choices=["original", "diffusers", "comfyui", "kohya"], default="comfyui",
+                     help="comfyui (default): what ComfyUI loads; original: the release's names; diffusers: its names, "
+                     "a LoRA's alpha folded in; kohya: lora_unet_ names, of LoRAs only")
+    one.add_argument("--kind", choices=["auto", "model", "controlnet", "lora"], default="auto",
+                     help="what the file is; model takes the base model out of a ControlNet bundle")
+    one.add_argument("--dtype", choices=["keep", "fp32", "bf16", "fp16"], default="keep", help="keep: the file's own")
+    one.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a training file that has both")
+    one.add_argument("--base", type=Path, help="the PixArt model to put beside a ControlNet (with --to original), or "
+                     "to check a LoRA against")
+    one.add_argument("--alpha", type=float, help="of a LoRA that states none; else what its format means by that")
+    one.add_argument("--overwrite", action="store_true", help="replace dest if it exists")
 
     one = command(evaluate, "evaluate", "Retrieval of the prompted pictures; see trainer/evaluate.py for the metric.")
     with_run(one)
@@ -190,6 +208,25 @@ def export(args):
     name = args.name or args.run_folder.resolve().name
     for path in export.export(args.run_folder, args.out, name, args.dtype, args.step, args.weights):
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+
+
+def convert(args):
+    from .convert import convert
+
+    for line in convert(args.source, args.dest, args.to, args.kind, args.dtype, args.overwrite, args.weights,
+                        dict(map(entry, args.settings)), args.base, args.alpha):
+        print(line)
+
+
+def entry(word: str) -> tuple:
+    """("depth", 42) of "depth=42": a value is JSON, or else a word."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise ValueError(f"{word!r} is not understood: entries are written key=value, such as variant=alpha.")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def evaluate(args):
