@@ -6,7 +6,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import pixelflow
+from . import annotators, pixart, pixart_control, pixart_reference, pixart_sampling, pixelflow
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -15,4 +15,6 @@ class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         for folder in ("diffusion_models", "text_encoders"):  # the embedded checkpoint shows in the ordinary lists
             folder_paths.add_model_folder_path(folder, str(ASSETS / folder))
-        return pixelflow.NODES
+        annotators.register_folder()
+        modules = (pixelflow, pixart, pixart_sampling, pixart_control, pixart_reference, annotators)
+        return [node for module in modules for node in module.NODES]

@@ -22,7 +22,22 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="session")
 def host(tmp_path_factory) -> Host:
     """The one ComfyUI of this process: `host.run(graph)`, weights into `host.models / "diffusion_models"`."""
-    return Host(_base(tmp_path_factory)).start()
+    host = Host(_base(tmp_path_factory)).start()
+    _shrink_t5xxl()
+    return host
+
+
+def _shrink_t5xxl():
+    """Core's loader fixes T5-XXL's sizes at 4.7 billion parameters; those of the tests' stand-in fit any machine."""
+    import comfy.sd
+    from weights import T5XXL_SHRUNK
+
+    load_clip = comfy.sd.load_clip
+
+    def load(*args, model_options=None, **kwargs):
+        return load_clip(*args, model_options={**(model_options or {}), "t5xxl_model_config": T5XXL_SHRUNK}, **kwargs)
+
+    comfy.sd.load_clip = load
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,16 @@
 """Tiny random weights under the names that the shipped workflows use, so that each of them can run anywhere."""
 
+from math import prod
 from pathlib import Path
 
+import numpy
 import torch
+from PIL import Image
+from pixstack.models_impl.annotators.hed import HED
+from pixstack.models_impl.pixart import checkpoint as pixart_checkpoint
+from pixstack.models_impl.pixart.config import PixArtConfig
+from pixstack.models_impl.pixart.controlnet import PixArtControlNet
+from pixstack.models_impl.pixart.model import PixArt, axis_table, position_table
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
@@ -13,6 +21,8 @@ from pixstack.trainer import tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 32  # of the text tokens
 EMBEDDED = (("diffusion_models", "pixelflow_emoji_64.safetensors"), ("text_encoders", "pixelflow_emoji_t5.safetensors"))
+OWN = (("loras", "your_pixart_lora.safetensors"),)  # what no release has, and the user is asked for
+PICTURE = "example.png"  # a new ComfyUI has a picture of this name in input/
 
 
 def tiny_pixelflow(
@@ -43,15 +53,167 @@ def tiny_t5(path: Path) -> TextEncoder:
     return encoder
 
 
+def random_state(net: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {key: scale * torch.randn(value.shape, generator=generator) for key, value in net.state_dict().items()}
+
+
+def tiny_pixart_config(**entries) -> PixArtConfig:
+    """The released width of a head, so that files without a configuration are recognised."""
+    return PixArtConfig(**{**dict(depth=4, hidden=72, heads=1, null_caption=True), **entries})
+
+
+ALPHA = dict(latent_scale=0.18215, token_limit=120)
+
+
+def tiny_pixart(path: Path, **entries) -> PixArtConfig:
+    """As the release stores it when `path` is a .pth, in diffusers' names otherwise."""
+    config = tiny_pixart_config(**entries)
+    weights = random_state(PixArt(config))
+    if config.sample_size <= 64 and not config.micro_conditions:  # single-scale networks store their positions
+        axis = axis_table(config.sample_size // config.patch_size, config.hidden // 2, config.position_range)
+        weights["pos_embed"] = position_table(axis, axis)[None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pth":
+        torch.save({"state_dict": weights}, path)
+    else:
+        write_file(path, pixart_checkpoint.to_diffusers(weights))
+    return config
+
+
+def tiny_pixart_controlnet(path: Path, blocks: int = 2, **entries) -> PixArtConfig:
+    """The release's layout: the base model and the ControlNet in one file."""
+    config = tiny_pixart_config(**entries)
+    base = {f"base_model.{key}": value for key, value in random_state(PixArt(config)).items()}
+    copied = random_state(PixArtControlNet(config, blocks), seed=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {**base, **pixart_checkpoint.to_released_controlnet(copied)}}, path)
+    return config
+
+
+def tiny_pixart_lora(path: Path, rank: int = 4):
+    """What the official scripts save: PEFT's names in diffusers' modules, and no alpha."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return 0.1 * torch.randn(*shape, generator=generator)
+
+    tensors = {}
+    for block in range(4):
+        for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q"):
+            module = f"base_model.model.transformer_blocks.{block}.{name}"
+            tensors[f"{module}.lora_A.weight"] = random(rank, 72)
+            tensors[f"{module}.lora_B.weight"] = random(72, rank)
+    write_file(path, tensors)
+
+
+T5XXL_SHRUNK = dict(d_ff=16, d_kv=8, num_heads=2)
+"""What the tests make of T5-XXL: as wide and as deep, for core recognises it by that, but nearly empty."""
+
+
+def tiny_t5xxl(path: Path):
+    inner, width = T5XXL_SHRUNK["d_kv"] * T5XXL_SHRUNK["num_heads"], 4096
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return (0.05 * torch.randn(*shape, generator=generator)).bfloat16()
+
+    tensors = {"shared.weight": random(32128, width), "encoder.final_layer_norm.weight": torch.ones(width).bfloat16()}
+    for block in range(24):
+        attention = f"encoder.block.{block}.layer.0."
+        for name in "qkv":
+            tensors[f"{attention}SelfAttention.{name}.weight"] = random(inner, width)
+        tensors[f"{attention}SelfAttention.o.weight"] = random(width, inner)
+        tensors[f"{attention}layer_norm.weight"] = torch.ones(width).bfloat16()
+        dense = f"encoder.block.{block}.layer.1."
+        for name in ("wi_0", "wi_1"):
+            tensors[f"{dense}DenseReluDense.{name}.weight"] = random(T5XXL_SHRUNK["d_ff"], width)
+        tensors[f"{dense}DenseReluDense.wo.weight"] = random(width, T5XXL_SHRUNK["d_ff"])
+        tensors[f"{dense}layer_norm.weight"] = torch.ones(width).bfloat16()
+    tensors["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = random(32, 2)
+    write_file(path, tensors)
+
+
+TAESD = {  # part -> its convolutions: index, channels in, channels out, whether it has a bias; the rest are blocks
+    "taesd_encoder": ([(0, 3, 64, True), *((i, 64, 64, False) for i in (2, 6, 10)), (14, 64, 4, True)],
+                      (1, 3, 4, 5, 7, 8, 9, 11, 12, 13)),
+    "taesd_decoder": ([(1, 4, 64, True), *((i, 64, 64, False) for i in (7, 12, 17)), (19, 64, 3, True)],
+                      (3, 4, 5, 8, 9, 10, 13, 14, 15, 18)),
+}  # fmt: skip
+
+
+def tiny_vae(path: Path):
+    """In the layout of TAESD: the smallest that core's VAELoader knows, with eight pixels to a latent cell as well.
+
+    Written out, for ComfyUI must not be imported before its host is started.
+    """
+    shapes = {}
+    for part, (convolutions, blocks) in TAESD.items():
+        inner = [(f"{index}.conv.{i}", 64, 64, True) for index in blocks for i in (0, 2, 4)]
+        for index, channels_in, channels_out, bias in [*convolutions, *inner]:
+            shapes[f"{part}.{index}.weight"] = (channels_out, channels_in, 3, 3)
+            if bias:
+                shapes[f"{part}.{index}.bias"] = (channels_out,)
+    generator = torch.Generator().manual_seed(0)
+    write_file(path, {  # small enough that activations stay as they are from layer to layer
+        key: 0.7 * torch.randn(shape, generator=generator) / max(1, prod(shape[1:])) ** 0.5
+        for key, shape in shapes.items()
+    })
+
+
+def tiny_hed(path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(random_state(HED(), scale=0.05), path)
+
+
+PIXART_FILES = {  # beginning of a name -> how small a network stands in for it in the tests
+    "PixArt-XL-2-512": dict(**ALPHA, sample_size=64),
+    "PixArt-XL-2-1024": dict(**ALPHA, micro_conditions=True),
+    "PixArt-LCM": dict(**ALPHA, micro_conditions=True),
+    "PixArt-Alpha-DMD": dict(**ALPHA, sample_size=64),
+    "PixArt-Sigma-XL-2-2K": dict(sample_size=256),
+    "PixArt-Sigma": {},
+}
+
+
+def _pixelflow(path: Path):
+    tiny_pixelflow(path, text="c2i" not in path.name, num_stages=3 if "emoji" in path.name else 4)
+
+
+def _pixart(path: Path):
+    entries = next(entries for start, entries in PIXART_FILES.items() if path.name.startswith(start))
+    (tiny_pixart_controlnet if "ControlNet" in path.name else tiny_pixart)(path, **entries)
+
+
+STAND_INS = (  # folder, beginning of a name, what makes a file that loads in its place
+    ("diffusion_models", "pixelflow", _pixelflow),
+    ("diffusion_models", "PixArt", _pixart),
+    ("controlnet", "PixArt", _pixart),
+    ("loras", "", tiny_pixart_lora),
+    ("text_encoders", "t5xxl", tiny_t5xxl),
+    ("text_encoders", "", tiny_t5),
+    ("vae", "", tiny_vae),
+    ("annotators", "ControlNetHED", tiny_hed),
+)
+
+
+def picture(path: Path):
+    """A wide picture with a transparent rectangle, which LoadImage gives as a mask."""
+    rows, columns = numpy.mgrid[0:160, 0:256]
+    alpha = numpy.where((rows > 40) & (rows < 120) & (columns > 60) & (columns < 160), 0, 255)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(numpy.stack([rows, columns, rows ^ columns, alpha], -1).astype("uint8"), "RGBA").save(path)
+
+
 def place(models: Path, workflow: dict) -> None:
-    """Every file that `workflow` names in its loaders' `properties.models`, and the embedded ones if not shipped."""
+    """Every file that `workflow` names in its loaders' `properties.models`, the user's own LoRA and picture, and the
+    embedded files if not shipped."""
     wanted = {(m["directory"], m["name"]) for n in workflow["nodes"] for m in n["properties"].get("models", [])}
+    wanted |= set(OWN)
     wanted |= {(folder, name) for folder, name in EMBEDDED if not (ROOT / "assets" / folder / name).exists()}
     for folder, name in wanted:
         path = models / folder / name
-        if path.exists():
-            continue
-        if folder == "text_encoders":
-            tiny_t5(path)
-        else:
-            tiny_pixelflow(path, text="c2i" not in name, num_stages=3 if "emoji" in name else 4)
+        if not path.exists():
+            next(make for where, start, make in STAND_INS if where == folder and name.startswith(start))(path)
+    if not (models.parent / "input" / PICTURE).exists():
+        picture(models.parent / "input" / PICTURE)

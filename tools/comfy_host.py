@@ -268,7 +268,10 @@ class Host:
     def _progress(self, value, total, preview, prompt_id=None, node_id=None):
         # What main.py's hook does for the browser, and the only place where a long node notices an interruption.
         self._memory.throw_exception_if_processing_interrupted()
-        node_id = node_id or import_module("comfy_execution.utils").get_executing_context().node_id
+        context = import_module("comfy_execution.utils").get_executing_context()
+        if context is None:
+            return  # a node called from Python, not by a graph
+        node_id = node_id or context.node_id
         import_module("comfy_execution.progress").get_progress_state().update_progress(node_id, value, total, preview)
         self.send_sync("progress", {"node": node_id, "value": value, "max": total})
 

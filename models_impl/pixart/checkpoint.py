@@ -103,9 +103,10 @@ def read(
     own = metadata_config(metadata or {}, FAMILY)
     stated = {**PixArtConfig.entries_of(own or {}), **PixArtConfig.entries_of(config or {})}
     stated.pop("null_caption", None)  # the weights say it
-    shapes = _from_shapes(tensors, stated)
-    near = {} if own or not beside else _if_it_fits(PixArtConfig.entries_of(beside), shapes)
-    known = {**near, **_variant_of(shapes), **_from_table(tensors, shapes), **shapes, **stated}
+    near = {} if own or not beside else _if_it_fits(PixArtConfig.entries_of(beside), tensors)
+    told = {name: near[name] for name in ("mlp_ratio", "kv_compression") if name in near}  # shapes tell these in part
+    shapes = _from_shapes(tensors, {**told, **stated})
+    known = {**near, **_variant_of(shapes), **_from_table(tensors, shapes), **stated, **shapes}
     return _completed(known), {key: value for key, value in tensors.items() if key not in NOT_NEEDED}
 
 
@@ -385,9 +386,13 @@ def _refuse_contradictions(shapes: Mapping, stated: Mapping):
             raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
 
 
-def _if_it_fits(entries: dict, shapes: dict) -> dict:
-    told = shapes.keys() & entries.keys() - {"token_limit", "null_caption", "kv_compression"}
-    return entries if all(entries[name] == shapes[name] for name in told) else {}
+def _if_it_fits(entries: dict, tensors: Mapping[str, Tensor]) -> dict:
+    """`entries` that tell a network of these shapes. They need not be right about the caption that the file stores."""
+    try:
+        _from_shapes(tensors, {n: value for n, value in entries.items() if n not in ("token_limit", "null_caption")})
+    except ValueError:
+        return {}
+    return entries
 
 
 def _variant_of(shapes: Mapping) -> dict:

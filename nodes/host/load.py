@@ -5,12 +5,15 @@ from pathlib import Path
 
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.ops
 import comfy.utils
 import torch
 
-from ...models_impl.pixelflow import checkpoint
-from ...models_impl.state_dict import check_fit, read_file
-from . import pixelflow
+from ...models_impl.pixart import checkpoint as pixart_checkpoint
+from ...models_impl.pixart.controlnet import PixArtControlNet
+from ...models_impl.pixelflow import checkpoint as pixelflow_checkpoint
+from ...models_impl.state_dict import check_fit, load_into, read_file
+from . import pixart, pixart_control, pixelflow
 
 DTYPES = {
     "default": None,
@@ -35,10 +38,27 @@ def load_pixelflow(path: str, weights: str = "ema", dtype: torch.dtype | None = 
     """A PixelFlow file as a ModelPatcher; dtype None lets ComfyUI choose the storage."""
     file = Path(path)
     try:
-        config, tensors = checkpoint.read(*read_file(file), weights=weights, beside=checkpoint.config_beside(file))
+        config, tensors = pixelflow_checkpoint.read(
+            *read_file(file), weights=weights, beside=pixelflow_checkpoint.config_beside(file)
+        )
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
-    model_config = pixelflow.ModelConfig(config)
+    return _as_model(pixelflow.ModelConfig(config), tensors, dtype, f"PixelFlow ({file.name})")
+
+
+def load_pixart(path: str, weights: str = "ema", dtype: torch.dtype | None = None, settings: dict | None = None):
+    """A PixArt file as a ModelPatcher. settings: entries of PixArtConfig that the user knows better than the file."""
+    file = Path(path)
+    try:
+        config, tensors = pixart_checkpoint.read(
+            *read_file(file), weights=weights, config=settings, beside=pixart_checkpoint.beside(file)
+        )
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
+    return _as_model(pixart.ModelConfig(config), tensors, dtype, f"PixArt ({file.name})")
+
+
+def _as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str):
     supported, parameters = model_config.supported_inference_dtypes, comfy.utils.calculate_parameters(tensors)
     if dtype is None:
         stored = comfy.utils.weight_dtype(tensors)
@@ -48,10 +68,28 @@ def load_pixelflow(path: str, weights: str = "ema", dtype: torch.dtype | None = 
         cast = mm.unet_dtype(model_params=parameters, supported_dtypes=supported)
     model_config.set_inference_dtype(dtype, cast)
     model = model_config.get_model(tensors, device=mm.unet_inital_load_device(parameters, dtype))
-    check_fit(model.diffusion_model, tensors, f"PixelFlow ({file.name})")
+    check_fit(model.diffusion_model, tensors, what)
     patched = patcher(model)
     if getattr(patched, "is_dynamic", bool)():  # after 0.3.75: the weights stay in the file's memory map
         model.load_model_weights(tensors, "", assign=True)
     else:
         model.diffusion_model.load_state_dict(tensors)
     return patched
+
+
+def load_pixart_controlnet(path: str, dtype: torch.dtype | None = None) -> pixart_control.PixArtControl:
+    """A PixArt ControlNet file, with or without the base model in it, as CONTROL_NET."""
+    file = Path(path)
+    try:
+        config, blocks, tensors = pixart_checkpoint.read_controlnet(*read_file(file))
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
+    parameters, supported = comfy.utils.calculate_parameters(tensors), pixart.INFERENCE_DTYPES
+    stored = dtype or mm.unet_dtype(
+        model_params=parameters, supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(tensors)
+    )
+    cast = mm.unet_manual_cast(stored, mm.get_torch_device(), supported)
+    operations = comfy.ops.pick_operations(stored, cast)
+    net = PixArtControlNet(config, blocks, operations=operations, dtype=stored, device=mm.unet_offload_device())
+    load_into(net, tensors, f"a PixArt ControlNet ({file.name})")
+    return pixart_control.PixArtControl(patcher(net.eval()))

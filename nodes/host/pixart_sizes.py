@@ -1,0 +1,39 @@
+"""Sizes in words: what PixArt was trained on, and what is to be expected off that path."""
+from __future__ import annotations
+
+from math import sqrt
+
+from ...models_impl.pixart.buckets import TABLES, nearest
+from ...models_impl.pixart.config import PixArtConfig
+
+MULTIPLE = 16  # pixels: eight to a latent cell, two cells to a token
+
+
+def table_side(config: PixArtConfig | None, default: int = 1024) -> int:
+    """The side in pixels of the square whose table a model was trained on."""
+    wanted = 8 * config.sample_size if config else default
+    return min(TABLES, key=lambda side: abs(side - wanted))
+
+
+def about(side: int, height: int, width: int) -> str:
+    """One or two sentences on a size, for a model that was trained on the table of `side`."""
+    label, *bucket = nearest(TABLES[side], height, width)
+    tokens = (height // MULTIPLE) * (width // MULTIPLE)
+    start = f"{width} x {height} pixels, {tokens} tokens: "
+    if bucket == [height, width]:
+        return start + f"a size of the {side} training, height/width {label:g}."
+    scale = sqrt(height * width) / side
+    near = f"{bucket[1]} x {bucket[0]}"
+    if not 0.9 < scale < 1.1:
+        kind, fault = ("more", "repeated objects") if scale > 1 else ("fewer", "blurred or cropped objects")
+        return start + (f"{max(scale, 1 / scale) ** 2:.1f} times {kind} pixels than the {side} model was trained on. "
+                        f"Expect {fault}; its nearest size is {near}.")
+    return start + f"near {near}, which the {side} model was trained on. Shapes may be slightly distorted."
+
+
+def check(height: int, width: int):
+    """Refuse sizes that do not fall into whole tokens."""
+    if height % MULTIPLE or width % MULTIPLE:
+        raise ValueError(f"{width}x{height} pixels do not fit PixArt: width and height must be multiples of "
+                         f"{MULTIPLE}, for example {max(1, round(width / MULTIPLE)) * MULTIPLE}x"
+                         f"{max(1, round(height / MULTIPLE)) * MULTIPLE}.")

@@ -1,0 +1,56 @@
+"""Prompts as PixArt was trained on them, with the CLIP object that core's CLIPLoader gives for T5 v1.1 XXL."""
+from __future__ import annotations
+
+import logging
+
+import torch
+
+TEXT_WIDTH = 4096
+END_TOKEN = 1
+
+
+def encode(clip, text: str, limit: int, entries: dict | None = None) -> list:
+    """A conditioning of at most `limit` tokens, </s> included; what is beyond is left out, and said so.
+
+    The releases pad to the limit and mask the padding; without padding the same numbers come out.
+    """
+    tokens = clip.tokenize(text)
+    if list(tokens) != ["t5xxl"]:
+        raise ValueError(f"This CLIP holds {', '.join(tokens)}: PixArt reads T5 v1.1 XXL alone. Load it with "
+                         "CLIPLoader, type pixart.")
+    longest = max(map(len, tokens["t5xxl"]))
+    if longest > limit:
+        logging.warning(f"PixStack: PixArt reads {limit} tokens, this prompt has {longest}. Its end is left out: "
+                        f"...{text[-60:]}")
+    tokens["t5xxl"] = [_cut(row, limit) for row in tokens["t5xxl"]]
+    return clip.encode_from_tokens_scheduled(tokens, add_dict=entries or {})
+
+
+def _cut(row: list, limit: int) -> list:
+    return row if len(row) <= limit else [*row[: limit - 1], (END_TOKEN, 1.0, *row[-1][2:])]
+
+
+def null_caption(model, positive: list, mask: str) -> list:
+    """The caption that the model saw in training where the real one was dropped, for the negative input.
+
+    mask: "positive" keeps as many of its tokens as the positive prompt has, as in training and in the released
+    samplers; "all" keeps every token.
+    """
+    config = model.model.config
+    if not config.null_caption:
+        raise ValueError("This PixArt file stores no null caption (diffusers files do not). Encode an empty prompt for "
+                         "the negative input instead.")
+    stored = model.model.diffusion_model.y_embedder.y_embedding.detach().float().cpu()[None]  # (1, L, C)
+    if mask == "all":
+        return [[stored, {"attention_mask": torch.ones(stored.shape[:2], dtype=torch.long)}]]
+    conditioning = []
+    for tokens, entries in positive:
+        length = tokens.shape[1]
+        kept = entries.get("attention_mask")
+        kept = torch.ones(1, length, dtype=torch.long) if kept is None else kept.reshape(len(kept), -1).cpu().long()
+        length = min(length, stored.shape[1])
+        null = stored[:, :length].expand(len(kept), -1, -1)
+        others = {k: v for k, v in entries.items() if k in ("width", "height", "aspect_ratio", "area", "strength",
+                                                            "mask", "start_percent", "end_percent")}
+        conditioning.append([null, {**others, "attention_mask": kept[:, :length]}])
+    return conditioning

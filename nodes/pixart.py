@@ -1,0 +1,358 @@
+"""PixArt's nodes: load, encode, choose a size. Sampling and ControlNets have files of their own; T5-XXL and the VAE are
+loaded by core."""
+from __future__ import annotations
+
+import comfy.model_management as mm
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..models_impl.pixart import buckets
+from ..models_impl.pixart.prompts import STYLES, apply_style, parse
+from ..models_impl.text.captions import clean_caption, cleaning_needs
+from .checks import first_problem, known_file, one_of
+from .host import pixart_lora, pixart_sizes, pixart_text
+from .host.load import DTYPES, load_pixart
+from .host.pixart import config_of
+
+CATEGORY = "pixstack/pixart"
+AUTO = "auto"
+WEIGHTS = ["ema", "model"]
+VARIANTS = [AUTO, "alpha", "sigma"]
+PREDICTIONS = {
+    AUTO: {},
+    "eps": dict(prediction="eps", zero_terminal_snr=False),
+    "v": dict(prediction="v", zero_terminal_snr=False),
+    "v, zero terminal SNR": dict(prediction="v", zero_terminal_snr=True),
+}
+POSITIONS = {AUTO: {}, "16 (alpha 256)": dict(position_range=16.0), "32 (all others)": dict(position_range=32.0)}
+LIMITS = {"alpha": 120, "sigma": 300}
+SHAPES = {  # width : height
+    "1:1": (1, 1), "4:3": (4, 3), "3:2": (3, 2), "16:9": (16, 9), "2:1": (2, 1), "21:9": (21, 9), "4:1": (4, 1),
+    "3:4": (3, 4), "2:3": (2, 3), "9:16": (9, 16), "1:2": (1, 2), "9:21": (9, 21), "1:4": (1, 4),
+}  # fmt: skip
+NEAREST, EXACT = "nearest to width x height", "exactly width x height"
+RESOLUTIONS = [AUTO, *map(str, buckets.TABLES)]
+
+
+class PixArtLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_PixArtLoader",
+            display_name="Load PixArt Model",
+            category=CATEGORY,
+            description="Loads a PixArt-alpha, delta or Sigma transformer of any format: the released .pth, diffusers' "
+            "safetensors, the base inside a ControlNet file, trainers' exports. Depth, KV compression and norms follow "
+            "the file.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name", options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip="A file in models/diffusion_models. A diffusers config.json beside it is read too.",
+                ),
+                io.Combo.Input(
+                    "variant", options=VARIANTS, default=AUTO,
+                    tooltip="alpha: SD 1.5's VAE and 120 tokens. sigma: SDXL's VAE and 300 tokens. auto: by the "
+                    "file; diffusers files of alpha 512 and of Sigma look alike, so choose for those if the log says "
+                    "that it guessed.",
+                ),
+                io.Combo.Input(
+                    "prediction", options=list(PREDICTIONS), default=AUTO,
+                    tooltip="What the network predicts. auto: noise (eps), unless a scheduler_config.json beside the "
+                    "file says otherwise. Some revisions of the 900M model predict v with zero terminal SNR.",
+                ),
+                io.Combo.Input(
+                    "positions", options=list(POSITIONS), default=AUTO,
+                    tooltip="Range of the position table. auto: read off the file where it stores one, else 32. "
+                    "Sources disagree about alpha's 256 model only.",
+                ),
+                io.Combo.Input(
+                    "weights", options=WEIGHTS, default="ema",
+                    tooltip="Of a training checkpoint: the averaged weights (ema) or the raw ones (model).",
+                ),
+                io.Combo.Input(
+                    "dtype", options=list(DTYPES), default="default",
+                    tooltip="How the weights are stored. fp8_e4m3fn needs half of fp16's memory.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="Goes to LoRA loaders and to any sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name=None, variant=None, prediction=None, positions=None, weights=None, dtype=None):
+        return first_problem(
+            known_file("diffusion_models", model_name), one_of("variant", variant, VARIANTS),
+            one_of("prediction", prediction, PREDICTIONS), one_of("positions", positions, POSITIONS),
+            one_of("weights", weights, WEIGHTS), one_of("dtype", dtype, DTYPES),
+        )
+
+    @classmethod
+    def execute(cls, model_name, variant, prediction, positions, weights, dtype) -> io.NodeOutput:
+        settings = {**PREDICTIONS[prediction], **POSITIONS[positions]}
+        if variant != AUTO:
+            settings["variant"] = variant
+        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        return io.NodeOutput(load_pixart(path, weights, DTYPES[dtype], settings))
+
+
+class PixArtTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_PixArtTextEncode",
+            display_name="PixArt Text Encode",
+            category=CATEGORY,
+            description="Encodes a prompt at the length PixArt was trained with. CLIP Text Encode works too, but does "
+            "not cut what is too long, and cannot clean captions.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="T5 v1.1 XXL from CLIPLoader, type pixart."),
+                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="The prompt."),
+                io.Combo.Input(
+                    "tokens", options=[AUTO, *map(str, LIMITS.values())], default=AUTO,
+                    tooltip="Longest prompt. auto: the model's own when one is connected, else Sigma's 300; alpha was "
+                    "trained with 120.",
+                ),
+                io.Boolean.Input(
+                    "clean_caption", default=False,
+                    tooltip="Clean the text as alpha's training did: lower case, no links, no markup. Sigma was "
+                    "trained on raw captions. Needs the packages ftfy and beautifulsoup4.",
+                ),
+                io.Model.Input("model", optional=True, tooltip="The PixArt model, to take the prompt length from."),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="For a sampler's positive or negative input.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, tokens=None):
+        return one_of("tokens", tokens, [AUTO, *map(str, LIMITS.values())])
+
+    @classmethod
+    def execute(cls, clip, text, tokens, clean_caption, model=None) -> io.NodeOutput:
+        limit = LIMITS["sigma"] if tokens == AUTO else int(tokens)
+        if tokens == AUTO and model is not None:
+            limit = config_of(model).token_limit
+        return io.NodeOutput(pixart_text.encode(clip, cleaned(text) if clean_caption else text, limit))
+
+
+def cleaned(text: str) -> str:
+    missing = cleaning_needs()
+    if missing:
+        raise ValueError(f"To clean captions as PixArt-alpha's training did, install {' and '.join(missing)} in "
+                         "ComfyUI's Python, or turn clean_caption off.")
+    return clean_caption(text)
+
+
+class PixArtNullCaption(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_PixArtNullCaption",
+            display_name="PixArt Null Caption",
+            category=CATEGORY,
+            description="The unconditional caption that the model was trained with, as it is stored in the released "
+            "files, for the negative input. An encoded empty or negative prompt works as well.",
+            inputs=[
+                io.Model.Input("model", tooltip="A PixArt model whose file stores its null caption (released .pth)."),
+                io.Conditioning.Input("positive", tooltip="The prompt it stands against: it gets the same length."),
+                io.Combo.Input(
+                    "mask", options=["positive", "all"], default="positive",
+                    tooltip="positive: as many tokens as the prompt has, as in training. all: every stored token.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="For the sampler's negative input.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, mask=None):
+        return one_of("mask", mask, ["positive", "all"])
+
+    @classmethod
+    def execute(cls, model, positive, mask) -> io.NodeOutput:
+        config_of(model)
+        return io.NodeOutput(pixart_text.null_caption(model, positive, mask))
+
+
+class PixArtSizeCondition(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_PixArtSizeCondition",
+            display_name="PixArt Size Condition",
+            category=CATEGORY,
+            description="Tells alpha's 1024 model another size or aspect ratio than that of the picture it draws. "
+            "Without this node it is told the picture's own. Models without size conditions ignore it.",
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="An encoded prompt."),
+                io.Int.Input("width", default=1024, min=16, max=16384, tooltip="Pixels of the original picture."),
+                io.Int.Input("height", default=1024, min=16, max=16384, tooltip="Pixels of the original picture."),
+                io.Float.Input(
+                    "aspect_ratio", default=0.0, min=0.0, max=10.0, step=0.01, round=0.001,
+                    tooltip="Height divided by width. 0: that of the bucket nearest to width and height.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output("sized", display_name="CONDITIONING", tooltip="The same prompt.")],
+        )
+
+    @classmethod
+    def execute(cls, conditioning, width, height, aspect_ratio) -> io.NodeOutput:
+        entries = {"width": width, "height": height}
+        entries["aspect_ratio"] = aspect_ratio or buckets.nearest(buckets.TABLES[1024], height, width)[0]
+        return io.NodeOutput([[tokens, {**known, **entries}] for tokens, known in conditioning])
+
+
+class PixArtPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_PixArtPrompt",
+            display_name="PixArt Prompt",
+            category=CATEGORY,
+            description="Reads '--ar 3:4' (or --aspect_ratio), and '--hw 768:1024' for the finished picture, off a "
+            "prompt and puts a style around the rest. Height comes first in both.",
+            inputs=[
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True, tooltip="As in 'a lighthouse --ar "
+                                "16:9': height and width in that order."),
+                io.Combo.Input("style", options=list(STYLES), default=next(iter(STYLES)), tooltip="Words around the "
+                               "prompt, and a negative prompt that goes with them."),
+                io.String.Input("negative_prompt", default="", multiline=True, tooltip="What not to draw."),
+            ],
+            outputs=[
+                io.String.Output("positive", tooltip="For PixArt Text Encode."),
+                io.String.Output("negative", tooltip="For PixArt Text Encode."),
+                io.Float.Output("ratio", tooltip="Height divided by width, for 'PixArt Canvas'. 0 if the prompt names "
+                                "none."),
+                io.Int.Output("final_width", tooltip="Pixels of --hw, for Upscale Image with crop 'center'; 0, which "
+                              "leaves a picture as it is, if the prompt names none."),
+                io.Int.Output("final_height", tooltip="As final_width."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, prompt=None, style=None):
+        try:
+            parse(prompt or "")
+        except ValueError as error:
+            return str(error)
+        return one_of("style", style, STYLES)
+
+    @classmethod
+    def execute(cls, prompt, style, negative_prompt) -> io.NodeOutput:
+        parsed = parse(prompt)
+        positive, negative = apply_style(style, parsed.text, negative_prompt)
+        final_height, final_width = parsed.size or (0, 0)
+        return io.NodeOutput(positive, negative, parsed.ratio or 0.0, final_width, final_height)
+
+
+class PixArtCanvas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_PixArtCanvas",
+            display_name="PixArt Canvas",
+            category=CATEGORY,
+            description="An empty latent of a size that PixArt was trained on, and that size as numbers. Says what "
+            "other sizes cost.",
+            inputs=[
+                io.Combo.Input(
+                    "resolution", options=RESOLUTIONS, default=AUTO,
+                    tooltip="About as many pixels as a square of this side. auto: what the connected model was trained "
+                    "on, else 1024.",
+                ),
+                io.Combo.Input(
+                    "shape", options=[*SHAPES, NEAREST, EXACT], default="1:1",
+                    tooltip="Width : height, or the size below. A connected image or ratio overrides it.",
+                ),
+                io.Int.Input("width", default=1024, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("height", default=1024, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures drawn at once."),
+                io.Model.Input("model", optional=True, tooltip="A PixArt model, for resolution 'auto'."),
+                io.Image.Input("image", optional=True, tooltip="Takes the bucket nearest to this picture's shape."),
+                io.Float.Input(
+                    "ratio", optional=True, default=0.0, min=0.0, max=10.0, step=0.01, force_input=True,
+                    tooltip="Height divided by width, from 'PixArt Prompt'; 0 is ignored.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("latent", display_name="LATENT", tooltip="For the sampler."),
+                io.Int.Output("canvas_width", display_name="width", tooltip="Pixels; for Upscale Image before VAE "
+                              "Encode."),
+                io.Int.Output("canvas_height", display_name="height", tooltip="Pixels."),
+                io.String.Output("about", tooltip="What kind of size this is, in words."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, resolution=None, shape=None):
+        return first_problem(one_of("resolution", resolution, RESOLUTIONS),
+                             one_of("shape", shape, [*SHAPES, NEAREST, EXACT]))
+
+    @classmethod
+    def execute(cls, resolution, shape, width, height, batch_size, model=None, image=None, ratio=0.0) -> io.NodeOutput:
+        if resolution == AUTO:
+            side = pixart_sizes.table_side(None if model is None else config_of(model))
+        else:
+            side = int(resolution)
+        if image is not None:
+            height, width = image.shape[1:3]
+        elif ratio:
+            height, width = ratio, 1.0
+        elif shape in SHAPES:
+            width, height = SHAPES[shape]
+        if shape == EXACT and image is None and not ratio:
+            pixart_sizes.check(height, width)
+        else:
+            _, height, width = buckets.nearest(buckets.TABLES[side], height, width)
+        about = pixart_sizes.about(side, height, width)
+        latent = torch.zeros(batch_size, 4, height // 8, width // 8, device=mm.intermediate_device())
+        return io.NodeOutput({"samples": latent}, width, height, about, ui=ui.PreviewText(about))
+
+
+class PixArtLoraLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_PixArtLoraLoader",
+            display_name="Load PixArt LoRA",
+            category=CATEGORY,
+            description="A LoRA, DoRA, LoHa or LoKr of any trainer on a PixArt model, at the scale it was trained "
+            "with. Core's loader takes PEFT files at two to four times their strength and skips other formats.",
+            inputs=[
+                io.Model.Input("model", tooltip="A PixArt model of 'Load PixArt Model'."),
+                io.Combo.Input(
+                    "lora_name", options=folder_paths.get_filename_list("loras"),
+                    tooltip="A file in models/loras. PEFT's adapter_config.json is read if it lies beside it.",
+                ),
+                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, round=0.001,
+                               tooltip="1: as trained."),
+                io.Float.Input(
+                    "alpha", default=0.0, min=0.0, max=4096.0, step=1.0,
+                    tooltip="Alpha of a file that does not say its own. 0: the default of its format; PEFT's is 8, "
+                    "with which the official scripts trained.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("patched", display_name="MODEL", tooltip="The model with the LoRA."),
+                io.String.Output("report", tooltip="What matched, and the scale used."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name=None):
+        return known_file("loras", lora_name)
+
+    @classmethod
+    def execute(cls, model, lora_name, strength, alpha) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        patched, report = pixart_lora.load(model, path, strength, alpha or None)
+        return io.NodeOutput(patched, report, ui=ui.PreviewText(report))
+
+
+NODES = [
+    PixArtLoader,
+    PixArtTextEncode,
+    PixArtNullCaption,
+    PixArtSizeCondition,
+    PixArtPrompt,
+    PixArtCanvas,
+    PixArtLoraLoader,
+]
