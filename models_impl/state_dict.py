@@ -23,7 +23,7 @@ MARKS = {  # family, as a person knows it -> keys of which one is enough to know
     "FLUX": ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
     "Stable Cascade Stage C": ("clip_txt_pooled_mapper.weight",),
     "Stable Cascade Stage B": ("clip_mapper.weight",),
-    "UltraPixel": ("agg_net.0.0.weight", "train_norm.0.weight"),
+    "UltraPixel": ("*.wtoken_postfc.wb0.1.weight",),
     "Stable Diffusion": ("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight"),
     "Stable Diffusion 3": ("joint_blocks.0.context_block.attn.qkv.weight",),
     "DiT": ("blocks.0.adaLN_modulation.1.weight",),

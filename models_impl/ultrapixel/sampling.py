@@ -1,0 +1,261 @@
+"""Noise schedule, sampler, the two passes of UltraPixel, sizes, and what training draws.
+
+(arXiv 2306.00637 and 2407.02158; gdf/ of Stability-AI/StableCascade@7a7d341f, MIT.) Variance preserving: x = a * clean
++ b * noise with a^2 + b^2 = 1. `t` runs from 1 (noise) to 0; `logsnr` = log(a^2 / b^2) names the noise level;
+`timestep` is what the networks are told: the t at which the unshifted schedule has that logsnr, 0.99358 and not 1 at
+the start.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+KEPT_TIMESTEP = 0.05
+"""The noise level of the features that the guide was trained on."""
+RESCALE = 0.7
+LOGSNR_RANGE = (-10.0, 10.0)  # of the adaptive loss weight's buckets
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The cosine schedule of Stable Cascade, in float32 as the networks were trained: 1 - 0.9999 is inexact."""
+
+    shift: float = 1.0
+    """Larger: more noise at the same t."""
+    offset: float = 0.008
+    clamp: tuple[float, float] = (0.0001, 0.9999)
+
+    def __post_init__(self):
+        if self.shift <= 0:
+            raise ValueError(f"shift={self.shift} must be positive.")
+        if not 0 < self.clamp[0] < self.clamp[1] < 1:
+            raise ValueError(f"clamp={self.clamp} must be two rising numbers inside (0, 1).")
+
+    def _first(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        offset = torch.tensor(self.offset, device=like.device)
+        return offset, torch.cos(offset / (1 + offset) * torch.pi * 0.5) ** 2
+
+    def _unshifted(self, t: Tensor) -> Tensor:
+        offset, first = self._first(t)
+        share = torch.cos((offset + t.clamp(0, 1)) / (1 + offset) * torch.pi * 0.5).clamp(0, 1) ** 2 / first
+        share = share.clamp(*self.clamp)
+        return (share / (1 - share)).log()
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        """t in [0, 1], any shape. A shift moves all, but not beyond what the unshifted schedule has at its ends."""
+        t = t.float()
+        low, high = self._unshifted(torch.tensor([1.0, 0.0], device=t.device)).tolist()
+        return (self._unshifted(t) + 2 * math.log(1 / self.shift)).clamp(low, high)
+
+    def timestep(self, logsnr: Tensor) -> Tensor:
+        """What the networks are told, in [0, 1]."""
+        offset, first = self._first(logsnr)
+        return (logsnr.sigmoid() * first).sqrt().acos() / (torch.pi * 0.5) * (1 + offset) - offset
+
+    def steps(self, steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
+        """The logsnr of each of `steps` steps and of the end: (steps + 1,). start < 1 for a part of the noise."""
+        if steps < 1:
+            raise ValueError(f"steps={steps} must be at least 1.")
+        return self.logsnr(torch.linspace(start, end, steps + 1))
+
+
+def scales(logsnr: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b) of x = a * clean + b * noise, shaped to multiply `like`. logsnr: a number or (B,)."""
+    a_squared = logsnr.to(like.device).sigmoid()
+    a, b = a_squared.sqrt(), (1 - a_squared).sqrt()
+    if logsnr.ndim:
+        a, b = (s.view(-1, *[1] * (like.ndim - 1)) for s in (a, b))
+    return a, b
+
+
+def add_noise(clean: Tensor, noise: Tensor, logsnr: Tensor) -> Tensor:
+    a, b = scales(logsnr, clean)
+    return a * clean + b * noise
+
+
+def denoised(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
+    a, b = scales(logsnr, x)
+    return (x - b * eps) / a
+
+
+def ddpm_step(clean: Tensor, eps: Tensor, logsnr: Tensor, following: Tensor, noise: Tensor, eta: float = 1.0) -> Tensor:
+    """From one noise level to the `following`. eta 1: DDPM, 0: DDIM. Noise is added in the last step too.
+
+    sigma = eta * (b'/b) * sqrt(1 - a^2/a'^2); x' = a' clean + sqrt(b'^2 - sigma^2) eps + sigma noise
+    """
+    (a, b), (a_next, b_next) = scales(logsnr, clean), scales(following, clean)
+    sigma = eta * (b_next**2 / b**2).sqrt() * (1 - a**2 / a_next**2).sqrt()
+    return a_next * clean + (b_next**2 - sigma**2).sqrt() * eps + sigma * noise
+
+
+def guided(cond: Tensor, uncond: Tensor, cfg: float, rescale: float = RESCALE, whole_batch: bool = False) -> Tensor:
+    """Classifier-free guidance, by `rescale` brought to the standard deviation of `cond` (arXiv 2305.08891, 3.4).
+
+    cond, uncond: (B, C, H, W). The deviation is that of each image; whole_batch: of all of them together, as the
+    reference has it, where a batch changes its images.
+    """
+    eps = torch.lerp(uncond, cond, cfg)
+    if rescale <= 0:
+        return eps
+    over = tuple(range(0 if whole_batch else 1, eps.ndim))
+    ratio = cond.std(over, keepdim=True) / (eps.std(over, keepdim=True) + 1e-9)
+    return rescale * (eps * ratio) + (1 - rescale) * eps
+
+
+def run(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    schedule: Schedule,
+    logsnrs: Tensor,
+    noise: Callable[[int, torch.Size], Tensor],
+    eta: float = 1.0,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    after_step: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Step x (B, C, H, W) from logsnrs[0] to logsnrs[-1]. Returns x and the last step's estimate of the clean latent.
+
+    predict(x, timestep (B,)) -> eps, guidance inside; logsnrs: rising, `Schedule.steps`; noise(step, shape);
+    callback(step, x after it, denoised); after_step(x, logsnr of x) -> x lets a host blend an inpainting mask.
+    """
+    clean = None
+    for i, (logsnr, following) in enumerate(zip(logsnrs[:-1], logsnrs[1:], strict=True)):
+        eps = predict(x, schedule.timestep(logsnr).to(x.device).expand(x.shape[0]))
+        clean = denoised(x, eps, logsnr)
+        x = ddpm_step(clean, eps, logsnr, following, noise(i, x.shape).to(x), eta)
+        if after_step is not None:
+            x = after_step(x, following)
+        if callback is not None:
+            callback(i, x, clean)
+    return x, clean
+
+
+def sample(predict, x, schedule, logsnrs, noise, **options) -> Tensor:
+    """`run` of Stage C and Stage B: its result is the last estimate of the clean latent, not the x after the step."""
+    return run(predict, x, schedule, logsnrs, noise, **options)[1]
+
+
+def kept_step(schedule: Schedule, logsnrs: Tensor, timestep: float = KEPT_TIMESTEP) -> int:
+    """The step of the low-resolution pass whose features are kept: the one whose timestep is nearest.
+
+    With the 20 steps of the release it is the last one.
+    """
+    return (schedule.timestep(logsnrs[:-1]) - timestep).abs().argmin().item()
+
+
+def sample_features(predict, features, x, schedule, logsnrs, noise, keep: int | None = None, **options):
+    """The low-resolution pass: `run` until step `keep`, by default `kept_step`, and there features(x, timestep (B,)).
+
+    It ends with that: nothing that it would still change is used.
+    """
+    keep = kept_step(schedule, logsnrs) if keep is None else keep
+    if not 0 <= keep < len(logsnrs) - 1:
+        raise ValueError(f"keep={keep} is no step of {len(logsnrs) - 1}.")
+    x, _ = run(predict, x, schedule, logsnrs[: keep + 1], noise, **options)
+    return features(x, schedule.timestep(logsnrs[keep]).to(x.device).expand(x.shape[0]))
+
+
+def sample_guided(
+    predict_low: Callable[[Tensor, Tensor], Tensor],
+    features_low: Callable[[Tensor, Tensor], object],
+    predict_high: Callable[[Tensor, Tensor, object | None], Tensor],
+    x_low: Tensor,
+    x_high: Tensor,
+    schedule: Schedule,
+    logsnrs: Tensor,
+    noise_low: Callable[[int, torch.Size], Tensor],
+    noise_high: Callable[[int, torch.Size], Tensor],
+    keep: int | None = None,
+    guide_steps: int | None = None,
+    eta: float = 1.0,
+    callback_low: Callable[[int, Tensor, Tensor], None] | None = None,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Both passes of UltraPixel (arXiv 2407.02158). Returns the clean high-resolution latent.
+
+    predict_low and features_low: see `sample_features`; predict_high(x, timestep, features) -> eps, features None where
+    unguided. x_low, x_high: noise of the two sizes, each with noise of its own for the steps. guide_steps: only so many
+    steps are guided, for the reference's numbers, which stop after 20; None: all. keep: None for `kept_step`; the
+    reference takes the last step, whatever its noise level.
+    """
+    features = sample_features(predict_low, features_low, x_low, schedule, logsnrs, noise_low, keep, eta=eta,
+                               callback=callback_low)
+    step = iter(range(len(logsnrs) - 1))
+
+    def predict(x, timestep):
+        return predict_high(x, timestep, features if guide_steps is None or next(step) < guide_steps else None)
+
+    return sample(predict, x_high, schedule, logsnrs, noise_high, eta=eta, callback=callback)
+
+
+# --- Sizes
+
+COMPRESSION_C = 42.67  # pixels to a cell
+COMPRESSION_A = 4.0
+LOW_SIDE = 32  # low-resolution pictures have the area of a square of this many times 32 pixels
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """(height, width) of the latents, in cells, and of the low-resolution pass, in pixels and in cells."""
+
+    stage_c: tuple[int, int]
+    stage_b: tuple[int, int]
+    low_pixels: tuple[int, int]
+    low: tuple[int, int]
+
+
+def sizes(
+    height: int, width: int, compression_c: float = COMPRESSION_C, compression_a: float = COMPRESSION_A,
+    low_side: int = LOW_SIDE,
+) -> Sizes:
+    """Of a picture of height x width pixels. For Stage B both must be multiples of 8, see `stage_b`."""
+
+    def cells(pixels, compression):
+        return tuple(math.ceil(p / compression) for p in pixels)
+
+    low = (int(low_side * math.sqrt(height / width)) * 32, int(low_side / math.sqrt(height / width)) * 32)
+    return Sizes(cells((height, width), compression_c), cells((height, width), compression_a), low,
+                 cells(low, compression_c))
+
+
+# --- Training
+
+def training_t(batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """The t that the reference draws: (batch,), uniform in (0, 1], at least 0.001."""
+    return (1 - torch.rand(batch, generator=generator)).add(0.001).clamp(0.001, 1.0)
+
+
+def noise_loss(eps: Tensor, noise: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B,)."""
+    return F.mse_loss(eps, noise, reduction="none").flatten(1).mean(dim=1)
+
+
+def p2_weight(logsnr: Tensor, k: float = 1.0, gamma: float = 1.0, s: float = 1.0) -> Tensor:
+    """Weights of the loss that favour noise (arXiv 2204.00227)."""
+    return (k + (logsnr * s).exp()) ** -gamma
+
+
+class AdaptiveLossWeight:
+    """One over a running mean of the loss at this noise level. losses: (buckets,) float32, to be kept with a run."""
+
+    def __init__(self, buckets: int = 300, logsnr_range: Sequence[float] = LOGSNR_RANGE,
+                 weight_range: Sequence[float] = (1e-7, 1e7)):
+        self.edges = torch.linspace(*logsnr_range, buckets - 1)
+        self.weight_range = tuple(weight_range)
+        self.losses = torch.ones(buckets)
+
+    def weight(self, logsnr: Tensor) -> Tensor:
+        """(B,) -> (B,)."""
+        losses = self.losses[torch.searchsorted(self.edges, logsnr.detach().float().cpu())]
+        return (1 / losses).clamp(*self.weight_range).to(logsnr.device)
+
+    def update(self, logsnr: Tensor, loss: Tensor, beta: float = 0.99):
+        """Of several samples in one bucket only one counts, as in the reference."""
+        bucket = torch.searchsorted(self.edges, logsnr.detach().float().cpu())
+        self.losses = self.losses.clone()
+        self.losses[bucket] = self.losses[bucket] * beta + loss.detach().float().cpu() * (1 - beta)

@@ -1,0 +1,162 @@
+"""Stage A: the small autoencoder between the latent of Stage B and pixels.
+
+(arXiv 2306.00637; modules/stage_a.py of Stability-AI/StableCascade@7a7d341f, MIT; its vector quantisation
+plays no part in sampling and is not kept.)
+
+The decoder has no norm and no attention that spans the picture, so it can be cut exactly in two ways. Strips: a block
+runs on a few rows after the other and writes over its input, which bounds all that it takes beside to a strip and
+changes neither the work nor a bit of the result. Tiles: a decoded cell depends on `StageAConfig.halo` cells on each
+side, so a tile that brings as many along, clipped and not padded at the border of the picture, is exact inside.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .blocks import channels_first, channels_last, norm
+from .config import StageAConfig
+
+STRIP = 16384  # positions of a strip: 50 MB of float32 in the widest tensor of the released decoder
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, operations, to: dict):
+        super().__init__()
+        self.depthwise = nn.Sequential(
+            nn.ReplicationPad2d(1), operations.Conv2d(channels, channels, kernel_size=3, groups=channels, **to)
+        )
+        self.channelwise = nn.Sequential(
+            operations.Linear(channels, 4 * channels, **to), nn.GELU(), operations.Linear(4 * channels, channels, **to)
+        )
+        self.gammas = nn.Parameter(torch.zeros(6, **to))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # x: (B, D, H, W)
+        return self._mlp(x + self._spatial(self._first_norm(x), self.depthwise))
+
+    def in_strips(self, x: Tensor, rows: int) -> Tensor:
+        """The same, `rows` at a time, written over x."""
+        pad, conv = self.depthwise
+        above = None  # the last row of the strip before, as it was
+        for top in range(0, x.shape[2], rows):
+            bottom = min(top + rows, x.shape[2])
+            h = x[:, :, top : bottom + 1]
+            if above is not None:
+                h = torch.cat((above, h), dim=2)
+            above = x[:, :, bottom - 1 : bottom].clone()
+            edge = (1, 1, int(top == 0), int(bottom == x.shape[2]))  # only the picture's border is replicated
+            h = F.pad(self._first_norm(h), edge, mode="replicate")
+            x[:, :, top:bottom] = self._mlp(x[:, :, top:bottom] + self._spatial(h, conv))
+        return x
+
+    def _first_norm(self, x: Tensor) -> Tensor:
+        gammas = self.gammas.to(x)
+        return channels_first(norm(channels_last(x)) * (1 + gammas[0]) + gammas[1])
+
+    def _spatial(self, h: Tensor, conv: nn.Module) -> Tensor:
+        return conv(h) * self.gammas.to(h)[2]
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        gammas = self.gammas.to(x)
+        h = norm(channels_last(x)) * (1 + gammas[3]) + gammas[4]
+        return x + channels_first(self.channelwise(h)) * gammas[5]
+
+
+class StageA(nn.Module):
+    def __init__(self, config: StageAConfig, operations=nn, dtype=None, device=None):
+        super().__init__()
+        to = dict(dtype=dtype, device=device)
+        widths, C = config.widths, config.latent_channels
+        self.config, self.dtype = config, dtype
+        self.in_block = nn.Sequential(nn.PixelUnshuffle(2), operations.Conv2d(12, widths[0], kernel_size=1, **to))
+        down = []
+        for i, width in enumerate(widths):
+            if i:
+                down.append(operations.Conv2d(widths[i - 1], width, kernel_size=4, stride=2, padding=1, **to))
+            down.append(Block(width, operations, to))
+        down.append(nn.Sequential(operations.Conv2d(widths[-1], C, kernel_size=1, bias=False, **to),
+                                  nn.BatchNorm2d(C, **to)))
+        self.down_blocks = nn.Sequential(*down)
+        up = [nn.Sequential(operations.Conv2d(C, widths[-1], kernel_size=1, **to))]
+        for i, width in enumerate(reversed(widths)):
+            up += [Block(width, operations, to) for _ in range(1 if i else config.bottleneck_blocks)]
+            if i < len(widths) - 1:
+                up.append(operations.ConvTranspose2d(width, width // 2, kernel_size=4, stride=2, padding=1, **to))
+        self.up_blocks = nn.Sequential(*up)
+        self.out_block = nn.Sequential(operations.Conv2d(widths[0], 12, kernel_size=1, **to), nn.PixelShuffle(2))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1], sides multiples of `config.compression` -> (B, latent_channels, H/4, W/4)."""
+        multiple = self.config.compression
+        if image.shape[-2] % multiple or image.shape[-1] % multiple:
+            raise ValueError(f"Stage A cannot encode {image.shape[-1]}x{image.shape[-2]} pixels: both sides must be "
+                             f"multiples of {multiple}.")
+        return self.down_blocks(self.in_block(image)) / self.config.scale_factor
+
+    def decode(self, latent: Tensor, strip: int | None = STRIP) -> Tensor:
+        """(B, latent_channels, h, w) -> (B, 3, 4h, 4w), nominally in [0, 1] and not clamped.
+
+        strip: positions that a block takes at a time, rounded to whole rows; None takes all of them, and so does a
+        pass with gradients. Either way the result is the same. At 256x256 cells the released decoder took 33.0 KiB a
+        cell without strips and 10.5 KiB with them (peak over the weights, float32 on a CPU).
+        """
+        x = latent * self.config.scale_factor
+        cut = strip is not None and not torch.is_grad_enabled()
+        for part in self.up_blocks:
+            if cut and isinstance(part, Block):
+                x = part.in_strips(x, max(1, strip // (x.shape[0] * x.shape[3])))
+            else:
+                x = part(x)
+        return self.out_block(x)
+
+    def decode_tiled(
+        self, latent: Tensor, tile: int = 256, strip: int | None = STRIP,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """`decode` by tiles of `tile` cells a side, each with its halo; exact but for the rounding of the kernels.
+
+        callback(tiles done, tiles in all).
+        """
+        if tile < 1:
+            raise ValueError(f"tile={tile} must be at least 1.")
+        (B, _, H, W), halo, scale = latent.shape, self.config.halo, self.config.compression
+        corners = [(top, left) for top in range(0, H, tile) for left in range(0, W, tile)]
+        image = None
+        for done, (top, left) in enumerate(corners, 1):
+            y, x = max(top - halo, 0), max(left - halo, 0)
+            piece = self.decode(latent[:, :, y : top + tile + halo, x : left + tile + halo], strip)
+            if image is None:
+                image = piece.new_empty(B, 3, H * scale, W * scale)
+            y, x, height, width = ((top - y) * scale, (left - x) * scale, min(tile, H - top) * scale,
+                                   min(tile, W - left) * scale)
+            image[:, :, top * scale : top * scale + height, left * scale : left * scale + width] = (
+                piece[:, :, y : y + height, x : x + width]
+            )
+            if callback is not None:
+                callback(done, len(corners))
+        return image
+
+    def decode_windows(self, latent: Tensor, window: int = 256, stride: int = 24) -> Tensor:
+        """UltraPixel's own tiled decode, as the yardstick of ours: a mean of overlapping windows.
+
+        The latent is reflected by 2*stride on every side; windows whose own borders are wrong are averaged in, so it
+        differs from `decode`, and at 4096x4096 pixels it computes 85 times as many.
+        """
+        scale, margin = self.config.compression, 2 * stride
+        padded = F.pad(latent, (margin,) * 4, mode="reflect")
+        H, W = padded.shape[-2:]
+        if min(H, W) < window:
+            raise ValueError(f"A latent of {latent.shape[-1]}x{latent.shape[-2]} cells is too small for windows of "
+                             f"{window}.")
+        total = padded.new_zeros(latent.shape[0], 3, H * scale, W * scale)
+        count = padded.new_zeros(1, 1, H * scale, W * scale)
+        for top in range(0, H - window + 1, stride):
+            for left in range(0, W - window + 1, stride):
+                rows, columns = (slice(n * scale, (n + window) * scale) for n in (top, left))
+                total[:, :, rows, columns] += self.decode(padded[:, :, top : top + window, left : left + window])
+                count[:, :, rows, columns] += 1
+        inside = slice(margin * scale, -margin * scale)
+        return (total / count)[:, :, inside, inside]
