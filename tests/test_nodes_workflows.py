@@ -6,10 +6,21 @@ import pytest
 from conftest import ROOT, WORKFLOWS
 from PIL import Image
 from pixstack.tools import workflow as conversion
-from pixstack.tools.make_workflow_pictures import CARDS
+from pixstack.tools.make_workflow_pictures import CARDS, calls
+from weights import EMBEDDED, OWN
 
-EMBEDDED = ("pixelflow_emoji_64.safetensors", "pixelflow_emoji_t5.safetensors")
-FILES = {"PixStack_PixelFlowLoader": "diffusion_models", "PixStack_PixelFlowTextEncoderLoader": "text_encoders"}
+FILES = {  # loader, whose first widget names a file -> the folder of models/ where it looks
+    "PixStack_PixelFlowLoader": "diffusion_models",
+    "PixStack_PixelFlowTextEncoderLoader": "text_encoders",
+    "PixStack_PixArtLoader": "diffusion_models",
+    "PixStack_PixArtControlNetLoader": "controlnet",
+    "PixStack_PixArtLoraLoader": "loras",
+    "PixStack_HEDEdges": "annotators",
+    "CLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+}
+WITHOUT_DOWNLOAD = {*EMBEDDED, *OWN, ("vae", "pixel_space")}
+SEEDS = {"PixStack_PixelFlowSample": 1, "RandomNoise": 1, "KSampler": 1, "SamplerCustom": 2}  # place of the control
 
 
 def nodes(workflow):
@@ -37,22 +48,58 @@ def test_notes_say_what_to_change(workflow):
 
 
 def test_its_seeds_stay_as_they_are(workflow):
-    seeds = {"PixStack_PixelFlowSample": 1, "RandomNoise": 1}  # place of the control behind the seed
-    controls = [n["widgets_values"][seeds[n["type"]]] for n in nodes(workflow) if n["type"] in seeds]
+    controls = [n["widgets_values"][SEEDS[n["type"]]] for n in nodes(workflow) if n["type"] in SEEDS]
     assert controls and set(controls) == {"fixed"}
 
 
-def test_every_file_is_embedded_or_can_be_downloaded(workflow):
+def test_every_node_that_has_a_seed_is_known(workflow, host):
+    info = host.object_info()
+    seeded = {n["type"] for n in nodes(workflow) for name in ("seed", "noise_seed")
+              if name in info.get(n["type"], {}).get("input", {}).get("required", {})}
+    assert seeded <= set(SEEDS)
+
+
+def test_every_file_is_at_hand_or_can_be_downloaded(workflow):
     for node in nodes(workflow):
         if node["type"] in FILES:
-            name = node["widgets_values"][0]
+            name, folder = node["widgets_values"][0], FILES[node["type"]]
             (model,) = node["properties"].get("models") or [None]
-            assert (model is None) == (name in EMBEDDED), name
+            assert (model is None) == ((folder, name) in WITHOUT_DOWNLOAD), name
             if model:
-                assert model["name"] == name and model["directory"] == FILES[node["type"]]
+                assert model["name"] == name and model["directory"] == folder
                 assert model["url"].startswith("https://huggingface.co/")
+
+
+def test_the_notes_link_every_file_and_say_where_it_goes(workflow):
+    text = "\n".join(n["widgets_values"][0] for n in nodes(workflow) if n["type"] == "MarkdownNote")
+    for model in (m for n in nodes(workflow) for m in n["properties"].get("models", [])):
+        assert model["url"] in text
+        assert f"models/{model['directory']}" in text
+        if not model["url"].endswith(f"/{model['name']}"):
+            assert f"`models/{model['directory']}/{model['name']}`" in text, "it is saved under another name"
+
+
+def test_nothing_lies_on_top_of_something_else(workflow):
+    boxes = [(n["id"], *n["pos"], n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1]) for n in nodes(workflow)]
+    title = 30
+    overlapping = [
+        (a[0], b[0]) for a in boxes for b in boxes
+        if a[0] < b[0] and a[1] < b[3] and b[1] < a[3] and a[2] - title < b[4] and b[2] - title < a[4]
+    ]
+    assert not overlapping
 
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_workflow_that_cannot_be_drawn_here_has_its_card_described(name):
     assert name in {p.stem for p in WORKFLOWS}
+
+
+@pytest.mark.parametrize(("name", "timesteps", "cfg"), [
+    ("pixart_lcm", [999, 759, 519, 279], 1.0),
+    ("pixart_dmd", [400], 1.0),
+    ("pixart_sigma_1024", [999 * (1 - i / 20) for i in range(20)], 4.5),
+    ("pixart_image_to_image", [999 * i / 33 for i in range(20, 0, -1)], 4.5),
+])  # fmt: skip
+def test_a_card_shows_when_its_workflow_calls_the_network(name, timesteps, cfg):
+    graph = json.loads((ROOT / "tests" / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
+    assert calls(graph) == (pytest.approx(timesteps), cfg)

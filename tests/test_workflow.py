@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import WORKFLOWS
+from PIL import Image
 from pixstack.tools import workflow as conversion
 
 INFO = {
@@ -119,10 +120,33 @@ def test_a_shipped_workflow_validates(workflow, host):
     assert host.check(conversion.read(workflow, host.object_info())) == []
 
 
+SMALL = {"resolution": ("256", int), "steps": (2, int)}  # input -> (what two CPU cores manage, how to compare it)
+
+
+def shrunk(graph):
+    """`graph` with every menu of resolutions and every whole number of steps no higher than SMALL. Where a canvas has
+    no such menu it follows the tiny models' size."""
+    small = {i: {**node, "inputs": dict(node["inputs"])} for i, node in graph.items()}
+    for node in small.values():
+        for name, (value, order) in SMALL.items():
+            given = node["inputs"].get(name)
+            if type(given) is type(value) and order(given) > order(value):
+                node["inputs"][name] = value
+    return small
+
+
 def test_a_shipped_workflow_runs(workflow, host):
-    run = host.run(conversion.read(workflow, host.object_info()))  # as it is: the canvas follows the tiny models' size
+    graph = conversion.read(workflow, host.object_info())
+    small = shrunk(graph)
+    resolutions = [i for i, node in graph.items() if "resolution" in node["inputs"]]
+    assert all(small[i] != graph[i] for i in resolutions)
+    run = host.run(small)
     assert run.error is None
     assert run.images
+    for path in run.images:
+        with Image.open(path) as picture:
+            assert max(picture.size) <= 512
+            assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 8, "one colour all over"
 
 
 def test_there_are_workflows():

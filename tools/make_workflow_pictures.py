@@ -1,29 +1,58 @@
-"""The picture beside each workflow: what it draws, or, where its weights are not at hand, the sizes that it draws.
+"""The picture beside each workflow: what it draws, or, where its weights are not at hand, a card with its numbers.
 
     python -m pixstack.tools.make_workflow_pictures [NAME ...]
 
 Run it again after the embedded checkpoint has changed. Weights of the released models are used if they lie in the base
-folder's models/ (`--base`); otherwise their workflows get the card with sizes.
+folder's models/ (`--base`); otherwise their workflows get the card: sizes in true proportion, and for PixArt the
+timesteps at which the network is called, both read from the workflow.
 """
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..models_impl.pixart.sampling import lcm_timesteps, time_uniform
 from .comfy_host import CACHE, ROOT, Host, Run
 from .workflow import read
 
 SIDE, GAP = 512, 8  # pixels of a whole picture, and between the parts of one
-CARDS = {  # workflow -> (title, what is needed, sides of the stages in pixels)
-    "pixelflow_class_to_image": ("class to image", "needs the released weights", (32, 64, 128, 256)),
-    "pixelflow_text_to_image_1024": ("text to image, 1024 pixels", "needs the released weights", (128, 256, 512, 1024)),
-}
 PAPER, INK, STAGES = "#20242b", "#f2efe9", ("#3d5a80", "#5f8fb0", "#98c1d9", "#ee6c4d")
+PIXART_SIDES = (256, 512, 1024, 2048)  # of its releases
+NEEDS = "needs the released weights"
+
+
+@dataclass(frozen=True)
+class Card:
+    family: str
+    title: str
+    needs: str = NEEDS
+    stages: tuple[int, ...] = ()
+    """Sides of PixelFlow's stages in pixels. Without any it is a PixArt card."""
+    given: str = ""
+    """What of a PixArt canvas is there before: "all", "left" half, all "around" a hole, its "edges"."""
+
+
+ALPHA, SIGMA = "PixArt-alpha", "PixArt-Sigma"
+CARDS = {
+    "pixelflow_class_to_image": Card("PixelFlow", "class to image", stages=(32, 64, 128, 256)),
+    "pixelflow_text_to_image_1024": Card("PixelFlow", "text to image, 1024 pixels", stages=(128, 256, 512, 1024)),
+    "pixart_alpha_1024": Card(ALPHA, "text to image, 1024 pixels"),
+    "pixart_sigma_1024": Card(SIGMA, "text to image, 1024 pixels"),
+    "pixart_sigma_2k": Card(SIGMA, "text to image, 2048 pixels"),
+    "pixart_lcm": Card("PixArt-LCM", "text to image in four steps"),
+    "pixart_lcm_lora": Card(ALPHA, "four steps with the LCM-LoRA"),
+    "pixart_dmd": Card("PixArt-DMD", "text to image in one step"),
+    "pixart_controlnet": Card(ALPHA, "ControlNet of soft edges", given="edges"),
+    "pixart_lora": Card(SIGMA, "with a LoRA", "needs the released weights and a LoRA of yours"),
+    "pixart_inpaint": Card(SIGMA, "inpainting", given="around"),
+    "pixart_reference": Card(ALPHA, "a picture after a reference", given="left"),
+    "pixart_image_to_image": Card(SIGMA, "image to image", given="all"),
+}
 
 
 def main() -> int:
@@ -35,10 +64,11 @@ def main() -> int:
     for path in sorted((ROOT / "workflows").glob("*.json")):
         if args.names and path.stem not in args.names:
             continue
-        if path.stem in CARDS and not weights_are_there(path, host.models):
-            picture = card(*CARDS[path.stem])
+        graph = read(path, host.object_info())
+        if path.stem in CARDS and host.check(graph):  # a file that it names is not there
+            picture = card(CARDS[path.stem], graph)
         else:
-            run = host.run(read(path, host.object_info()))
+            run = host.run(graph)
             if run.error:
                 print(f"error: {path.stem}: {run.error}", file=sys.stderr)
                 return 1
@@ -46,12 +76,6 @@ def main() -> int:
         picture.save(path.with_suffix(".jpg"), quality=90)
         print(path.with_suffix(".jpg"))
     return 0
-
-
-def weights_are_there(workflow: Path, models: Path) -> bool:
-    nodes = json.loads(workflow.read_text(encoding="utf-8"))["nodes"]
-    files = [m for node in nodes for m in node["properties"].get("models", [])]
-    return all((models / m["directory"] / m["name"]).is_file() for m in files)
 
 
 def rows_of(run: Run) -> list[list[Image.Image]]:
@@ -74,19 +98,75 @@ def sheet(rows: list[list[Image.Image]]) -> Image.Image:
     return result
 
 
-def card(title: str, needs: str, sides: tuple[int, ...]) -> Image.Image:
-    """The stages as squares in true proportion, for a workflow whose pictures cannot be drawn here."""
+def card(about: Card, graph: dict) -> Image.Image:
+    """For a workflow whose pictures cannot be drawn here. graph: the workflow in the API format."""
     result = Image.new("RGB", (SIDE, SIDE), PAPER)
     draw = ImageDraw.Draw(result)
-    draw.text((32, 28), "PixelFlow", INK, ImageFont.load_default(40))
-    draw.text((32, 78), title, INK, ImageFont.load_default(24))
-    draw.text((32, 110), needs, STAGES[2], ImageFont.load_default(18))
-    for side, colour in sorted(zip(sides, STAGES, strict=True), reverse=True):
-        edge = round(320 * side / sides[-1])
-        draw.rectangle((32, SIDE - 32 - edge, 32 + edge, SIDE - 32), fill=colour)
-        draw.text((376, SIDE - 32 - edge), f"{side} x {side}", colour, ImageFont.load_default(20))
-        draw.line((32 + edge, SIDE - 32 - edge, 370, SIDE - 32 - edge), colour)
+    draw.text((32, 28), about.family, INK, ImageFont.load_default(40))
+    draw.text((32, 78), about.title, INK, ImageFont.load_default(24))
+    draw.text((32, 110), about.needs, STAGES[2], ImageFont.load_default(18))
+    if about.stages:
+        for side, colour in sorted(zip(about.stages, STAGES, strict=True), reverse=True):
+            square(draw, f"{side} x {side}", 320 * side // about.stages[-1], SIDE - 32, colour, colour)
+    else:
+        side = next(int(node["inputs"]["resolution"]) for node in graph.values() if "resolution" in node["inputs"])
+        edges = {other: 240 * other // PIXART_SIDES[-1] for other in PIXART_SIDES}
+        for other, edge in edges.items():
+            square(draw, f"{other} pixels", edge, 400, None, STAGES[1])
+        square(draw, f"{side} pixels", edges[side], 400, STAGES[3], STAGES[3])
+        inside(draw, about.given, 32, 400 - edges[side], 32 + edges[side], 400)
+        timeline(draw, *calls(graph))
     return result
+
+
+def square(draw: ImageDraw.ImageDraw, size: str, edge: int, bottom: int, fill: str | None, colour: str):
+    """One of several from the same corner, `edge` wide, its size in words beside it."""
+    draw.rectangle((32, bottom - edge, 32 + edge, bottom), fill, colour)
+    draw.text((376, bottom - edge), size, colour, ImageFont.load_default(20))
+    draw.line((32 + edge, bottom - edge, 370, bottom - edge), colour)
+
+
+def inside(draw: ImageDraw.ImageDraw, given: str, left: int, top: int, right: int, bottom: int):
+    """Marks what a picture of the user's gives to the canvas."""
+    part = (right - left) // 4
+    if given == "all":
+        draw.rectangle((left, top, right, bottom), STAGES[2], STAGES[3], 3)
+    elif given == "left":
+        draw.rectangle((left, top, (left + right) // 2, bottom), STAGES[2])
+    elif given == "around":
+        draw.rectangle((left, top, right, bottom), STAGES[2])
+        draw.rectangle((left + part, top + part, right - part, bottom - part), STAGES[3])
+    elif given == "edges":
+        draw.ellipse((left + part, top + part // 2, right - part, bottom - 2 * part), outline=STAGES[2], width=3)
+        draw.line((left, bottom - part, right, bottom - part), STAGES[2], 3)
+
+
+SCHEDULES = {"reference (time-uniform)": time_uniform, "sgm_uniform": time_uniform, "lcm": lcm_timesteps}
+
+
+def calls(graph: dict) -> tuple[list[float], float]:
+    """(timesteps at which the workflow calls its network, cfg)."""
+    inputs = [node["inputs"] for node in graph.values()]
+    cfg = next((i["cfg"] for i in inputs if "cfg" in i), 1.0)
+    one = next(i for i in inputs if "steps" in i)
+    schedule, steps = one["schedule" if "schedule" in one else "scheduler"], one["steps"]
+    if schedule.startswith("dmd"):
+        return [float(one["timestep"])], cfg
+    timesteps = SCHEDULES[schedule](max(steps, round(steps / one["denoise"])))
+    return timesteps[-(steps + 1) : -1], cfg
+
+
+def timeline(draw: ImageDraw.ImageDraw, timesteps: list[float], cfg: float):
+    """A dot for each call of the network, noise on the left."""
+    left, right, y, small = 92, 420, 446, ImageFont.load_default(16)
+    draw.line((left, y, right, y), STAGES[0], 2)
+    draw.text((left - 10, y), "noise", STAGES[2], small, anchor="rm")
+    draw.text((right + 10, y), "picture", STAGES[2], small, anchor="lm")
+    for timestep in timesteps:
+        x = left + (right - left) * (999 - timestep) / 999
+        draw.ellipse((x - 5, y - 5, x + 5, y + 5), STAGES[3])
+    count = f"{len(timesteps)} step" + ("s" if len(timesteps) > 1 else "")
+    draw.text((32, 466), f"{count}, cfg {cfg:g}" if cfg != 1 else f"{count}, without cfg", INK, small)
 
 
 if __name__ == "__main__":
