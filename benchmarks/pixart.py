@@ -1,0 +1,132 @@
+"""PixArt-Sigma: one guided step of our network against ComfyUI's own PixArtMS and diffusers' PixArtTransformer2DModel.
+
+The same random weights in all three, in one ComfyUI process, prompts of 17 and 3 tokens. Ours runs both prompts in one
+masked pass with the text's keys and values kept, through ComfyUI's attention; core runs one pass for each, as its
+sampler does with prompts of unequal length; diffusers runs one pass padded to 300 tokens, as its pipeline does. They
+take turns; printed are the greatest difference of their predictions, and peer / ours (above 1 = ours is faster) as
+median (least to most).
+
+    python benchmarks/pixart.py [--size 512 1024] [--batch 1 4] [--depth N] [--repeats N]
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+sys.path[:] = [str(Path(__file__).resolve().parents[1] / "package"), *sys.path[1:]]
+
+import torch  # noqa: E402 - the repository gets its name first
+from pixstack.models_impl.pixart.checkpoint import to_diffusers  # noqa: E402
+from pixstack.models_impl.pixart.config import PixArtConfig  # noqa: E402
+from pixstack.models_impl.pixart.model import PixArt  # noqa: E402
+from pixstack.tools.comfy_host import Host  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+LENGTHS = (17, 3)
+PADDED = 300  # tokens that diffusers' Sigma pipeline pads to
+
+
+def networks(args, size: int) -> dict:
+    """Three networks of a depth, each with fn(x, timestep, texts) -> (cond, uncond) eps."""
+    core, ops = import_module("comfy.ldm.pixart.pixartms"), import_module("comfy.ops")
+    optimized = import_module("comfy.ldm.modules.attention").optimized_attention
+    from diffusers import PixArtTransformer2DModel
+
+    to = dict(device=args.device, dtype=getattr(torch, args.dtype))
+    config = PixArtConfig(depth=args.depth, sample_size=size // 8)
+    torch.manual_seed(0)
+    net = PixArt(config, operations=ops.disable_weight_init, **to).eval()
+    weights = {k: 0.02 * torch.randn(v.shape) for k, v in net.state_dict().items()}
+    net.load_state_dict(weights)
+    scale = size // 8 / 64
+    stock = core.PixArtMS(depth=args.depth, micro_condition=False, pe_interpolation=scale, model_max_length=PADDED,
+                          operations=ops.disable_weight_init, **to).eval()
+    stock.load_state_dict(weights, strict=False)
+    peer = PixArtTransformer2DModel(
+        num_layers=args.depth, sample_size=size // 8, interpolation_scale=scale, use_additional_conditions=False,
+        caption_channels=4096,
+    ).eval()
+    peer.load_state_dict(to_diffusers(weights))
+    peer.to(**to)
+
+    def attention(q, k, v, mask=None):
+        if mask is not None:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
+        return optimized(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
+
+    kept = {}
+
+    def ours(x, t, texts):
+        B = len(x)
+        if not kept:
+            rows = [F.pad(text, (0, 0, 0, max(LENGTHS) - text.shape[1])).expand(B, -1, -1) for text in texts]
+            keep = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).repeat_interleave(B)[:, None]
+            kept.update(text=net.encode_text(torch.cat(rows)), mask=keep.to(x.device))
+        return net(x.repeat(2, 1, 1, 1), t.repeat(2), mask=kept["mask"], text=kept["text"], attention=attention
+                   )[:, :4].chunk(2)
+
+    def comfyui(x, t, texts):
+        return [stock(x, t, text.expand(len(x), -1, -1)) for text in texts]
+
+    def diffusers(x, t, texts):
+        rows = torch.cat([F.pad(text, (0, 0, 0, PADDED - text.shape[1])).expand(len(x), -1, -1) for text in texts])
+        keep = torch.arange(PADDED) < torch.tensor(LENGTHS).repeat_interleave(len(x))[:, None]
+        return peer(x.repeat(2, 1, 1, 1), rows, t.repeat(2), encoder_attention_mask=keep.to(x),
+                    added_cond_kwargs={"resolution": None, "aspect_ratio": None}).sample[:, :4].chunk(2)
+
+    return {"ours": ours, "ComfyUI": comfyui, "diffusers": diffusers}
+
+
+@torch.inference_mode()
+def compare(args, size: int, batch: int):
+    to = dict(device=args.device, dtype=getattr(torch, args.dtype))
+    sides = networks(args, size)
+    x = torch.randn(batch, 4, size // 8, size // 8).to(**to)
+    t, texts = torch.full((batch,), 500.0, device=args.device), [torch.randn(1, n, 4096).to(**to) for n in LENGTHS]
+    predictions = {name: torch.cat(list(side(x, t, texts))).float() for name, side in sides.items()}  # and a warm-up
+    seconds = {name: [] for name in sides}
+    for _ in range(args.repeats):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side(x, t, texts)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    print(f"{size} px, batch {batch}, depth {args.depth}, {args.dtype}: ours {spread(seconds['ours'])} s a step")
+    for name in ("ComfyUI", "diffusers"):
+        ratios = [a / b for a, b in zip(seconds[name], seconds["ours"], strict=True)]
+        difference = (predictions[name] - predictions["ours"]).abs().max() / predictions["ours"].std()
+        print(f"  {name} / ours = {spread(ratios)} over {args.repeats} rounds, greatest difference "
+              f"{difference:.1e} of the standard deviation", flush=True)
+
+
+def spread(values) -> str:
+    digits = max(2, 2 - math.floor(math.log10(max(values))))
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def main():
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, nargs="+", default=[512, 1024, 2048] if cuda else [512])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4] if cuda else [1])
+    parser.add_argument("--depth", type=int, default=28 if cuda else 2, help="28: the released network")
+    parser.add_argument("--repeats", type=int, default=10 if cuda else 5)
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
+    args = parser.parse_args()
+    Host().start()
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {where}")
+    for size in args.size:
+        for batch in args.batch:
+            compare(args, size, batch)
+
+
+if __name__ == "__main__":
+    main()
