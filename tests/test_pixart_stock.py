@@ -8,7 +8,7 @@ import torch
 from pixstack.models_impl.pixart import checkpoint
 from pixstack.models_impl.pixart.config import PRESETS, KVCompression
 from pixstack.models_impl.pixart.model import PixArt
-from weights import ALPHA, random_state, tiny_pixart_config
+from weights import ALPHA, random_state, tiny_pixart, tiny_pixart_config, tiny_pixart_lora
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +85,21 @@ def test_kv_compression_is_not_ignored(core):
     config, weights = checkpoint.read({key: value for key, value in net.state_dict().items()})
     assert config.kv_compression == net.config.kv_compression
     assert weights.keys() == net.state_dict().keys()
+
+
+def test_a_peft_lora_is_not_applied_at_several_times_its_strength(core, host):
+    """The official scripts train with alpha 8 and store none; at rank 16 the scale is 0.5, and core's 1."""
+    for name in ("sd", "lora", "utils"):
+        import_module(f"comfy.{name}")
+    tiny_pixart(host.models / "diffusion_models" / "stock_lora.pth", **ALPHA, sample_size=64)
+    path = host.models / "loras" / "stock_rank_16.safetensors"
+    tiny_pixart_lora(path, rank=16)
+    nodes = import_module("nodes").NODE_CLASS_MAPPINGS
+    model = nodes["PixStack_PixArtLoader"].execute("stock_lora.pth", "auto", "auto", "auto", "ema", "fp32").args[0]
+    stock, _ = core.sd.load_lora_for_models(model, None, core.utils.load_torch_file(str(path)), 1.0, 0.0)
+    fixed = nodes["PixStack_PixArtLoraLoader"].execute(model, path.name, 1.0, 0.0).args[0]
+    key = "diffusion_model.blocks.0.attn.proj.weight"
+    before = model.model.state_dict()[key]
+    theirs, right = (core.lora.calculate_weight(m.patches[key], before.clone(), key) - before for m in (stock, fixed))
+    assert right.abs().max() > 1e-3
+    assert torch.allclose(theirs, 2 * right, atol=1e-5)
