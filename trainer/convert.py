@@ -245,7 +245,9 @@ def _pixart_lora(source: Source) -> Result:
 
 
 def _is_pixart(keys: set[str]) -> bool:
-    return state_dict.family_of(key.removeprefix("module.").removeprefix("base_model.") for key in keys) == "PixArt"
+    keys = {key.removeprefix("module.") for key in keys}
+    base = {key.removeprefix("base_model.") for key in keys if key.startswith("base_model.")}  # of a ControlNet bundle
+    return state_dict.family_of(base or keys) == "PixArt"
 
 
 def _is_pixart_controlnet(keys: set[str]) -> bool:
