@@ -217,13 +217,13 @@ class PixArtPrompt(io.ComfyNode):
                 io.String.Input("negative_prompt", default="", multiline=True, tooltip="What not to draw."),
             ],
             outputs=[
-                io.String.Output("positive", tooltip="For PixArt Text Encode."),
-                io.String.Output("negative", tooltip="For PixArt Text Encode."),
-                io.Float.Output("ratio", tooltip="Height divided by width, for 'PixArt Canvas'. 0 if the prompt names "
-                                "none."),
-                io.Int.Output("final_width", tooltip="Pixels of --hw, for Upscale Image with crop 'center'; 0, which "
-                              "leaves a picture as it is, if the prompt names none."),
-                io.Int.Output("final_height", tooltip="As final_width."),
+                io.String.Output("positive", display_name="positive", tooltip="For PixArt Text Encode."),
+                io.String.Output("negative", display_name="negative", tooltip="For PixArt Text Encode."),
+                io.Float.Output("ratio", display_name="ratio", tooltip="Height divided by width, for 'PixArt Canvas'. 0 "
+                                "if the prompt names none."),
+                io.Int.Output("final_width", display_name="final width", tooltip="Pixels of --hw, for Upscale Image with "
+                              "crop 'center'; 0, which leaves a picture as it is, if the prompt names none."),
+                io.Int.Output("final_height", display_name="final height", tooltip="As final_width."),
             ],
         )
 
@@ -277,7 +277,7 @@ class PixArtCanvas(io.ComfyNode):
                 io.Int.Output("canvas_width", display_name="width", tooltip="Pixels; for Upscale Image before VAE "
                               "Encode."),
                 io.Int.Output("canvas_height", display_name="height", tooltip="Pixels."),
-                io.String.Output("about", tooltip="What kind of size this is, in words."),
+                io.String.Output("about", display_name="about", tooltip="What kind of size this is, in words."),
             ],
         )
 
@@ -332,7 +332,7 @@ class PixArtLoraLoader(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("patched", display_name="MODEL", tooltip="The model with the LoRA."),
-                io.String.Output("report", tooltip="What matched, and the scale used."),
+                io.String.Output("report", display_name="report", tooltip="What matched, and the scale used."),
             ],
         )
 

@@ -31,6 +31,12 @@ def test_every_input_and_output_has_a_tooltip(ours):
     assert not missing
 
 
+def test_every_output_with_an_id_says_what_it_is_called(ours):
+    missing = [f"{name}.{out.id}" for name, schema in ours.items() for out in schema.outputs
+               if out.id and not out.display_name]
+    assert not missing, "the canvas shows the bare type of these"
+
+
 def test_every_number_has_its_range_and_every_menu_its_choices(ours):
     for name, schema in ours.items():
         for part in schema.inputs:
