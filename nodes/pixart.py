@@ -211,7 +211,7 @@ class PixArtPrompt(io.ComfyNode):
             "prompt and puts a style around the rest. Height comes first in both.",
             inputs=[
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True, tooltip="As in 'a lighthouse --ar "
-                                "16:9': height and width in that order."),
+                                "3:4', which is wide: height:width, in that order."),
                 io.Combo.Input("style", options=list(STYLES), default=next(iter(STYLES)), tooltip="Words around the "
                                "prompt, and a negative prompt that goes with them."),
                 io.String.Input("negative_prompt", default="", multiline=True, tooltip="What not to draw."),
