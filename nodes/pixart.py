@@ -219,10 +219,10 @@ class PixArtPrompt(io.ComfyNode):
             outputs=[
                 io.String.Output("positive", display_name="positive", tooltip="For PixArt Text Encode."),
                 io.String.Output("negative", display_name="negative", tooltip="For PixArt Text Encode."),
-                io.Float.Output("ratio", display_name="ratio", tooltip="Height divided by width, for 'PixArt Canvas'. 0 "
-                                "if the prompt names none."),
-                io.Int.Output("final_width", display_name="final width", tooltip="Pixels of --hw, for Upscale Image with "
-                              "crop 'center'; 0, which leaves a picture as it is, if the prompt names none."),
+                io.Float.Output("ratio", display_name="ratio", tooltip="Height divided by width, for 'PixArt Canvas'. "
+                                "0 if the prompt names none."),
+                io.Int.Output("final_width", display_name="final width", tooltip="Pixels of --hw, for Upscale Image "
+                              "with crop 'center'; 0, which leaves a picture as it is, if the prompt names none."),
                 io.Int.Output("final_height", display_name="final height", tooltip="As final_width."),
             ],
         )
@@ -251,7 +251,7 @@ class PixArtCanvas(io.ComfyNode):
             display_name="PixArt Canvas",
             category=CATEGORY,
             description="An empty latent of a size that PixArt was trained on, and that size as numbers. Says what "
-            "other sizes cost.",
+            "other sizes cost, and which shapes the connected model never saw.",
             inputs=[
                 io.Combo.Input(
                     "resolution", options=RESOLUTIONS, default=AUTO,
@@ -265,7 +265,8 @@ class PixArtCanvas(io.ComfyNode):
                 io.Int.Input("width", default=1024, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
                 io.Int.Input("height", default=1024, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures drawn at once."),
-                io.Model.Input("model", optional=True, tooltip="A PixArt model, for resolution 'auto'."),
+                io.Model.Input("model", optional=True, tooltip="A PixArt model, for resolution 'auto', and to say "
+                               "which shapes it was trained on."),
                 io.Image.Input("image", optional=True, tooltip="Takes the bucket nearest to this picture's shape."),
                 io.Float.Input(
                     "ratio", optional=True, default=0.0, min=0.0, max=10.0, step=0.01, force_input=True,
@@ -288,10 +289,8 @@ class PixArtCanvas(io.ComfyNode):
 
     @classmethod
     def execute(cls, resolution, shape, width, height, batch_size, model=None, image=None, ratio=0.0) -> io.NodeOutput:
-        if resolution == AUTO:
-            side = pixart_sizes.table_side(None if model is None else config_of(model))
-        else:
-            side = int(resolution)
+        config = None if model is None else config_of(model)
+        side = pixart_sizes.table_side(config) if resolution == AUTO else int(resolution)
         if image is not None:
             height, width = image.shape[1:3]
         elif ratio:
@@ -302,7 +301,7 @@ class PixArtCanvas(io.ComfyNode):
             pixart_sizes.check(height, width)
         else:
             _, height, width = buckets.nearest(buckets.TABLES[side], height, width)
-        about = pixart_sizes.about(side, height, width)
+        about = pixart_sizes.about(side, height, width, config)
         latent = torch.zeros(batch_size, 4, height // 8, width // 8, device=mm.intermediate_device())
         return io.NodeOutput({"samples": latent}, width, height, about, ui=ui.PreviewText(about))
 

@@ -145,7 +145,8 @@ class PixelFlowClass(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output("conditioning", display_name="CONDITIONING", tooltip="For the sampler's positive input."),
+                io.Conditioning.Output("conditioning", display_name="CONDITIONING",
+                                       tooltip="For the sampler's positive input."),
                 io.Conditioning.Output(
                     "null_conditioning", display_name="null conditioning",
                     tooltip="The class that stands for any, for the sampler's negative input.",

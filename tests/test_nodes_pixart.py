@@ -689,7 +689,7 @@ def test_a_file_without_a_null_caption_says_what_to_do_instead(art, host):
     "inputs, size, words",
     [
         (dict(resolution="1024", shape="1:1"), (1024, 1024), "a size of the 1024 training, height/width 1"),
-        (dict(resolution="512", shape="16:9"), (672, 384), "a size of the 512 training"),
+        (dict(resolution="512", shape="16:9"), (672, 384), "of the 512 table"),
         (dict(resolution="2048", shape="1:4"), (1024, 4096), "a size of the 2048 training"),
         (dict(resolution="2880", shape="1:1"), (2880, 2880), "a size of the 2880 training"),
         (dict(resolution="1024", shape="nearest to width x height", width=1920, height=1088), (1344, 768), "0.57"),
@@ -724,6 +724,15 @@ def test_a_canvas_follows_the_model_it_is_connected_to(art):
         art, "Canvas", resolution="auto", shape="1:1", width=16, height=16, batch_size=1, model=art.alpha
     )
     assert (width, height) == (512, 512)
+
+
+def test_a_canvas_says_that_alpha_512_saw_only_squares(art):
+    wide = dict(shape="4:3", width=16, height=16, batch_size=1)
+    assert "squares only" in run(art, "Canvas", resolution="auto", model=art.alpha, **wide)[3]
+    assert "DMD" in run(art, "Canvas", resolution="512", **wide)[3]
+    square = run(art, "Canvas", resolution="auto", model=art.alpha, **{**wide, "shape": "1:1"})[3]
+    assert "size of the 512 training" in square and "only" not in square
+    assert "1024 training" in run(art, "Canvas", resolution="auto", model=art.sigma, **wide)[3]
 
 
 def test_a_size_that_is_no_whole_number_of_tokens_is_refused_with_one_that_is(art):

@@ -15,12 +15,24 @@ def table_side(config: PixArtConfig | None, default: int = 1024) -> int:
     return min(TABLES, key=lambda side: abs(side - wanted))
 
 
-def about(side: int, height: int, width: int) -> str:
-    """One or two sentences on a size, for a model that was trained on the table of `side`."""
+def only_squares(config: PixArtConfig) -> bool:
+    """Whether the releases of this kind were trained on squares alone: alpha's 256 and 512 (and DMD), Sigma's 256."""
+    alpha = config.token_limit < 300
+    return config.sample_size <= 32 or (alpha and not config.micro_conditions)
+
+
+def about(side: int, height: int, width: int, config: PixArtConfig | None = None) -> str:
+    """One or two sentences on a size of the table of `side`; config: the model that it is for, if it is known."""
     label, *bucket = nearest(TABLES[side], height, width)
     tokens = (height // MULTIPLE) * (width // MULTIPLE)
     start = f"{width} x {height} pixels, {tokens} tokens: "
     if bucket == [height, width]:
+        listed = f"height/width {label:g} of the {side} table"
+        if config is None and side <= 512 and height != width:
+            return start + (f"{listed}. Sigma's 512 model was trained on it; alpha's 256 and 512, DMD and Sigma's 256 "
+                            "on squares only.")
+        if config is not None and only_squares(config) and height != width:
+            return start + f"{listed}. But this kind of model was trained on squares only: expect odd shapes."
         return start + f"a size of the {side} training, height/width {label:g}."
     scale = sqrt(height * width) / side
     near = f"{bucket[1]} x {bucket[0]}"
@@ -28,7 +40,7 @@ def about(side: int, height: int, width: int) -> str:
         kind, fault = ("more", "repeated objects") if scale > 1 else ("fewer", "blurred or cropped objects")
         return start + (f"{max(scale, 1 / scale) ** 2:.1f} times {kind} pixels than the {side} model was trained on. "
                         f"Expect {fault}; its nearest size is {near}.")
-    return start + f"near {near}, which the {side} model was trained on. Shapes may be slightly distorted."
+    return start + f"near {near} of the {side} table. Shapes may be slightly distorted."
 
 
 def check(height: int, width: int):
