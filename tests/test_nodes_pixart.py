@@ -321,6 +321,11 @@ def test_dmd_takes_one_step_from_noise_of_variance_one(art):
     close(ours * 0.18215, reference)
 
 
+def test_dmd_refuses_a_schedule_of_several_steps(art):
+    with pytest.raises(ValueError, match=r"one step, but these SIGMAS have 4.*dmd \(one step\)"):
+        draw(art, art.alpha, tokens(4), tokens(4), sampler(art, "dmd"), sigmas(art, art.alpha, steps=4), cfg=1.0)
+
+
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_sde", "uni_pc"])
 def test_core_samplers_work(art, name):
     noise, latent = noise_of(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)

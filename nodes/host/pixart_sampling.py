@@ -47,6 +47,9 @@ class ReferenceSampler(comfy.samplers.Sampler):
         schedule = schedule_of(model_wrap.inner_model)
         timesteps = schedule.timesteps(sigmas)
         steps = len(timesteps) - 1
+        if self.algorithm == "dmd" and steps != 1:
+            raise ValueError(f"dmd draws in one step, but these SIGMAS have {steps}. Take them from 'PixArt Sigmas' "
+                             "with schedule 'dmd (one step)', or another algorithm.")
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
         x = self._start(model_wrap, sigmas, timesteps[0], schedule, noise, latent)
         extra_args = dict(extra_args)
