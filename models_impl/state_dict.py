@@ -19,6 +19,7 @@ MARKS = {  # family, as a person knows it -> keys of which one is enough to know
     "a LoRA": ("*.lora_A.weight", "*.lora_down.weight", "*.lora_A.default.weight", "*.lokr_w1", "*.hada_w1_a"),
     "a PixArt ControlNet": ("controlnet.0.copied_block.scale_shift_table", "0.copied_block.scale_shift_table",
                             "controlnet_blocks.0.transformer_block.scale_shift_table"),
+    "LTX-Video": ("patchify_proj.weight",),  # before PixArt, whose adaLN it has too
     "PixArt": ("blocks.0.scale_shift_table", "adaln_single.emb.timestep_embedder.linear_1.weight"),
     "PixelPonder": ("input_hint_block_list_moe.0.0.weight", "select_net.attn_block.0.img_attn.qkv.weight"),
     "a ControlNet for FLUX": ("controlnet_blocks.0.weight", "controlnet_x_embedder.weight"),

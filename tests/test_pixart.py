@@ -305,6 +305,7 @@ def test_a_released_name_tells_the_resolution(tmp_path, name, preset):
     (["base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight"], "a LoRA"),
     (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5 text encoder"),
     (["blocks.0.adaLN_modulation.1.weight", "x_embedder.proj.weight"], "DiT"),
+    (["patchify_proj.weight", "adaln_single.emb.timestep_embedder.linear_1.weight"], "LTX-Video"),
 ])  # fmt: skip
 def test_files_of_others_are_refused_by_name(keys, family):
     tensors = {key: torch.zeros(2, 2, 2, 2) for key in keys}
