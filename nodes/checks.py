@@ -22,3 +22,11 @@ def one_of(name: str, value: str | None, options: Iterable[str]) -> bool | str:
     """Whether a menu has the value; None stands for one that another node will give."""
     options = list(options)
     return value is None or value in options or f"{name}={value!r} is not one of {', '.join(options)}."
+
+
+def part_of_sampling(start_percent: float | None, end_percent: float | None) -> bool | str:
+    """Whether there is anything between the two; None stands for a value that another node will give."""
+    start, end = 0.0 if start_percent is None else start_percent, 1.0 if end_percent is None else end_percent
+    if 0 <= start <= end <= 1:
+        return True
+    return f"start_percent={start:g} and end_percent={end:g} leave no part of the sampling: 0 <= start <= end <= 1."

@@ -1,0 +1,71 @@
+"""The patch map as a picture: which condition speaks where, in colours, with a legend."""
+from __future__ import annotations
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+COLOURS = (  # Okabe and Ito's, which colour-blind eyes tell apart; repeated when there are more conditions
+    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167), (0, 114, 178),
+    (255, 255, 255),
+)  # fmt: skip
+BACKGROUND = (24, 24, 24)
+
+
+def colours(conditions: int) -> Tensor:
+    """(K, 3) in [0, 1]"""
+    return torch.tensor([COLOURS[k % len(COLOURS)] for k in range(conditions)]) / 255
+
+
+def draw(share: Tensor, hints: list[Tensor], names: list[str], overlay: float) -> Tensor:
+    """Each patch shows the hint of its condition, tinted; below, what the colours mean and how much each has.
+
+    share: (B, K, rows, columns); hints: K times (1 or B, 3, H, W) in [0, 1]; overlay: 0 shows the hints alone, 1 the
+    colours alone. Returns (B, H + legend, W, 3) in [0, 1]. Patches without any condition are dark.
+    """
+    H, W = hints[0].shape[-2:]
+    B = max(len(share), *(len(hint) for hint in hints))
+    share = rows(share, B)
+    where = torch.stack(masks_of(share, H, W), dim=1)  # (B, K, H, W)
+    shown = sum(where[:, k, None] * rows(hint, B) for k, hint in enumerate(hints))  # (B, 3, H, W)
+    tint = torch.einsum("bkhw,kc->bchw", where, colours(len(hints)))
+    pictures = ((1 - overlay) * shown + overlay * tint).movedim(1, -1)
+    legends = torch.stack([_legend(names, part.tolist(), W) for part in share.mean(dim=(2, 3))])
+    return torch.cat((pictures, legends), dim=1)
+
+
+def masks_of(share: Tensor, height: int, width: int) -> list[Tensor]:
+    """share (B, K, rows, columns) -> K times (B, height, width), with sharp edges between patches."""
+    return list(F.interpolate(share.float(), (height, width), mode="nearest").unbind(1))
+
+
+def rows(x: Tensor, B: int) -> Tensor:
+    """B rows, repeated in turn."""
+    return x[torch.arange(B) % len(x)]
+
+
+def preview(share: Tensor, names: list[str], side: int = 320) -> Image.Image:
+    """The colours of the first picture alone, small, with the legend."""
+    share = share[:1]
+    cell = max(1, side // max(share.shape[-2:]))
+    H, W = cell * share.shape[-2], cell * share.shape[-1]
+    blank = [torch.zeros(1, 3, H, W)] * share.shape[1]
+    picture = draw(share, blank, names, 1.0)[0]
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy())
+
+
+def _legend(names: list[str], parts: list[float], width: int) -> Tensor:
+    """(height, width, 3): a line for each condition."""
+    line = max(14, min(28, width // 18))
+    font = ImageFont.load_default(0.7 * line)
+    image = Image.new("RGB", (width, line * len(names) + line // 2), BACKGROUND)
+    pen = ImageDraw.Draw(image)
+    for k, (name, part) in enumerate(zip(names, parts, strict=True)):
+        top, box = line // 4 + k * line, int(0.7 * line)
+        left = line // 4
+        pen.rectangle((left, top + (line - box) // 2, left + box, top + (line + box) // 2),
+                      fill=COLOURS[k % len(COLOURS)])
+        pen.text((left + box + line // 3, top + line // 2), f"{name}  {part:.0%}", font=font, fill="white", anchor="lm")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).float() / 255

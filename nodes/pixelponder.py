@@ -1,0 +1,190 @@
+"""PixelPonder's nodes: load it, collect conditions, apply them to a prompt, see which condition won where."""
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..models_impl.pixelponder.sampling import STRENGTH
+from .checks import first_problem, known_file, one_of, part_of_sampling
+from .host import pixelponder
+from .host.load import DTYPES
+
+CATEGORY = "pixstack/pixelponder"
+KINDS = {"canny": "canny", "depth": "depth", "hed": "hed", "pose": "openpose"}  # menu -> name in the release
+SELECTION_NETWORK = ["leave out", "keep"]
+Ponder = io.Custom("PIXSTACK_PONDER")
+
+
+def _part(name: str, default: float, what: str):
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001,
+                          tooltip=f"Part of the sampling after which {what}.")
+
+
+class PixelPonderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_PixelPonderLoader",
+            display_name="Load PixelPonder",
+            category=CATEGORY,
+            description="Loads PixelPonder, one ControlNet for FLUX.1 [dev] that takes several kinds of hints at once: "
+            "the released pixelponder-fp32.bin, or one that was trained here.",
+            inputs=[
+                io.Combo.Input("control_net_name", options=folder_paths.get_filename_list("controlnet"),
+                               tooltip="A file in models/controlnet."),
+                io.Combo.Input(
+                    "selection_network", options=SELECTION_NETWORK, default="leave out",
+                    tooltip="Only the strategy 'as run' needs it: half of the file. The published training never "
+                    "trains it, and its score is zero but for rounding, so what it selects is noise.",
+                ),
+                io.Combo.Input("dtype", options=list(DTYPES), default="default",
+                               tooltip="How the weights are stored. default: as ComfyUI finds best for this machine."),
+            ],
+            outputs=[io.ControlNet.Output(tooltip="For 'Apply PixelPonder'.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, control_net_name=None, selection_network=None, dtype=None):
+        return first_problem(
+            known_file("controlnet", control_net_name),
+            one_of("selection_network", selection_network, SELECTION_NETWORK),
+            one_of("dtype", dtype, DTYPES),
+        )
+
+    @classmethod
+    def execute(cls, control_net_name, selection_network, dtype) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("controlnet", control_net_name)
+        return io.NodeOutput(pixelponder.load(path, selection_network == "keep", DTYPES[dtype]))
+
+
+class PixelPonderCondition(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_PixelPonderCondition",
+            display_name="PixelPonder Condition",
+            category=CATEGORY,
+            description="One hint for PixelPonder. Connect as many in a row as wanted; kinds may repeat.",
+            inputs=[
+                io.Image.Input("image", tooltip="The hint: edges, a depth map or a drawn pose. If its shape is not the "
+                               "picture's, its middle is used and ComfyUI's log says so."),
+                io.Combo.Input("kind", options=list(KINDS), tooltip="What the hint is; each kind has its own encoder."),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=10.0, step=0.01,
+                    tooltip="Times the strength of 'Apply PixelPonder', where this condition wins. With the strategy "
+                    "'blend': its weight in the mixture instead.",
+                ),
+                io.Int.Input("priority", default=0, min=-100, max=100,
+                             tooltip="The condition with the highest is the primary one, which with 'released' holds "
+                             "everywhere but under the masks of others. Equal: the first in the row."),
+                _part("start_percent", 0.0, "this condition begins to take part"),
+                _part("end_percent", 1.0, "it no longer takes part"),
+                io.Mask.Input("mask", optional=True, tooltip="Painted (1): this condition must win there. With "
+                              "'blend': where it counts, and how much."),
+                Ponder.Input("conditions", optional=True, tooltip="The conditions before this one."),
+            ],
+            outputs=[Ponder.Output("chained", display_name="conditions",
+                                   tooltip="This condition and those before it: for the next one, or 'Apply "
+                                   "PixelPonder'.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, kind=None, start_percent=None, end_percent=None):
+        return first_problem(one_of("kind", kind, KINDS), part_of_sampling(start_percent, end_percent))
+
+    @classmethod
+    def execute(
+        cls, image, kind, strength, priority, start_percent, end_percent, mask=None, conditions=()
+    ) -> io.NodeOutput:
+        condition = pixelponder.Condition(image, KINDS[kind], strength, mask, start_percent, end_percent, priority)
+        return io.NodeOutput((*conditions, condition))
+
+
+class PixelPonderApply(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_PixelPonderApply",
+            display_name="Apply PixelPonder",
+            category=CATEGORY,
+            description="Puts PixelPonder with its conditions on the prompts. Works with FLUX.1 of any loader, LoRAs "
+            "and core's samplers. It was trained with 512 text tokens, guidance 4 and pictures of 512 pixels.",
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="The prompt."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt; not used at cfg 1, FLUX's usual."),
+                io.ControlNet.Input("control_net", tooltip="From 'Load PixelPonder'."),
+                Ponder.Input("conditions", tooltip="The hints, from 'PixelPonder Condition'."),
+                io.Float.Input("strength", default=STRENGTH, min=0.0, max=10.0, step=0.01,
+                               tooltip="Of what PixelPonder adds. 0.8: as in the release."),
+                _part("start_percent", 0.0, "PixelPonder begins"),
+                _part("end_percent", 1.0, "it ends"),
+                io.Combo.Input(
+                    "strategy", options=list(pixelponder.STRATEGIES),
+                    tooltip="Which condition speaks for which patch. released: the primary one everywhere, which is "
+                    "what the release comes to. as run: its selection network, noise included. accumulate: a trained "
+                    "selector, round by round. blend: a weighted mixture.",
+                ),
+                io.Int.Input("rounds", default=1, min=1, max=64,
+                             tooltip="Of 'accumulate': in each, the surest patches of those left are decided."),
+            ],
+            outputs=[
+                io.Conditioning.Output("controlled_positive", display_name="positive",
+                                       tooltip="For the sampler and 'PixelPonder Map'."),
+                io.Conditioning.Output("controlled_negative", display_name="negative", tooltip="For the sampler."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, strategy=None, start_percent=None, end_percent=None):
+        return first_problem(
+            one_of("strategy", strategy, pixelponder.STRATEGIES), part_of_sampling(start_percent, end_percent)
+        )
+
+    @classmethod
+    def execute(
+        cls, positive, negative, control_net, conditions, strength, start_percent, end_percent, strategy, rounds
+    ) -> io.NodeOutput:
+        if not isinstance(control_net, pixelponder.PixelPonderControl):
+            raise ValueError("This CONTROL_NET is not one of 'Load PixelPonder': load it there, or use core's Apply "
+                             "ControlNet.")
+        pixelponder.warn_of_length(positive)
+        node_id = None if cls.hidden is None else cls.hidden.unique_id
+        ready = pixelponder.with_conditions(
+            control_net, conditions, strength, start_percent, end_percent, strategy, rounds, node_id
+        )
+        made = {}
+        return io.NodeOutput(*(pixelponder.apply(c, ready, made) for c in (positive, negative)))
+
+
+class PixelPonderMap(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_PixelPonderMap",
+            display_name="PixelPonder Map",
+            category=CATEGORY,
+            description="Shows which condition won which patch. Connect the sampler's LATENT to see what was sampled; "
+            "with 'released' and 'blend' an empty latent shows it before.",
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="From 'Apply PixelPonder'."),
+                io.Latent.Input("latent", tooltip="From the sampler: the map of the last step with PixelPonder. Or an "
+                                "empty one, for its size."),
+                io.Float.Input("overlay", default=0.5, min=0.0, max=1.0, step=0.05,
+                               tooltip="0: each patch shows its condition's hint; 1: its colour alone."),
+            ],
+            outputs=[
+                io.Image.Output("map", display_name="IMAGE", tooltip="The map over the hints, with a legend below."),
+                io.Mask.Output("masks", display_name="MASK", is_output_list=True,
+                               tooltip="One for each condition, in the order of the legend: 1 where it won; with "
+                               "'blend' its share."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, positive, latent, overlay) -> io.NodeOutput:
+        control = pixelponder.find(positive)
+        return io.NodeOutput(*pixelponder.picture_of(control, tuple(latent["samples"].shape[-2:]), overlay))
+
+
+NODES = [PixelPonderLoader, PixelPonderCondition, PixelPonderApply, PixelPonderMap]
