@@ -6,7 +6,16 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import annotators, pixart, pixart_control, pixart_reference, pixart_sampling, pixelflow, pixelponder
+from . import (
+    annotators,
+    pixart,
+    pixart_control,
+    pixart_reference,
+    pixart_sampling,
+    pixelflow,
+    pixelponder,
+    ultrapixel_decode,
+)
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -16,5 +25,14 @@ class Extension(ComfyExtension):
         for folder in ("diffusion_models", "text_encoders"):  # the embedded checkpoint shows in the ordinary lists
             folder_paths.add_model_folder_path(folder, str(ASSETS / folder))
         annotators.register_folder()
-        modules = (pixelflow, pixart, pixart_sampling, pixart_control, pixart_reference, pixelponder, annotators)
+        modules = (
+            pixelflow,
+            pixart,
+            pixart_sampling,
+            pixart_control,
+            pixart_reference,
+            pixelponder,
+            ultrapixel_decode,
+            annotators,
+        )
         return [node for module in modules for node in module.NODES]
