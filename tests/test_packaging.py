@@ -17,7 +17,8 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMES_AS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless"}  # module -> what pip calls it
-OPTIONAL = {"triton", "flash_attn", "xformers", "ftfy", "bs4", "h5py", "diffusers"}  # used where they are installed
+# used where they are installed:
+OPTIONAL = {"triton", "flash_attn", "xformers", "ftfy", "bs4", "h5py", "diffusers", "datasets"}
 
 
 def requirements(lines) -> set[str]:

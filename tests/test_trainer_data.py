@@ -6,7 +6,7 @@ import pytest
 import tiny_run
 import torch
 from PIL import Image
-from pixstack.trainer import check, data, emoji
+from pixstack.trainer import check, data, emoji, pictures
 from pixstack.trainer import tokenizer as tokenizers_
 from pixstack.trainer.config import Data
 
@@ -77,20 +77,20 @@ def test_a_picture_stands_as_its_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees
     Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
-    assert data.decode(tmp_path / "a.jpg").size == (2, 4)
+    assert pictures.decode(tmp_path / "a.jpg").size == (2, 4)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_what_is_transparent_stands_on_white(tmp_path, mode):
     Image.new("RGBA", (2, 2), (0, 0, 0, 0)).convert(mode).save(tmp_path / "a.png")
-    assert data.decode(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
+    assert pictures.decode(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_a_picture_that_is_too_large_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="a.png is too large"):
-        data.decode(tmp_path / "a.png")
+        pictures.decode(tmp_path / "a.png")
 
 
 def test_an_unreadable_picture_is_named(tmp_path):
@@ -135,7 +135,10 @@ def test_parts_of_a_batch_are_the_batch(tmp_path):
 def test_a_crop_has_the_asked_size(crop):
     import random
 
-    assert data.fit(Image.new("RGB", (90, 37)), 16, crop, random.Random(0)).size == (16, 16)
+    picture = Image.new("RGB", (90, 37))
+    for size in ((16, 16), (24, 8), (40, 50)):
+        cut = pictures.plan((37, 90), size, crop, random.Random(0))
+        assert cut.apply(picture).size == size[::-1]
 
 
 def test_the_random_crop_is_the_papers():
@@ -143,7 +146,8 @@ def test_the_random_crop_is_the_papers():
     import random
 
     ramp = Image.fromarray(np.add.outer(np.arange(18) * 10, np.arange(18)).astype(np.uint8)).convert("RGB")
-    corners = {np.array(data.fit(ramp, 16, "random", random.Random(i)))[0, 0, 0] for i in range(60)}
+    cuts = [pictures.plan((18, 18), (16, 16), "random", random.Random(i), pictures.MARGIN) for i in range(60)]
+    corners = {np.array(cut.apply(ramp))[0, 0, 0] for cut in cuts}
     assert corners == {r * 10 + c for r in range(3) for c in range(3)}
 
 

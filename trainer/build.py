@@ -26,7 +26,7 @@ def need(config: Config) -> str:
 def recipe(config: Config, found: data.Collection, folder: Path | None = None) -> nn.Module:
     """What is trained, at its start. The weights depend on the seed alone."""
     torch.manual_seed(config.seed)
-    words = [text for i in found.train for text in (*i.captions, *i.tags)]
+    words = [text for i in found.train for text in (*i.texts, *i.tags)]
     text = encoders.make(config, words + [t.replace("{}", "") for t in config.data.templates], folder)
     classes = len(found.classes) or 1 + max(i.label for i in found.train)
     return find(config.recipe.name)(config, text, classes)

@@ -5,8 +5,9 @@ import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-from . import build, data
+from . import build, data, pictures
 from .config import Config
+from .layouts import listed
 
 
 def check(config: Config, progress=lambda items, total: items) -> tuple[list[str], list[str]]:
@@ -16,11 +17,11 @@ def check(config: Config, progress=lambda items, total: items) -> tuple[list[str
     errors, remarks = [], []
 
     def report(where: list[str], cases: list, sentence: str):
-        where += data.listed(cases, sentence)
+        where += listed(cases, sentence)
 
     def look(item: data.Item):
         try:
-            picture = data.decode(item.file)
+            picture = pictures.decode(item.file)
             return picture.size, hashlib.sha256(picture.tobytes()).digest(), None
         except (ValueError, FileNotFoundError) as error:
             return None, None, str(error)
@@ -30,7 +31,7 @@ def check(config: Config, progress=lambda items, total: items) -> tuple[list[str
     report(errors, [why for _, _, why in looked if why], "pictures cannot be read")
     need = build.need(config)
     if need == "captions":
-        report(errors, [i.file for i in items if not i.captions], "pictures have no caption")
+        report(errors, [i.file for i in items if not i.texts], "pictures have no caption")
     else:
         report(errors, [i.file for i in items if i.label < 0], "pictures have no class")
     readable = [(i, size, digest) for i, (size, digest, _) in zip(items, looked, strict=True) if size]
@@ -47,7 +48,7 @@ def check(config: Config, progress=lambda items, total: items) -> tuple[list[str
     held = set(map(id, found.held_out))
     report(errors, [i.file for i, _, d in readable if id(i) in held and d in train_digests],
            "held-out pictures are trained on as well")
-    captions = Counter(c for i in items for c in i.captions)
+    captions = Counter(c for i in items for c in i.texts)
     report(remarks, [f"{c!r}: {n} pictures" for c, n in captions.most_common() if n > 1],
            "captions name several pictures")
     if config.text.encoder == "small" and need == "captions" and not errors:

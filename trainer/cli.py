@@ -136,7 +136,7 @@ def train(args):
         run.open()
         recipe = build.recipe(config, found, run.folder).to(accelerator.device)
     if isinstance(recipe.text, encoders.FrozenT5):
-        captions = [c for i in found.train + found.held_out for c in i.captions]
+        captions = [c for i in found.train + found.held_out for c in i.texts]
         with accelerator.main_process_first():
             recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
     if config.compile:

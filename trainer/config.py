@@ -22,24 +22,58 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Data:
-    kind: str = "jsonl"
-    """jsonl: one object a line (file, caption or captions, tags, class, split). folder: pictures with a same-name .txt
-    or .json. classes: one folder per class (ImageNet layout)."""
+    kind: str = "auto"
+    """auto: told by what lies there. jsonl: one object a line (file, caption or captions, tags, class, split, and a key
+    for each condition). folder: pictures with a same-name .txt or .json, in folders of any depth. classes: one folder
+    per class (ImageNet layout). data_info: PixArt's data_info.json (path, prompt, sharegpt4v, height, width). sam:
+    images/, captions/, partition/. webdataset: .tar shards. datasets: a Hugging Face data set on disk, or parquet
+    files."""
     path: str = ""
-    """The .jsonl file, or the folder. Pictures are turned as their EXIF says, and stand on white where transparent."""
+    """The file, or the folder. Pictures are turned as their EXIF says, and stand on white where transparent."""
     held_out_path: str = ""
-    """Folders only: the held-out pictures (a jsonl names its split itself). With classes, its folders have names that
-    the training folder has too."""
+    """The held-out pictures, in the same layout (a jsonl may name its split itself, a data set has a validation split).
+    With classes, its folders have names that the training folder has too."""
+    caption: str = ""
+    """What pictures without a caption are called ("a photo of sks dog")."""
+    prior_path: str = ""
+    """Pictures of what the model must not forget (DreamBooth's class pictures), in any layout; brought to the size of
+    the pictures that they stand beside."""
+    prior_caption: str = ""
+    """What prior pictures without a caption are called ("a photo of a dog")."""
+    prior_share: float = 0.5
+    """Share of prior pictures in every batch, evenly spread over it."""
+    conditions: list[str] = field(default_factory=list)
+    """Condition pictures to load with each picture, cut and mirrored like it: keys of the jsonl or data_info entries
+    (PixelPonder's canny, depth, openpose, hed), columns, KEY.NAME.png in shards, or beside a folder DIR/images the
+    folders DIR/NAME with pictures of the same names."""
     resolution: int = 256
+    """Side of the square in pixels; with buckets, of the square that is as large as the other sizes."""
+    resolutions: list[int] = field(default_factory=list)
+    """Several at once: a picture goes to the one nearest to its own area. Empty: data.resolution alone."""
+    buckets: str = ""
+    """Empty: squares. pixart: the sizes that PixArt was trained on (256, 512, 1024, 2048, 2880). ultrapixel: its
+    rule, multiples of 32. area: all multiples of bucket_multiple that have about the area. A picture goes to the
+    nearest aspect ratio; none is left out."""
+    bucket_multiple: int = 64
+    """Of buckets = "area": sides are multiples of so many pixels ..."""
+    bucket_ratio: float = 2.0
+    """... and at most so many times as long as wide."""
+    bucket_group: int = 0
+    """So many pictures in a row of a batch have one size; 0 = the whole batch. Lower it to the pictures in a pass
+    where a bucket has fewer pictures than a batch. A bucket's rest is filled up from its own next round."""
     crop: str = "random"
-    """random: short side to 1.125 x resolution, random crop (the paper). centre: ADM's centre crop. none: the picture
-    is square already, and is only resized when its size differs."""
+    """random: short side to 1.125 x resolution, random crop (the paper); with buckets, resized to cover and cropped
+    anywhere along what is too long. centre: ADM's centre crop. none: the picture is square already, and is only
+    resized when its size differs."""
     flip: bool = False
-    """Mirror half of the pictures. The paper does; leave it off where captions say left and right."""
+    """Mirror half of the pictures. The paper does; leave it off where captions say left and right, or where conditions
+    do (openpose colours the left arm otherwise than the right)."""
     cache: bool = True
     """Keep decoded pictures in memory as uint8, where the crop is fixed (none or centre) and all fit into 2 GiB."""
     workers: int = 4
     """Threads that decode pictures."""
+    described_share: float = 0.5
+    """How often a caption that a model wrote (sharegpt4v) stands for the picture's own, where it has both."""
     tag_share: float = 0.0
     """How often a caption is followed by some of the item's tags."""
     tag_count: int = 2
@@ -47,6 +81,66 @@ class Data:
     """Frames such as "a picture of {}" that a caption is put into ..."""
     template_share: float = 0.0
     """... this often."""
+
+    @property
+    def sides(self) -> list[int]:
+        """The resolutions."""
+        return self.resolutions or [self.resolution]
+
+    def problems(self, batch_size: int, micro: int) -> list[str]:
+        found = []
+
+        def need(good, sentence):
+            if not good:
+                found.append(sentence)
+
+        kinds = {"auto": "either", "jsonl": "a file", "folder": "a folder", "classes": "a folder", "sam": "a folder",
+                 "data_info": "a file", "webdataset": "either", "datasets": "either"}
+        for name, value, choices in (("kind", self.kind, kinds), ("crop", self.crop, ("random", "centre", "none")),
+                                     ("buckets", self.buckets, ("", "pixart", "ultrapixel", "area"))):
+            need(value in choices, f"data.{name}={value!r} is none of {', '.join(c for c in choices if c)}"
+                                   f"{nearest(value, choices)}.")
+        for name in ("path", "held_out_path", "prior_path"):
+            path = getattr(self, name)
+            need(not path or Path(path).expanduser().exists(),
+                 f"data.{name}={path!r}: there is no such file or folder.")
+        need(self.path, "data.path is empty: name the pictures.")
+        path = Path(self.path).expanduser()
+        takes = kinds.get(self.kind, "either")
+        if self.path and path.exists() and takes != "either":
+            need(path.is_file() == (takes == "a file"), f"data.path={self.path!r} is a "
+                 f"{'file' if path.is_file() else 'folder'}, and data.kind={self.kind!r} takes {takes}.")
+        need(self.workers >= 1, f"data.workers={self.workers} must be at least 1.")
+        need(min(self.sides) >= 1, f"data.resolution{'s' * bool(self.resolutions)}="
+                                   f"{self.resolutions or self.resolution} must be at least 1.")
+        if self.buckets == "pixart":
+            from ..models_impl.pixart.buckets import TABLES
+
+            need(set(self.sides) <= set(TABLES), f"data.buckets='pixart' has tables for {', '.join(map(str, TABLES))}, "
+                                                 f"not for data.resolution={', '.join(map(str, self.sides))}.")
+        if self.buckets == "area":
+            need(1 <= self.bucket_multiple <= min(self.sides), f"data.bucket_multiple={self.bucket_multiple} is not in "
+                                                               f"1 to {min(self.sides)}, the resolution.")
+            need(self.bucket_ratio >= 1, f"data.bucket_ratio={self.bucket_ratio} must be at least 1.")
+        need(not (self.buckets and self.crop == "none"),
+             "data.crop='none' takes squares, and data.buckets are of other shapes: use centre or random.")
+        group = self.bucket_group
+        need(group >= 0, f"data.bucket_group={group} must not be negative.")
+        need(group < 1 or batch_size % group == 0,
+             f"batch_size={batch_size} is not a multiple of data.bucket_group={group}.")
+        need(group < 1 or micro < 1 or group % micro == 0,
+             f"data.bucket_group={group} is not a multiple of micro_batch_size={micro}, whose pictures have one size.")
+        for name in ("tag_share", "template_share", "described_share"):
+            value = getattr(self, name)
+            need(0 <= value <= 1, f"data.{name}={value} is outside [0, 1].")
+        if self.prior_path:
+            group = group or batch_size
+            need(0 < self.prior_share < 1, f"data.prior_share={self.prior_share} is outside (0, 1).")
+            need(1 <= group * self.prior_share < group,
+                 f"data.prior_share={self.prior_share} of {group} pictures of one size is no whole prior picture, or "
+                 "leaves no other: use a larger batch_size.")
+        need(all("{}" in t for t in self.templates), "data.templates: each one needs a {} where the caption goes.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -185,8 +279,6 @@ class Config:
         def one_of(name, value, *choices):
             need(value in choices, f"{name}={value!r} is none of {', '.join(choices)}{nearest(value, choices)}.")
 
-        one_of("data.kind", self.data.kind, "jsonl", "folder", "classes")
-        one_of("data.crop", self.data.crop, "random", "centre", "none")
         one_of("optimizer.name", self.optimizer.name, "adamw", "muon")
         if self.optimizer.name == "muon":
             import torch
@@ -197,28 +289,21 @@ class Config:
         one_of("precision", self.precision, "bf16", "fp32")
         one_of("device", self.device, "auto", "cpu")
         one_of("resume", self.resume, "auto", "changed", "never")
-        for name, path in (("data.path", self.data.path), ("data.held_out_path", self.data.held_out_path),
-                           ("init_from", self.init_from), ("text.tokenizer", self.text.tokenizer)):
+        found += self.data.problems(self.batch_size, self.micro_batch_size)
+        for name, path in (("init_from", self.init_from), ("text.tokenizer", self.text.tokenizer)):
             need(not path or Path(path).expanduser().exists(), f"{name}={path!r}: there is no such file or folder.")
-        need(self.data.path, "data.path is empty: name the pictures.")
-        path = Path(self.data.path).expanduser()
-        if self.data.path and path.exists():
-            need(path.is_file() == (self.data.kind == "jsonl"),
-                 f"data.path={self.data.path!r} is a {'file' if path.is_file() else 'folder'}, and data.kind="
-                 f"{self.data.kind!r} takes a {'file' if self.data.kind == 'jsonl' else 'folder'}.")
         if self.text.encoder.endswith(".safetensors"):
             need(Path(self.text.encoder).expanduser().is_file(), f"text.encoder={self.text.encoder!r}: no such file.")
-        for name in ("steps", "batch_size", "save_every", "log_every", "data.resolution", "data.workers",
-                     "samples.steps", "text.max_length", "text.vocabulary", "text.width", "text.depth", "text.heads"):
+        for name in ("steps", "batch_size", "save_every", "log_every", "samples.steps", "text.max_length",
+                     "text.vocabulary", "text.width", "text.depth", "text.heads"):
             value = look_up(self, name)
             need(value >= 1, f"{name}={value} must be at least 1.")
         for name in ("micro_batch_size", "threads", "keep", "samples.every", "validation.every", "optimizer.warm_up",
                      "optimizer.weight_decay", "optimizer.clip"):
             value = look_up(self, name)
             need(value >= 0, f"{name}={value} must not be negative.")
-        for name in ("data.tag_share", "data.template_share", "optimizer.decay_from"):
-            value = look_up(self, name)
-            need(0 <= value <= 1, f"{name}={value} is outside [0, 1].")
+        share = self.optimizer.decay_from
+        need(0 <= share <= 1, f"optimizer.decay_from={share} is outside [0, 1].")
         for name in ("optimizer.rate", "optimizer.muon_rate"):
             value = look_up(self, name)
             need(0 < value < 1, f"{name}={value} is outside (0, 1).")
@@ -228,7 +313,6 @@ class Config:
         micro = self.micro_batch_size
         need(micro < 1 or self.batch_size % micro == 0,
              f"batch_size={self.batch_size} is not a multiple of micro_batch_size={micro}.")
-        need(all("{}" in t for t in self.data.templates), "data.templates: each one needs a {} where the caption goes.")
         made = [f"data.{n}={v}" for n in ("tag_share", "template_share") if (v := getattr(self.data, n)) > 0]
         need(not (self.text.frozen and made),
              f"{', '.join(made)} makes other captions at every step, and the embeddings of a frozen encoder are made "

@@ -4,31 +4,21 @@ A batch is named by its step, not by an iterator's past, so a run that resumes n
 """
 from __future__ import annotations
 
-import json
+import math
 import random
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from . import buckets, layouts
 from .config import Data
+from .layouts import Item, listed
+from .pictures import Pictures, measured
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-LISTED = 10
-KEPT_BYTES = 2**31
-
-
-@dataclass(frozen=True, slots=True)  # a million of them is an ordinary data set
-class Item:
-    file: Path
-    captions: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    label: int = -1
+Size = tuple[int, int]  # (height, width) in pixels
 
 
 @dataclass(frozen=True)
@@ -41,11 +31,27 @@ class Batch:
     positions: range
     """Where these items stand in the whole batch of the step."""
     step: int
+    items: list[Item]
+    """Where each picture came from."""
+    conditions: dict[str, Tensor]
+    """By the names in data.conditions, (B, 3, H, W) uint8, cut and mirrored as the pictures."""
+    sizes: Tensor
+    """(B, 2) int64: height and width of each picture as it was in its file."""
+    boxes: Tensor
+    """(B, 4) float32: what was cut out of it, in its own pixels: top, left, bottom, right."""
+    prior: Tensor
+    """(B,) bool: pictures of data.prior_path"""
+
+    @property
+    def size(self) -> Size:
+        """(height, width) of every picture in the batch."""
+        return tuple(self.pictures.shape[-2:])
 
 
 @dataclass(frozen=True)
 class Collection:
     train: list[Item]
+    """Prior pictures, if there are, after all others."""
     held_out: list[Item]
     classes: list[str]
 
@@ -53,185 +59,90 @@ class Collection:
 def read(settings: Data, need: str) -> Collection:
     """The items of a data set. need: "captions" or "classes", which every item must then have."""
     path = Path(settings.path).expanduser()
-    if settings.kind == "jsonl":
-        train, held_out, classes = read_jsonl(path)
-    else:
-        reader = read_folder if settings.kind == "folder" else read_classes
-        train, classes = reader(path)
-        other = Path(settings.held_out_path).expanduser()
-        held_out = reader(other, classes)[0] if settings.held_out_path else []
+    found = layouts.read(path, settings.kind, settings)
+    train, held_out, prior = found.train, found.held_out, []
+    if settings.held_out_path:
+        other = layouts.read(Path(settings.held_out_path).expanduser(), settings.kind, settings, found.classes)
+        held_out = held_out + other.train
+    if settings.prior_path:
+        prior = layouts.read(Path(settings.prior_path).expanduser(), "auto", settings).train
+        prior = [replace(i, prior=True, captions=i.texts or words(settings.prior_caption)) for i in prior]
     if not train:
         raise ValueError(f"{path} holds no training pictures (looked for {settings.kind}: "
-                         f"{', '.join(sorted(SUFFIXES))}).")
+                         f"{', '.join(sorted(layouts.SUFFIXES))}).")
+    if settings.caption:
+        train, held_out = ([i if i.texts else replace(i, captions=words(settings.caption)) for i in some]
+                           for some in (train, held_out))
+    train = train + prior
     items = train + held_out
-    complaints = []
-    if settings.kind == "jsonl":
-        complaints += listed([i.file for i in items if not i.file.is_file()], "pictures are named but not there")
+    complaints = listed([i.file for i in items if isinstance(i.file, Path) and not i.file.is_file()],
+                        "pictures are named but not there")
+    for name in settings.conditions:
+        complaints += listed([i.file for i in items if not i.prior and name not in i.conditions],
+                             f"pictures have no condition {name!r}", "See `python -m trainer doctor`.")
+        there = [i.conditions[name] for i in items if name in i.conditions]
+        complaints += listed([c for c in there if isinstance(c, Path) and not c.is_file()],
+                             f"conditions {name!r} are named but not there")
     if need == "captions":
-        complaints += listed([i.file for i in items if not i.captions], "pictures have no caption",
-                             "Put a .txt or .json beside each, or use data.kind = \"jsonl\".")
+        complaints += listed([i.file for i in items if not i.texts], "pictures have no caption",
+                             "Put a .txt or .json beside each, use data.kind = \"jsonl\", or give all one: "
+                             "data.caption.")
     if need == "classes":
         complaints += listed([i.file for i in items if i.label < 0], "pictures have no class",
                              "Use data.kind = \"classes\" (one folder per class), or a jsonl with \"class\".")
     if complaints:
         raise ValueError(f"{path} cannot be trained on:\n  " + "\n  ".join(complaints))
-    return Collection(train, held_out, classes)
+    return Collection(train, held_out, found.classes)
 
 
-def listed(what: list, sentence: str, remedy: str = "") -> list[str]:
-    """One complaint with its number and the first few cases, or none."""
-    if not what:
-        return []
-    shown = [*map(str, what[:LISTED]), *([f"... and {len(what) - LISTED} more"] if len(what) > LISTED else []), remedy]
-    return [f"{len(what)} {sentence}:" + "".join(f"\n    {line}" for line in shown if line)]
+def words(caption: str) -> tuple[str, ...]:
+    return (caption,) if caption else ()
 
 
-def read_jsonl(path: Path):
-    splits, classes = {"train": [], "held_out": []}, {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            file = path.parent / entry["file"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not an object with a \"file\" ({error}).") from None
-        split = entry.get("split", "train")
-        if split not in splits:
-            raise ValueError(f"{path}, line {number}: split {split!r} is neither \"train\" nor \"held_out\".")
-        label = entry.get("class", -1)
-        if isinstance(label, str):
-            label = classes.setdefault(label, len(classes))
-        splits[split].append(Item(file, texts(entry), tuple(entry.get("tags", ())), label))
-    return splits["train"], splits["held_out"], list(classes)
+def in_buckets(items: list[Item], settings: Data) -> dict[Size, list[int]]:
+    """The indices of the items that are shown at each (height, width). Looks into files only where sizes differ."""
+    known = buckets.sizes(settings)
+    if len(known) == 1:
+        return {known[0]: list(range(len(items)))}
+    return buckets.grouped(measured(items, settings.workers), settings)
 
 
-def texts(entry) -> tuple[str, ...]:
-    if isinstance(entry, str):
-        return (entry,)
-    if isinstance(entry, list):
-        return tuple(entry)
-    return texts(entry.get("captions", entry.get("caption", [])))
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """What other programs hide in folders or files that begin with a dot is not of the set."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
-                  and not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
-def read_folder(folder: Path, classes=()):
-    items = []
-    for file in pictures_in(folder):
-        text, facts = file.with_suffix(".txt"), file.with_suffix(".json")
-        captions = ()
-        if text.is_file():
-            captions = tuple(line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip())
-        elif facts.is_file():
-            try:
-                captions = texts(json.loads(facts.read_text(encoding="utf-8")))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{facts} is not valid JSON: {error}") from None
-        items.append(Item(file, captions))
-    return items, []
-
-
-def read_classes(folder: Path, classes: list[str] | None = None):
-    """classes: what the folders are numbered by, of the training set; without it, those found here are."""
-    named = {p.name: pictures_in(p) for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")}
-    named = {name: files for name, files in named.items() if files}
-    classes = list(named) if classes is None else classes
-    if unknown := [name for name in named if name not in classes]:
-        raise ValueError(f"{folder} cannot be used:\n  " + "\n  ".join(listed(
-            unknown, "folders have the name of no class that is trained on", "Rename them, or take them out.")))
-    number = {name: i for i, name in enumerate(classes)}
-    return [Item(f, label=number[name]) for name, files in named.items() for f in files], classes
-
-
-def decode(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as picture:
-            return on_white(ImageOps.exif_transpose(picture))
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{file} is too large to be opened: {error} Make it smaller.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
-
-
-def on_white(picture: Image.Image) -> Image.Image:
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
-        return picture.convert("RGB")
-    page = Image.new("RGBA", picture.size, "white")
-    page.alpha_composite(picture.convert("RGBA"))
-    return page.convert("RGB")
-
-
-def fit(picture: Image.Image, size: int, crop: str, rng: random.Random) -> Image.Image:
-    if crop == "none":
-        if picture.width != picture.height:
-            raise ValueError(f"a picture is {picture.width}x{picture.height}, and data.crop=\"none\" takes squares.")
-        return picture if picture.width == size else picture.resize((size, size), Image.LANCZOS)
-    if crop == "centre":  # ADM: halve with a box filter while that is possible, then bicubic
-        while min(picture.size) >= 2 * size:
-            picture = picture.resize((picture.width // 2, picture.height // 2), Image.BOX)
-        picture = resize_short_side(picture, size, Image.BICUBIC)
-        left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    else:
-        picture = resize_short_side(picture, round(size * 1.125), Image.LANCZOS)
-        left, top = rng.randint(0, picture.width - size), rng.randint(0, picture.height - size)
-    return picture.crop((left, top, left + size, top + size))
-
-
-def resize_short_side(picture: Image.Image, side: int, how) -> Image.Image:
-    share = side / min(picture.size)
-    return picture.resize((max(side, round(picture.width * share)), max(side, round(picture.height * share))), how)
-
-
-class Pictures:
-    """The pictures of a list of items, as uint8, decoded in threads and kept where the crop is fixed."""
-
-    def __init__(self, items: list[Item], settings: Data):
-        self.items, self.settings = items, settings
-        self.pool = ThreadPoolExecutor(settings.workers)
-        small = 3 * settings.resolution**2 * len(items) <= KEPT_BYTES
-        self.kept = {} if settings.cache and small and settings.crop != "random" else None
-
-    def load(self, index: int, rng: random.Random) -> Tensor:
-        picture = self.kept.get(index) if self.kept is not None else None
-        if picture is None:
-            file = self.items[index].file
-            try:
-                picture = fit(decode(file), self.settings.resolution, self.settings.crop, rng)
-            except ValueError as error:
-                raise error if str(file) in str(error) else ValueError(f"{file}: {error}") from error
-            picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, H, W)
-            if self.kept is not None:
-                self.kept[index] = picture
-        return picture.flip(-1) if self.settings.flip and rng.random() < 0.5 else picture
-
-    def submit(self, index: int, rng: random.Random):
-        return self.pool.submit(self.load, index, rng)
+def priors(position: int, share: float) -> int:
+    """How many of the positions before this one have prior pictures: they come evenly spread."""
+    return math.floor(position * share + 1e-9)
 
 
 class Batches:
-    """`batches(step, part)`: the items at `part` of the step's batch; what comes next is decoded meanwhile."""
+    """`batches(step, part)`: the items at `part` of the step's batch; what comes next is decoded meanwhile.
+
+    `data.prior_share` of every group of one size are prior pictures, brought to the size of the others.
+    """
 
     def __init__(self, items: list[Item], settings: Data, seed: int, batch_size: int):
         self.items, self.settings, self.seed, self.batch_size = items, settings, seed, batch_size
         self.pictures = Pictures(items, settings)
-        self.orders: dict[int, list[int]] = {}
+        self.group = settings.bucket_group or batch_size
+        own = [i for i, item in enumerate(items) if not item.prior]
+        prior = [i for i, item in enumerate(items) if item.prior]
+        self.share = settings.prior_share if prior else 0.0
+        mixed, groups = priors(self.group, self.share), batch_size // self.group
+        shown = in_buckets([items[i] for i in own], settings)
+        self.buckets = {size: [own[i] for i in some] for size, some in shown.items()}
+        self.schedule = buckets.Schedule(self.buckets, seed, batch_size - groups * mixed, self.group - mixed)
+        self.prior = buckets.Schedule({(0, 0): prior}, seed + 1, groups * mixed, mixed) if mixed else None
         self.pending: dict[tuple, list] = {}
 
-    def order(self, epoch: int) -> list[int]:
-        if epoch not in self.orders:
-            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.orders[epoch] = torch.randperm(len(self.items), generator=generator).tolist()
-        return self.orders[epoch]
+    def at(self, step: int, position: int) -> tuple[int, Size]:
+        """(index of the item, (height, width) it is shown at)"""
+        group, place = divmod(position, self.group)
+        before, mixed = priors(place, self.share), priors(self.group, self.share)
+        if priors(place + 1, self.share) == before:
+            return self.schedule.at(step, group * (self.group - mixed) + place - before)
+        size = self.schedule.at(step, group * (self.group - mixed))[1]
+        return self.prior.at(step, group * mixed + before)[0], size
 
     def index(self, step: int, position: int) -> int:
-        epoch, place = divmod(step * self.batch_size + position, len(self.items))
-        return self.order(epoch)[place]
+        return self.at(step, position)[0]
 
     def rng(self, step: int, position: int, what: str) -> random.Random:
         return random.Random(f"{self.seed} {step} {position} {what}")
@@ -241,21 +152,24 @@ class Batches:
         if following:
             self.pending[following] = self.submit(*following)
         items = [self.items[self.index(step, p)] for p in part]
-        return Batch(
-            pictures=torch.stack([f.result() for f in loads]),
-            captions=[self.caption(i, self.rng(step, p, "caption")) for p, i in zip(part, items, strict=True)],
-            labels=torch.tensor([i.label for i in items]),
-            positions=part,
-            step=step,
-        )
+        captions = [self.caption(i, self.rng(step, p, "caption")) for p, i in zip(part, items, strict=True)]
+        return collate(items, loads, captions, part, step)
 
     def submit(self, step: int, part: range):
-        return [self.pictures.submit(self.index(step, p), self.rng(step, p, "picture")) for p in part]
+        sizes = {self.at(step, p)[1] for p in part}
+        if len(sizes) > 1:
+            raise ValueError(f"data.bucket_group={self.settings.bucket_group}: a pass of {len(part)} pictures has "
+                             f"several sizes. Make it a multiple of the pictures in a pass (micro_batch_size, or "
+                             "batch_size over the number of processes).")
+        return [self.pictures.submit(*self.at(step, p), self.rng(step, p, "picture")) for p in part]
 
     def caption(self, item: Item, rng: random.Random) -> str:
-        if not item.captions:
+        settings, own = self.settings, item.captions
+        if item.described and (not own or rng.random() < settings.described_share):
+            own = item.described
+        if not own:
             return ""
-        settings, text = self.settings, rng.choice(item.captions)
+        text = rng.choice(own)
         if item.tags and rng.random() < settings.tag_share:
             return ", ".join([text, *rng.sample(item.tags, min(settings.tag_count, len(item.tags)))])
         if settings.templates and rng.random() < settings.template_share:
@@ -263,27 +177,51 @@ class Batches:
         return text
 
 
-def fixed(items: list[Item], settings: Data, at_once: int = 64) -> list[Batch]:
-    """All items with their first caption and nothing random, `at_once` a batch, for validation and evaluation."""
-    crop = "centre" if settings.crop == "random" else settings.crop
-    pictures = Pictures(items, replace(settings, flip=False, crop=crop))
-    parts = [range(i, min(i + at_once, len(items))) for i in range(0, len(items), at_once)]
-    return [Batch(
-        pictures=torch.stack([f.result() for f in [pictures.submit(i, random.Random(0)) for i in part]]),
-        captions=[(items[i].captions or ("",))[0] for i in part],
-        labels=torch.tensor([items[i].label for i in part]),
+def collate(items: list[Item], loads: list, captions: list[str], part: range, step: int) -> Batch:
+    loaded = [load.result() for load in loads]
+    names = loaded[0].conditions
+    return Batch(
+        pictures=torch.stack([one.pixels for one in loaded]),
+        captions=captions,
+        labels=torch.tensor([i.label for i in items]),
         positions=part,
-        step=0,
-    ) for part in parts]
+        step=step,
+        items=items,
+        conditions={name: torch.stack([one.conditions[name] for one in loaded]) for name in names},
+        sizes=torch.tensor([one.original for one in loaded]),
+        boxes=torch.tensor([one.box for one in loaded], dtype=torch.float32),
+        prior=torch.tensor([i.prior for i in items]),
+    )
+
+
+def fixed(items: list[Item], settings: Data, at_once: int = 64) -> list[Batch]:
+    """All items with their first caption and nothing random, up to `at_once` of one size a batch, for validation and
+    evaluation."""
+    crop = "centre" if settings.crop == "random" else settings.crop
+    shown = [(i, size) for size, some in in_buckets(items, settings).items() for i in some] if items else []
+    ordered = [items[i] for i, _ in shown]
+    pictures, batches, start = Pictures(ordered, replace(settings, flip=False, crop=crop)), [], 0
+    while start < len(shown):
+        size = shown[start][1]
+        stop = next((p for p in range(start, min(start + at_once, len(shown))) if shown[p][1] != size),
+                    min(start + at_once, len(shown)))
+        some, part = ordered[start:stop], range(start, stop)
+        loads = [pictures.submit(p, size, random.Random(0)) for p in part]
+        batches.append(collate(some, loads, [(i.texts or ("",))[0] for i in some], part, 0))
+        start = stop
+    return batches
 
 
 def summary(collection: Collection) -> str:
-    lines = [f"{len(collection.train):,} training pictures, {len(collection.held_out):,} held out"]
-    if collection.classes or any(i.label >= 0 for i in collection.train[:1]):
-        counts = Counter(i.label for i in collection.train)
+    own = [i for i in collection.train if not i.prior]
+    lines = [f"{len(own):,} training pictures, {len(collection.held_out):,} held out"]
+    if len(own) < len(collection.train):
+        lines.append(f"{len(collection.train) - len(own):,} prior pictures")
+    if collection.classes or any(i.label >= 0 for i in own[:1]):
+        counts = Counter(i.label for i in own)
         lines.append(f"{len(counts):,} classes, {min(counts.values())} to {max(counts.values())} pictures each")
-    if collection.train[0].captions:
-        number = sum(len(i.captions) for i in collection.train)
-        lines.append(f"{number / len(collection.train):.1f} captions and "
-                     f"{sum(len(i.tags) for i in collection.train) / len(collection.train):.1f} tags a picture")
+    if own[0].texts:
+        number = sum(len(i.texts) for i in own)
+        lines.append(f"{number / len(own):.1f} captions and {sum(len(i.tags) for i in own) / len(own):.1f} tags a "
+                     "picture")
     return "; ".join(lines)

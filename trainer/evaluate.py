@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import data
+from . import data, layouts
 from .config import Config
 from .run import to_images
 
@@ -44,7 +44,7 @@ def evaluate(recipe, config: Config, path: Path, seen: int = 256, steps: int = 1
              seed: int = 0, progress=lambda items: items) -> tuple[dict, list]:
     """(numbers per split, [(prompt, split, picture, place, reference)]) for the jsonl at `path`."""
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    items = [data.Item(path.parent / e["file"], data.texts(e)) for e in entries]
+    items = [data.Item(path.parent / e["file"], layouts.texts(e)) for e in entries]
     batches = data.fixed(items, config.data)
     references = torch.cat([b.pictures for b in batches]).float() / 127.5 - 1
     known = features(references)

@@ -30,6 +30,8 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
     lines.append(f"steps      {config.steps:,} of {config.batch_size} pictures = {images:,} pictures, "
                  f"{images / len(found.train):.1f} epochs; {processes} process(es), "
                  f"{len(parts)} pass(es) of {len(parts[0])}")
+    if len(batches.buckets) > 1:
+        lines.append("sizes      " + ", ".join(f"{w}x{h}: {len(some):,}" for (h, w), some in batches.buckets.items()))
     lines += [("buckets    " if i == 0 else "           ") + line for i, line in enumerate(recipe.buckets(0))]
 
     muon = sum(p.numel() for part in optimizers.parts if type(part).__name__ == "Muon"

@@ -18,7 +18,7 @@ from ...models_impl.attention import SHORT, packed_attention
 from ...models_impl.pixelflow import checkpoint, sampling
 from ...models_impl.pixelflow.config import PRESETS, PixelFlowConfig
 from ...models_impl.pixelflow.model import PixelFlow
-from .. import encoders
+from .. import buckets, encoders
 from ..config import Config, nearest
 from ..data import Batch
 
@@ -87,9 +87,15 @@ class Recipe(nn.Module):
             if Path(config.init_from).expanduser().exists():  # else it is said already that it does not
                 found.append(f"init_from={config.init_from}: {error}" if config.init_from else str(error))
         if shape:
-            if config.data.resolution % shape.size_multiple:
-                found.append(f"data.resolution={config.data.resolution} is not a multiple of {shape.size_multiple} "
+            if odd := [side for side in config.data.sides if side % shape.size_multiple and not config.data.buckets]:
+                found.append(f"data.resolution={odd[0]} is not a multiple of {shape.size_multiple} "
                              f"(patch size times 2^(stages-1)).")
+            known = config.data.problems(config.batch_size, config.micro_batch_size)  # said already
+            if config.data.buckets and not known and (odd := [
+                    size for size in buckets.sizes(config.data) if any(side % shape.size_multiple for side in size)]):
+                found.append(f"data.buckets={config.data.buckets!r} has sizes such as {odd[0][1]}x{odd[0][0]}, no "
+                             f"multiples of {shape.size_multiple} (patch size times 2^(stages-1)): take \"area\" "
+                             "with a data.bucket_multiple.")
             weights = settings.stage_weights
             if weights is not None and (len(weights) != shape.num_stages or min(weights) < 0 or not sum(weights) > 0):
                 found.append(f"recipe.stage_weights={weights} must be {shape.num_stages} numbers that are not "
