@@ -1,12 +1,11 @@
 import json
-import shutil
 
 import numpy as np
 import pytest
 import tiny_run
 import torch
 from PIL import Image
-from pixstack.trainer import check, data, emoji, pictures
+from pixstack.trainer import data, emoji, pictures
 from pixstack.trainer import tokenizer as tokenizers_
 from pixstack.trainer.config import Data
 
@@ -161,24 +160,6 @@ def test_a_tokenizer_ends_every_text(tmp_path):
 def test_equal_captions_give_equal_tokenizers():
     words = [f"a {c} {s}" for c in tiny_run.COLOURS for s in ("square", "card", "quick fox")]
     assert tokenizers_.train(words, 60).to_str() == tokenizers_.train(words[::-1], 60).to_str()
-
-
-def test_the_check_names_what_a_run_would_meet(tmp_path):
-    images = tiny_run.pictures(tmp_path / "set", size=8).parent / "images"
-    (images / "red_card.png").write_bytes(b"nothing")
-    shutil.copy(images / "blue_square.png", images / "green_square.png")  # one of them is held out
-    errors, remarks = check.check(tiny_run.settings(images.parent / "data.jsonl", tmp_path / "run"))
-    assert [e.splitlines()[0] for e in errors] == [
-        "1 pictures cannot be read:", "1 held-out pictures are trained on as well:"]
-    assert "red_card.png" in errors[0]
-    said = "\n".join(remarks)
-    assert "smaller than data.resolution=16" in said and "there twice" in said
-
-
-def test_the_check_counts_captions_that_will_be_cut(tmp_path):
-    settings = tiny_run.settings(tiny_run.pictures(tmp_path / "set"), tmp_path / "run", "text.max_length=1")
-    _, remarks = check.check(settings)
-    assert any("longer than text.max_length=1" in r for r in remarks)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The commands: python -m trainer {train, data, check, settings, sample, export, convert, evaluate}."""
+"""The commands: python -m trainer {train, data, doctor, settings, sample, export, convert, evaluate}."""
 from __future__ import annotations
 
 import argparse
@@ -58,8 +58,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, required=True)
     one.add_argument("--skin-tones", action="store_true", help="the skin tone variants too")
 
-    one = command(check, "check", "Look for everything that is wrong with a recipe's settings and data.")
-    with_recipe(one)
+    one = command(doctor, "doctor", "Look for everything that is wrong with a data set.")
+    one.add_argument("data", nargs="?", type=Path, help="a file or folder in any layout; without it, the recipe's")
+    one.add_argument("settings", nargs="*", metavar="key=value", help="change a setting: data.buckets=pixart")
+    one.add_argument("--recipe", help="look with the eyes of a recipe: its resolution, buckets, encoder and needs")
+    one.add_argument("--tokenizer", type=Path, help="T5's tokenizer.json, or its folder, to count tokens with")
+    one.add_argument("--report", type=Path, help="a .json file for all names, of which the screen shows ten each")
 
     command(settings, "settings", "List every setting of a recipe file.")
 
@@ -156,17 +160,32 @@ def make_data(args):
     print(emoji.build(args.out, args.source, args.skin_tones))
 
 
-def check(args):
+def doctor(args):
     from tqdm import tqdm
 
-    from . import check
-    from .config import load
+    from . import build, config, doctor
 
-    errors, remarks = check.check(load(args.recipe, args.settings), lambda items, total: tqdm(items, total=total))
-    print("\n".join(remarks))
-    if errors:
-        raise ValueError("this data set cannot be trained on.\n  " + "\n  ".join(errors))
-    print("nothing stands in the way of training.")
+    words = list(args.settings)
+    if args.data and "=" in str(args.data) and not args.data.exists():  # a setting, where no data were named
+        words, args.data = [str(args.data), *words], None
+    if not (args.data or args.recipe):
+        raise ValueError("name the data: python -m trainer doctor DATA, or a recipe: --recipe recipe.toml.")
+    tokens = doctor.tokens_of(args.tokenizer) if args.tokenizer else None
+    if args.recipe:
+        words += [f"data.path={json.dumps(str(args.data))}"] if args.data else []
+        whole = config.load(args.recipe, words)
+        chosen, need, sizes = whole.data, build.need(whole), (whole.batch_size, whole.micro_batch_size)
+        if need == "captions" and not tokens:
+            tokens = doctor.tokens_of_recipe(whole)
+    else:
+        chosen, need, sizes = doctor.settings_of(args.data, words), "", (1, 0)
+    report = doctor.examine(chosen, need, tokens, *sizes, progress=lambda items, total: tqdm(items, total=total))
+    print("\n".join(report.lines()))
+    if args.report:
+        args.report.write_text(report.as_json(), encoding="utf-8")
+    if report.errors:
+        raise ValueError(f"{chosen.path} cannot be trained on before the errors above are mended.")
+    print("\nnothing stands in the way of training.")
 
 
 def settings(args):

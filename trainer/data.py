@@ -56,8 +56,9 @@ class Collection:
     classes: list[str]
 
 
-def read(settings: Data, need: str) -> Collection:
-    """The items of a data set. need: "captions" or "classes", which every item must then have."""
+def read(settings: Data, need: str, strict: bool = True) -> Collection:
+    """The items of a data set. need: "captions" or "classes", which every item must then have. strict: refuse items
+    whose files are missing."""
     path = Path(settings.path).expanduser()
     found = layouts.read(path, settings.kind, settings)
     train, held_out, prior = found.train, found.held_out, []
@@ -74,7 +75,13 @@ def read(settings: Data, need: str) -> Collection:
         train, held_out = ([i if i.texts else replace(i, captions=words(settings.caption)) for i in some]
                            for some in (train, held_out))
     train = train + prior
-    items = train + held_out
+    if strict:
+        complain(path, train + held_out, settings, need)
+    return Collection(train, held_out, found.classes)
+
+
+def complain(path: Path, items: list[Item], settings: Data, need: str):
+    """Raises ValueError for everything that the items lack."""
     complaints = listed([i.file for i in items if isinstance(i.file, Path) and not i.file.is_file()],
                         "pictures are named but not there")
     for name in settings.conditions:
@@ -92,7 +99,6 @@ def read(settings: Data, need: str) -> Collection:
                              "Use data.kind = \"classes\" (one folder per class), or a jsonl with \"class\".")
     if complaints:
         raise ValueError(f"{path} cannot be trained on:\n  " + "\n  ".join(complaints))
-    return Collection(train, held_out, found.classes)
 
 
 def words(caption: str) -> tuple[str, ...]:

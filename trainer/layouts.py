@@ -121,9 +121,28 @@ def item_of(entry: dict, place: Callable[[str], Path], conditions: list[str]) ->
     )
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from None
+
+
+def condition_names(path: Path) -> list[str]:
+    """The keys of a jsonl's first entry that name pictures, but for the picture itself."""
+    first = next((line for line in read_text(path).splitlines() if line.strip()), "{}")
+    try:
+        entry = json.loads(first)
+        entry = {**entry, **entry.get("conditions", {})}
+    except (json.JSONDecodeError, AttributeError, TypeError):
+        return []  # read_jsonl says it with the line
+    return [key for key, value in entry.items() if key not in FILE_KEYS and isinstance(value, str)
+            and Path(value).suffix.lower() in SUFFIXES]
+
+
 def read_json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
@@ -134,7 +153,7 @@ def read_jsonl(path: Path, settings: Data, classes: list[str] | None = None) -> 
     """One object a line: file (or file_name, image, path), captions (or caption, text, prompt), tags, class, split, and
     a key for every condition, as PixelPonder's (image, text, canny, depth, openpose, hed)."""
     splits, numbers = {"train": [], "held_out": []}, {name: i for i, name in enumerate(classes or ())}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -175,7 +194,7 @@ def read_folder(folder: Path, settings: Data, classes: list[str] | None = None) 
         text, facts = file.with_suffix(".txt"), file.with_suffix(".json")
         captions = ()
         if text.is_file():
-            captions = tuple(line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip())
+            captions = tuple(line.strip() for line in read_text(text).splitlines() if line.strip())
         elif facts.is_file():
             captions = texts(read_json(facts))
         items.append(Item(file, captions, conditions=beside(folder, file, settings.conditions)))
@@ -200,10 +219,10 @@ def read_sam(folder: Path, settings: Data, classes: list[str] | None = None) -> 
     if not parts:
         raise ValueError(f"{folder} is no SAM layout: it has no partition/part*.txt with the stems of its pictures.")
     items = []
-    for stem in (line.strip() for part in parts for line in part.read_text(encoding="utf-8").splitlines()):
+    for stem in (line.strip() for part in parts for line in read_text(part).splitlines()):
         if stem:
             text = folder / "captions" / f"{stem}.txt"
-            words = text.read_text(encoding="utf-8").split() if text.is_file() else ()
+            words = read_text(text).split() if text.is_file() else ()
             items.append(Item(folder / "images" / f"{stem}.jpg", (" ".join(words),) if words else ()))
     return Found(items)
 
