@@ -104,7 +104,7 @@ def test_a_run_draws_its_prompts_on_a_sheet(trained, tmp_path):
 
 def test_a_run_draws_sizes_that_are_not_square(trained, tmp_path):
     cli.main(["sample", str(trained), "red card", "--out", str(tmp_path), "--steps", "1", "--width", "24"])
-    assert Image.open(tmp_path / "000.png").size == (24, 16)
+    assert Image.open(tmp_path / "000000.png").size == (24, 16)
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(trained, tmp_path, capsys):

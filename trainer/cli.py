@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("run_folder", type=Path, metavar="run")
         one.add_argument("--step", type=int, help="the checkpoint; without it, the newest")
         one.add_argument("--weights", choices=["ema", "model"], default="ema")
-        one.add_argument("--device", default="cpu")
+        one.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, ...")
 
     def with_sampling(one):
         one.add_argument("--steps", type=int, help="per stage")
@@ -67,10 +67,17 @@ def parser() -> argparse.ArgumentParser:
 
     command(settings, "settings", "List every setting of a recipe file.")
 
-    one = command(sample, "sample", "Make pictures with a run.")
+    one = command(sample, "sample", "Make pictures with a run, on several processes too (torchrun, accelerate launch); "
+                  "run it again to go on.")
     with_run(one)
-    one.add_argument("what", nargs="+", metavar="prompt", help="prompts, or class indices")
+    one.add_argument("what", nargs="*", metavar="prompt", help="prompts, or class indices")
+    one.add_argument("--data", type=Path, help="a .txt with a prompt a line, or a data set, whose captions (classes, "
+                     "conditions) are drawn")
+    one.add_argument("--all-classes", action="store_true", help="every class of the run in turn")
+    one.add_argument("--count", type=int, help="pictures; more than there are prompts: the prompts again, other noise")
     one.add_argument("--out", type=Path, required=True, help="a .png or .jpg: all on one sheet; else a folder")
+    one.add_argument("--npz", action="store_true", help="write FOLDER.npz too, as ADM's evaluation reads it")
+    one.add_argument("--batch", type=int, default=16, help="pictures at once; another number draws other noise")
     one.add_argument("--height", type=int)
     one.add_argument("--width", type=int)
     with_sampling(one)
@@ -195,24 +202,61 @@ def settings(args):
 
 
 def sample(args):
-    from .export import open_run
-    from .run import sheet, to_images
+    import torch
+    from accelerate import Accelerator
+    from tqdm import tqdm
 
-    recipe, config, _ = open_run(args.run_folder, args.step, args.weights, args.device)
-    if recipe.text is None and not all(w.isdigit() for w in args.what):
+    from . import sample
+    from .export import open_run
+    from .run import sheet
+
+    accelerator = Accelerator(cpu=chosen_device(args.device) == "cpu")
+    main = accelerator.is_main_process
+    recipe, config, step = open_run(args.run_folder, args.step, args.weights,
+                                    accelerator.device if args.device == "auto" else args.device)
+    classes, items, what = recipe.text is None, [], args.what
+    if args.data:
+        what, items = sample.source(args.data, config, classes)
+    elif args.all_classes and classes:
+        what = list(range(len(json.loads((args.run_folder / "facts.json").read_text())["classes"])))
+    elif classes and all(w.isdigit() for w in what):
+        what = [int(w) for w in what]
+    if classes and not all(isinstance(w, int) for w in what):
         raise ValueError(f"{args.run_folder} knows classes, not prompts: give class indices.")
-    s, side = config.samples, config.data.resolution
-    what = args.what if recipe.text is not None else [int(w) for w in args.what]
-    height, width = (a or b or side for a, b in ((args.height, s.height), (args.width, s.width)))
-    pictures = recipe.sample(what, height, width, **sampling(args, s))
-    if args.out.suffix:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        sheet(pictures).save(args.out)
+    if config.data.conditions and not items:
+        raise ValueError(f"{args.run_folder} draws after conditions ({', '.join(config.data.conditions)}): name a data "
+                         "set that has them, --data.")
+    s, side, count = config.samples, config.data.resolution, args.count or len(what)
+    request = sample.Request(
+        run=args.run_folder.resolve().name, step=step, weights=args.weights, what=what, count=count,
+        batch=min(args.batch, max(count, 1)), height=args.height or s.height or side,
+        width=args.width or s.width or side, data=str(args.data.resolve()) if args.data else "",
+        conditions=config.data.conditions, **sampling(args, s))
+    if args.out.suffix in (".png", ".jpg"):
+        if main:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            made = [sample.made(recipe, request, items, group).cpu() for group in range(request.groups)]
+            sheet(torch.cat(made)).save(args.out)
     else:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(to_images(pictures)):
-            picture.save(args.out / f"{i:03d}.png")
-    print(args.out)
+        if main:
+            sample.begin(args.out, request)
+        accelerator.wait_for_everyone()
+        sample.draw(recipe, request, items, args.out, accelerator.process_index, accelerator.num_processes,
+                    lambda groups: tqdm(groups, unit="batch", disable=not main))
+        accelerator.wait_for_everyone()
+        if main and args.npz:
+            print(sample.pack(args.out, request))
+    if main:
+        print(args.out)
+    accelerator.end_training()
+
+
+def chosen_device(device: str) -> str:
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def sampling(args, settings) -> dict:
@@ -255,7 +299,7 @@ def evaluate(args):
     from . import evaluate
     from .export import open_run
 
-    recipe, config, step = open_run(args.run_folder, args.step, args.weights, args.device)
+    recipe, config, step = open_run(args.run_folder, args.step, args.weights, chosen_device(args.device))
     path, how = args.data or Path(config.data.path), sampling(args, config.samples)
     if recipe.text is None or not path.is_file():
         raise ValueError("evaluate needs a run with prompts and a jsonl data set (--data).")
