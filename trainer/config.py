@@ -163,7 +163,12 @@ class Text:
     rate: float = 1.0
     """Learning rate of the text encoder, as a multiple of optimizer.rate."""
     cache: str = ""
-    """Folder for the embeddings of a frozen encoder, which runs may share; empty: inside the run folder."""
+    """Folder for the embeddings of a frozen encoder, which runs may share; empty: cache.folder, and without that one
+    inside the run folder."""
+    clean: bool = False
+    """Clean captions before a frozen encoder reads them, as PixArt-alpha's were: lower case, no addresses or markup."""
+    precision: str = "fp32"
+    """Of a frozen encoder: fp32, or bf16, which takes half the memory (T5-XXL: 9.5 GB)."""
 
     @property
     def frozen(self) -> bool:
@@ -172,11 +177,33 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Vae:
+    path: str = ""
+    """What makes latents of pictures, frozen: a folder of diffusers (an AutoencoderKL or AutoencoderTiny, or a pipeline
+    that has one in vae/), or one .safetensors file."""
+    precision: str = "fp32"
+    """fp32 or bf16. The SDXL VAE is not right in fp16."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    folder: str = ""
+    """Where features of frozen encoders are kept, which runs may share; `python -m trainer cache` fills it. Empty: only
+    the embeddings of captions are kept, and pictures are encoded whenever they are shown."""
+
+
+@dataclass(frozen=True)
 class Optimizer:
     name: str = "adamw"
-    """adamw, or muon: Muon for the hidden matrices, AdamW for everything else."""
+    """adamw; muon: Muon for the hidden matrices, AdamW for everything else; came: CAME (PixArt-Sigma), which keeps of a
+    matrix's second moment only a row and a column."""
     rate: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    scale_rate: str = "none"
+    """The rate is for a batch of 256, and for another one it is scaled: sqrt (PixArt's rule) or linear. none."""
+    betas: list[float] | None = None
+    """Without it [0.9, 0.999], for came [0.9, 0.999, 0.9999]."""
+    eps: float = 0.0
+    """What keeps AdamW's denominator from zero; 0 = 1e-8."""
     weight_decay: float = 0.0
     muon_rate: float = 0.01
     """Learning rate of the matrices that Muon trains."""
@@ -232,6 +259,8 @@ class Config:
     """[model]: settings of the network, defined by the recipe."""
     data: Data = Data()
     text: Text = Text()
+    vae: Vae = Vae()
+    cache: Cache = Cache()
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
     samples: Samples = Samples()
@@ -279,7 +308,10 @@ class Config:
         def one_of(name, value, *choices):
             need(value in choices, f"{name}={value!r} is none of {', '.join(choices)}{nearest(value, choices)}.")
 
-        one_of("optimizer.name", self.optimizer.name, "adamw", "muon")
+        one_of("optimizer.name", self.optimizer.name, "adamw", "muon", "came")
+        one_of("optimizer.scale_rate", self.optimizer.scale_rate, "none", "sqrt", "linear")
+        one_of("text.precision", self.text.precision, "fp32", "bf16")
+        one_of("vae.precision", self.vae.precision, "fp32", "bf16")
         if self.optimizer.name == "muon":
             import torch
 
@@ -290,7 +322,8 @@ class Config:
         one_of("device", self.device, "auto", "cpu")
         one_of("resume", self.resume, "auto", "changed", "never")
         found += self.data.problems(self.batch_size, self.micro_batch_size)
-        for name, path in (("init_from", self.init_from), ("text.tokenizer", self.text.tokenizer)):
+        for name, path in (("init_from", self.init_from), ("text.tokenizer", self.text.tokenizer),
+                           ("vae.path", self.vae.path)):
             need(not path or Path(path).expanduser().exists(), f"{name}={path!r}: there is no such file or folder.")
         if self.text.encoder.endswith(".safetensors"):
             need(Path(self.text.encoder).expanduser().is_file(), f"text.encoder={self.text.encoder!r}: no such file.")
@@ -299,7 +332,7 @@ class Config:
             value = look_up(self, name)
             need(value >= 1, f"{name}={value} must be at least 1.")
         for name in ("micro_batch_size", "threads", "keep", "samples.every", "validation.every", "optimizer.warm_up",
-                     "optimizer.weight_decay", "optimizer.clip"):
+                     "optimizer.weight_decay", "optimizer.clip", "optimizer.eps"):
             value = look_up(self, name)
             need(value >= 0, f"{name}={value} must not be negative.")
         share = self.optimizer.decay_from
@@ -308,8 +341,9 @@ class Config:
             value = look_up(self, name)
             need(0 < value < 1, f"{name}={value} is outside (0, 1).")
         need(0 <= self.ema.decay < 1, f"ema.decay={self.ema.decay} is outside [0, 1).")
-        need(len(self.optimizer.betas) == 2 and all(0 <= b < 1 for b in self.optimizer.betas),
-             f"optimizer.betas={self.optimizer.betas} must be two numbers in [0, 1).")
+        betas, count = self.optimizer.betas, 3 if self.optimizer.name == "came" else 2
+        need(betas is None or (len(betas) == count and all(0 <= b < 1 for b in betas)),
+             f"optimizer.betas={betas} must be {('two', 'three')[count - 2]} numbers in [0, 1).")
         micro = self.micro_batch_size
         need(micro < 1 or self.batch_size % micro == 0,
              f"batch_size={self.batch_size} is not a multiple of micro_batch_size={micro}.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,8 @@ class Batch:
     """(B, 4) float32: what was cut out of it, in its own pixels: top, left, bottom, right."""
     prior: Tensor
     """(B,) bool: pictures of data.prior_path"""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """What the cache holds of the pictures, "encoder.part" -> (B, ...)."""
 
     @property
     def size(self) -> Size:

@@ -1,23 +1,27 @@
-"""Text for the models: our own T5, which may learn, or a frozen one of transformers, its embeddings kept on disk."""
+"""What reads captions and pictures for the models: our own T5, which may learn, and frozen encoders of transformers and
+diffusers, whose features `cache.Store` keeps. A frozen one is loaded only while something is to be encoded."""
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from ..models_impl import state_dict
+from ..models_impl.text import captions as cleaning
 from . import tokenizer
+from .cache import Store, digest, fingerprint
 from .config import Config
+from .noise import batch_noise
 from .run import write_whole
 
-SHARD = 1024  # captions in one file of the cache
 AT_ONCE = 32  # captions in one pass of the frozen encoder
+PICTURES_AT_ONCE = 4
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+POSTERIOR = 1  # the kind of `noise.picture_noise` that samples a latent
 
 
 def hide_broken_torchvision():
@@ -39,7 +43,7 @@ def make(config: Config, captions: list[str], folder: Path | None, facts: dict |
     from ..models_impl.text.t5 import TextEncoder
 
     if text.frozen:
-        return FrozenT5(text.encoder, text.max_length, Path(text.cache or (folder or Path()) / "embeddings"))
+        return frozen_t5(config, folder)
     kept = folder / "tokenizer.json" if folder else None
     given = Path(text.tokenizer).expanduser() if text.tokenizer else kept
     if facts and "text" in facts:
@@ -74,51 +78,59 @@ def encode(text: nn.Module, captions: list[str], device) -> tuple[Tensor, Tensor
     return text(ids.to(device), mask), mask
 
 
-class FrozenT5(nn.Module):
-    """Embeddings of a T5 encoder that does not learn. It is loaded only while a caption is missing from the cache."""
+def frozen_t5(config: Config, folder: Path | None = None, writer: int = 0) -> FrozenT5:
+    """The frozen text encoder of the settings. folder: of the run, where the features lie if no other is named."""
+    text = config.text
+    root = text.cache or config.cache.folder or (folder or Path()) / "embeddings"
+    return FrozenT5(text.encoder, text.max_length, Path(root).expanduser(), text.tokenizer, text.clean, text.precision,
+                    writer)
 
-    def __init__(self, name: str, max_length: int, cache: Path):
+
+def files(text: nn.Module | None) -> dict[str, tuple[dict, dict]]:
+    """What export writes of a text encoder: nothing of a frozen one, which is a file already."""
+    if text is None or isinstance(text, FrozenT5):
+        return {}
+    return {"text_encoders/{name}_t5.safetensors": (text.weights(), text.metadata())}
+
+
+class FrozenT5(nn.Module):
+    """Embeddings of a T5 encoder that does not learn."""
+
+    def __init__(self, name: str, max_length: int, cache: Path, tokens: str = "", clean: bool = False,
+                 precision: str = "fp32", writer: int = 0):
         super().__init__()
         from transformers import AutoConfig, AutoTokenizer
+        from transformers.utils import cached_file
 
-        self.name, self.max_length = name, max_length
+        self.name, self.max_length, self.clean, self.dtype = name, max_length, clean, DTYPES[precision]
         try:
             self.width = AutoConfig.from_pretrained(name, local_files_only=True).d_model
-            self.tokens = AutoTokenizer.from_pretrained(name, local_files_only=True)
+            folder = Path(name).expanduser()
+            if not folder.is_dir():
+                folder = Path(cached_file(name, "config.json", local_files_only=True)).parent
+            beside = folder.parent / "tokenizer"  # where a pipeline's folder has it
+            tokens = tokens or (str(beside) if beside.is_dir() and not any(folder.glob("*token*")) else name)
+            self.tokens = AutoTokenizer.from_pretrained(tokens, local_files_only=True)
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"text.encoder={name!r} cannot be read as a T5: {str(error).splitlines()[0]} Nothing is "
                 "downloaded: name a folder that holds one, or a model that is in Hugging Face's cache."
             ) from error
-        self.folder = cache / hashlib.sha256(f"{name} {max_length}".encode()).hexdigest()[:16]
+        self.store = Store(cache, "text", {
+            "encoder": fingerprint(folder), "max_length": max_length, "clean": clean, "precision": precision,
+        }, writer)
         self.encoder: list[nn.Module] = []  # in a list: not a part of what is trained, saved or moved
-        self.places: dict[str, Path] = {}
-        self.open: dict[Path, object] = {}
-        self.new: dict[str, Tensor] = {}
-        self.refresh()
-
-    def refresh(self):
-        for shard in sorted(self.folder.glob("*.safetensors")):
-            if shard not in self.open:
-                self.index(shard)
-
-    def index(self, shard: Path):
-        self.open[shard] = safe_open(shard, framework="pt")
-        self.places.update({key: shard for key in self.open[shard].keys()})
-
-    @staticmethod
-    def key(caption: str) -> str:
-        return hashlib.sha256(caption.encode()).hexdigest()[:40]
 
     def prepare(self, captions: list[str], device, progress=lambda items: items):
         """Embed what is missing and write it down, then let the encoder go."""
-        self.refresh()  # another process may have been first
-        missing = [c for c in dict.fromkeys(captions) if self.key(c) not in self.places]
+        self.store.refresh()  # another process may have been first
+        missing = [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
         for start in progress(range(0, len(missing), AT_ONCE)):
             self.embed(missing[start:start + AT_ONCE], device)
-            if len(self.new) >= SHARD:
-                self.write()
-        self.write()
+        self.store.write()
+        self.release()
+
+    def release(self):
         self.encoder.clear()
 
     @torch.no_grad()
@@ -126,31 +138,127 @@ class FrozenT5(nn.Module):
         if not self.encoder:
             from transformers import T5EncoderModel
 
-            encoder = T5EncoderModel.from_pretrained(self.name, local_files_only=True, torch_dtype=torch.float32)
+            encoder = T5EncoderModel.from_pretrained(self.name, local_files_only=True, torch_dtype=self.dtype)
             self.encoder.append(encoder.to(device).eval())
-        read = self.tokens(captions, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        texts = [cleaning.clean_caption(c) for c in captions] if self.clean else captions
+        read = self.tokens(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
         mask = read.attention_mask.to(device)
-        with torch.autocast(torch.device(device).type, enabled=False):  # the release embeds in float32
+        with torch.autocast(torch.device(device).type, enabled=False):  # the releases embed in the encoder's own dtype
             rows = self.encoder[0](input_ids=read.input_ids.to(device), attention_mask=mask).last_hidden_state
         for caption, row, length in zip(captions, rows, mask.sum(1).tolist(), strict=True):
-            self.new[self.key(caption)] = row[:length].to("cpu", torch.bfloat16).clone()
-
-    def write(self):
-        if self.new:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shard = self.folder / f"{len(self.open):06d}.safetensors"
-            unfinished = shard.with_suffix(".unfinished")
-            save_file(self.new, unfinished, metadata={"encoder": json.dumps([self.name, self.max_length])})
-            unfinished.replace(shard)
-            self.new = {}
-            self.index(shard)
+            self.store.put(digest(caption), {"tokens": row[:length].to(torch.bfloat16)})
 
     def lookup(self, captions: list[str], device) -> tuple[Tensor, Tensor]:
-        keys = [self.key(c) for c in captions]
-        missing = {k: c for k, c in zip(keys, captions, strict=True) if k not in self.places and k not in self.new}
+        missing = [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
         if missing:
-            self.embed(list(missing.values()), device)
-        rows = [self.new[k] if k in self.new else self.open[self.places[k]].get_tensor(k) for k in keys]
+            self.embed(missing, device)
+        rows = [self.store.get(digest(c))["tokens"] for c in captions]
         lengths = torch.tensor([len(row) for row in rows])
         context = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device, torch.float32)
         return context, (torch.arange(context.shape[1]) < lengths[:, None]).to(device)
+
+
+class FrozenVae(nn.Module):
+    """Latents of a VAE of diffusers that does not learn: an AutoencoderKL or AutoencoderTiny, a folder or one file.
+
+    Latents are what the VAE says, no scale applied. of: whose pictures it encodes, "" or the name of a condition.
+    """
+
+    def __init__(self, path: str, precision: str = "fp32", cache: str = "", name: str = "latent", of: str = "",
+                 writer: int = 0):
+        super().__init__()
+        self.name, self.of, self.path, self.dtype = name, of, Path(path).expanduser(), DTYPES[precision]
+        if (self.path / "vae" / "config.json").is_file():  # a whole pipeline
+            self.path = self.path / "vae"
+        self.store = None
+        if cache and self.path.exists():  # a finished run may be opened without it
+            identity = {"encoder": fingerprint(self.path), "precision": precision, "of": of}
+            self.store = Store(Path(cache).expanduser(), name, identity, writer)
+        self.vae: list[nn.Module] = []
+
+    def loaded(self, device) -> nn.Module:
+        if not self.vae:
+            self.vae.append(read_vae(self.path).to(device, self.dtype).eval().requires_grad_(False))
+        return self.vae[0]
+
+    def release(self):
+        self.vae.clear()
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor, device) -> dict[str, Tensor]:
+        """(B, 3, H, W) uint8 -> mean and standard deviation of the latents, (B, C, h, w) float32 each."""
+        vae, parts = self.loaded(device), {"mean": [], "std": []}
+        with torch.autocast(torch.device(device).type, enabled=False):
+            for some in pictures.split(PICTURES_AT_ONCE):
+                found = vae.encode(some.to(device, self.dtype) / 127.5 - 1)
+                latent = getattr(found, "latent_dist", None)
+                mean = latent.mean if latent else found.latents
+                parts["mean"].append(mean.float())
+                parts["std"].append(latent.std.float() if latent else torch.zeros_like(mean, dtype=torch.float32))
+        return {name: torch.cat(some) for name, some in parts.items()}
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W) in [-1, 1], float32."""
+        vae = self.loaded(latent.device)
+        with torch.autocast(latent.device.type, enabled=False):
+            pictures = [vae.decode(some[None].to(self.dtype)).sample.float() for some in latent]
+        return torch.cat(pictures).clamp(-1, 1)
+
+    def latents(self, batch, device, seed: int) -> Tensor:
+        """One sample of the latents of a batch, (B, C, h, w) float32: from its features if the cache gave it some."""
+        found = {part: batch.features[name].to(device) for part in ("mean", "std")
+                 if (name := f"{self.name}.{part}") in batch.features}
+        if not found:
+            found = self.encode(batch.conditions[self.of] if self.of else batch.pictures, device)
+        mean, std = found["mean"], found["std"]
+        return mean + std * batch_noise(seed, batch.step, batch.positions, mean.shape[1:], device, POSTERIOR)
+
+
+def read_vae(path: Path) -> nn.Module:
+    """A VAE from a folder of diffusers, or from one file under the names of diffusers or of the original LDM, its sizes
+    found from the shapes. Raises ValueError for anything else."""
+    if not path.exists():
+        raise ValueError(f"vae.path={str(path)!r}: there is no such file or folder.")
+    hide_broken_torchvision()
+    try:
+        from diffusers import AutoencoderKL, AutoencoderTiny
+    except ImportError as error:
+        raise ValueError(f"vae.path needs diffusers: pip install diffusers ({error}).") from error
+    if path.is_dir():
+        config = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() \
+            else {}
+        kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+        if config.get("_class_name") not in kinds:
+            raise ValueError(f"vae.path={str(path)!r} is not a VAE's folder: its config.json should name one of "
+                             f"{', '.join(kinds)}.")
+        return kinds[config["_class_name"]].from_pretrained(path, local_files_only=True)
+    tensors = state_dict.read_file(path)[0]
+    tensors = tensors.get("state_dict", tensors)
+    tensors = {k.removeprefix("first_stage_model.").removeprefix("vae."): v for k, v in tensors.items()}
+    first = "encoder.down_blocks.{}.resnets.0.conv1.weight", "encoder.down.{}.block.0.conv1.weight"
+    there = next((pattern for pattern in first if pattern.format(0) in tensors), None)
+    if there is None or "encoder.conv_out.weight" not in tensors:
+        raise ValueError(f"vae.path={str(path)!r} is not a VAE: its first keys are {', '.join(list(tensors)[:3])}.")
+    widths = []
+    while (key := there.format(len(widths))) in tensors:
+        widths.append(tensors[key].shape[0])
+    layers = 0
+    while there.format(0).replace(".0.conv1", f".{layers}.conv1") in tensors:
+        layers += 1
+    quant = "quant_conv.weight" in tensors
+    vae = AutoencoderKL(
+        block_out_channels=tuple(widths), layers_per_block=layers, norm_num_groups=32 if widths[0] % 32 == 0 else 4,
+        latent_channels=tensors["encoder.conv_out.weight"].shape[0] // 2, use_quant_conv=quant,
+        use_post_quant_conv="post_quant_conv.weight" in tensors,
+        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
+    )
+    if there == first[1]:
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+        tensors = convert_ldm_vae_checkpoint(tensors, vae.config)
+    own = vae.state_dict()
+    tensors = {k: v.reshape(own[k].shape) if k in own and v.numel() == own[k].numel() else v
+               for k, v in tensors.items() if not k.startswith(("loss.", "model_ema."))}
+    state_dict.load_into(vae, tensors, f"the VAE of {path.name}")
+    return vae

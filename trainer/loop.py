@@ -11,7 +11,7 @@ from .optim import Optimizers
 
 
 def train(recipe, batches, config: Config, run, accelerator):
-    optimizer = Optimizers(recipe.groups(config), config.optimizer, config.steps)
+    optimizer = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
     ema = Ema(recipe, config.ema.decay, config.ema.warm_up)
     step = run.restore(recipe, ema, optimizer)
     model = accelerator.prepare(recipe)
@@ -35,7 +35,7 @@ def train(recipe, batches, config: Config, run, accelerator):
         share = optimizer.step(step)
         ema.update(step)
         step += 1
-        run.log(step, loss=total, grad_norm=norm, rate=share * config.optimizer.rate)
+        run.log(step, loss=total, grad_norm=norm, rate=share * optimizer.rate)
         run.after(step, recipe, ema, optimizer)
     run.finish(step, recipe, ema, optimizer)
     return step

@@ -1,4 +1,4 @@
-"""AdamW, or Muon for the hidden matrices beside AdamW for the rest. The learning rate is a function of the step."""
+"""AdamW, CAME, or Muon for the hidden matrices beside AdamW for the rest, at rates that are functions of the step."""
 from __future__ import annotations
 
 import math
@@ -6,6 +6,8 @@ import math
 import torch
 
 from .config import Optimizer
+
+RATE_BATCH = 256  # the batch that scaled rates are given for
 
 
 def rate_at(step: int, steps: int, settings: Optimizer) -> float:
@@ -18,12 +20,62 @@ def rate_at(step: int, steps: int, settings: Optimizer) -> float:
     return share
 
 
+def scaled_rate(settings: Optimizer, batch_size: int) -> float:
+    """The full rate for this batch (diffusion/utils/optimizer.py of PixArt-sigma@1ce521a, auto_scale_lr)."""
+    share = batch_size / RATE_BATCH
+    return settings.rate * {"none": 1.0, "sqrt": share**0.5, "linear": share}[settings.scale_rate]
+
+
+class Came(torch.optim.Optimizer):
+    """Confidence-guided Adaptive Memory Efficient Optimization (arXiv 2307.02047, algorithm 2).
+
+    Adafactor's second moment, a row and a column for a matrix, and a first moment whose entries count less where the
+    updates around them are unsteady. Convolutions are factored over their last two dimensions, as the release's.
+    """
+
+    def __init__(self, params, lr: float, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16), clip: float = 1.0,
+                 weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=tuple(eps), clip=clip, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (beta1, beta2, beta3), (eps1, eps2) = group["betas"], group["eps"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                grad, state, factored = p.grad.float(), self.state[p], p.ndim >= 2
+                if not state:
+                    state["mean"] = torch.zeros_like(grad)
+                    for name in ("square", "doubt") if factored else ("square",):
+                        shapes = (grad.shape[:-1], (*grad.shape[:-2], grad.shape[-1])) if factored else (grad.shape,)
+                        for part, shape in zip(("row", "column"), shapes, strict=False):
+                            state[f"{name}_{part}"] = torch.zeros(shape, device=p.device)
+                update = grad * _inverse_root(state, "square", grad.square() + eps1, beta2, factored)
+                update /= (update.square().mean().sqrt() / group["clip"]).clamp(min=1.0)
+                state["mean"].lerp_(update, 1 - beta1)
+                change = state["mean"]
+                if factored:
+                    doubt = (update - change).square() + eps2
+                    change = change * _inverse_root(state, "doubt", doubt, beta3, factored)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(change, alpha=-group["lr"])
+
+
+def _inverse_root(state: dict, name: str, value: torch.Tensor, beta: float, factored: bool) -> torch.Tensor:
+    """1 / sqrt of the moving average of `value`, of which a matrix keeps the means of rows and columns alone."""
+    row = state[f"{name}_row"].lerp_(value.mean(-1) if factored else value, 1 - beta)
+    if not factored:
+        return row.rsqrt()
+    column = state[f"{name}_column"].lerp_(value.mean(-2), 1 - beta)
+    return (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
+
+
 class Optimizers:
     """One or two torch optimizers behind the few calls that the loop makes."""
 
-    def __init__(self, groups: list[dict], settings: Optimizer, steps: int):
+    def __init__(self, groups: list[dict], settings: Optimizer, steps: int, batch_size: int = 0):
         """groups: {"params": [(name, parameter)], "rate": multiple of the learning rate, "matrices": names for Muon}"""
         self.settings, self.steps, self.parts = settings, steps, []
+        self.rate = scaled_rate(settings, batch_size)
         adamw, muon = [], []
         for group in groups:
             hidden = [p for n, p in group["params"] if p.ndim == 2 and n in group["matrices"]]
@@ -33,9 +85,13 @@ class Optimizers:
             if hidden:
                 muon.append({"params": hidden, "lr": settings.muon_rate * group["rate"]})
             if rest:
-                adamw.append({"params": rest, "lr": settings.rate * group["rate"]})
-        if adamw:
-            self.parts.append(torch.optim.AdamW(adamw, betas=tuple(settings.betas), weight_decay=settings.weight_decay))
+                adamw.append({"params": rest, "lr": self.rate * group["rate"]})
+        if adamw and settings.name == "came":
+            self.parts.append(Came(adamw, self.rate, settings.betas or (0.9, 0.999, 0.9999),
+                                   weight_decay=settings.weight_decay))
+        elif adamw:
+            self.parts.append(torch.optim.AdamW(adamw, betas=tuple(settings.betas or (0.9, 0.999)),
+                                                eps=settings.eps or 1e-8, weight_decay=settings.weight_decay))
         if muon:
             self.parts.append(torch.optim.Muon(
                 muon, momentum=settings.muon_momentum, weight_decay=settings.weight_decay, adjust_lr_fn="original"))

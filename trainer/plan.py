@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import data
 from .config import Config
@@ -21,10 +23,10 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
         parents[name.split(".")[0]] = parents.get(name.split(".")[0], 0) + p.numel()
     lines += [f"           {parent}: {number:,}" for parent, number in parents.items()]
 
-    optimizers = Optimizers(recipe.groups(config), config.optimizer, config.steps)
+    optimizers = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
     lines.append("optimizer  " + ", ".join(
         f"{type(part).__name__} on {sum(p.numel() for g in part.param_groups for p in g['params']):,}"
-        for part in optimizers.parts) + f"; rate {config.optimizer.rate}, {config.optimizer.decay}, "
+        for part in optimizers.parts) + f"; rate {optimizers.rate:.3g}, {config.optimizer.decay}, "
                                         f"warm-up {config.optimizer.warm_up} steps")
     images = config.steps * config.batch_size
     lines.append(f"steps      {config.steps:,} of {config.batch_size} pictures = {images:,} pictures, "
@@ -34,25 +36,25 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
         lines.append("sizes      " + ", ".join(f"{w}x{h}: {len(some):,}" for (h, w), some in batches.buckets.items()))
     lines += [("buckets    " if i == 0 else "           ") + line for i, line in enumerate(recipe.buckets(0))]
 
-    muon = sum(p.numel() for part in optimizers.parts if type(part).__name__ == "Muon"
-               for g in part.param_groups for p in g["params"])
+    per_parameter = {"Muon": 4, "Came": 4}  # bytes of one moment; AdamW has two
+    state = sum(p.numel() * per_parameter.get(type(part).__name__, 8) for part in optimizers.parts
+                for g in part.param_groups for p in g["params"])
     memory = {
-        "weights": 4 * sum(p.numel() for p in recipe.parameters()),
+        "weights": sum(p.nbytes for p in recipe.parameters()),
         "gradients": 4 * count,
-        "optimizer": 8 * count - 4 * muon,
+        "optimizer": state,
         "average": 4 * count if config.ema.decay else 0,
         "activations": recipe.activation_bytes(len(parts[0]), cpu),
     }
     lines.append(f"memory     about {sum(memory.values()) / 2**30:.2f} GiB a process: "
                  + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()))
     lines.append("first batch")
-    stage, t_index, dropped = recipe.draw(0)
     batch = batches(0, range(min(8, config.batch_size)))
-    for i in batch.positions:
+    for i, chance in zip(batch.positions, recipe.described(0), strict=False):
         item = batches.items[batches.index(0, i)]
         what = batch.captions[i] if config.text.encoder else f"class {int(batch.labels[i])}"
-        lines.append(f"  {item.file.name}: {what!r}{' (dropped)' if dropped[i] else ''}, stage {int(stage[i])}, "
-                     f"t {t_index[i] / 1000:.3f}, mean colour {batch.pictures[i].float().mean() / 255:.2f}")
+        lines.append(f"  {item.file.name}: {what!r}, {chance}, mean colour "
+                     f"{batch.pictures[i].float().mean() / 255:.2f}")
     if config.batch_size > 8:
         lines.append(f"  ... {config.batch_size - 8} more")
     return lines
@@ -62,3 +64,24 @@ def on_meta(make):
     """A module as `make` makes it, without its memory."""
     with torch.device("meta"):
         return make()
+
+
+def kept_bytes(module: nn.Module, call, bf16: bool) -> int:
+    """What `call()`, a forward pass of `module`, keeps for the backward pass on top of the weights."""
+    own, seen = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        call()
+    return sum(size for size, _ in seen.values())
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention that keeps no scores, as on a GPU."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -27,7 +27,7 @@ from .config import Config, as_dict, differences, parse
 MAY_CHANGE = {"name", "out", "resume", "init_from", "device", "threads", "compile", "checkpoint_activations",
               "micro_batch_size", "save_every", "keep", "log_every", "samples", "validation",
               "data.path", "data.held_out_path", "data.prior_path", "data.cache", "data.workers", "text.cache",
-              "text.tokenizer"}
+              "text.tokenizer", "cache"}
 """Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-RECIPES = {"pixelflow": "pixelflow"}  # name in [recipe] -> module here, whose class `Recipe` it is
+RECIPES = {"pixelflow": "pixelflow", "pixart": "pixart"}  # name in [recipe] -> module here, whose class `Recipe` it is
 
 
 def find(name: str):

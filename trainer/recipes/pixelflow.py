@@ -11,16 +11,16 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...models_impl import state_dict
 from ...models_impl.attention import SHORT, packed_attention
 from ...models_impl.pixelflow import checkpoint, sampling
 from ...models_impl.pixelflow.config import PRESETS, PixelFlowConfig
 from ...models_impl.pixelflow.model import PixelFlow
-from .. import buckets, encoders
+from .. import buckets, encoders, plan
 from ..config import Config, nearest
 from ..data import Batch
+from ..noise import generator, picture_noise, spread
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Recipe(nn.Module):
 
     def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """What chance decides about the pictures of a whole batch. It depends on (seed, step) alone."""
-        rng, B = torch.Generator().manual_seed(self.seed * 1_000_003 + step), self.batch_size
+        rng, B = generator(self.seed, step), self.batch_size
         stage = sampling.assign_stages(B, self.stages.num_stages, rng, self.settings.stage_weights)
         t_index = torch.randint(sampling.TRAIN_TIMESTEPS, (B,), generator=rng)
         return stage, t_index, torch.rand(B, generator=rng) < self.settings.dropout
@@ -194,6 +194,11 @@ class Recipe(nn.Module):
         for block in self.diffusion.transformer_blocks:
             block.compile()
 
+    def described(self, step: int) -> list[str]:
+        """What chance decides about each picture of a step's batch, in words."""
+        return [f"stage {k}, t {t / sampling.TRAIN_TIMESTEPS:.3f}{' (dropped)' if drop else ''}"
+                for k, t, drop in zip(*(x.tolist() for x in self.draw(step)), strict=True)]
+
     def buckets(self, step: int) -> list[str]:
         """The batch of a step in words, one line per stage."""
         stage, p = self.draw(step)[0], self.diffusion.config.patch_size
@@ -230,7 +235,7 @@ class Recipe(nn.Module):
             losses = []
             for batch in batches:
                 B = len(batch.positions)
-                t_index = (torch.tensor(list(batch.positions)) * 619 + 7) % sampling.TRAIN_TIMESTEPS  # spread evenly
+                t_index = spread(batch.positions, sampling.TRAIN_TIMESTEPS)
                 losses.append(self.losses(batch, torch.full((B,), k), t_index, torch.zeros(B, dtype=torch.bool), -1))
             found[f"stage{k}"] = torch.cat(losses).mean().item()
         return {"loss": sum(found.values()) / len(found), **found}
@@ -269,43 +274,18 @@ class Recipe(nn.Module):
         """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
         shape = self.diffusion.config
         path = f"diffusion_models/{{name}}_{shape.resolution}.safetensors"
-        found = {path: (self.diffusion.state_dict(), checkpoint.metadata(shape))}
-        if self.text is not None and not isinstance(self.text, encoders.FrozenT5):
-            found["text_encoders/{name}_t5.safetensors"] = (self.text.weights(), self.text.metadata())
-        return found
+        return {path: (self.diffusion.state_dict(), checkpoint.metadata(shape)), **encoders.files(self.text)}
 
 
 def kept_bytes(shape: PixelFlowConfig, pictures: int, side: int, bf16: bool) -> int:
     """What one forward pass keeps; side: of a picture, in tokens."""
-    model, seen = PixelFlow(shape), {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
-        return tensor
-
-    given = {}
+    model, given = PixelFlow(shape), {}
     if shape.text_conditional:
         given["context"] = torch.zeros(pictures, 16, shape.context_dim)
     if shape.num_classes:
         given["class_labels"] = torch.zeros(pictures, dtype=torch.int64)
-
-    def fused(q, k, v, mask=None):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
     x = torch.zeros(pictures, shape.in_channels, side * shape.patch_size, side * shape.patch_size)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        model(x, torch.zeros(pictures), **given, attention=fused)
-    return sum(size for size, _ in seen.values())
-
-
-def picture_noise(seed: int, step: int, position: int, shape, device) -> Tensor:
-    """Noise of one picture, by its place in the whole batch: it does not change with micro batches or processes."""
-    number = (seed * 1_000_003 + step) * 65_536 + position
-    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(number % 2**63), device=device)
+    return plan.kept_bytes(model, lambda: model(x, torch.zeros(pictures), **given, attention=plan.fused), bf16)
 
 
 def requested(config: Config) -> dict:
