@@ -1,4 +1,4 @@
-"""The commands: python -m trainer {train, data, doctor, settings, sample, export, convert, evaluate}."""
+"""The commands: python -m trainer {train, cache, data, doctor, settings, sample, export, convert, evaluate}."""
 from __future__ import annotations
 
 import argparse
@@ -51,6 +51,14 @@ def parser() -> argparse.ArgumentParser:
     one = command(train, "train", "Train by a recipe file; run it again to go on.")
     with_recipe(one)
     one.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
+
+    one = command(fill_cache, "cache", "Extract the features of frozen encoders once, into cache.folder; run it again "
+                  "to go on.")
+    with_recipe(one)
+    one.add_argument("--read", action="store_true", help="take over the feature files of a PixArt release")
+    one.add_argument("--write", action="store_true", help="write the cache's features as a PixArt release has them")
+    one.add_argument("--captions", type=Path, help="with --read or --write: the folder of .npz caption features")
+    one.add_argument("--latents", type=Path, help="with --read or --write: the folder of .npy VAE features")
 
     one = command(make_data, "data", "Make a data set.")
     one.add_argument("set", choices=["emoji"])
@@ -123,7 +131,7 @@ def train(args):
     import torch
     from accelerate import Accelerator
 
-    from . import build, data, encoders, loop
+    from . import build, cache, data, encoders, loop
     from .run import Run
 
     if config.threads:
@@ -133,10 +141,10 @@ def train(args):
     accelerator = Accelerator(cpu=config.device == "cpu" or not gpu)
     parts = loop.parts_of(config, accelerator.process_index, accelerator.num_processes)
     found = build.collection(config)
-    batches = data.Batches(found.train, config.data, config.seed, config.batch_size)
     if args.dry_run:
         from . import plan
 
+        batches = data.Batches(found.train, config.data, config.seed, config.batch_size)
         recipe = plan.on_meta(lambda: build.recipe(config, found))
         lines = plan.describe(config, found, recipe, batches, parts, accelerator.num_processes,
                               cpu=accelerator.device.type == "cpu")
@@ -150,6 +158,9 @@ def train(args):
         captions = [c for i in found.train + found.held_out for c in i.texts]
         with accelerator.main_process_first():
             recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
+    load = cache.loader(config, recipe.encoders, found.train, config.data, accelerator.print)
+    run.load = cache.loader(config, recipe.encoders, run.items, cache.cut_by(config.data), accelerator.print)
+    batches = data.Batches(found.train, config.data, config.seed, config.batch_size, load)
     if config.compile:
         recipe.compile_blocks()
     if accelerator.is_main_process:
@@ -158,6 +169,51 @@ def train(args):
     step = loop.train(recipe, batches, config, run, accelerator)
     if accelerator.is_main_process:
         print(f"step {step} of {config.steps}: {config.folder}")
+    accelerator.end_training()
+
+
+def fill_cache(args):
+    from .config import load
+
+    config = load(args.recipe, args.settings)
+
+    import torch
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    from . import build, cache, encoders
+    from .recipes import find
+
+    if not config.cache.folder:
+        raise ValueError("cache.folder is empty: name where the features are to be kept.")
+    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    number, count = accelerator.process_index, accelerator.num_processes
+    found, root = build.collection(config), Path(config.cache.folder).expanduser()
+    text = encoders.frozen_t5(config, config.folder, number) if config.text.frozen else None
+    readers = find(config.recipe.name).make_encoders(config, number)
+    parts = ((found.train, config.data), (found.held_out, cache.cut_by(config.data)))
+    released = {"text": text and text.store if args.captions else None, "captions": args.captions,
+                "latent": readers[0].store if readers and args.latents else None, "latents": args.latents}
+    if args.captions or args.latents:
+        if not args.read and not args.write:
+            raise ValueError("--captions and --latents name folders of the release's feature files: say --read or "
+                             "--write.")
+        for items, settings in parts:
+            done = cache.read_released(items, settings, **released) if args.read else \
+                cache.write_released(items, settings, **released, limit=config.text.max_length)
+            accelerator.print("\n".join(done))
+        return
+    if text:
+        captions = list(dict.fromkeys(["", *config.samples.prompts,
+                                       *(c for i in found.train + found.held_out for c in i.texts)]))
+        text.prepare(captions[number::count], accelerator.device, tqdm)
+        accelerator.print(f"{text.store.folder}: {len(text.store):,} captions")
+    for items, settings in parts if readers else ():
+        cache.fill(items, settings, readers, root, accelerator.device, tqdm, (number, count))
+    accelerator.wait_for_everyone()
+    for reader in readers:
+        reader.store.refresh()
+        accelerator.print(f"{reader.store.folder}: {len(reader.store):,} pictures")
     accelerator.end_training()
 
 

@@ -23,8 +23,8 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 @dataclass(frozen=True)
 class Batch:
-    pictures: Tensor
-    """(B, 3, H, W) uint8"""
+    pictures: Tensor | None
+    """(B, 3, H, W) uint8; None where `features` stand for them"""
     captions: list[str]
     labels: Tensor
     """(B,) int64; -1 where the data have no classes"""
@@ -126,9 +126,10 @@ class Batches:
     `data.prior_share` of every group of one size are prior pictures, brought to the size of the others.
     """
 
-    def __init__(self, items: list[Item], settings: Data, seed: int, batch_size: int):
+    def __init__(self, items: list[Item], settings: Data, seed: int, batch_size: int, load=Pictures):
+        """load: Pictures, or what takes its place (`cache.loader`)."""
         self.items, self.settings, self.seed, self.batch_size = items, settings, seed, batch_size
-        self.pictures = Pictures(items, settings)
+        self.pictures = load(items, settings)
         self.group = settings.bucket_group or batch_size
         own = [i for i, item in enumerate(items) if not item.prior]
         prior = [i for i, item in enumerate(items) if item.prior]
@@ -189,7 +190,7 @@ def collate(items: list[Item], loads: list, captions: list[str], part: range, st
     loaded = [load.result() for load in loads]
     names = loaded[0].conditions
     return Batch(
-        pictures=torch.stack([one.pixels for one in loaded]),
+        pictures=None if loaded[0].pixels is None else torch.stack([one.pixels for one in loaded]),
         captions=captions,
         labels=torch.tensor([i.label for i in items]),
         positions=part,
@@ -199,16 +200,17 @@ def collate(items: list[Item], loads: list, captions: list[str], part: range, st
         sizes=torch.tensor([one.original for one in loaded]),
         boxes=torch.tensor([one.box for one in loaded], dtype=torch.float32),
         prior=torch.tensor([i.prior for i in items]),
+        features={name: torch.stack([one.features[name] for one in loaded]) for name in loaded[0].features},
     )
 
 
-def fixed(items: list[Item], settings: Data, at_once: int = 64) -> list[Batch]:
+def fixed(items: list[Item], settings: Data, at_once: int = 64, load=Pictures) -> list[Batch]:
     """All items with their first caption and nothing random, up to `at_once` of one size a batch, for validation and
     evaluation."""
     crop = "centre" if settings.crop == "random" else settings.crop
     shown = [(i, size) for size, some in in_buckets(items, settings).items() for i in some] if items else []
     ordered = [items[i] for i, _ in shown]
-    pictures, batches, start = Pictures(ordered, replace(settings, flip=False, crop=crop)), [], 0
+    pictures, batches, start = load(ordered, replace(settings, flip=False, crop=crop)), [], 0
     while start < len(shown):
         size = shown[start][1]
         stop = next((p for p in range(start, min(start + at_once, len(shown))) if shown[p][1] != size),

@@ -4,7 +4,7 @@ from __future__ import annotations
 import io
 import random
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -122,13 +122,15 @@ def plan(original: Size, size: Size, crop: str, rng: random.Random, margin: floa
 
 @dataclass(frozen=True)
 class Picture:
-    pixels: Tensor
-    """(3, H, W) uint8"""
+    pixels: Tensor | None
+    """(3, H, W) uint8; None where `features` stand for them"""
     conditions: dict[str, Tensor]
     """Of the same shape."""
     original: Size
     box: tuple[float, float, float, float]
     """Of the original, before it was mirrored: top, left, bottom, right."""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """Of frozen encoders: "encoder.part" -> (...)."""
 
     def mirrored(self) -> Picture:
         return Picture(self.pixels.flip(-1), {n: c.flip(-1) for n, c in self.conditions.items()}, self.original,

@@ -169,13 +169,13 @@ class Denoising:
     net: the PixArt whose configuration and null caption count.
     """
 
-    def __init__(self, config: Config, net: PixArt, text: nn.Module):
+    def __init__(self, config: Config, net: PixArt, text: nn.Module, vae: encoders.FrozenVae):
+        self.vae = vae
         self.config, self.shape, self.net, self.text, self.seed = config, net.config, net, text, config.seed
         width = encoders.width(text)
         if width != self.shape.context_dim:
             raise ValueError(f"text.encoder makes tokens of width {width}, and this PixArt reads "
                              f"{self.shape.context_dim}: use the encoder that belongs to it.")
-        self.vae = encoders.FrozenVae(config.vae.path, config.vae.precision, config.cache.folder)
         self.schedule = sampling.NoiseSchedule(self.shape.schedule, zero_terminal_snr=self.shape.zero_terminal_snr)
         self.bf16 = config.precision == "bf16"
 
@@ -225,7 +225,7 @@ class Denoising:
         noise = batch_noise(seed, batch.step, batch.positions, latent.shape[1:], self.device)
         timestep = timestep.to(self.device)
         pixels = tuple(VAE_FACTOR * n for n in latent.shape[2:])
-        condition = self.condition(batch.captions, dropped, pixels, getattr(batch, "sizes", None))
+        condition = self.condition(batch.captions, dropped, pixels, batch.sizes)
         return Noising(latent, noise, self.schedule.add_noise(latent, noise, timestep), timestep, condition)
 
     def eps(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -329,6 +329,10 @@ def opened(config: Config, text: nn.Module | None, network: dict | None = None) 
     if network:
         return PixArt(PixArtConfig.from_dict(network))
     return start(config, encoders.width(text) if text is not None else None).network()
+
+
+def frozen_vae(config: Config, name: str = "latent", of: str = "", writer: int = 0) -> encoders.FrozenVae:
+    return encoders.FrozenVae(config.vae.path, config.vae.precision, config.cache.folder, name, of, writer)
 
 
 def groups(modules: dict[str, tuple[nn.Module | None, float]]) -> list[dict]:

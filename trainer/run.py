@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from . import data
 from .config import Config, as_dict, differences, parse
+from .pictures import Pictures
 
 MAY_CHANGE = {"name", "out", "resume", "init_from", "device", "threads", "compile", "checkpoint_activations",
               "micro_batch_size", "save_every", "keep", "log_every", "samples", "validation",
@@ -33,13 +35,19 @@ MAY_CHANGE = {"name", "out", "resume", "init_from", "device", "threads", "compil
 
 class Run:
     def __init__(self, config: Config, accelerator, held_out: list[data.Item] = ()):
+        """`load` may be replaced before the first validation: what loads held-out pictures (`cache.loader`)."""
         self.config, self.accelerator, self.folder = config, accelerator, config.folder
         self.main = accelerator.is_main_process
-        self.held_out = data.fixed(list(held_out)[: config.validation.items], config.data,
-                                   config.micro_batch_size or 64) \
-            if config.validation.every and held_out and self.main else []
+        self.items, self.load = list(held_out)[: config.validation.items], Pictures
         self.stop, self.saved_at, self.writer, self.bar = False, None, None, None
         self.losses, self.clock = [], None
+
+    @cached_property
+    def held_out(self) -> list[data.Batch]:
+        """What is measured on, in the main process alone."""
+        if not (self.config.validation.every and self.main):
+            return []
+        return data.fixed(self.items, self.config.data, self.config.micro_batch_size or 64, self.load)
 
     def open(self):
         """Makes the folder, or checks that the run in it is this one."""

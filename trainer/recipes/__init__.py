@@ -1,4 +1,17 @@
-"""What the loss is. A recipe is a small torch module; its file also defines the settings of [recipe] and [model]."""
+"""What the loss is. A recipe is a small torch module; its file also defines the settings of [recipe] and [model].
+
+    Settings, Model            dataclasses of the two sections, the doc under each field
+    problems(config)           everything wrong with the settings, in sentences, before anything is allocated
+    make_encoders(config)      the frozen encoders of pictures whose features the cache may keep; `encoders`: its own
+    Recipe(config, text, classes, network)   network: what `network()` said, of a run that is opened again
+    groups(config)             what learns: {"params": [(name, parameter)], "rate": multiple, "matrices": names}
+    forward(batch)             the loss of each picture, (B,)
+    described(step), buckets(step), activation_bytes(pictures, cpu)      for --dry-run
+    validate(batches), sample(what, height, width, steps, shift, cfg, seed)
+    network(), files()         for the run folder, and what export writes: path -> (tensors, metadata)
+
+Recipes are not made of one another: what several need has a module of its own (`pixart.py`, `adapters.py`).
+"""
 from __future__ import annotations
 
 from importlib import import_module

@@ -37,7 +37,13 @@ class Recipe(nn.Module):
         self.text = text
         self.net = pixart.opened(config, text, network)
         self.net.gradient_checkpointing = config.checkpoint_activations
-        self.denoising = pixart.Denoising(config, self.net, text)
+        self.encoders = self.make_encoders(config)
+        self.denoising = pixart.Denoising(config, self.net, text, *self.encoders)
+
+    @staticmethod
+    def make_encoders(config: Config, writer: int = 0) -> list:
+        """What makes features of pictures, and keeps them (`cache`)."""
+        return [pixart.frozen_vae(config, writer=writer)]
 
     @staticmethod
     def problems(config: Config) -> list[str]:

@@ -71,6 +71,13 @@ class Recipe(nn.Module):
         self.bf16 = config.precision == "bf16"
         self.batch_size = config.batch_size
 
+    encoders = ()
+
+    @staticmethod
+    def make_encoders(config: Config, writer: int = 0) -> list:
+        """None: pictures are what it draws."""
+        return []
+
     @staticmethod
     def problems(config: Config) -> list[str]:
         found = []
