@@ -16,6 +16,7 @@ from torch import Tensor, nn
 PREFIXES = ("module.", "model.diffusion_model.", "_orig_mod.", "diffusion_model.")
 
 MARKS = {  # family, as a person knows it -> keys of which one is enough to know it by, any prefix removed
+    "a personalisation of UltraPixel": ("0.lora_up",),
     "a LoRA": ("*.lora_A.weight", "*.lora_down.weight", "*.lora_A.default.weight", "*.lokr_w1", "*.hada_w1_a"),
     "a PixArt ControlNet": ("controlnet.0.copied_block.scale_shift_table", "0.copied_block.scale_shift_table",
                             "controlnet_blocks.0.transformer_block.scale_shift_table"),

@@ -14,6 +14,7 @@ from . import (
     pixart_sampling,
     pixelflow,
     pixelponder,
+    ultrapixel,
     ultrapixel_decode,
 )
 
@@ -32,6 +33,7 @@ class Extension(ComfyExtension):
             pixart_control,
             pixart_reference,
             pixelponder,
+            ultrapixel,
             ultrapixel_decode,
             annotators,
         )

@@ -22,20 +22,26 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="session")
 def host(tmp_path_factory) -> Host:
     """The one ComfyUI of this process: `host.run(graph)`, weights into `host.models / "diffusion_models"`."""
+    import cascade_weights
+
     host = Host(_base(tmp_path_factory)).start()
-    _shrink_t5xxl()
+    _shrink_text_encoders()
+    cascade_weights.shrink_core()
     return host
 
 
-def _shrink_t5xxl():
-    """Core's loader fixes T5-XXL's sizes at 4.7 billion parameters; those of the tests' stand-in fit any machine."""
+def _shrink_text_encoders():
+    """Core's loader fixes T5-XXL's and CLIP-G's sizes at billions of parameters; the tests' stand-ins fit any machine.
+    """
     import comfy.sd
+    from cascade_weights import CLIP_G
     from weights import T5XXL_SHRUNK
 
     load_clip = comfy.sd.load_clip
+    shrunk = {"t5xxl_model_config": T5XXL_SHRUNK, "clip_g_model_config": CLIP_G}
 
     def load(*args, model_options=None, **kwargs):
-        return load_clip(*args, model_options={**(model_options or {}), "t5xxl_model_config": T5XXL_SHRUNK}, **kwargs)
+        return load_clip(*args, model_options={**(model_options or {}), **shrunk}, **kwargs)
 
     comfy.sd.load_clip = load
 

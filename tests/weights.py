@@ -3,6 +3,7 @@
 from math import prod
 from pathlib import Path
 
+import cascade_weights
 import numpy
 import torch
 from PIL import Image
@@ -186,6 +187,7 @@ def _pixart(path: Path):
 
 
 STAND_INS = (  # folder, beginning of a name, what makes a file that loads in its place
+    *cascade_weights.STAND_INS,
     ("diffusion_models", "pixelflow", _pixelflow),
     ("diffusion_models", "PixArt", _pixart),
     ("controlnet", "PixArt", _pixart),

@@ -1,0 +1,192 @@
+"""UltraPixel's nodes around core's Stage C: the guide, its sampler, and sizes."""
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from .checks import first_problem, known_file, one_of
+from .host import ultrapixel, ultrapixel_sizes
+from .host.ultrapixel_sampling import GuidedSampler
+
+CATEGORY = "pixstack/ultrapixel"
+FOLDER = "model_patches"
+GuideType = io.Custom("PIXSTACK_ULTRAPIXEL_GUIDE")
+AS_RELEASED = -1.0
+CUSTOM, AS_IMAGE = "custom (width, height)", "as the image"
+SHAPES = {  # width : height
+    "square": (1, 1),
+    "landscape 4:3": (4, 3),
+    "landscape 3:2": (3, 2),
+    "landscape 16:9": (16, 9),
+    "landscape 2:1": (2, 1),
+    "landscape 21:9": (21, 9),
+    "portrait 3:4": (3, 4),
+    "portrait 2:3": (2, 3),
+    "portrait 9:16": (9, 16),
+    "portrait 1:2": (1, 2),
+    "portrait 9:21": (9, 21),
+}
+
+
+class UltraPixelGuideLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_UltraPixelGuideLoader",
+            display_name="Load UltraPixel Guide",
+            category=CATEGORY,
+            description="Loads UltraPixel's guide, the small network that turns the features of a low-resolution pass "
+            "into those of a large picture. Stage C itself, Stage B and Stage A load with core's nodes.",
+            inputs=[
+                io.Combo.Input("guide_name", options=folder_paths.get_filename_list(FOLDER),
+                               tooltip="ultrapixel_t2i.safetensors, released or converted, in models/model_patches."),
+            ],
+            outputs=[GuideType.Output("guide", display_name="GUIDE", tooltip="For 'UltraPixel Guide'.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, guide_name=None):
+        return known_file(FOLDER, guide_name)
+
+    @classmethod
+    def execute(cls, guide_name) -> io.NodeOutput:
+        return io.NodeOutput(ultrapixel.load_guide(folder_paths.get_full_path_or_raise(FOLDER, guide_name)))
+
+
+class UltraPixelGuide(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_UltraPixelGuide",
+            display_name="UltraPixel Guide",
+            category=CATEGORY,
+            description="Puts UltraPixel's guide on core's Stage C (3.6B). The weights stay where they are, LoRAs and "
+            "ControlNets before or after it keep working. Sample with 'UltraPixel Sampler'.",
+            inputs=[
+                io.Model.Input("model", tooltip="Stage C of Stable Cascade, from core's Load Diffusion Model."),
+                GuideType.Input("guide", tooltip="From 'Load UltraPixel Guide'."),
+                io.Float.Input(
+                    "down", default=1.0, min=0.0, max=4.0, step=0.05, round=0.001,
+                    tooltip="Strength of the guide on the way down. 1: as trained.",
+                ),
+                io.Float.Input(
+                    "up", default=AS_RELEASED, min=-1.0, max=4.0, step=0.05, round=0.001,
+                    tooltip="Strength on the way up. -1: as released, 0.3 for pictures of less than about 3030 x 3030 "
+                    "pixels, 0.5 below 4054 x 4054, 0.7 from there on. More follows the low-resolution pass more "
+                    "closely.",
+                ),
+                io.Float.Input(
+                    "rescale", default=0.7, min=0.0, max=1.0, step=0.05, round=0.001,
+                    tooltip="How far guidance by cfg is brought back to the contrast of the prompt alone, for each "
+                    "picture. 0.7: as released. 0: plain cfg.",
+                ),
+                io.Float.Input(
+                    "shift", default=1.0, min=0.01, max=100.0, step=0.1, round=0.001,
+                    tooltip="Of the noise levels: above 1 more steps near the noise. Releases: 1 for text to image, 2 "
+                    "with a ControlNet.",
+                ),
+            ],
+            outputs=[io.Model.Output("guided", display_name="MODEL",
+                                     tooltip="For the guider (CFGGuider, cfg 4) and the scheduler ('simple', 20 "
+                                     "steps).")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, up=AS_RELEASED):
+        if up is not None and up < 0 and up != AS_RELEASED:
+            return f"up={up} means nothing: give 0 or more, or -1 for the released strengths."
+        return True
+
+    @classmethod
+    def execute(cls, model, guide, down, up, rescale, shift) -> io.NodeOutput:
+        strengths = ultrapixel.Strengths(down, None if up == AS_RELEASED else up)
+        return io.NodeOutput(ultrapixel.patch(model, guide, strengths, rescale, shift))
+
+
+class UltraPixelSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_UltraPixelSampler",
+            display_name="UltraPixel Sampler",
+            category=CATEGORY,
+            description="Draws at low resolution first, keeps the features of its end, and draws the large picture "
+            "guided by them. For SamplerCustomAdvanced, with the MODEL of 'UltraPixel Guide' in the guider and the "
+            "scheduler.",
+            inputs=[
+                io.Boolean.Input(
+                    "reference", default=False,
+                    tooltip="Number for number as the original program: one stream of noise for everything, guidance "
+                    "rescaled over the whole batch, the guide from the last step, none after step 20.",
+                ),
+                io.Latent.Input(
+                    "low_latent", optional=True,
+                    tooltip="'low' of 'UltraPixel Canvas': the size of the low-resolution pass, and for image to image "
+                    "what it starts from. Without it the size follows from the picture's.",
+                ),
+            ],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, reference, low_latent=None) -> io.NodeOutput:
+        return io.NodeOutput(GuidedSampler(None if low_latent is None else low_latent["samples"], reference))
+
+
+class UltraPixelCanvas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_UltraPixelCanvas",
+            display_name="UltraPixel Canvas",
+            category=CATEGORY,
+            description="The latents of a picture's size: Stage C's, its low-resolution pass's and Stage B's. Empty, "
+            "or of a picture to change. Says what the size costs and what is wrong with it.",
+            inputs=[
+                io.Combo.Input("shape", options=[*SHAPES, CUSTOM, AS_IMAGE], default="square",
+                               tooltip="Width : height at the size of 'side', or the width and height below."),
+                io.Int.Input("side", default=2048, min=256, max=8192, step=64,
+                             tooltip="Pixels: the picture has as many as a square of this side. Not for the shape "
+                             "'custom'."),
+                io.Int.Input("width", default=2048, min=256, max=16384, step=8,
+                             tooltip="Pixels, for the shape 'custom'; the nearest multiple of 8 is taken."),
+                io.Int.Input("height", default=2048, min=256, max=16384, step=8,
+                             tooltip="Pixels, for the shape 'custom'; the nearest multiple of 8 is taken."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096,
+                             tooltip="Pictures drawn at once. With an image: as many as there are images."),
+                io.Image.Input("image", optional=True, tooltip="A picture to change, cut to the shape."),
+                io.Vae.Input("vae", optional=True,
+                             tooltip="effnet_encoder.safetensors from core's Load VAE, to encode the image."),
+            ],
+            outputs=[
+                io.Latent.Output("stage_c", display_name="stage_c", tooltip="For SamplerCustomAdvanced."),
+                io.Latent.Output("low", display_name="low", tooltip="For 'UltraPixel Sampler'."),
+                io.Latent.Output("stage_b", display_name="stage_b", tooltip="For the sampler of Stage B."),
+                io.String.Output("report", display_name="report",
+                                 tooltip="Size, tokens, memory and warnings in words, for core's Preview Any."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, shape=None):
+        return first_problem(one_of("shape", shape, [*SHAPES, CUSTOM, AS_IMAGE]))
+
+    @classmethod
+    def execute(cls, shape, side, width, height, batch_size, image=None, vae=None) -> io.NodeOutput:
+        if (image is None) != (vae is None):
+            raise ValueError("To change a picture connect both, the image and the VAE (effnet_encoder.safetensors).")
+        if shape == AS_IMAGE and image is None:
+            raise ValueError(f"The shape {AS_IMAGE!r} needs an image: connect one, or choose another shape.")
+        asked = (height, width)
+        if shape != CUSTOM:
+            across, down = SHAPES.get(shape) or (image.shape[2], image.shape[1])
+            asked = ultrapixel_sizes.of_shape(down, across, side)
+        size = ultrapixel_sizes.snapped(*asked)
+        if image is None:
+            latents = ultrapixel_sizes.empty(*size, batch_size)
+        else:
+            latents, batch_size = ultrapixel_sizes.encoded(image, vae, *size), len(image)
+        return io.NodeOutput(*latents, ultrapixel_sizes.report(*size, asked, batch_size))
+
+
+NODES = [UltraPixelGuideLoader, UltraPixelGuide, UltraPixelSampler, UltraPixelCanvas]

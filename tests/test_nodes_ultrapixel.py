@@ -1,0 +1,609 @@
+"""UltraPixel's nodes on ComfyUI's own Stage C: the same numbers as the reference, and what a user may do to them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
+
+import cascade_weights as tiny
+import pytest
+import torch
+from adapters.ultrapixel import guide_model, trajectory
+from parity_cases import cases
+from pixstack.models_impl.state_dict import write_file
+from pixstack.models_impl.ultrapixel import checkpoint, sampling
+from pixstack.models_impl.ultrapixel.model import StageC
+from safetensors import safe_open
+
+STAGE_C, STAGE_B, GUIDE, CLIP = "stage_c_tiny.safetensors", "stage_b_tiny.safetensors", "ultrapixel_tiny.safetensors", \
+    "stable_cascade_tiny.safetensors"
+LOW, HIGH = (4, 4), (8, 8)
+
+
+@pytest.fixture(scope="module")
+def ultra(host):
+    """Our nodes by their short name, the modules of ComfyUI they work with, and tiny models."""
+    models = host.models
+    tiny.tiny_stage_c(models / "diffusion_models" / STAGE_C)
+    tiny.tiny_stage_b(models / "diffusion_models" / STAGE_B)
+    tiny.tiny_guide(models / "model_patches" / GUIDE)
+    tiny.tiny_clip_g(models / "text_encoders" / CLIP)
+    core = import_module("nodes")
+    ultra = SimpleNamespace(host=host, core=core, nodes=core.NODE_CLASS_MAPPINGS, comfy=import_module("comfy"))
+    for name in ("sample", "samplers", "sd", "model_management", "model_base", "supported_models", "lora",
+                 "patcher_extension", "ldm.cascade.common"):
+        import_module(f"comfy.{name}")
+    ultra.base = core.UNETLoader().load_unet(STAGE_C, "default")[0]
+    ultra.guide = run(ultra, "GuideLoader", guide_name=GUIDE)[0]
+    ultra.sampling = sys.modules[type(sampler(ultra)).__module__]
+    ultra.guided = sys.modules[ultra.sampling.Plain.__module__]
+    return ultra
+
+
+def run(ultra, name: str, **inputs):
+    return ultra.nodes[f"PixStack_UltraPixel{name}"].execute(**inputs).args
+
+
+def guided(ultra, model=None, guide=None, **given):
+    given = {**dict(down=1.0, up=-1.0, rescale=0.7, shift=1.0), **given}
+    return run(ultra, "Guide", model=model or ultra.base, guide=guide or ultra.guide, **given)[0]
+
+
+def sampler(ultra, low=LOW, reference=False):
+    latent = {"samples": torch.zeros(1, 16, *low) if isinstance(low, tuple) else low} if low is not None else None
+    return run(ultra, "Sampler", reference=reference, low_latent=latent)[0]
+
+
+def text(seed: int, width=tiny.TEXT, **entries) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(1, width, generator=generator)
+    return [[torch.randn(1, 5, width, generator=generator), {"pooled_output": pooled, **entries}]]
+
+
+def noise_of(batch=1, size=HIGH, seed=5) -> torch.Tensor:
+    return torch.randn(batch, 16, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def levels(ultra, model, steps=3, denoise=1.0):
+    return ultra.nodes["BasicScheduler"].execute(model, "simple", steps, denoise)[0]
+
+
+def draw(ultra, model, low=LOW, noise=None, latent=None, cfg=4.0, steps=3, positive=None, negative=None, seed=7,
+         reference=False, sigmas=None, guider=None, denoise=1.0, **more):
+    """What SamplerCustomAdvanced does with a CFGGuider."""
+    noise = noise_of() if noise is None else noise
+    latent = torch.zeros_like(noise) if latent is None else latent
+    guider = guider or ultra.comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive or text(1), negative or text(2))
+    guider.set_cfg(cfg)
+    sigmas = levels(ultra, model, steps, denoise) if sigmas is None else sigmas
+    with torch.inference_mode():
+        return guider.sample(noise, latent, sampler(ultra, low, reference), sigmas, seed=seed, disable_pbar=True,
+                             **more)
+
+
+def hooks_of(net) -> int:
+    return sum(len(module._forward_hooks) for module in net.modules())
+
+
+# --- The same numbers as the reference
+
+
+def case(request, name):
+    path = next((p for p in cases(request.config) if p.stem.startswith(name)), None)
+    if path is None:
+        pytest.skip(f"no parity case {name}")
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    found = {kind: {k.removeprefix(f"{kind}."): v for k, v in tensors.items() if k.startswith(f"{kind}.")}
+             for kind in ("weight", "input", "output")}
+    return SimpleNamespace(config=config, weights=found["weight"], inputs=found["input"], outputs=found["output"])
+
+
+def core_stage_c(ultra, weights, config):
+    """Core's own Stage C with the weights of a case, split as core keeps them, as a MODEL."""
+    entries = {k: v for k, v in config.items() if k in (
+        "c_in", "c_out", "c_r", "patch_size", "c_cond", "c_hidden", "nhead", "blocks", "block_repeat", "level_config",
+        "c_clip_text", "c_clip_text_pooled", "c_clip_img", "c_clip_seq", "kernel_size", "self_attn", "t_conds",
+        "switch_level")}
+    told = ultra.comfy.supported_models.Stable_Cascade_C(entries)
+    told.set_inference_dtype(torch.float32, None)
+    model = told.get_model({})
+    model.load_model_weights({k: v for k, v in weights.items() if not k.startswith("module.")})
+    cpu = torch.device("cpu")
+    return ultra.comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+
+
+def prompt_of(inputs, kind):
+    image = SimpleNamespace(image_embeds=inputs[f"{kind}.clip_img"][0])
+    return [[inputs[f"{kind}.clip_text"], {
+        "pooled_output": inputs[f"{kind}.clip_text_pooled"],
+        "unclip_conditioning": [{"strength": 1.0, "clip_vision_output": image}],
+    }]]
+
+
+class GivenNoise:
+    """The noise of a case, in place of a source."""
+
+    def __init__(self, inputs, *_):
+        self.inputs, self.high_start, self.low_start = inputs, inputs["x_init"], inputs["x_lr_init"]
+
+    def low(self, step, shape):
+        return self.inputs["noise_lr"][step]
+
+    def high(self, step, shape):
+        return self.inputs["noise"][step]
+
+    def end_low(self, drawn, steps):
+        pass
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_both_passes_through_cores_stage_c_are_those_of_the_reference(ultra, request, monkeypatch, reference):
+    given = case(request, "ultrapixel_pipeline_stage_c")
+    i, c = given.inputs, given.config
+    guide = ultra.comfy.model_patcher.ModelPatcher(guide_model(given.weights, c["inr"]), torch.device("cpu"),
+                                                torch.device("cpu"))
+    model = guided(ultra, core_stage_c(ultra, given.weights, c), guide, rescale=c["cfg_rho"], shift=c["shift"])
+    for name in ("SeededNoise", "ReferenceNoise"):
+        monkeypatch.setattr(ultra.sampling, name, partial(GivenNoise, i))
+    seen = []
+    final = draw(
+        ultra, model, i["x_lr_init"].shape[-2:], i["x_init"], cfg=c["cfg"], steps=c["steps"],
+        positive=prompt_of(i, "cond"), negative=prompt_of(i, "uncond"), reference=reference,
+        callback=lambda step, x0, x, total: seen.append((step, total, x0)),
+    )
+    steps = c["steps"]
+    assert [(step, total) for step, total, _ in seen] == [(s, 2 * steps) for s in range(2 * steps)]
+    x0 = torch.stack([x0 for _, _, x0 in seen[steps:]])
+    for name, (ours, tolerance) in trajectory({"x0": x0, "x0_final": final}).items():
+        assert (ours - given.outputs[name]).abs().max() <= tolerance * given.outputs[name].std(), name
+
+
+def our_network(ultra, model=None):
+    """Our own Stage C with the weights of a MODEL."""
+    config, weights = checkpoint.read_stage_c((model or ultra.base).model.diffusion_model.state_dict())
+    net = StageC(config)
+    net.load_state_dict(weights)
+    return net.eval()
+
+
+def predictor(net, positive, negative, cfg, rescale=0.7):
+    def predict(x, timestep, hook=None):
+        given = [dict(text=c[0][0].expand(len(x), -1, -1), pooled=c[0][1]["pooled_output"].expand(len(x), -1))
+                 for c in (positive, negative)]
+        cond, uncond = (net(x, timestep, **entries, hook=hook) for entries in given)
+        return sampling.guided(cond, uncond, cfg, rescale)
+
+    return predict
+
+
+@torch.no_grad()
+def test_strength_0_is_stage_c_without_a_low_resolution_pass(ultra, monkeypatch):
+    sigmas, sizes = levels(ultra, guided(ultra)), []
+    ours = draw(ultra, guided(ultra, down=0.0, up=0.0), sigmas=sigmas,
+                callback=lambda step, x0, x, total: sizes.append((x0.shape[-1], total)))
+    assert sizes == [(HIGH[1], 3)] * 3
+    noise = ultra.sampling.SeededNoise(noise_of(), 7, torch.Size((1, 16, *LOW)))
+    expected = sampling.sample(predictor(our_network(ultra), text(1), text(2), 4.0), noise_of(),
+                               sampling.Schedule(), -2 * sigmas.log(), noise.high)
+    close(ours, expected)
+    assert (ours - draw(ultra, guided(ultra), sigmas=sigmas)).abs().max() > 0.1
+
+
+def close(ours, expected, tolerance=1e-4):
+    scale = max(1.0, expected.std().item())
+    assert ours.shape == expected.shape
+    assert (ours - expected).abs().max() <= tolerance * scale, (ours - expected).abs().max() / scale
+
+
+@torch.no_grad()
+def test_the_kept_features_are_those_of_the_positive_prompt(ultra, monkeypatch):
+    kept, real = [], ultra.sampling.GuidedImage
+    monkeypatch.setattr(ultra.sampling, "GuidedImage", lambda guide, features, *a: kept.append(features) or real(
+        guide, features, *a))
+    seen = []
+    draw(ultra, guided(ultra), callback=lambda step, x0, x, total: seen.append((step, x)))
+    step, x = seen[2]  # the third and last of the low-resolution pass
+    sigma = levels(ultra, guided(ultra))[2]
+    net, x = our_network(ultra), x / (1 + sigma**2).sqrt()
+    timestep = sampling.Schedule().timestep(-2 * sigma.log()).expand(1)
+    _, features = net.features(x, timestep, text(1)[0][0], text(1)[0][1]["pooled_output"])
+    for way in ("down", "up"):
+        for ours, expected in zip(getattr(kept[0], way), getattr(features, way), strict=True):
+            close(ours, expected)
+
+
+@pytest.mark.parametrize("steps, kept", [(3, 2), (20, 19), (40, 38)])
+def test_the_features_are_of_the_step_nearest_to_the_trained_noise_and_the_low_pass_ends_there(ultra, steps, kept):
+    sizes = []
+    draw(ultra, guided(ultra), steps=steps, callback=lambda step, x0, x, total: sizes.append((x0.shape[-1], total)))
+    assert sizes == [(LOW[1], kept + 1 + steps)] * (kept + 1) + [(HIGH[1], kept + 1 + steps)] * steps
+
+
+def test_the_guide_is_prepared_once_for_an_image(ultra, monkeypatch):
+    level, calls = type(ultra.guide.model.agg_net[0]), []
+    real = level.prepare
+    monkeypatch.setattr(level, "prepare", lambda self, *a: calls.append(self) or real(self, *a))
+    draw(ultra, guided(ultra), steps=4)
+    assert len(calls) == len(set(calls)) == 4
+
+
+# --- Noise
+
+
+def test_a_picture_comes_out_alone_as_in_its_batch(ultra):
+    model, noise = guided(ultra), noise_of(2)
+    both = draw(ultra, model, noise=noise)
+    for i in range(2):
+        close(draw(ultra, model, noise=noise[i : i + 1]), both[i : i + 1])
+
+
+def test_equal_noise_twice_in_a_batch_gives_two_pictures(ultra):
+    both = draw(ultra, guided(ultra), noise=noise_of(1).repeat(2, 1, 1, 1))
+    assert (both[0] - both[1]).abs().max() > 0.1
+
+
+def test_the_size_of_the_low_resolution_pass_does_not_move_the_noise_of_the_picture(ultra):
+    draws = [ultra.sampling.SeededNoise(noise_of(), 7, torch.Size((1, 16, *low))) for low in ((4, 4), (5, 3))]
+    for draw in draws:
+        draw.low(0, draw.low_start.shape)
+    assert torch.equal(*(draw.high(0, (1, 16, *HIGH)) for draw in draws))
+
+
+def test_another_seed_is_another_picture_though_its_first_noise_is_the_same(ultra):
+    model = guided(ultra)
+    assert (draw(ultra, model, seed=7) - draw(ultra, model, seed=8)).abs().max() > 0.1
+    assert torch.equal(draw(ultra, model, seed=7), draw(ultra, model, seed=7))
+
+
+def test_reference_noise_is_one_stream_in_the_order_of_the_original(ultra):
+    shape, low, steps = (2, 16, *HIGH), (2, 16, *LOW), 4
+    draw = ultra.sampling.ReferenceNoise(noise_of(2), 11, torch.Size(low))
+    ours = [draw.high_start, draw.low_start, *(draw.low(i, low) for i in range(3))]
+    draw.end_low(3, steps)
+    ours += [draw.high(i, shape) for i in range(steps)]
+    torch.manual_seed(11)
+    high_start, low_start = torch.randn(shape), torch.randn(low)
+    steps_low, steps_high = ([torch.randn(s) for _ in range(steps)] for s in (low, shape))
+    expected = [high_start, low_start, *steps_low[:3], *steps_high]
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_reference_draws_its_first_noise_as_core_does(ultra):
+    noise = ultra.comfy.sample.prepare_noise(torch.zeros(1, 16, *HIGH), 11)
+    assert torch.equal(ultra.sampling.ReferenceNoise(noise, 11, torch.Size((1, 16, *LOW))).high_start, noise)
+
+
+def test_reference_rescales_over_the_batch_and_leaves_steps_after_20_unguided(ultra, monkeypatch):
+    model, noise = guided(ultra), noise_of(2)
+    runs = []
+    real = ultra.sampling.Model.__call__
+    monkeypatch.setattr(ultra.sampling.Model, "__call__", lambda self, x, t, run=None: runs.append(
+        (x.shape[-1], type(run).__name__)) or real(self, x, t, run))
+    batch = draw(ultra, model, noise=noise, steps=22, reference=True)
+    assert [name for _, name in runs] == ["NoneType"] * 21 + ["Kept"] + ["Guided"] * 20 + ["NoneType"] * 2
+    monkeypatch.setattr(ultra.sampling, "ReferenceNoise", lambda noise, seed, low: ultra.sampling.SeededNoise(
+        noise, seed, low))
+    batch = draw(ultra, model, noise=noise, reference=True)
+    assert (batch[:1] - draw(ultra, model, noise=noise[:1], reference=True)).abs().max() > 1e-3
+
+
+# --- The MODEL that it is put on
+
+
+def test_the_model_given_stays_as_it_was(ultra):
+    def plain():
+        return draw_core(ultra, ultra.base)
+
+    before, sampling_before = plain(), ultra.base.get_model_object("model_sampling")
+    model = guided(ultra)
+    draw(ultra, model)
+    assert torch.equal(plain(), before)
+    assert ultra.base.get_model_object("model_sampling") is sampling_before
+    assert model.get_model_object("model_sampling").shift == 1 and sampling_before.shift == 2
+    assert hooks_of(ultra.base.model.diffusion_model) == 0
+
+
+def draw_core(ultra, model, name="euler", noise=None):
+    noise = noise_of() if noise is None else noise
+    with torch.inference_mode():
+        return ultra.comfy.sample.sample(model, noise, 2, 4.0, name, "simple", text(1), text(2),
+                                         torch.zeros_like(noise), seed=3, disable_pbar=True)
+
+
+def test_a_guided_model_in_another_sampler_says_which_one_it_needs(ultra):
+    with pytest.raises(ValueError, match="with SamplerCustomAdvanced and 'UltraPixel Sampler'"):
+        draw_core(ultra, guided(ultra))
+
+
+def test_the_sampler_without_a_guide_says_what_is_missing(ultra):
+    with pytest.raises(ValueError, match="has no guide: put 'UltraPixel Guide'"):
+        draw(ultra, ultra.base)
+
+
+def test_a_second_guide_node_replaces_the_first(ultra):
+    once = guided(ultra, down=0.5, up=0.1)
+    assert torch.equal(draw(ultra, guided(ultra, guided(ultra), down=0.5, up=0.1)), draw(ultra, once))
+
+
+def lora_of(ultra, rank=2):
+    """A LoRA over all attentions of the tiny Stage C, in core's names."""
+    generator, tensors = torch.Generator().manual_seed(4), {}
+    for key, weight in ultra.base.model.diffusion_model.state_dict().items():
+        if ".attn." in key and key.endswith(".weight"):
+            name = f"diffusion_model.{key.removesuffix('.weight')}"
+            tensors[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], rank, generator=generator)
+            tensors[f"{name}.lora_down.weight"] = torch.randn(rank, weight.shape[1], generator=generator)
+    return tensors
+
+
+@pytest.mark.parametrize("first", ["lora", "guide"])
+def test_a_lora_stays_on_the_base_in_both_passes(ultra, first):
+    write_file(ultra.host.models / "loras" / "tiny_cascade_lora.safetensors", lora_of(ultra))
+
+    def lora(model):
+        return ultra.core.LoraLoaderModelOnly().load_lora_model_only(model, "tiny_cascade_lora.safetensors", 0.7)[0]
+
+    model = guided(ultra, lora(ultra.base)) if first == "lora" else lora(guided(ultra))
+    attention, seen = ultra.base.model.diffusion_model.down_blocks[0][2].attention.attn.to_q, []
+    before = attention.weight.detach().clone()
+    handle = attention.register_forward_hook(
+        lambda module, args, out: seen.append((args[0].shape[1], (module.weight - before).abs().max().item())))
+    try:
+        drawn = draw(ultra, model)
+    finally:
+        handle.remove()
+    assert {n for n, _ in seen} == {LOW[0] * LOW[1], HIGH[0] * HIGH[1]}
+    assert all(change > 0.1 for _, change in seen)
+    assert (drawn - draw(ultra, guided(ultra))).abs().max() > 0.1
+    assert torch.equal(attention.weight, before)  # the next MODEL found it as it had been
+
+
+@pytest.mark.parametrize("dtype, compute", [("fp8_e4m3fn", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_base_in_other_storage_is_guided(ultra, dtype, compute):
+    if dtype == "bf16":
+        options = {"dtype": torch.bfloat16}
+        path = ultra.host.models / "diffusion_models" / STAGE_C
+        base = ultra.comfy.sd.load_diffusion_model(str(path), model_options=options)
+    else:
+        base = ultra.core.UNETLoader().load_unet(STAGE_C, dtype)[0]
+    storage = torch.float8_e4m3fn if dtype != "bf16" else torch.bfloat16
+    assert base.model.diffusion_model.down_blocks[0][2].attention.attn.to_q.weight.dtype == storage
+    drawn, full = draw(ultra, guided(ultra, base)), draw(ultra, guided(ultra))
+    assert drawn.isfinite().all()
+    unguided = draw(ultra, guided(ultra, base, down=0.0, up=0.0))
+    assert (drawn - full).abs().mean() < (unguided - full).abs().mean()
+
+
+def test_comfyui_loads_the_guide_with_the_base_and_can_take_it_away_again(ultra):
+    mm, model, held = ultra.comfy.model_management, guided(ultra), []
+    draw(ultra, model,
+         callback=lambda *a: held.append({type(m.model.model).__name__ for m in mm.current_loaded_models}))
+    assert {"Guide", "StableCascade_C"} <= held[0]
+    mm.unload_all_models()
+    assert not mm.current_loaded_models
+    close(draw(ultra, model), draw(ultra, model))
+
+
+def test_the_guide_of_several_models_is_one_and_the_same(ultra):
+    one, two = guided(ultra), guided(ultra, down=0.5)
+    assert one.get_additional_models_with_key(ultra.guided.KEY)[0].model is ultra.guide.model
+    assert two.get_additional_models_with_key(ultra.guided.KEY)[0].model is ultra.guide.model
+    assert one.model is two.model is ultra.base.model
+
+
+def test_a_compiled_network_is_refused_because_it_would_leave_the_guide_out(ultra):
+    model = guided(ultra)
+    key = ultra.guided.COMPILED
+    assert key == import_module("comfy_api.torch_helpers.torch_compile").COMPILE_KEY
+    model.add_wrapper_with_key(ultra.comfy.patcher_extension.WrappersMP.APPLY_MODEL, key, lambda e, *a, **k: e(*a, **k))
+    with pytest.raises(ValueError, match="take TorchCompileModel away"):
+        draw(ultra, model)
+
+
+# --- Interrupted, prompted, refused
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 5])
+def test_an_interruption_in_either_pass_leaves_nothing_behind(ultra, step):
+    mm, model = ultra.comfy.model_management, guided(ultra)
+    guider, before = ultra.comfy.samplers.CFGGuider(model), draw(ultra, model)
+
+    def stop(i, *rest):
+        if i == step:
+            mm.interrupt_current_processing()
+
+    if step < 5:
+        with pytest.raises(mm.InterruptProcessingException):
+            draw(ultra, model, guider=guider, callback=stop)
+    else:  # after the last step nothing is left to interrupt
+        draw(ultra, model, guider=guider, callback=stop)
+        mm.interrupt_current_processing(False)
+    assert hooks_of(ultra.base.model.diffusion_model) == 0
+    assert ultra.guided.KEY not in model.model_options.get("transformer_options", {})
+    assert torch.equal(draw(ultra, model), before)
+
+
+def test_an_error_in_the_network_leaves_no_hooks(ultra, monkeypatch):
+    net = ultra.base.model.diffusion_model
+    monkeypatch.setattr(net.clf, "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        draw(ultra, guided(ultra))
+    assert hooks_of(net) == 0
+
+
+def test_rows_that_run_one_after_the_other_are_guided_as_in_one_batch(ultra, monkeypatch):
+    together = draw(ultra, guided(ultra))
+    longer = text(2)
+    longer[0][0] = torch.cat((longer[0][0], longer[0][0]), dim=1)  # text of another length needs a call of its own
+    monkeypatch.setattr(ultra.comfy.samplers, "can_concat_cond", lambda a, b: a is b)
+    close(draw(ultra, guided(ultra)), together)
+    monkeypatch.undo()
+    assert draw(ultra, guided(ultra), negative=longer).isfinite().all()
+
+
+def test_equal_prompts_combined_are_as_one(ultra):
+    close(draw(ultra, guided(ultra), positive=text(1) + text(1)), draw(ultra, guided(ultra)))
+
+
+def test_a_mask_over_a_prompt_is_followed_at_both_sizes(ultra):
+    half = torch.zeros(1, 16, 16)
+    half[..., 8:] = 1
+    both = [[c[0], {**c[1], "mask": m}] for c, m in ((text(1)[0], half), (text(3)[0], 1 - half))]
+    masked = draw(ultra, guided(ultra), positive=both)
+    assert (masked - draw(ultra, guided(ultra))).abs().max() > 0.1
+
+
+def test_an_area_is_refused(ultra):
+    with pytest.raises(ValueError, match="conditioning areas cannot be followed"):
+        draw(ultra, guided(ultra), positive=text(1, area=(4, 4, 0, 0)))
+
+
+def test_a_prompt_that_ends_early_cannot_make_a_guide(ultra):
+    with pytest.raises(ValueError, match="No positive prompt is active at the end"):
+        draw(ultra, guided(ultra), positive=text(1, start_percent=0.0, end_percent=0.2))
+
+
+def test_a_guider_without_negative_prompt_draws(ultra):
+    model = guided(ultra)
+    guider = import_module("comfy_extras.nodes_custom_sampler").Guider_Basic(model)
+    guider.set_conds(text(1))
+    with torch.inference_mode():
+        alone = guider.sample(noise_of(), torch.zeros(1, 16, *HIGH), sampler(ultra), levels(ultra, model), seed=7,
+                              disable_pbar=True)
+    close(alone, draw(ultra, model, cfg=1.0))
+
+
+def test_a_split_schedule_is_refused(ultra):
+    model = guided(ultra)
+    with pytest.raises(ValueError, match="ends without noise.*Do not split"):
+        draw(ultra, model, sigmas=levels(ultra, model, 4)[:3])
+
+
+def test_other_noise_levels_are_refused(ultra):
+    model = ultra.nodes["ModelSamplingDiscrete"]().patch(guided(ultra), "eps", False)[0]
+    with pytest.raises(ValueError, match="A ModelSampling node has replaced"):
+        draw(ultra, model, sigmas=levels(ultra, guided(ultra)))
+
+
+def test_cores_shift_node_behind_the_guide_counts(ultra):
+    model = ultra.nodes["ModelSamplingStableCascade"]().patch(guided(ultra), 2.0)[0]
+    assert torch.equal(draw(ultra, model), draw(ultra, guided(ultra, shift=2.0)))
+
+
+def test_the_latent_of_stage_b_is_refused(ultra):
+    with pytest.raises(ValueError, match="512 x 512 cells.*21847 x 21847 pixels.*'stage_c'"):
+        draw(ultra, guided(ultra), noise=torch.zeros(1, 16, 512, 512))
+
+
+@pytest.mark.parametrize("low, words", [
+    (torch.zeros(1, 4, 4, 4), "low_latent has 4 channels"), (torch.zeros(1, 16, 4, 8), "of different shapes"),
+])  # fmt: skip
+def test_a_low_latent_that_does_not_belong_to_the_picture_is_refused(ultra, low, words):
+    with pytest.raises(ValueError, match=words):
+        draw(ultra, guided(ultra), low=low)
+
+
+def test_without_a_low_latent_its_size_follows_from_the_picture(ultra):
+    sizes = []
+    draw(ultra, guided(ultra), low=None, noise=noise_of(size=(12, 24)), steps=1, callback=lambda step, x0, x, total:
+         sizes.append(tuple(x0.shape[-2:])))
+    assert sizes == [(17, 34), (12, 24)]
+
+
+def test_more_low_resolution_cells_than_the_guide_knows_are_refused(ultra):
+    with pytest.raises(ValueError, match="33x32 = 1056 cells, the guide was trained with at most 1024"):
+        draw(ultra, guided(ultra), low=(32, 33), noise=noise_of(size=(32, 33)), steps=1)
+
+
+@pytest.mark.parametrize("folder, name, make, words", [
+    ("diffusion_models", STAGE_C, None, "Stable Cascade's Stage C"),
+    ("diffusion_models", STAGE_B, None, "Stable Cascade's Stage B"),
+    ("loras", "a_lora.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(1)}, "a LoRA"),
+    ("loras", "lora_cat.safetensors", {"module.0.lora_down": torch.zeros(4, 8), "module.0.lora_up": torch.zeros(8, 4)},
+     "a personalisation of UltraPixel"),
+    ("diffusion_models", "a_pixart.safetensors", {"blocks.0.scale_shift_table": torch.zeros(1)}, "PixArt"),
+])  # fmt: skip
+def test_a_file_that_is_no_guide_is_refused_by_name(ultra, folder, name, make, words):
+    source, place = ultra.host.models / folder / name, ultra.host.models / "model_patches" / name
+    if make:
+        write_file(source, make)
+    place.write_bytes(source.read_bytes())
+    with pytest.raises(ValueError, match=f"^{name}: This is not a guide of UltraPixel. The keys are those of {words}"):
+        run(ultra, "GuideLoader", guide_name=name)
+    place.unlink()
+
+
+def test_a_model_that_is_no_stage_c_is_refused_by_name(ultra):
+    stage_b = ultra.core.UNETLoader().load_unet(STAGE_B, "default")[0]
+    with pytest.raises(ValueError, match="is Stable Cascade's Stage B.*stage_c_bf16.safetensors"):
+        guided(ultra, stage_b)
+    with pytest.raises(ValueError, match="is a Flux, but UltraPixel works on Stable Cascade's Stage C"):
+        guided(ultra, SimpleNamespace(model=type("Flux", (), {})()))
+
+
+def test_the_small_stage_c_is_refused_by_name(ultra):
+    told = ultra.comfy.supported_models.Stable_Cascade_C(
+        dict(c_cond=1536, c_hidden=[1536, 1536], nhead=[24, 24], blocks=[[1, 1], [1, 1]]))
+    told.set_inference_dtype(torch.float32, None)
+    with pytest.raises(ValueError, match="Stage C 1B.*1536 and 1536 channels.*3.6B"):
+        guided(ultra, SimpleNamespace(model=told.get_model({}, device="meta")))
+
+
+@pytest.mark.parametrize("value, answer", [(-1.0, True), (0.0, True), (0.6, True)])
+def test_a_strength_is_0_or_more_or_as_released(ultra, value, answer):
+    node = ultra.nodes["PixStack_UltraPixelGuide"]
+    assert node.validate_inputs(up=value) is answer
+    assert "up=-0.5 means nothing" in node.validate_inputs(up=-0.5)
+
+
+# --- Sizes
+
+
+def canvas(ultra, **given):
+    given = {**dict(shape="custom (width, height)", side=2048, width=2048, height=2048, batch_size=1), **given}
+    return run(ultra, "Canvas", **given)
+
+
+@pytest.mark.parametrize("width, height, stage_c, low, stage_b", [
+    (2048, 2048, (48, 48), (24, 24), (512, 512)),
+    (4096, 4096, (96, 96), (24, 24), (1024, 1024)),
+    (5120, 2560, (60, 120), (17, 34), (640, 1280)),
+    (2160, 3840, (90, 51), (32, 18), (960, 540)),
+])  # fmt: skip
+def test_the_latents_of_a_size_are_those_of_the_release(ultra, width, height, stage_c, low, stage_b):
+    c, small, b, report = canvas(ultra, width=width, height=height, batch_size=2)
+    assert c["samples"].shape == (2, 16, *stage_c) and small["samples"].shape == (2, 16, *low)
+    assert b["samples"].shape == (2, 4, *stage_b)
+    assert f"{width} x {height} pixels\n" in report and f"= {stage_c[0] * stage_c[1]} tokens" in report
+    assert "GB" in report
+
+
+def test_sizes_are_snapped_to_what_stage_b_can_fold_and_said_so(ultra):
+    *_, b, report = canvas(ultra, width=2051, height=2045)
+    assert b["samples"].shape[-2:] == (512, 512)
+    assert "2048 x 2048 pixels (instead of 2051 x 2045: multiples of 8)" in report
+
+
+@pytest.mark.parametrize("shape", ["square", "landscape 16:9", "portrait 9:21", "landscape 2:1"])
+def test_a_preset_has_its_shape_and_the_pixels_of_its_side(ultra, shape):
+    *_, b, report = canvas(ultra, shape=shape, side=3072)
+    height, width = (4 * n for n in b["samples"].shape[-2:])
+    across, down = sys.modules[ultra.nodes["PixStack_UltraPixelCanvas"].__module__].SHAPES[shape]
+    assert abs(width / height / (across / down) - 1) < 0.01
+    assert abs(width * height / 3072**2 - 1) < 0.01
+    assert width % 8 == height % 8 == 0
+
+
+@pytest.mark.parametrize("width, height, words", [
+    (512, 512, "fewer pixels than 1024 x 1024"), (8192, 8192, "more pixels than 6144 x 6144"),
+    (8192, 1024, "sides of 8.0 : 1; the training saw up to 6 : 1"),
+])  # fmt: skip
+def test_a_size_outside_of_the_training_is_explained(ultra, width, height, words):
+    assert words in canvas(ultra, width=width, height=height)[-1]
+    assert "Mind" not in canvas(ultra)[-1]
