@@ -25,25 +25,27 @@ def host(tmp_path_factory) -> Host:
     import cascade_weights
 
     host = Host(_base(tmp_path_factory)).start()
-    _shrink_text_encoders()
+    _take_stand_ins()
     cascade_weights.shrink_core()
     return host
 
 
-def _shrink_text_encoders():
-    """Core's loader fixes T5-XXL's and CLIP-G's sizes at billions of parameters; the tests' stand-ins fit any machine.
-    """
+def _take_stand_ins():
+    """Core's loaders fix T5-XXL's, CLIP-G's and CLIP-L's sizes at up to billions of parameters, and FLUX at 24 heads;
+    those of the tests' stand-ins fit any machine."""
+    import comfy.model_detection
     import comfy.sd
     from cascade_weights import CLIP_G
-    from weights import T5XXL_SHRUNK
+    from weights import CLIP_L_SHRUNK, T5XXL_SHRUNK, narrow_flux
 
-    load_clip = comfy.sd.load_clip
-    shrunk = {"t5xxl_model_config": T5XXL_SHRUNK, "clip_g_model_config": CLIP_G}
+    load_clip, detect = comfy.sd.load_clip, comfy.model_detection.detect_unet_config
+    shrunk = dict(t5xxl_model_config=T5XXL_SHRUNK, clip_l_model_config=CLIP_L_SHRUNK, clip_g_model_config=CLIP_G)
 
     def load(*args, model_options=None, **kwargs):
         return load_clip(*args, model_options={**(model_options or {}), **shrunk}, **kwargs)
 
     comfy.sd.load_clip = load
+    comfy.model_detection.detect_unet_config = lambda *args, **kwargs: narrow_flux(detect(*args, **kwargs))
 
 
 @dataclass(frozen=True)

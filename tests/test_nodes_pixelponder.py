@@ -18,7 +18,7 @@ from pixstack.models_impl.pixelponder.model import PixelPonder
 from pixstack.models_impl.pixelponder.patch_select import Accumulate, Blend, Released
 from pixstack.models_impl.state_dict import write_file
 from torch import nn
-from weights import random_state
+from weights import one_norms, random_state
 
 TOLERANCE = 1e-4
 BASE, CONTROLNET, PLAIN = "tiny_flux.safetensors", "tiny_ponder.safetensors", "tiny_ponder_released.safetensors"
@@ -43,9 +43,8 @@ def flux(host):
     write_file(host.models / "controlnet" / PLAIN,
                {key: value for key, value in weights.items() if not key.startswith("selector.")})
     flux = SimpleNamespace(host=host, core=core, comfy=comfy, nodes=core.NODE_CLASS_MAPPINGS)
-    with narrow_flux(comfy.model_detection):
-        flux.model = core.UNETLoader().load_unet(BASE, "default")[0]
-        flux.small = core.UNETLoader().load_unet(BASE, "fp8_e4m3fn")[0]
+    flux.model = core.UNETLoader().load_unet(BASE, "default")[0]
+    flux.small = core.UNETLoader().load_unet(BASE, "fp8_e4m3fn")[0]
     flux.control = load(flux)
     flux.ours = sys.modules[type(flux.control).__module__]
     flux.alone, flux.ponder = Flux(FLUX).eval(), PixelPonder(PONDER.without_unused()).eval()
@@ -54,28 +53,8 @@ def flux(host):
     return flux
 
 
-class narrow_flux:
-    """Core's detection fixes FLUX at 24 heads; those of the tests' stand-in are as many as its width holds."""
-
-    def __init__(self, detection):
-        self.detection, self.detect = detection, detection.detect_unet_config
-
-    def __enter__(self):
-        def detect(*args, **kwargs):
-            config = self.detect(*args, **kwargs)
-            if config and config.get("image_model") == "flux":
-                config["num_heads"] = config["hidden_size"] // 128
-            return config
-
-        self.detection.detect_unet_config = detect
-
-    def __exit__(self, *_):
-        self.detection.detect_unet_config = self.detect
-
-
 def state(net, seed: int) -> dict:
-    weights = random_state(net, seed, scale=0.08)
-    return {key: 1 + value if key.endswith("norm.scale") else value for key, value in weights.items()}
+    return one_norms(random_state(net, seed, scale=0.08))
 
 
 def node(flux, name: str, **inputs):
@@ -303,8 +282,7 @@ def core_controlnet(flux):
     path = flux.host.models / "controlnet" / "xlabs_for_core.safetensors"
     if not path.exists():
         write_file(path, xlabs())
-    with narrow_flux(flux.comfy.model_detection):
-        return flux.core.ControlNetLoader().load_controlnet(path.name)[0]
+    return flux.core.ControlNetLoader().load_controlnet(path.name)[0]
 
 
 def by_core(flux, positive, negative=None):
@@ -573,8 +551,7 @@ def graph_host(flux, host, monkeypatch):
     from PIL import Image
 
     Image.new("RGB", (96, 64), (90, 20, 200)).save(host.input / "ponder.png")
-    with narrow_flux(flux.comfy.model_detection):
-        yield host
+    return host
 
 
 @pytest.mark.parametrize("strategy, previews", [("accumulate", 3), ("released", 0)])

@@ -1,5 +1,6 @@
 """Tiny random weights under the names that the shipped workflows use, so that each of them can run anywhere."""
 
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy
 import torch
 from PIL import Image
 from pixstack.models_impl.annotators.hed import HED
+from pixstack.models_impl.flux.config import FluxConfig
+from pixstack.models_impl.flux.model import Flux
 from pixstack.models_impl.pixart import checkpoint as pixart_checkpoint
 from pixstack.models_impl.pixart.config import PixArtConfig
 from pixstack.models_impl.pixart.controlnet import PixArtControlNet
@@ -15,6 +18,8 @@ from pixstack.models_impl.pixart.model import PixArt, axis_table, position_table
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
+from pixstack.models_impl.pixelponder.config import PixelPonderConfig
+from pixstack.models_impl.pixelponder.model import PixelPonder
 from pixstack.models_impl.state_dict import write_file
 from pixstack.models_impl.text.t5 import TextEncoder
 from pixstack.trainer import tokenizer
@@ -22,7 +27,8 @@ from pixstack.trainer import tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 32  # of the text tokens
 EMBEDDED = (("diffusion_models", "pixelflow_emoji_64.safetensors"), ("text_encoders", "pixelflow_emoji_t5.safetensors"))
-OWN = (("loras", "your_pixart_lora.safetensors"),)  # what no release has, and the user is asked for
+OWN = (("loras", "your_pixart_lora.safetensors"), ("loras", "your_flux_lora.safetensors"))
+"""What no release has, and the user is asked for."""
 PICTURE = "example.png"  # a new ComfyUI has a picture of this name in input/
 
 
@@ -135,6 +141,27 @@ def tiny_t5xxl(path: Path):
     write_file(path, tensors)
 
 
+CLIP_L_SHRUNK = dict(num_hidden_layers=2, intermediate_size=16)
+"""What the tests make of CLIP-L, of whose width FLUX takes the pooled vector."""
+
+
+def tiny_clip_l(path: Path):
+    width, inner = 768, CLIP_L_SHRUNK["intermediate_size"]
+    shapes = {"embeddings.token_embedding.weight": (49408, width), "embeddings.position_embedding.weight": (77, width)}
+    norms = ["final_layer_norm"]
+    for block in range(CLIP_L_SHRUNK["num_hidden_layers"]):
+        layer = f"encoder.layers.{block}."
+        norms += [f"{layer}layer_norm1", f"{layer}layer_norm2"]
+        for name, shape in (*((f"self_attn.{p}_proj", (width, width)) for p in ("q", "k", "v", "out")),
+                            ("mlp.fc1", (inner, width)), ("mlp.fc2", (width, inner))):
+            shapes |= {f"{layer}{name}.weight": shape, f"{layer}{name}.bias": shape[:1]}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {key: 0.02 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    tensors |= {f"{name}.weight": torch.ones(width) for name in norms}
+    tensors |= {f"{name}.bias": torch.zeros(width) for name in norms}
+    write_file(path, {f"text_model.{key}": value.half() for key, value in tensors.items()})
+
+
 TAESD = {  # part -> its convolutions: index, channels in, channels out, whether it has a bias; the rest are blocks
     "taesd_encoder": ([(0, 3, 64, True), *((i, 64, 64, False) for i in (2, 6, 10)), (14, 64, 4, True)],
                       (1, 3, 4, 5, 7, 8, 9, 11, 12, 13)),
@@ -143,7 +170,7 @@ TAESD = {  # part -> its convolutions: index, channels in, channels out, whether
 }  # fmt: skip
 
 
-def tiny_vae(path: Path):
+def tiny_vae(path: Path, latent_channels: int = 4):
     """In the layout of TAESD: the smallest that core's VAELoader knows, with eight pixels to a latent cell as well.
 
     Written out, for ComfyUI must not be imported before its host is started.
@@ -152,6 +179,7 @@ def tiny_vae(path: Path):
     for part, (convolutions, blocks) in TAESD.items():
         inner = [(f"{index}.conv.{i}", 64, 64, True) for index in blocks for i in (0, 2, 4)]
         for index, channels_in, channels_out, bias in [*convolutions, *inner]:
+            channels_in, channels_out = (latent_channels if n == 4 else n for n in (channels_in, channels_out))
             shapes[f"{part}.{index}.weight"] = (channels_out, channels_in, 3, 3)
             if bias:
                 shapes[f"{part}.{index}.bias"] = (channels_out,)
@@ -159,6 +187,41 @@ def tiny_vae(path: Path):
     write_file(path, {  # small enough that activations stay as they are from layer to layer
         key: 0.7 * torch.randn(shape, generator=generator) / max(1, prod(shape[1:])) ** 0.5
         for key, shape in shapes.items()
+    })
+
+
+FLUX = dict(hidden=128, heads=1, mlp_hidden=512)  # heads as wide as the release's, for its positions need that
+
+
+def one_norms(weights: dict) -> dict:
+    """Random weights, but the scales of norms around 1."""
+    return {key: 1 + value if key.endswith("norm.scale") else value for key, value in weights.items()}
+
+
+def narrow_flux(config: dict | None) -> dict | None:
+    """What core detects of a network, which for FLUX has 24 heads whatever its width; of the stand-in, the true one."""
+    if config and config.get("image_model") == "flux":
+        return {**config, "num_heads": config["hidden_size"] // 128}
+    return config
+
+
+def tiny_flux(path: Path):
+    write_file(path, one_norms(random_state(Flux(FluxConfig(**FLUX, depth=3, single_depth=5)), scale=0.08)))
+
+
+def tiny_pixelponder(path: Path):
+    """As the release stores it: every single-stream block, though FLUX takes half of them."""
+    net = PixelPonder(PixelPonderConfig(FluxConfig(**FLUX, depth=2, single_depth=4)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(one_norms(random_state(net, seed=1, scale=0.08)), path)
+
+
+def tiny_flux_lora(path: Path, rank: int = 2):
+    module, generator = "diffusion_model.single_blocks.1.linear1", torch.Generator().manual_seed(3)
+    width = 3 * FLUX["hidden"] + FLUX["mlp_hidden"]
+    write_file(path, {
+        f"{module}.lora_A.weight": 0.1 * torch.randn(rank, FLUX["hidden"], generator=generator),
+        f"{module}.lora_B.weight": 0.1 * torch.randn(width, rank, generator=generator),
     })
 
 
@@ -190,10 +253,15 @@ STAND_INS = (  # folder, beginning of a name, what makes a file that loads in it
     *cascade_weights.STAND_INS,
     ("diffusion_models", "pixelflow", _pixelflow),
     ("diffusion_models", "PixArt", _pixart),
+    ("diffusion_models", "flux1", tiny_flux),
     ("controlnet", "PixArt", _pixart),
+    ("controlnet", "pixelponder", tiny_pixelponder),
+    ("loras", "your_flux", tiny_flux_lora),
     ("loras", "", tiny_pixart_lora),
     ("text_encoders", "t5xxl", tiny_t5xxl),
+    ("text_encoders", "clip_l", tiny_clip_l),
     ("text_encoders", "", tiny_t5),
+    ("vae", "ae.", partial(tiny_vae, latent_channels=16)),  # FLUX's
     ("vae", "", tiny_vae),
     ("annotators", "ControlNetHED", tiny_hed),
 )
