@@ -1,4 +1,4 @@
-"""Tiny random weights of Stable Cascade and UltraPixel. Core's loaders fix the sizes of Stage C, B and A and of CLIP-G,
+"""Tiny random weights of Stable Cascade and UltraPixel. Core's loaders fix the sizes of Stage C, Stage B and CLIP-G,
 so the tests' ComfyUI builds shrunk ones (`shrink_core`), for files of which nothing else is known."""
 
 from functools import partial
@@ -38,16 +38,21 @@ CLIP_G = dict(hidden_size=TEXT, intermediate_size=64, num_attention_heads=2, num
 
 def shrink_core():
     """Have ComfyUI build the small networks where a file does not say otherwise."""
-    import comfy.controlnet
+    import comfy.ldm.cascade.controlnet
     import comfy.model_base
-    import comfy.sd
+    import comfy.sdxl_clip
 
     for module, name, sizes in ((comfy.model_base, "StageC", CORE_C), (comfy.model_base, "StageB", CORE_B)):
         network = getattr(module, name)
         setattr(module, name, lambda network=network, sizes=sizes, **given: network(
             **(given if "c_hidden" in given else {**given, **sizes})))
-    comfy.sd.StageA = partial(comfy.sd.StageA, c_hidden=A.hidden, bottleneck_blocks=A.bottleneck_blocks)
-    cascade = comfy.controlnet.comfy.ldm.cascade.controlnet
+    text = comfy.sdxl_clip.StableCascadeClipG
+
+    def small_text(*given, model_options, **more):
+        return text(*given, model_options={**model_options, "clip_g_model_config": CLIP_G}, **more)
+
+    comfy.sdxl_clip.StableCascadeClipG = small_text
+    cascade = comfy.ldm.cascade.controlnet
     cascade.ControlNet = partial(cascade.ControlNet, c_proj=HIDDEN)
 
 
@@ -65,7 +70,7 @@ def tiny_stage_b(path: Path):
 
 
 def tiny_stage_a(path: Path):
-    write_file(path, {**random_state(StageA(A), 0.3), "vquantizer.codebook.weight": torch.zeros(8192, 4)})
+    write_file(path, random_state(StageA(A), 0.3))
 
 
 def tiny_guide(path: Path):

@@ -31,15 +31,14 @@ def host(tmp_path_factory) -> Host:
 
 
 def _take_stand_ins():
-    """Core's loaders fix T5-XXL's, CLIP-G's and CLIP-L's sizes at up to billions of parameters, and FLUX at 24 heads;
-    those of the tests' stand-ins fit any machine."""
+    """Core's loaders fix T5-XXL's and CLIP-L's sizes at up to billions of parameters, and FLUX at 24 heads; those of
+    the tests' stand-ins fit any machine."""
     import comfy.model_detection
     import comfy.sd
-    from cascade_weights import CLIP_G
     from weights import CLIP_L_SHRUNK, T5XXL_SHRUNK, narrow_flux
 
     load_clip, detect = comfy.sd.load_clip, comfy.model_detection.detect_unet_config
-    shrunk = dict(t5xxl_model_config=T5XXL_SHRUNK, clip_l_model_config=CLIP_L_SHRUNK, clip_g_model_config=CLIP_G)
+    shrunk = dict(t5xxl_model_config=T5XXL_SHRUNK, clip_l_model_config=CLIP_L_SHRUNK)
 
     def load(*args, model_options=None, **kwargs):
         return load_clip(*args, model_options={**(model_options or {}), **shrunk}, **kwargs)

@@ -6,6 +6,7 @@ import json
 import sys
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import cascade_weights as tiny
@@ -21,6 +22,7 @@ from safetensors import safe_open
 STAGE_C, STAGE_B, GUIDE, CLIP = "stage_c_tiny.safetensors", "stage_b_tiny.safetensors", "ultrapixel_tiny.safetensors", \
     "stable_cascade_tiny.safetensors"
 LOW, HIGH = (4, 4), (8, 8)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -404,6 +406,23 @@ def test_a_compiled_network_is_refused_because_it_would_leave_the_guide_out(ultr
     model.add_wrapper_with_key(ultra.comfy.patcher_extension.WrappersMP.APPLY_MODEL, key, lambda e, *a, **k: e(*a, **k))
     with pytest.raises(ValueError, match="take TorchCompileModel away"):
         draw(ultra, model)
+
+
+def test_a_second_run_with_another_seed_loads_nothing_again(ultra, monkeypatch):
+    graph = json.loads((ROOT / "tests" / "prompts" / "ultrapixel_2048.json").read_text(encoding="utf-8"))
+    graph["6"]["inputs"] |= dict(width=256, height=256)
+    graph["10"]["inputs"]["steps"] = graph["16"]["inputs"]["steps"] = 2
+    first = ultra.host.run(graph)
+    assert first.error is None
+    mm, read = ultra.comfy.model_management, []
+    inside = {id(m.model.model) for m in mm.current_loaded_models}
+    for module, name in ((ultra.comfy.utils, "load_torch_file"), (ultra.guided, "read_file")):
+        monkeypatch.setattr(module, name, lambda *a, name=name, **k: read.append(name))
+    graph["12"]["inputs"]["noise_seed"] = 99
+    second = ultra.host.run(graph, fresh=False)
+    assert second.error is None and not read
+    assert {id(m.model.model) for m in mm.current_loaded_models} == inside
+    assert first.images[0].read_bytes() != second.images[0].read_bytes()
 
 
 # --- Interrupted, prompted, refused

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, WORKFLOWS
 from PIL import Image
 from pixstack.tools import workflow as conversion
-from pixstack.tools.make_workflow_pictures import CARDS, calls
+from pixstack.tools.make_workflow_pictures import CARDS, calls, cascade_calls
 from weights import EMBEDDED, OWN
 
 FILES = {  # loader, whose first widget names a file -> the folder of models/ where it looks
@@ -16,6 +16,9 @@ FILES = {  # loader, whose first widget names a file -> the folder of models/ wh
     "PixStack_PixArtControlNetLoader": "controlnet",
     "PixStack_PixArtLoraLoader": "loras",
     "PixStack_HEDEdges": "annotators",
+    "PixStack_UltraPixelGuideLoader": "model_patches",
+    "PixStack_UltraPixelStageALoader": "vae",
+    "UNETLoader": "diffusion_models",
     "CLIPLoader": "text_encoders",
     "VAELoader": "vae",
 }
@@ -103,3 +106,11 @@ def test_a_workflow_that_cannot_be_drawn_here_has_its_card_described(name):
 def test_a_card_shows_when_its_workflow_calls_the_network(name, timesteps, cfg):
     graph = json.loads((ROOT / "tests" / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
     assert calls(graph) == (pytest.approx(timesteps), cfg)
+
+
+@pytest.mark.parametrize(("name", "timesteps", "cfg"), [
+    ("ultrapixel_4096", [0.99358, *(1 - i / 20 for i in range(1, 20))], 4.0),
+])  # fmt: skip
+def test_a_card_of_two_passes_shows_when_each_calls_stage_c(name, timesteps, cfg):
+    graph = json.loads((ROOT / "tests" / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
+    assert cascade_calls(graph) == (pytest.approx(timesteps, abs=1e-4), cfg)

@@ -120,12 +120,14 @@ def test_a_shipped_workflow_validates(workflow, host):
     assert host.check(conversion.read(workflow, host.object_info())) == []
 
 
-SMALL = {"resolution": ("256", int), "steps": (2, int)}  # input -> (what two CPU cores manage, how to compare it)
+SMALL = {  # input -> (what two CPU cores manage, how to compare it)
+    "resolution": ("256", int), "steps": (2, int), **dict.fromkeys(("width", "height", "side"), (256, int)),
+}  # fmt: skip
 
 
 def shrunk(graph):
-    """`graph` with every menu of resolutions and every whole number of steps no higher than SMALL. Where a canvas has
-    no such menu it follows the tiny models' size."""
+    """`graph` with every menu of resolutions, every size and every whole number of steps no higher than SMALL. Where a
+    canvas has none of them it follows the tiny models' size."""
     small = {i: {**node, "inputs": dict(node["inputs"])} for i, node in graph.items()}
     for node in small.values():
         for name, (value, order) in SMALL.items():

@@ -3,8 +3,8 @@
     python -m pixstack.tools.make_workflow_pictures [NAME ...]
 
 Run it again after the embedded checkpoint has changed. Weights of the released models are used if they lie in the base
-folder's models/ (`--base`); otherwise their workflows get the card: sizes in true proportion, and for PixArt the
-timesteps at which the network is called, both read from the workflow.
+folder's models/ (`--base`); otherwise their workflows get the card: sizes in true proportion, and for PixArt and
+UltraPixel the timesteps at which the network is called, both read from the workflow.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ..models_impl.pixart.sampling import lcm_timesteps, time_uniform
+from ..models_impl.ultrapixel.sampling import Schedule, sizes
 from .comfy_host import CACHE, ROOT, Host, Run
 from .workflow import read
 
@@ -32,12 +33,13 @@ class Card:
     title: str
     needs: str = NEEDS
     stages: tuple[int, ...] = ()
-    """Sides of PixelFlow's stages in pixels. Without any it is a PixArt card."""
+    """Sides of PixelFlow's stages in pixels. Without any it is a card of PixArt, or of UltraPixel."""
     given: str = ""
-    """What of a PixArt canvas is there before: "all", "left" half, all "around" a hole, its "edges"."""
+    """What of the canvas is there before: "all", "left" half, all "around" a hole, its "edges"."""
 
 
-ALPHA, SIGMA = "PixArt-alpha", "PixArt-Sigma"
+ALPHA, SIGMA, ULTRA = "PixArt-alpha", "PixArt-Sigma", "UltraPixel"
+LONGEST = 5120  # pixels of the largest UltraPixel picture that has a card
 CARDS = {
     "pixelflow_class_to_image": Card("PixelFlow", "class to image", stages=(32, 64, 128, 256)),
     "pixelflow_text_to_image_1024": Card("PixelFlow", "text to image, 1024 pixels", stages=(128, 256, 512, 1024)),
@@ -52,6 +54,9 @@ CARDS = {
     "pixart_inpaint": Card(SIGMA, "inpainting", given="around"),
     "pixart_reference": Card(ALPHA, "a picture after a reference", given="left"),
     "pixart_image_to_image": Card(SIGMA, "image to image", given="all"),
+    "ultrapixel_2048": Card(ULTRA, "text to image, 2048 x 2048 pixels"),
+    "ultrapixel_4096": Card(ULTRA, "text to image, 4096 x 4096 pixels"),
+    "ultrapixel_2560x5120": Card(ULTRA, "text to image, 2560 x 5120 pixels"),
 }
 
 
@@ -108,6 +113,8 @@ def card(about: Card, graph: dict) -> Image.Image:
     if about.stages:
         for side, colour in sorted(zip(about.stages, STAGES, strict=True), reverse=True):
             square(draw, f"{side} x {side}", 320 * side // about.stages[-1], SIDE - 32, colour, colour)
+    elif about.family == ULTRA:
+        two_passes(draw, about.given, graph)
     else:
         side = next(int(node["inputs"]["resolution"]) for node in graph.values() if "resolution" in node["inputs"])
         edges = {other: 240 * other // PIXART_SIDES[-1] for other in PIXART_SIDES}
@@ -141,6 +148,34 @@ def inside(draw: ImageDraw.ImageDraw, given: str, left: int, top: int, right: in
         draw.line((left, bottom - part, right, bottom - part), STAGES[2], 3)
 
 
+def two_passes(draw: ImageDraw.ImageDraw, given: str, graph: dict):
+    """The picture and its low-resolution pass in true proportion, and the calls of both."""
+    canvas = next(node["inputs"] for node in graph.values() if "side" in node["inputs"])
+    size = sizes(canvas["height"], canvas["width"])
+    small = ImageFont.load_default(18)
+    passes = (canvas["height"], canvas["width"], size.stage_c, STAGES[3]), (*size.low_pixels, size.low, STAGES[1])
+    for i, (height, width, (rows, columns), colour) in enumerate(passes):
+        high, wide = (260 * side // LONGEST for side in (height, width))
+        box = (32, 410 - high, 32 + wide, 410)
+        draw.rectangle(box, colour, colour)
+        if i == (0 if given == "all" else 1):
+            inside(draw, given, *box)
+        draw.text((310, 180 + 84 * i), ("then" if i == 0 else "first") + f" {width} x {height}", colour, small)
+        draw.text((310, 204 + 84 * i), f"{columns} x {rows} cells of Stage C", STAGES[2], ImageFont.load_default(14))
+        draw.line((32 + wide, box[1], 300, 190 + 84 * i), colour)
+    timesteps, cfg = cascade_calls(graph)
+    timeline(draw, [999 * timestep for timestep in timesteps], cfg, (434, 452), (STAGES[1], STAGES[3]))
+
+
+def cascade_calls(graph: dict) -> tuple[list[float], float]:
+    """(timesteps in [0, 1] at which each pass calls Stage C, cfg)."""
+    inputs = [node["inputs"] for node in graph.values()]
+    steps = next(i for i in inputs if "denoise" in i and "model" in i)
+    schedule = Schedule(next(i["shift"] for i in inputs if "shift" in i))
+    levels = schedule.steps(int(steps["steps"] / steps["denoise"]))[-steps["steps"] - 1 : -1]
+    return schedule.timestep(levels).tolist(), next(i["cfg"] for i in inputs if "cfg" in i)
+
+
 SCHEDULES = {"reference (time-uniform)": time_uniform, "sgm_uniform": time_uniform, "lcm": lcm_timesteps}
 
 
@@ -156,16 +191,19 @@ def calls(graph: dict) -> tuple[list[float], float]:
     return timesteps[-(steps + 1) : -1], cfg
 
 
-def timeline(draw: ImageDraw.ImageDraw, timesteps: list[float], cfg: float):
-    """A dot for each call of the network, noise on the left."""
-    left, right, y, small = 92, 420, 446, ImageFont.load_default(16)
-    draw.line((left, y, right, y), STAGES[0], 2)
-    draw.text((left - 10, y), "noise", STAGES[2], small, anchor="rm")
-    draw.text((right + 10, y), "picture", STAGES[2], small, anchor="lm")
-    for timestep in timesteps:
-        x = left + (right - left) * (999 - timestep) / 999
-        draw.ellipse((x - 5, y - 5, x + 5, y + 5), STAGES[3])
-    count = f"{len(timesteps)} step" + ("s" if len(timesteps) > 1 else "")
+def timeline(draw: ImageDraw.ImageDraw, timesteps: list[float], cfg: float, ys: tuple[int, ...] = (446,),
+             colours: tuple[str, ...] = (STAGES[3],)):
+    """A row at each of `ys`, with a dot for each call of the network, noise on the left."""
+    left, right, small = 92, 420, ImageFont.load_default(16)
+    for y, colour in zip(ys, colours, strict=True):
+        draw.line((left, y, right, y), STAGES[0], 2)
+        for timestep in timesteps:
+            x = left + (right - left) * (999 - timestep) / 999
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), colour)
+    middle = sum(ys) // len(ys)
+    draw.text((left - 10, middle), "noise", STAGES[2], small, anchor="rm")
+    draw.text((right + 10, middle), "picture", STAGES[2], small, anchor="lm")
+    count = f"{len(timesteps)} step" + ("s" if len(timesteps) > 1 else "") + (" twice" if len(ys) > 1 else "")
     draw.text((32, 466), f"{count}, cfg {cfg:g}" if cfg != 1 else f"{count}, without cfg", INK, small)
 
 
