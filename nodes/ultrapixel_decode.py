@@ -5,7 +5,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .checks import first_problem, known_file, one_of
-from .host import ultrapixel_stage_a
+from .host import ultrapixel_stage_a, ultrapixel_stage_b
 from .host.load import DTYPES
 
 CATEGORY = "pixstack/ultrapixel"
@@ -42,4 +42,61 @@ class UltraPixelStageALoader(io.ComfyNode):
         return io.NodeOutput(ultrapixel_stage_a.load(path, DECODER_DTYPES[dtype]))
 
 
-NODES = [UltraPixelStageALoader]
+class UltraPixelStageB(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_UltraPixelStageB",
+            display_name="UltraPixel Stage B",
+            category=CATEGORY,
+            description="Makes Stage B ready for 4096 x 4096 pixels: the same numbers in half the memory, an estimate "
+            "that does not push other models out, and the release's guidance. For core's KSampler: ddpm, simple, 10 "
+            "steps, cfg 1.1.",
+            inputs=[
+                io.Model.Input("model", tooltip="Stage B, small or large, from Load Diffusion Model. LoRAs before or "
+                               "behind."),
+                io.Float.Input("rescale", default=0.7, min=0.0, max=1.0, step=0.05, round=0.01,
+                               tooltip="How far guidance is brought back to the contrast of the positive prompt. 0.7: "
+                               "the release. 0: ComfyUI's guidance."),
+            ],
+            outputs=[io.Model.Output("patched", display_name="MODEL", tooltip="For the sampler, or Stage B Tiles.")],
+        )
+
+    @classmethod
+    def execute(cls, model, rescale) -> io.NodeOutput:
+        return io.NodeOutput(ultrapixel_stage_b.within_bounds(model, rescale))
+
+
+class UltraPixelStageBTiles(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_UltraPixelStageBTiles",
+            display_name="UltraPixel Stage B Tiles (approximate)",
+            category=CATEGORY,
+            description="Runs Stage B tile by tile, each with its part of Stage C's latent. An approximation: its "
+            "norms and its attention span the whole picture, and in tiles see one tile each. For cards on which the "
+            "whole does not fit.",
+            inputs=[
+                io.Model.Input("model", tooltip="Stage B, best behind 'UltraPixel Stage B'."),
+                io.Int.Input("tile_size", default=2048, min=512, max=8192, step=64,
+                             tooltip="Pixels along a side. Larger is nearer to the whole picture, which a smaller one "
+                             "is left as."),
+                io.Int.Input("overlap", default=256, min=64, max=2048, step=64,
+                             tooltip="Pixels over which neighbours are blended, at most half of tile_size."),
+            ],
+            outputs=[io.Model.Output("patched", display_name="MODEL", tooltip="For the sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, tile_size=None, overlap=None):
+        if tile_size is not None and overlap is not None and overlap > tile_size // 2:
+            return f"overlap={overlap} must be at most half of tile_size={tile_size}."
+        return True
+
+    @classmethod
+    def execute(cls, model, tile_size, overlap) -> io.NodeOutput:
+        return io.NodeOutput(ultrapixel_stage_b.in_tiles(model, tile_size, overlap))
+
+
+NODES = [UltraPixelStageALoader, UltraPixelStageB, UltraPixelStageBTiles]
