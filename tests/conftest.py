@@ -38,9 +38,9 @@ def _take_stand_ins():
     from weights import CLIP_L_SHRUNK, T5XXL_SHRUNK, narrow_flux
 
     load_clip, detect = comfy.sd.load_clip, comfy.model_detection.detect_unet_config
-    shrunk = dict(t5xxl_model_config=T5XXL_SHRUNK, clip_l_model_config=CLIP_L_SHRUNK)
 
     def load(*args, model_options=None, **kwargs):
+        shrunk = dict(t5xxl_model_config=T5XXL_SHRUNK, model_config=dict(CLIP_L_SHRUNK))  # core adds to the latter
         return load_clip(*args, model_options={**(model_options or {}), **shrunk}, **kwargs)
 
     comfy.sd.load_clip = load

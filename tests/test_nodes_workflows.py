@@ -6,22 +6,26 @@ import pytest
 from conftest import ROOT, WORKFLOWS
 from PIL import Image
 from pixstack.tools import workflow as conversion
-from pixstack.tools.make_workflow_pictures import CARDS, calls, cascade_calls
+from pixstack.tools.make_workflow_pictures import CARDS, calls, cascade_calls, competing
 from weights import EMBEDDED, OWN
 
-FILES = {  # loader, whose first widget names a file -> the folder of models/ where it looks
+FILES = {  # loader, whose first widgets name its files -> the folder of models/ where it looks
     "PixStack_PixelFlowLoader": "diffusion_models",
     "PixStack_PixelFlowTextEncoderLoader": "text_encoders",
     "PixStack_PixArtLoader": "diffusion_models",
     "PixStack_PixArtControlNetLoader": "controlnet",
     "PixStack_PixArtLoraLoader": "loras",
+    "PixStack_PixelPonderLoader": "controlnet",
     "PixStack_HEDEdges": "annotators",
     "PixStack_UltraPixelGuideLoader": "model_patches",
     "PixStack_UltraPixelStageALoader": "vae",
     "UNETLoader": "diffusion_models",
+    "LoraLoaderModelOnly": "loras",
+    "DualCLIPLoader": "text_encoders",
     "CLIPLoader": "text_encoders",
     "VAELoader": "vae",
 }
+SEVERAL = {"DualCLIPLoader": 2}  # files of a loader; the others have one
 WITHOUT_DOWNLOAD = {*EMBEDDED, *OWN, ("vae", "pixel_space")}
 SEEDS = {"PixStack_PixelFlowSample": 1, "RandomNoise": 1, "KSampler": 1, "SamplerCustom": 2}  # place of the control
 
@@ -65,12 +69,11 @@ def test_every_node_that_has_a_seed_is_known(workflow, host):
 def test_every_file_is_at_hand_or_can_be_downloaded(workflow):
     for node in nodes(workflow):
         if node["type"] in FILES:
-            name, folder = node["widgets_values"][0], FILES[node["type"]]
-            (model,) = node["properties"].get("models") or [None]
-            assert (model is None) == ((folder, name) in WITHOUT_DOWNLOAD), name
-            if model:
-                assert model["name"] == name and model["directory"] == folder
-                assert model["url"].startswith("https://huggingface.co/")
+            folder, names = FILES[node["type"]], node["widgets_values"][: SEVERAL.get(node["type"], 1)]
+            models = node["properties"].get("models", [])
+            wanted = [name for name in names if (folder, name) not in WITHOUT_DOWNLOAD]
+            assert [(model["directory"], model["name"]) for model in models] == [(folder, name) for name in wanted]
+            assert all(model["url"].startswith("https://huggingface.co/") for model in models)
 
 
 def test_the_notes_link_every_file_and_say_where_it_goes(workflow):
@@ -114,3 +117,10 @@ def test_a_card_shows_when_its_workflow_calls_the_network(name, timesteps, cfg):
 def test_a_card_of_two_passes_shows_when_each_calls_stage_c(name, timesteps, cfg):
     graph = json.loads((ROOT / "tests" / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
     assert cascade_calls(graph) == (pytest.approx(timesteps, abs=1e-4), cfg)
+
+
+def test_a_card_shows_which_condition_counts_where_by_priority():
+    graph = json.loads((ROOT / "tests" / "prompts" / "pixelponder_regional_masks.json").read_text(encoding="utf-8"))
+    assert competing(graph) == ([("canny", False), ("hed", True)], False)
+    next(n for n in graph.values() if n["inputs"].get("kind") == "hed")["inputs"]["priority"] = 2
+    assert competing(graph)[0] == [("hed", True), ("canny", False)]

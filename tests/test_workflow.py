@@ -148,7 +148,8 @@ def test_a_shipped_workflow_runs(workflow, host):
     for path in run.images:
         with Image.open(path) as picture:
             assert max(picture.size) <= 512
-            assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 8, "one colour all over"
+            extrema = picture.convert("RGB").getextrema()
+            assert max(high - low for low, high in extrema) > 8, f"{path.name} is of one colour all over"
 
 
 def test_there_are_workflows():

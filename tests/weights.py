@@ -268,11 +268,12 @@ STAND_INS = (  # folder, beginning of a name, what makes a file that loads in it
 
 
 def picture(path: Path):
-    """A wide picture with a transparent rectangle, which LoadImage gives as a mask."""
+    """A wide picture with a transparent rectangle, which LoadImage gives as a mask, and whose sides are edges."""
     rows, columns = numpy.mgrid[0:160, 0:256]
     alpha = numpy.where((rows > 40) & (rows < 120) & (columns > 60) & (columns < 160), 0, 255)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(numpy.stack([rows, columns, rows ^ columns, alpha], -1).astype("uint8"), "RGBA").save(path)
+    channels = rows, numpy.where(alpha, columns, 255 - columns // 4), rows ^ columns, alpha
+    Image.fromarray(numpy.stack(channels, -1).astype("uint8"), "RGBA").save(path)
 
 
 def place(models: Path, workflow: dict) -> None:

@@ -4,7 +4,8 @@
 
 Run it again after the embedded checkpoint has changed. Weights of the released models are used if they lie in the base
 folder's models/ (`--base`); otherwise their workflows get the card: sizes in true proportion, and for PixArt and
-UltraPixel the timesteps at which the network is called, both read from the workflow.
+UltraPixel the timesteps at which the network is called, for PixelPonder which condition counts where, all read from the
+workflow.
 """
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ class Card:
     title: str
     needs: str = NEEDS
     stages: tuple[int, ...] = ()
-    """Sides of PixelFlow's stages in pixels. Without any it is a card of PixArt, or of UltraPixel."""
+    """Sides of PixelFlow's stages in pixels. Without any it is a card of another family."""
     given: str = ""
     """What of the canvas is there before: "all", "left" half, all "around" a hole, its "edges"."""
 
@@ -57,6 +58,10 @@ CARDS = {
     "ultrapixel_2048": Card(ULTRA, "text to image, 2048 x 2048 pixels"),
     "ultrapixel_4096": Card(ULTRA, "text to image, 4096 x 4096 pixels"),
     "ultrapixel_2560x5120": Card(ULTRA, "text to image, 2560 x 5120 pixels"),
+    "pixelponder_one_condition": Card("PixelPonder", "FLUX with one condition"),
+    "pixelponder_four_conditions": Card("PixelPonder", "FLUX with four conditions"),
+    "pixelponder_regional_masks": Card("PixelPonder", "a condition for each region"),
+    "pixelponder_lora": Card("PixelPonder", "FLUX with a LoRA", "needs the released weights and a LoRA of yours"),
 }
 
 
@@ -115,6 +120,8 @@ def card(about: Card, graph: dict) -> Image.Image:
             square(draw, f"{side} x {side}", 320 * side // about.stages[-1], SIDE - 32, colour, colour)
     elif about.family == ULTRA:
         two_passes(draw, about.given, graph)
+    elif competing(graph):
+        patches(draw, *competing(graph))
     else:
         side = next(int(node["inputs"]["resolution"]) for node in graph.values() if "resolution" in node["inputs"])
         edges = {other: 240 * other // PIXART_SIDES[-1] for other in PIXART_SIDES}
@@ -174,6 +181,38 @@ def cascade_calls(graph: dict) -> tuple[list[float], float]:
     schedule = Schedule(next(i["shift"] for i in inputs if "shift" in i))
     levels = schedule.steps(int(steps["steps"] / steps["denoise"]))[-steps["steps"] - 1 : -1]
     return schedule.timestep(levels).tolist(), next(i["cfg"] for i in inputs if "cfg" in i)
+def competing(graph: dict) -> tuple[list[tuple[str, bool]], bool]:
+    """([(kind, whether it has a mask)] of PixelPonder's conditions as they count, whether they are blended); empty for
+    a workflow without them."""
+    apply = next((n["inputs"] for n in graph.values() if n["class_type"] == "PixStack_PixelPonderApply"), None)
+    if apply is None:
+        return ()
+    found, source = [], apply["conditions"]
+    while source:
+        inputs = graph[source[0]]["inputs"]
+        found.insert(0, inputs)
+        source = inputs.get("conditions")
+    found.sort(key=lambda inputs: -inputs["priority"])
+    return [(inputs["kind"], "mask" in inputs) for inputs in found], apply["strategy"] == "blend"
+
+
+def patches(draw: ImageDraw.ImageDraw, conditions: list[tuple[str, bool]], blended: bool, count=16, edge=20):
+    """A picture of `count` patches a side: the first condition's, but for a disc under another's mask; or mixed."""
+    top, legend, shown = SIDE - 32 - count * edge, ImageFont.load_default(20), (3, 0, 2, 1)
+    masked = next((k for k, (_, mask) in enumerate(conditions) if mask), 0)
+    for row in range(count):
+        for column in range(count):
+            inside = (row - 0.4 * count) ** 2 + (column - 0.6 * count) ** 2 < (0.27 * count) ** 2
+            winners = range(len(conditions)) if blended else [masked if inside else 0]
+            width = (edge - 2) / len(winners)
+            x, y = 32 + column * edge, top + row * edge
+            for k, winner in enumerate(winners):
+                box = (x + round(k * width), y, x + round((k + 1) * width) - 1, y + edge - 3)
+                draw.rectangle(box, STAGES[shown[winner]])
+    for k, (kind, mask) in enumerate(conditions):
+        y = top + 34 * k
+        draw.rectangle((376, y, 390, y + 14), STAGES[shown[k]])
+        draw.text((400, y + 7), kind + (", mask" if mask else ""), INK, legend, anchor="lm")
 
 
 SCHEDULES = {"reference (time-uniform)": time_uniform, "sgm_uniform": time_uniform, "lcm": lcm_timesteps}
