@@ -319,6 +319,16 @@ def test_a_training_starts_from_the_blocks_of_its_base():
         PixelPonder(CONTROL).initialise(Flux(replace(BASE, hidden=32, heads=4)).state_dict())
 
 
+def test_a_fresh_selector_prefers_no_kind_of_hint():
+    config = replace(CONTROL, selector=SelectorConfig(24))
+    torch.manual_seed(0)
+    net = PixelPonder(config).initialise(randomised(Flux(BASE)).state_dict())
+    picture = hints("canny")[0][1]
+    ready = net.conditions([("canny", picture), ("depth", picture), ("hed", picture)])
+    assert torch.equal(net.selector.embed(torch.ones(1, 3, 2, 64), ready.types)[:, 0],
+                       net.selector.embed(torch.ones(1, 3, 2, 64), ready.types)[:, 2])
+
+
 def test_checkpointed_activations_give_the_same_gradients():
     grads = []
     for checkpointing in (False, True):

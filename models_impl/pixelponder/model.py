@@ -91,7 +91,8 @@ class PixelPonder(FluxTrunk):
 
     def initialise(self, base: Mapping[str, Tensor]) -> PixelPonder:
         """Start a training as the reference does (load_controlnet, util.py): everything that FLUX has too is copied
-        from it (released key names), and the hints begin at zero. Residuals are not zero at the start.
+        from it (released key names), and the hints begin at zero, and our selector without any preference for a kind.
+        Residuals are not zero at the start.
         """
         own = self.state_dict()
         shared = {key: value for key, value in base.items() if key in own}
@@ -103,6 +104,10 @@ class PixelPonder(FluxTrunk):
         self.load_state_dict(shared, strict=False)
         for parameter in self.input_hint_block_share[-1].parameters():
             nn.init.zeros_(parameter)
+        if self.config.selector is not None:
+            # Embeddings of kinds of size 1 would drown the hints: the selector would give all patches to one kind
+            # until it had unlearned that (benchmarks/pixelponder_selection.py).
+            nn.init.zeros_(self.selector.type_embedding.weight)
         return self
 
     def encode_hint(self, image: Tensor, index: int) -> Tensor:
