@@ -17,8 +17,9 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMES_AS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless"}  # module -> what pip calls it
-# used where they are installed:
-OPTIONAL = {"triton", "flash_attn", "xformers", "ftfy", "bs4", "h5py", "diffusers", "datasets"}
+# Used where they are installed.
+OPTIONAL = {"triton", "flash_attn", "xformers", "ftfy", "bs4", "h5py", "diffusers", "datasets", "ai_edge_litert",
+            "kornia"}
 
 
 def requirements(lines) -> set[str]:

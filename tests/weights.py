@@ -230,6 +230,30 @@ def tiny_hed(path: Path):
     torch.save(random_state(HED(), scale=0.05), path)
 
 
+def tiny_depth(path: Path, **entries):
+    """The folder around `path`, a model.safetensors: Depth Anything of 32 channels, with its processor."""
+    import transformers
+
+    backbone = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14,
+        out_features=["stage1", "stage2", "stage3", "stage4"], apply_layernorm=True, reshape_hidden_states=False,
+    )  # fmt: skip
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
+        head_hidden_size=4, **entries,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.DepthAnythingForDepthEstimation(config)
+    with torch.no_grad():
+        for weight in model.parameters():  # as large as trained ones, so that there is something to see
+            weight.normal_(std=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path.parent)
+    processor = transformers.DPTImageProcessor(size=dict(height=56, width=56), keep_aspect_ratio=True,
+                                               ensure_multiple_of=14)
+    processor.save_pretrained(path.parent)
+
+
 PIXART_FILES = {  # beginning of a name -> how small a network stands in for it in the tests
     "PixArt-XL-2-512": dict(**ALPHA, sample_size=64),
     "PixArt-XL-2-1024": dict(**ALPHA, micro_conditions=True),

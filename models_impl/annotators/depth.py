@@ -1,0 +1,94 @@
+"""Depth by any depth model of transformers that lies in a folder: near is bright.
+
+Released hints hold inverse depth from 0 to 1 within each picture. (MiDaS in src/flux/annotator of chfyfr/PixelPonder)
+"""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+METRIC = ("depth_pro", "glpn", "zoedepth", "prompt_depth_anything")  # model types whose numbers grow with distance
+FLAT = 1e-6  # the range of a picture without any depth
+
+
+class Depth(nn.Module):
+    """A network of transformers in a plain module, whose device the host may note on it, and its image processor."""
+
+    def __init__(self, network: nn.Module, processor):
+        super().__init__()
+        self.network, self.processor, self.config = network, processor, network.config
+
+    def forward(self, image: Tensor, resize: bool = True) -> Tensor:
+        return depth(self.network, self.processor, image, resize=resize)
+
+
+def load(folder: str | os.PathLike) -> Depth:
+    """The model of a folder with config.json. Nothing is downloaded, no code of it is run.
+
+    Raises ValueError for a folder that holds no depth model.
+    """
+    folder = Path(folder)
+    try:
+        from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+    except ImportError as error:
+        raise ImportError("Depth needs the package transformers, which ComfyUI brings: pip install transformers"
+                          ) from error
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder.name} holds no config.json: it is not the folder of a transformers model.")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "unknown")
+    try:
+        network = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+    except (ValueError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder.name} (model type {kind}) cannot be read as a depth model: {first} The folder needs "
+                         "config.json, preprocessor_config.json and model.safetensors.") from error
+    return Depth(network, processor).eval().requires_grad_(False)
+
+
+def grows_with_distance(config) -> bool:
+    """Whether the model of this configuration predicts distance, not its inverse."""
+    return config.model_type in METRIC or getattr(config, "depth_estimation_type", "relative") == "metric"
+
+
+def depth(network: nn.Module, processor, image: Tensor, *, resize: bool = True) -> Tensor:
+    """image: (B, 3, H, W) in [0, 1] -> what the model predicts, (B, 1, H, W), float32.
+
+    resize: at the size that the model's processor brings pictures to; else at the picture's own, its edge repeated
+    until the model's patches cover it.
+    """
+    height, width = image.shape[-2:]
+    if not resize:
+        patch = patch_size(network.config)
+        image = F.pad(image, (0, -width % patch, 0, -height % patch), mode="replicate")
+    pictures = list(image.float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy())
+    sizes = {} if resize else dict(do_resize=False)
+    pixels = processor(pictures, return_tensors="pt", input_data_format="channels_first", **sizes)["pixel_values"]
+    weight = next(network.parameters())
+    found = network(pixel_values=pixels.to(weight)).predicted_depth.float()
+    found = F.interpolate(found.view(len(image), 1, *found.shape[-2:]), size=image.shape[-2:], mode="bicubic")
+    return found[..., :height, :width]
+
+
+def patch_size(config) -> int:
+    """Pixels along a side of the patches that the network of this configuration cuts."""
+    for part in (config, getattr(config, "backbone_config", None)):
+        if size := getattr(part, "patch_size", None):
+            return size if isinstance(size, int) else max(size)
+    return 1
+
+
+def normalised(found: Tensor, distance: bool) -> Tensor:
+    """(B, 1, H, W) -> [0, 1] within each picture, 1 where it is nearest. distance: `found` grows with distance.
+
+    A distance is inverted first, so that it falls off as released hints do. A picture without any depth is black.
+    """
+    if distance:
+        found = 1 / found.clamp(min=1e-3)
+    low, high = found.amin((1, 2, 3), keepdim=True), found.amax((1, 2, 3), keepdim=True)
+    return torch.where(high - low > FLAT, (found - low) / (high - low).clamp(min=FLAT), torch.zeros_like(found))

@@ -1,0 +1,153 @@
+"""People as OpenPose's JSON has them, and the drawing of them that ControlNets know.
+
+Eighteen points of the body, twenty-one of a hand, seventy of a face, each as x, y, confidence. The drawing is that of
+PixelPonder's data: sticks four pixels to either side, in colours around the wheel, at 60 % of their brightness below
+the joints; hands as thin lines with blue joints; faces as white dots.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import atan2, degrees, hypot
+
+import torch
+from torch import Tensor
+
+from .pose import Person
+
+BODY, HAND, FACE = 18, 21, 70
+FROM_BLAZEPOSE = (0, None, 12, 14, 16, 11, 13, 15, 24, 26, 28, 23, 25, 27, 5, 2, 8, 7)
+"""Nose, neck, then shoulder, elbow and wrist, and hip, knee and ankle, the right ones first; eyes, ears likewise."""
+NECK, SHOULDERS = 1, (11, 12)
+FROM_FACE_MESH = (  # jaw from the right ear, brows, nose, eyes, lips
+    127, 234, 93, 132, 172, 136, 150, 176, 152, 400, 379, 365, 397, 361, 323, 454, 356,
+    70, 63, 105, 66, 107, 336, 296, 334, 293, 300,
+    168, 197, 195, 4, 98, 97, 2, 326, 327,
+    33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380,
+    61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181,
+    78, 82, 13, 312, 308, 317, 14, 87,
+)  # fmt: skip
+EYES = (range(36, 42), range(42, 48))  # points of the face whose mean stands for the pupil
+LIMBS = (
+    (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13),
+    (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
+)  # fmt: skip
+FINGERS = tuple((0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, HAND))
+PARTS = {"pose_keypoints_2d": BODY, "face_keypoints_2d": FACE, "hand_left_keypoints_2d": HAND,
+         "hand_right_keypoints_2d": HAND}
+
+
+def points_of(person: Person, height: int, width: int) -> dict[str, Tensor]:
+    """The parts of PARTS that the person has, as (points, 3) in pixels. Points outside of the picture are 0, 0, 0."""
+    body = torch.stack([person.body[i or 0] for i in FROM_BLAZEPOSE])
+    shoulders = person.body[list(SHOULDERS)]
+    body[NECK] = torch.cat([shoulders[:, :2].mean(0), shoulders[:, 2:].amin(0)])
+    parts = {"pose_keypoints_2d": body}
+    if person.face is not None:
+        face = person.face[list(FROM_FACE_MESH)]
+        parts["face_keypoints_2d"] = torch.cat([face, *(face[list(eye)].mean(0, keepdim=True) for eye in EYES)])
+    for side in ("left", "right"):
+        if (points := getattr(person, side)) is not None:
+            parts[f"hand_{side}_keypoints_2d"] = points
+    limits = torch.tensor([width, height])
+    return {name: p * ((p[:, :2] >= 0) & (p[:, :2] < limits)).all(-1, keepdim=True) for name, p in parts.items()}
+
+
+def frame(people: Sequence[Person], height: int, width: int) -> dict:
+    """One entry of POSE_KEYPOINT: what OpenPose writes as JSON, and the size of the picture."""
+    found = []
+    for person in people:
+        parts = points_of(person, height, width)
+        found.append({name: [round(v, 3) for v in parts[name].flatten().tolist()] if name in parts else []
+                      for name in PARTS})
+    return {"version": 1.3, "people": found, "canvas_height": height, "canvas_width": width}
+
+
+def read(text: str) -> list[dict]:
+    """Frames out of JSON: one frame, or a list of them. Raises ValueError for anything else."""
+    try:
+        frames = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"This is not JSON ({error}). OpenPose's JSON has a list of people.") from error
+    return checked(frames)
+
+
+def checked(frames) -> list[dict]:
+    """`frames` as a list, every part of every person a whole number of points. Raises ValueError."""
+    frames = [frames] if isinstance(frames, Mapping) else frames
+    if not isinstance(frames, Sequence) or isinstance(frames, str) or not all(isinstance(f, Mapping) for f in frames):
+        raise ValueError("A pose is a frame with a list of people, or a list of such frames.")
+    for frame in frames:
+        for person in _people(frame):
+            for name, count in PARTS.items():
+                values = person.get(name) or []
+                if len(values) % 3 or not all(isinstance(v, int | float) for v in values):
+                    raise ValueError(f"{name} must hold x, y and confidence of each point, and has {len(values)} "
+                                     "values.")
+                if name == "pose_keypoints_2d" and values and len(values) != 3 * count:
+                    raise ValueError(f"{name} has {len(values) // 3} points. Poses of {count} points can be drawn; the "
+                                     "25 of OpenPose's BODY_25 are in another order.")
+    return list(frames)
+
+
+def _people(frame: Mapping) -> list[Mapping]:
+    people = frame.get("people")
+    if not isinstance(people, Sequence) or isinstance(people, str) or not all(isinstance(p, Mapping) for p in people):
+        raise ValueError("This frame of a pose has no list of people.")
+    return list(people)
+
+
+def draw(frame: Mapping, height: int, width: int, *, body: bool = True, hands: bool = True, face: bool = True,
+         stick: float = 4.0, confidence: float = 0.3) -> Tensor:
+    """A frame as (height, width, 3) in [0, 1], on black.
+
+    Points are stretched from the frame's canvas to this size; points that all lie in [0, 1] are taken as parts of it.
+    stick: half the width of a limb in pixels, and the radius of a joint. confidence: points below are left out.
+    """
+    import cv2
+    import numpy
+
+    canvas = numpy.zeros((height, width, 3), numpy.uint8)
+    people = [{name: _scaled(person.get(name) or [], frame, height, width, confidence) for name in PARTS}
+              for person in _people(frame)]
+    radius = max(1, round(stick))
+    if body:
+        for index, limb in enumerate(LIMBS):
+            for points in (p["pose_keypoints_2d"] for p in people):
+                if all(joint in points for joint in limb):
+                    (x, y), (x2, y2) = (points[joint] for joint in limb)
+                    centre, half = (round((x + x2) / 2), round((y + y2) / 2)), round(hypot(x2 - x, y2 - y) / 2)
+                    cv2.ellipse(canvas, centre, (half, radius), degrees(atan2(y2 - y, x2 - x)), 0, 360,
+                                colour(index / BODY), -1)
+        canvas = (canvas * 0.6).astype(numpy.uint8)
+        for points in (p["pose_keypoints_2d"] for p in people):
+            for index, (x, y) in points.items():
+                cv2.circle(canvas, (round(x), round(y)), radius, colour(index / BODY), -1)
+    if hands:
+        for points in (p[f"hand_{side}_keypoints_2d"] for p in people for side in ("left", "right")):
+            for index, (start, end) in enumerate(FINGERS):
+                if start in points and end in points:
+                    ends = [tuple(round(v) for v in points[joint]) for joint in (start, end)]
+                    cv2.line(canvas, *ends, colour(index / len(FINGERS)), max(1, round(stick / 2)))
+            for x, y in points.values():
+                cv2.circle(canvas, (round(x), round(y)), radius, (0, 0, 255), -1)
+    if face:
+        for points in (p["face_keypoints_2d"] for p in people):
+            for x, y in points.values():
+                cv2.circle(canvas, (round(x), round(y)), max(1, round(stick * 3 / 4)), (255, 255, 255), -1)
+    return torch.from_numpy(canvas).float() / 255
+
+
+def colour(turn: float) -> tuple[int, int, int]:
+    """RGB of a full colour, `turn` of the way around the wheel from red: index / 18 gives OpenPose's colours."""
+    return tuple(round(255 * min(1, max(0, abs((6 * turn + shift) % 6 - 3) - 1))) for shift in (0, 4, 2))
+
+
+def _scaled(values: Sequence[float], frame: Mapping, height: int, width: int, confidence: float) -> dict:
+    """index -> (x, y) in pixels, of the points that are sure enough."""
+    points = list(zip(values[::3], values[1::3], values[2::3], strict=True))
+    parts = bool(points) and max(max(x, y) for x, y, _ in points) <= 1
+    across = 1 if parts else frame.get("canvas_width") or width
+    down = 1 if parts else frame.get("canvas_height") or height
+    return {i: (x * width / across, y * height / down) for i, (x, y, c) in enumerate(points)
+            if c > 0 and c >= confidence}
