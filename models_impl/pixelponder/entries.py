@@ -1,0 +1,119 @@
+"""Pictures with captions and conditions in a folder, as PixelPonder's batch script lists them: a line of JSON for each.
+
+    {"image": "image/a.png", "text": "a red house", "canny": "canny/a.png", "depth": ..., "openpose": ..., "hed": ...}
+
+(batch_inference.py of chfyfr/PixelPonder, which opens such paths as they stand; here they begin at the list's folder)
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+
+LIST = "data.jsonl"
+IMAGE, TEXT = "image", "text"
+CONDITIONS = ("canny", "depth", "openpose", "hed")
+PICTURES = (IMAGE, *CONDITIONS)
+_ONE_WRITER = Lock()
+
+
+def read(path: str | os.PathLike) -> list[dict]:
+    """The entries of a list, in order; empty lines are left out.
+
+    Raises FileNotFoundError, or ValueError with the line that is no entry.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path.name} in {path.parent.name}: it lists the entries, a line of JSON "
+                                "with image and text for each.")
+    return [entry for entry, _ in _lines(path)]
+
+
+def _lines(path: Path) -> list[tuple[dict, int]]:
+    """Entries with the byte at which each one's line ends. An unfinished last line, without its newline, that is no
+    JSON is what a broken write left and is not counted."""
+    content, found, end = path.read_bytes(), [], 0
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        end += len(line)
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            if end == len(content) and not line.endswith(b"\n"):
+                break
+            raise ValueError(f"{path.name}, line {number} is not JSON ({error}).") from error
+        wrong = [key for key in (TEXT, *PICTURES) if not isinstance(entry.get(key, ""), str)] \
+            if isinstance(entry, dict) else ["it"]
+        if wrong:
+            raise ValueError(f"{path.name}, line {number}: {', '.join(wrong)} must be text, in an entry with "
+                             f"{', '.join((IMAGE, TEXT, *CONDITIONS))}.")
+        found.append((entry, end))
+    return found
+
+
+def save(folder: str | os.PathLike, name: str, text: str, pictures: Mapping[str, bytes]) -> dict:
+    """Write an entry of PNG files and put it on the list, each file whole or not at all; returns the entry.
+
+    A line is only written after its pictures. An entry of the same name keeps what is not given anew, so that
+    conditions can be added in several runs. One process may write to a folder at a time.
+    Raises ValueError for a name that is no plain file name, or pictures without an image.
+    """
+    folder = Path(folder)
+    if not name or name != Path(name).name or "\\" in name or name.startswith("."):
+        raise ValueError(f"{name!r} cannot be the name of an entry: use a plain file name without folders.")
+    unknown = set(pictures) - set(PICTURES)
+    assert not unknown, unknown
+    with _ONE_WRITER:
+        listed = _lines(folder / LIST) if (folder / LIST).is_file() else []
+        own = f"{IMAGE}/{name}.png"
+        index = next((i for i, (entry, _) in enumerate(listed) if entry.get(IMAGE) == own), None)
+        entry = {} if index is None else listed[index][0]
+        if IMAGE not in pictures and index is None:
+            raise ValueError(f"The new entry {name} has no image.")
+        for key, content in pictures.items():
+            write_whole(folder / key / f"{name}.png", content)
+        new = {**entry, **{key: f"{key}/{name}.png" for key in pictures}, TEXT: text or entry.get(TEXT, "")}
+        new = {key: new[key] for key in (IMAGE, TEXT, *CONDITIONS) if key in new} | new  # the release's order
+        if index is None:
+            _append(folder / LIST, listed[-1][1] if listed else 0, new)
+        elif new != entry:
+            entries = [new if i == index else other for i, (other, _) in enumerate(listed)]
+            write_whole(folder / LIST, b"".join(_line(entry) for entry in entries))
+        return new
+
+
+def write_whole(path: Path, content: bytes):
+    """Write a file under its name at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _line(entry: dict) -> bytes:
+    return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+
+
+def _append(path: Path, end: int, entry: dict):
+    """Add a line behind the last whole one, which ends at byte `end`: what a broken write left there is cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "r+b" if path.exists() else "w+b") as file:
+        if end:
+            file.seek(end - 1)
+            start = b"" if file.read(1) == b"\n" else b"\n"  # a list written by hand may lack its last newline
+        else:
+            start = b""
+        file.truncate(end)
+        file.seek(end)
+        file.write(start + _line(entry))
+        file.flush()
+        os.fsync(file.fileno())

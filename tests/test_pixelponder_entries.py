@@ -1,0 +1,90 @@
+"""PixelPonder's list of entries: read, appended to and completed without a half-written file."""
+
+import json
+import os
+
+import pytest
+from pixstack.models_impl.pixelponder import entries
+
+
+def listed(folder):
+    return [json.loads(line) for line in (folder / entries.LIST).read_text(encoding="utf-8").splitlines()]
+
+
+def test_an_entry_is_written_with_its_pictures_in_the_release_s_order(tmp_path):
+    entries.save(tmp_path, "a", "ein Haus, größer", {"hed": b"h", "image": b"i", "canny": b"c"})
+    assert listed(tmp_path) == [
+        {"image": "image/a.png", "text": "ein Haus, größer", "canny": "canny/a.png", "hed": "hed/a.png"}
+    ]
+    assert list(listed(tmp_path)[0]) == ["image", "text", "canny", "hed"]
+    assert (tmp_path / "canny" / "a.png").read_bytes() == b"c"
+    assert entries.read(tmp_path / entries.LIST) == listed(tmp_path)
+
+
+def test_a_second_run_completes_an_entry(tmp_path):
+    for name in "ab":
+        entries.save(tmp_path, name, f"text {name}", {"image": b"i", "canny": b"c"})
+    entries.save(tmp_path, "a", "", {"image": b"i", "depth": b"d"})
+    assert [entry["text"] for entry in listed(tmp_path)] == ["text a", "text b"]
+    assert listed(tmp_path)[0] == {"image": "image/a.png", "text": "text a", "canny": "canny/a.png",
+                                   "depth": "depth/a.png"}
+    assert "depth" not in listed(tmp_path)[1]
+
+
+def test_other_keys_of_an_entry_are_kept(tmp_path):
+    (tmp_path / entries.LIST).write_text('{"image": "image/a.png", "text": "t", "source": "mine"}\n')
+    entries.save(tmp_path, "a", "new", {"canny": b"c"})
+    assert listed(tmp_path) == [{"image": "image/a.png", "text": "new", "canny": "canny/a.png", "source": "mine"}]
+
+
+@pytest.mark.parametrize("rest", [b'{"image": "im', b'{"image": "image/b.png", "text": "\xc3'])
+def test_what_a_broken_write_left_is_cut_off_by_the_next(tmp_path, rest):
+    entries.save(tmp_path, "a", "t", {"image": b"i"})
+    with open(tmp_path / entries.LIST, "ab") as file:
+        file.write(rest)
+    assert len(entries.read(tmp_path / entries.LIST)) == 1
+    entries.save(tmp_path, "b", "t", {"image": b"i"})
+    assert [entry["image"] for entry in listed(tmp_path)] == ["image/a.png", "image/b.png"]
+
+
+def test_a_list_without_its_last_newline_keeps_its_last_entry(tmp_path):
+    (tmp_path / entries.LIST).write_text('{"image": "image/a.png", "text": "t"}')
+    entries.save(tmp_path, "b", "t", {"image": b"i"})
+    assert [entry["image"] for entry in listed(tmp_path)] == ["image/a.png", "image/b.png"]
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_entry(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        entries.save(tmp_path, "a", "t", {"image": b"i"})
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a\\b"])
+def test_a_name_that_is_a_path_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="cannot be the name"):
+        entries.save(tmp_path, name, "t", {"image": b"i"})
+
+
+def test_a_new_entry_needs_an_image(tmp_path):
+    with pytest.raises(ValueError, match="new entry a has no image"):
+        entries.save(tmp_path, "a", "t", {"canny": b"c"})
+
+
+@pytest.mark.parametrize("line, words", [
+    (b"{\n{}\n", "line 2 is not JSON"),
+    (b"[]\n", "line 2: it must be text"),
+    (b'{"image": 7}\n', "line 2: image must be text"),
+])  # fmt: skip
+def test_a_line_that_is_no_entry_is_named(tmp_path, line, words):
+    (tmp_path / entries.LIST).write_bytes(b'{"image": "a.png"}\n' + line)
+    with pytest.raises(ValueError, match=words):
+        entries.read(tmp_path / entries.LIST)
+
+
+def test_a_missing_list_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no data.jsonl"):
+        entries.read(tmp_path / entries.LIST)
