@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
-from pixstack.trainer import cli, evaluate, export, run
+from pixstack.trainer import cli, export, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,20 +132,6 @@ def test_every_setting_is_listed_with_its_default(capsys):
     for part in ("batch_size = 64\n    Samples per optimizer step", "[optimizer]\nname = \"adamw\"", "[model]\npreset",
                  "stage_weights = (none)\n    Share of the pictures"):
         assert part in said, part
-
-
-def test_retrieval_finds_a_picture_that_was_copied():
-    references = evaluate.features(torch.rand(20, 3, 16, 16) * 2 - 1)
-    truth = torch.tensor([3, 7])
-    place, nearest = evaluate.ranks(references[truth] * 0.9 + 0.01, references, truth)
-    assert place.tolist() == [0, 0] and nearest.tolist() == [3, 7]
-
-
-def test_retrieval_of_noise_is_near_chance():
-    torch.manual_seed(0)
-    references = torch.randn(200, 30)
-    place, _ = evaluate.ranks(torch.randn(400, 30), references, torch.arange(400) % 200)
-    assert (place < 10).float().mean().item() == pytest.approx(10 / 200, abs=0.03)
 
 
 def test_an_evaluation_says_how_much_chance_would_give(trained, tmp_path, capsys):

