@@ -9,7 +9,7 @@ from torch import nn
 
 from . import data, encoders
 from .config import Config
-from .recipes import find
+from .recipes import PICTURES_ALONE, find
 from .run import write_whole
 
 TOKENIZER, FACTS = "tokenizer.json", "facts.json"
@@ -20,6 +20,9 @@ def collection(config: Config) -> data.Collection:
 
 
 def need(config: Config) -> str:
+    """What every picture must have: "captions", "classes", or, where it alone will do, "pictures"."""
+    if config.recipe.name in PICTURES_ALONE:
+        return "pictures"
     return "captions" if config.text.encoder else "classes"
 
 

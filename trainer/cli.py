@@ -78,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
     one = command(sample, "sample", "Make pictures with a run, on several processes too (torchrun, accelerate launch); "
                   "run it again to go on.")
     with_run(one)
-    one.add_argument("what", nargs="*", metavar="prompt", help="prompts, or class indices")
+    one.add_argument("what", nargs="*", metavar="prompt", help="prompts, class indices, or an autoencoder's picture "
+                     "files")
     one.add_argument("--data", type=Path, help="a .txt with a prompt a line, or a data set, whose captions (classes, "
                      "conditions) are drawn")
     one.add_argument("--all-classes", action="store_true", help="every class of the run in turn")
@@ -273,7 +274,7 @@ def sample(args):
     from accelerate import Accelerator
     from tqdm import tqdm
 
-    from . import sample
+    from . import build, sample
     from .export import open_run
     from .run import sheet
 
@@ -281,9 +282,10 @@ def sample(args):
     main = accelerator.is_main_process
     recipe, config, step = open_run(args.run_folder, args.step, args.weights,
                                     accelerator.device if args.device == "auto" else args.device)
-    classes, items, what = recipe.text is None, [], args.what
+    need, items, what = build.need(config), [], args.what
+    classes = need == "classes"
     if args.data:
-        what, items = sample.source(args.data, config, classes)
+        what, items = sample.source(args.data, config, need)
     elif args.all_classes and classes:
         what = list(range(len(json.loads((args.run_folder / "facts.json").read_text())["classes"])))
     elif classes and all(w.isdigit() for w in what):

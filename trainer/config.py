@@ -180,7 +180,7 @@ class Text:
 class Vae:
     path: str = ""
     """What makes latents of pictures, frozen: a folder of diffusers (an AutoencoderKL or AutoencoderTiny, or a pipeline
-    that has one in vae/), or one .safetensors file."""
+    that has one in vae/), or one .safetensors file, the recipe autoencoder's too."""
     precision: str = "fp32"
     """fp32 or bf16. The SDXL VAE is not right in fp16."""
 

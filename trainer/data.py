@@ -59,8 +59,8 @@ class Collection:
 
 
 def read(settings: Data, need: str, strict: bool = True) -> Collection:
-    """The items of a data set. need: "captions" or "classes", which every item must then have. strict: refuse items
-    whose files are missing."""
+    """The items of a data set. need: "captions" or "classes", which every item must then have; else neither. strict:
+    refuse items whose files are missing."""
     path = Path(settings.path).expanduser()
     found = layouts.read(path, settings.kind, settings)
     train, held_out, prior = found.train, found.held_out, []

@@ -221,7 +221,7 @@ def settings_of(path: Path, words: list[str]) -> Data:
 
 def examine(settings: Data, need: str, tokens: Tokens | None = None, batch_size: int = 1, micro: int = 0,
             progress=lambda items, total: items) -> Report:
-    """need: "captions", "classes", or "" for whichever the data have."""
+    """need: "captions", "classes", "pictures" for neither, or "" for whichever the data have."""
     report = Report()
     found = data.read(settings, need="", strict=False)
     items, held = found.train + found.held_out, set(map(id, found.held_out))
@@ -288,6 +288,8 @@ def conditions(report: Report, settings: Data, items, looked):
 
 
 def words(report: Report, items, need: str, tokens: Tokens):
+    if need == "pictures":
+        return None
     if need == "classes":
         return report.add(True, [i.file for i in items if i.label < 0], "pictures have no class",
                           "put them into folders of classes, or write \"class\" into the jsonl.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..models_impl import state_dict
 from ..models_impl.text import captions as cleaning
-from . import tokenizer
+from . import autoencoder, tokenizer
 from .cache import Store, digest, fingerprint
 from .config import Config
 from .noise import batch_noise
@@ -160,7 +160,8 @@ class FrozenT5(nn.Module):
 
 
 class FrozenVae(nn.Module):
-    """Latents of a VAE of diffusers that does not learn: an AutoencoderKL or AutoencoderTiny, a folder or one file.
+    """Latents of a VAE that does not learn: diffusers' AutoencoderKL or AutoencoderTiny, a folder or one file, or what
+    the recipe autoencoder exports.
 
     Latents are what the VAE says, no scale applied. of: whose pictures it encodes, "" or the name of a condition.
     """
@@ -218,7 +219,7 @@ class FrozenVae(nn.Module):
 
 def read_vae(path: Path) -> nn.Module:
     """A VAE from a folder of diffusers, or from one file under the names of diffusers or of the original LDM, its sizes
-    found from the shapes. Raises ValueError for anything else."""
+    found from the shapes, or of TAESD as core knows it (`autoencoder`). Raises ValueError for anything else."""
     if not path.exists():
         raise ValueError(f"vae.path={str(path)!r}: there is no such file or folder.")
     hide_broken_torchvision()
@@ -238,6 +239,8 @@ def read_vae(path: Path) -> nn.Module:
     tensors = tensors.get("state_dict", tensors)
     tensors = {k.removeprefix("first_stage_model.").removeprefix("vae."): v for k, v in tensors.items()}
     first = "encoder.down_blocks.{}.resnets.0.conv1.weight", "encoder.down.{}.block.0.conv1.weight"
+    if autoencoder.MARK in tensors:
+        return autoencoder.from_core(tensors, f"the VAE of {path.name}")
     there = next((pattern for pattern in first if pattern.format(0) in tensors), None)
     if there is None or "encoder.conv_out.weight" not in tensors:
         raise ValueError(f"vae.path={str(path)!r} is not a VAE: its first keys are {', '.join(list(tensors)[:3])}.")

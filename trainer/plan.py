@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import data
+from . import build, data
 from .config import Config
 from .optim import Optimizers
 
@@ -49,11 +49,12 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
     lines.append(f"memory     about {sum(memory.values()) / 2**30:.2f} GiB a process: "
                  + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()))
     lines.append("first batch")
+    need = build.need(config)
     batch = batches(0, range(min(8, config.batch_size)))
     for i, chance in zip(batch.positions, recipe.described(0), strict=False):
         item = batches.items[batches.index(0, i)]
-        what = batch.captions[i] if config.text.encoder else f"class {int(batch.labels[i])}"
-        lines.append(f"  {item.file.name}: {what!r}, {chance}, mean colour "
+        what = {"captions": f"{batch.captions[i]!r}, ", "classes": f"class {int(batch.labels[i])}, "}.get(need, "")
+        lines.append(f"  {item.file.name}: {what}{chance}, mean colour "
                      f"{batch.pictures[i].float().mean() / 255:.2f}")
     if config.batch_size > 8:
         lines.append(f"  ... {config.batch_size - 8} more")

@@ -62,13 +62,17 @@ class Request:
         return -(-self.count // self.batch)
 
 
-def source(path: Path, config: Config, classes: bool) -> tuple[list, list[Item]]:
-    """(what to draw, the items it comes from) of a .txt with a prompt a line, or of a data set in any layout."""
+def source(path: Path, config: Config, need: str) -> tuple[list, list[Item]]:
+    """(what to draw, the items it comes from) of a .txt with a prompt a line, or of a data set in any layout. need:
+    "captions", "classes" or "pictures"."""
+    classes = need == "classes"
     if path.suffix == ".txt":
         prompts = [line.strip() for line in layouts.read_text(path).splitlines() if line.strip()]
         return ([int(p) for p in prompts] if classes and all(p.isdigit() for p in prompts) else prompts), []
     found = layouts.read(path, "auto", replace(config.data, path=str(path)))
     items = found.train + found.held_out
+    if need == "pictures":
+        return [str(i.file) for i in items], items
     if classes:
         lacking = [i.file for i in items if i.label < 0]
     else:

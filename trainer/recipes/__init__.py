@@ -16,7 +16,12 @@ from __future__ import annotations
 
 from importlib import import_module
 
-RECIPES = {"pixelflow": "pixelflow", "pixart": "pixart"}  # name in [recipe] -> module here, whose class `Recipe` it is
+RECIPES = {  # name in [recipe] -> module here, whose class `Recipe` it is
+    "pixelflow": "pixelflow",
+    "pixart": "pixart",
+    "autoencoder": "autoencoder",
+}
+PICTURES_ALONE = {"autoencoder"}  # of these: neither captions nor classes, and samples.prompts are picture files
 
 
 def find(name: str):
