@@ -90,6 +90,9 @@ class Schedule:
         return sum(-(-len(row) * epoch // self.group) for row in self.rows)
 
     def epoch_of(self, number: int) -> int:
+        for epoch, (before, groups) in self.epochs.items():
+            if before <= number < before + len(groups):
+                return epoch
         last = number * self.group // self.pictures + 1  # begun(last) > number, since no epoch has fewer groups
         return bisect_right(range(last + 1), number, key=self.begun) - 1
 

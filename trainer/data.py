@@ -165,12 +165,12 @@ class Batches:
         return collate(items, loads, captions, part, step)
 
     def submit(self, step: int, part: range):
-        sizes = {self.at(step, p)[1] for p in part}
-        if len(sizes) > 1:
+        shown = [self.at(step, p) for p in part]
+        if len({size for _, size in shown}) > 1:
             raise ValueError(f"data.bucket_group={self.settings.bucket_group}: a pass of {len(part)} pictures has "
                              f"several sizes. Make it a multiple of the pictures in a pass (micro_batch_size, or "
                              "batch_size over the number of processes).")
-        return [self.pictures.submit(*self.at(step, p), self.rng(step, p, "picture")) for p in part]
+        return [self.pictures.submit(*one, self.rng(step, p, "picture")) for p, one in zip(part, shown, strict=True)]
 
     def caption(self, item: Item, rng: random.Random) -> str:
         settings, own = self.settings, item.captions
