@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny_pixart
 import tiny_run
 from PIL import Image
 from pixstack.trainer import cli, doctor, pictures
@@ -212,3 +213,22 @@ def test_a_picture_is_looked_at_as_it_will_be_trained_on(tmp_path):
     exif[0x0112] = 6
     scene(0).save(tmp_path / "a.jpg", exif=exif)
     assert doctor.look(Item(tmp_path / "a.jpg")).size == (96, 80) == pictures.measure(tmp_path / "a.jpg")
+
+
+def test_a_frozen_encoder_counts_captions_as_it_will_read_them(tmp_path):
+    path, counts = tiny_run.pictures(tmp_path / "set"), {}
+    encoder = tiny_pixart.t5(tmp_path / "t5")
+    reader = tokenizers_.Tokenizer.from_file(str(encoder / "tokenizer.json"))
+    for clean, read in (("false", "red card https://example.com/a"), ("true", "red card")):
+        settings = tiny_run.settings(path, tmp_path / "run", f"text.clean={clean}", "text.max_length=5",
+                                     text={"encoder": str(encoder)})
+        tokens = doctor.tokens_of_recipe(settings)
+        assert tokens.exact and tokens.limits == (5,)
+        counts[clean] = tokens.count("red card https://example.com/a")
+        assert counts[clean] == len(reader.encode(read).ids)
+    assert counts["false"] > counts["true"]
+
+
+def test_pictures_that_need_no_caption_are_not_asked_for_one(tmp_path):
+    scene(0).save(tmp_path / "a.png")
+    assert found(doctor.examine(Data(path=str(tmp_path), resolution=64), "pictures")) == {}

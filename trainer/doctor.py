@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..models_impl.text.captions import clean_caption
 from . import buckets, data, layouts, pictures
 from .config import Config, Data, build, value_of
 from .layouts import LISTED, Item
@@ -190,7 +191,8 @@ def tokens_of_recipe(config: Config) -> Tokens:
     text = encoders.make(config, [t for i in found.train for t in (*i.texts, *i.tags)], None)
     limits = (config.text.max_length,)
     if isinstance(text, encoders.FrozenT5):
-        return Tokens(lambda caption: len(text.tokens(caption, verbose=False).input_ids), True, limits)
+        read = clean_caption if text.clean else str
+        return Tokens(lambda caption: len(text.tokens(read(caption), verbose=False).input_ids), True, limits)
     text.tokenizer.no_truncation()
     return Tokens(lambda caption: len(text.tokenizer.encode(caption).ids), True, limits)
 
@@ -288,6 +290,8 @@ def conditions(report: Report, settings: Data, items, looked):
 
 
 def words(report: Report, items, need: str, tokens: Tokens):
+    if need == "pictures":
+        return None
     if need == "pictures":
         return None
     if need == "classes":
