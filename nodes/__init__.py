@@ -15,6 +15,7 @@ from . import (
     pixelflow,
     pixelponder,
     ultrapixel,
+    ultrapixel_control,
     ultrapixel_decode,
 )
 
@@ -34,6 +35,7 @@ class Extension(ComfyExtension):
             pixart_reference,
             pixelponder,
             ultrapixel,
+            ultrapixel_control,
             ultrapixel_decode,
             annotators,
         )

@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 from pixstack.models_impl.state_dict import write_file
 from pixstack.models_impl.ultrapixel import checkpoint
-from pixstack.models_impl.ultrapixel.config import GuideConfig, StageAConfig, StageBConfig, StageCConfig
+from pixstack.models_impl.ultrapixel.config import (
+    ControlNetConfig,
+    GuideConfig,
+    StageAConfig,
+    StageBConfig,
+    StageCConfig,
+)
+from pixstack.models_impl.ultrapixel.controlnet import ControlNet
 from pixstack.models_impl.ultrapixel.effnet import EffnetEncoder
 from pixstack.models_impl.ultrapixel.guidance import Guide
 from pixstack.models_impl.ultrapixel.model import StageC
@@ -106,11 +113,19 @@ def tiny_effnet(path: Path):
     write_file(path, tensors)
 
 
+def tiny_canny(path: Path):
+    """With the real backbone, as core's."""
+    net = ControlNet(ControlNetConfig(in_channels=1, hidden=HIDDEN))
+    write_file(path, {key: value.half() if value.is_floating_point() else value
+                      for key, value in net.state_dict().items()})
+
+
 STAND_INS = (
     ("diffusion_models", "stage_c", tiny_stage_c),
     ("diffusion_models", "stage_b", tiny_stage_b),
     ("text_encoders", "stable_cascade", tiny_clip_g),
     ("vae", "stage_a", tiny_stage_a),
     ("vae", "effnet", tiny_effnet),
+    ("controlnet", "stable_cascade_canny", tiny_canny),
     ("model_patches", "ultrapixel", tiny_guide),
 )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from adapters.ultrapixel import guide_model, trajectory
 from parity_cases import cases
+from pixstack.models_impl.annotators.canny import canny
 from pixstack.models_impl.state_dict import write_file
 from pixstack.models_impl.ultrapixel import checkpoint, sampling
 from pixstack.models_impl.ultrapixel.model import StageC
@@ -36,7 +37,7 @@ def ultra(host):
     core = import_module("nodes")
     ultra = SimpleNamespace(host=host, core=core, nodes=core.NODE_CLASS_MAPPINGS, comfy=import_module("comfy"))
     for name in ("sample", "samplers", "sd", "model_management", "model_base", "supported_models", "lora",
-                 "patcher_extension", "ldm.cascade.common"):
+                 "patcher_extension", "controlnet", "ldm.cascade.common", "ldm.cascade.controlnet"):
         import_module(f"comfy.{name}")
     ultra.base = core.UNETLoader().load_unet(STAGE_C, "default")[0]
     ultra.guide = run(ultra, "GuideLoader", guide_name=GUIDE)[0]
@@ -626,3 +627,107 @@ def test_a_preset_has_its_shape_and_the_pixels_of_its_side(ultra, shape):
 def test_a_size_outside_of_the_training_is_explained(ultra, width, height, words):
     assert words in canvas(ultra, width=width, height=height)[-1]
     assert "Mind" not in canvas(ultra)[-1]
+
+
+# --- ControlNets
+
+
+def control(ultra, channels=3, ratio=1, hint=None, strength=0.7, percent=(0.0, 1.0)):
+    """One of core's, of the smallest kind, on a conditioning."""
+    torch.manual_seed(0)
+    net = ultra.comfy.ldm.cascade.controlnet.ControlNet(channels, proj_blocks=[0, 2, 5], bottleneck_mode="simple")
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    applied = ultra.comfy.controlnet.T2IAdapter(net.eval(), channels, ratio, "bilinear", device=torch.device("cpu"))
+    hint = torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(1)) if hint is None else hint
+    return applied.set_cond_hint(hint, strength, percent)
+
+
+def controlled(ultra, seed, applied):
+    return text(seed, control=applied, control_apply_to_uncond=True)
+
+
+@torch.no_grad()
+def test_a_controlnet_acts_on_the_low_resolution_pass_alone(ultra):
+    net, seen = ultra.base.model.diffusion_model, []
+    handle = net.register_forward_pre_hook(
+        lambda module, args, given: seen.append((args[0].shape[-1], given["control"] is not None)), with_kwargs=True)
+    applied = control(ultra)
+    try:
+        drawn = draw(ultra, guided(ultra), positive=controlled(ultra, 1, applied), negative=text(2))
+    finally:
+        handle.remove()
+    assert set(seen) == {(LOW[1], True), (HIGH[1], False)}
+    assert (drawn - draw(ultra, guided(ultra))).abs().max() > 0.05
+    assert applied.cond_hint is None  # cleaned up
+
+
+@torch.no_grad()
+def test_residuals_of_a_controlnet_reach_the_features_as_in_the_reference(ultra, monkeypatch):
+    kept, real = [], ultra.sampling.GuidedImage
+    monkeypatch.setattr(ultra.sampling, "GuidedImage", lambda guide, features, *a: kept.append(features) or real(
+        guide, features, *a))
+    seen, hint = [], torch.rand(1, 3, 8, 8)
+    applied = control(ultra, hint=hint)
+    draw(ultra, guided(ultra), low=(8, 8), cfg=1.0, positive=controlled(ultra, 1, applied), steps=1,
+         callback=lambda step, x0, x, total: seen.append(x))
+    sigma = levels(ultra, guided(ultra), 1)[0]
+    timestep = sampling.Schedule().timestep(-2 * sigma.log()).expand(1)
+    residuals = [None if r is None else 0.7 * r for r in reversed(applied.t2i_model(hint)["input"])]
+    _, features = our_network(ultra).features(seen[0] / (1 + sigma**2).sqrt(), timestep, text(1)[0][0],
+                                              text(1)[0][1]["pooled_output"], control=residuals)
+    for way in ("down", "up"):
+        for ours, expected in zip(getattr(kept[0], way), getattr(features, way), strict=True):
+            close(ours, expected)
+
+
+def test_without_the_guide_a_controlnet_acts_on_the_picture(ultra):
+    model = guided(ultra, down=0.0, up=0.0)
+    assert (draw(ultra, model, positive=controlled(ultra, 1, control(ultra))) - draw(ultra, model)).abs().max() > 0.05
+
+
+def test_controlnets_follow_one_another_and_start_and_end(ultra):
+    model = guided(ultra)
+
+    def drawn(applied):
+        return draw(ultra, model, positive=controlled(ultra, 1, applied))
+
+    one, two = control(ultra), control(ultra, hint=torch.zeros(1, 3, 4, 4) + 0.5)
+    chained = drawn(two.set_previous_controlnet(one))
+    assert (chained - drawn(control(ultra))).abs().max() > 0.01
+    never = drawn(control(ultra, percent=(0.0, 0.0)))  # only at the very first noise level
+    assert (never - drawn(control(ultra))).abs().max() > 0.01
+    assert torch.equal(drawn(control(ultra, strength=0.0)), draw(ultra, model))
+
+
+def test_the_hint_of_super_resolution_meets_the_latent_cell_by_cell(ultra):
+    applied = control(ultra, channels=16, ratio=1, hint=torch.rand(1, 16, 6, 6))
+    sizes = []
+    applied.t2i_model.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[1:])))
+    draw(ultra, guided(ultra), low=(8, 8), positive=controlled(ultra, 1, applied))
+    assert sizes == [(16, 8, 8)]  # once for the whole pass
+
+
+def test_canny_seeks_edges_as_the_release_does_and_keeps_the_shape(ultra, request):
+    given = case(request, "ultrapixel_canny_filter")
+    image = given.inputs["image"].movedim(1, -1)
+    edges = run(ultra, "Canny", image=image, filter="reference", low=100, high=200)[0]
+    assert edges.shape == (1, 768, int(768 * 208 / 160), 3) and edges.max() <= 1 and edges.min() >= 0
+    assert torch.equal(edges[..., 0], edges[..., 2])
+    # On a picture that is scaled already the result is the reference's own.
+    square = torch.nn.functional.interpolate(given.inputs["image"], (768, 998), mode="bilinear", antialias=True)
+    assert torch.equal(edges[..., 0], canny(square)[:, 0])
+    fine = run(ultra, "Canny", image=image, filter="fine", low=100, high=200)[0]
+    assert fine.shape == edges.shape and set(fine.unique().tolist()) <= {0.0, 1.0}
+    assert not torch.equal(fine, edges)
+
+
+def test_the_inpainting_hint_is_white_where_it_is_to_be_painted(ultra):
+    image, mask = torch.rand(2, 16, 24, 3), torch.zeros(1, 8, 12)
+    mask[:, 2:4, 3:9] = 1
+    (hint,) = run(ultra, "InpaintHint", image=image, mask=mask)
+    assert hint.shape == (2, 16, 24, 4)
+    painted = hint[..., 3] == 1
+    assert painted[:, 4:8, 6:18].all() and painted.float().mean() == pytest.approx(4 * 12 / (16 * 24))
+    assert (hint[..., :3][painted] == 1).all()
+    assert torch.equal(hint[..., :3][~painted], image[~painted])

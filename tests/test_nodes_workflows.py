@@ -22,6 +22,7 @@ FILES = {  # loader, whose first widgets name its files -> the folder of models/
     "UNETLoader": "diffusion_models",
     "LoraLoaderModelOnly": "loras",
     "DualCLIPLoader": "text_encoders",
+    "ControlNetLoader": "controlnet",
     "CLIPLoader": "text_encoders",
     "VAELoader": "vae",
 }
@@ -113,10 +114,13 @@ def test_a_card_shows_when_its_workflow_calls_the_network(name, timesteps, cfg):
 
 @pytest.mark.parametrize(("name", "timesteps", "cfg"), [
     ("ultrapixel_4096", [0.99358, *(1 - i / 20 for i in range(1, 20))], 4.0),
+    ("ultrapixel_controlnet", [0.9936, 0.9750, 0.9497], 1.0),  # shifted by 2
 ])  # fmt: skip
 def test_a_card_of_two_passes_shows_when_each_calls_stage_c(name, timesteps, cfg):
     graph = json.loads((ROOT / "tests" / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
-    assert cascade_calls(graph) == (pytest.approx(timesteps, abs=1e-4), cfg)
+    found, guidance = cascade_calls(graph)
+    assert len(found) == 20 and guidance == cfg
+    assert found[: len(timesteps)] == pytest.approx(timesteps, abs=1e-4)
 
 
 def test_a_card_shows_which_condition_counts_where_by_priority():

@@ -1,0 +1,68 @@
+"""Hints for the ControlNets of Stable Cascade under UltraPixel. Core's nodes load and apply them."""
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .checks import one_of
+from .host import ultrapixel_control
+from .host.ultrapixel_control import FILTERS
+
+CATEGORY = "pixstack/ultrapixel"
+
+
+class UltraPixelCanny(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_UltraPixelCanny",
+            display_name="UltraPixel Canny",
+            category=CATEGORY,
+            description="Edges as Stable Cascade's canny ControlNet was trained on them: sought in a small square and "
+            "stretched back. For core's Apply ControlNet.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture to draw the edges of, of any size."),
+                io.Combo.Input(
+                    "filter", options=list(FILTERS), default="reference",
+                    tooltip="reference: at 224 x 224 whatever the shape, broad soft lines, as trained. fine: at 768 "
+                    "pixels, thin lines, which the ControlNet has not seen.",
+                ),
+                io.Int.Input("low", default=100, min=0, max=1000,
+                             tooltip="An edge goes on while its gradient is above this. Release: 100."),
+                io.Int.Input("high", default=200, min=0, max=1000,
+                             tooltip="An edge begins where its gradient is above this. Release: 200."),
+            ],
+            outputs=[io.Image.Output("edges", display_name="IMAGE", tooltip="White edges on black, 768 pixels on the "
+                                     "shorter side.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, filter=None):
+        return one_of("filter", filter, FILTERS)
+
+    @classmethod
+    def execute(cls, image, filter, low, high) -> io.NodeOutput:
+        return io.NodeOutput(ultrapixel_control.canny_hint(image, filter, low, high))
+
+
+class UltraPixelInpaintHint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_UltraPixelInpaintHint",
+            display_name="UltraPixel Inpaint Hint",
+            category=CATEGORY,
+            description="A picture and where to paint, as Stable Cascade's inpainting ControlNet takes them: four "
+            "channels, white under the mask. For core's Apply ControlNet.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture."),
+                io.Mask.Input("mask", tooltip="1 where to paint."),
+            ],
+            outputs=[io.Image.Output("hint", display_name="IMAGE", tooltip="Picture and mask in four channels.")],
+        )
+
+    @classmethod
+    def execute(cls, image, mask) -> io.NodeOutput:
+        return io.NodeOutput(ultrapixel_control.inpaint_hint(image, mask))
+
+
+NODES = [UltraPixelCanny, UltraPixelInpaintHint]
