@@ -17,6 +17,7 @@ from . import (
     ultrapixel,
     ultrapixel_control,
     ultrapixel_decode,
+    ultrapixel_lora,
 )
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -36,6 +37,7 @@ class Extension(ComfyExtension):
             pixelponder,
             ultrapixel,
             ultrapixel_control,
+            ultrapixel_lora,
             ultrapixel_decode,
             annotators,
         )

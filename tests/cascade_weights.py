@@ -17,6 +17,7 @@ from pixstack.models_impl.ultrapixel.config import (
 from pixstack.models_impl.ultrapixel.controlnet import ControlNet
 from pixstack.models_impl.ultrapixel.effnet import EffnetEncoder
 from pixstack.models_impl.ultrapixel.guidance import Guide
+from pixstack.models_impl.ultrapixel.lora import attention_keys
 from pixstack.models_impl.ultrapixel.model import StageC
 from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.models_impl.ultrapixel.stage_b import StageB
@@ -113,6 +114,20 @@ def tiny_effnet(path: Path):
     write_file(path, tensors)
 
 
+def tiny_personalisation(path: Path, rank: int = 4):
+    """As released: numbered modules, and the change of the first row that CLIP lacks, in a torch file."""
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    shapes = {key: value.shape for key, value in StageC(C).state_dict().items()}
+    for number, key in enumerate(attention_keys(C)):
+        rows, columns = shapes[key]
+        tensors[f"module.{number}.lora_up"] = torch.randn(rows, rank, generator=generator)
+        tensors[f"module.{number}.lora_down"] = torch.randn(rank, columns, generator=generator)
+    tensors[f"module.{number + 1}.embeddings"] = torch.randn(1, TEXT, generator=generator)
+    tensors[f"module.{number + 1}.indices"] = torch.tensor([49408])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, path)
+
+
 def tiny_canny(path: Path):
     """With the real backbone, as core's."""
     net = ControlNet(ControlNetConfig(in_channels=1, hidden=HIDDEN))
@@ -127,5 +142,6 @@ STAND_INS = (
     ("vae", "stage_a", tiny_stage_a),
     ("vae", "effnet", tiny_effnet),
     ("controlnet", "stable_cascade_canny", tiny_canny),
+    ("loras", "lora_cat", tiny_personalisation),
     ("model_patches", "ultrapixel", tiny_guide),
 )

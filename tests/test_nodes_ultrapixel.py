@@ -15,8 +15,8 @@ import torch
 from adapters.ultrapixel import guide_model, trajectory
 from parity_cases import cases
 from pixstack.models_impl.annotators.canny import canny
-from pixstack.models_impl.state_dict import write_file
-from pixstack.models_impl.ultrapixel import checkpoint, sampling
+from pixstack.models_impl.state_dict import read_file, write_file
+from pixstack.models_impl.ultrapixel import checkpoint, lora, sampling
 from pixstack.models_impl.ultrapixel.model import StageC
 from safetensors import safe_open
 
@@ -349,10 +349,10 @@ def lora_of(ultra, rank=2):
 def test_a_lora_stays_on_the_base_in_both_passes(ultra, first):
     write_file(ultra.host.models / "loras" / "tiny_cascade_lora.safetensors", lora_of(ultra))
 
-    def lora(model):
+    def with_lora(model):
         return ultra.core.LoraLoaderModelOnly().load_lora_model_only(model, "tiny_cascade_lora.safetensors", 0.7)[0]
 
-    model = guided(ultra, lora(ultra.base)) if first == "lora" else lora(guided(ultra))
+    model = guided(ultra, with_lora(ultra.base)) if first == "lora" else with_lora(guided(ultra))
     attention, seen = ultra.base.model.diffusion_model.down_blocks[0][2].attention.attn.to_q, []
     before = attention.weight.detach().clone()
     handle = attention.register_forward_hook(
@@ -545,7 +545,7 @@ def test_more_low_resolution_cells_than_the_guide_knows_are_refused(ultra):
     ("diffusion_models", STAGE_C, None, "Stable Cascade's Stage C"),
     ("diffusion_models", STAGE_B, None, "Stable Cascade's Stage B"),
     ("loras", "a_lora.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(1)}, "a LoRA"),
-    ("loras", "lora_cat.safetensors", {"module.0.lora_down": torch.zeros(4, 8), "module.0.lora_up": torch.zeros(8, 4)},
+    ("loras", "numbered.safetensors", {"module.0.lora_down": torch.zeros(4, 8), "module.0.lora_up": torch.zeros(8, 4)},
      "a personalisation of UltraPixel"),
     ("diffusion_models", "a_pixart.safetensors", {"blocks.0.scale_shift_table": torch.zeros(1)}, "PixArt"),
 ])  # fmt: skip
@@ -731,3 +731,156 @@ def test_the_inpainting_hint_is_white_where_it_is_to_be_painted(ultra):
     assert painted[:, 4:8, 6:18].all() and painted.float().mean() == pytest.approx(4 * 12 / (16 * 24))
     assert (hint[..., :3][painted] == 1).all()
     assert torch.equal(hint[..., :3][~painted], image[~painted])
+
+
+# --- Personalisation
+
+CAT = "lora_cat_tiny.safetensors"
+
+
+@pytest.fixture(scope="module")
+def clip(ultra):
+    return ultra.core.CLIPLoader().load_clip(CLIP, "stable_cascade")[0]
+
+
+def personal(ultra, clip, model=None, name=CAT, **given):
+    if not (ultra.host.models / "loras" / name).exists():
+        tiny.tiny_personalisation(ultra.host.models / "loras" / name)
+    given = {**dict(strength=1.0, token_strength=1.0, token="[roubaobao]", base_token="^cat</w>"), **given}
+    return run(ultra, "Personalise", model=model or ultra.base, clip=clip, lora_name=name, **given)
+
+
+def encode(clip, prompt):
+    with torch.inference_mode():
+        return clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+
+
+@torch.no_grad()
+def test_a_personalised_core_stage_c_predicts_what_the_reference_does(ultra, clip, request):
+    given = case(request, "ultrapixel_lora")
+    i, c = given.inputs, given.config
+    own = {k: v for k, v in given.weights.items() if k.startswith("module.") and int(k.split(".")[1]) < 12}
+    write_file(ultra.host.models / "loras" / "parity.safetensors", own)
+    base = core_stage_c(ultra, given.weights, c)
+    model = personal(ultra, clip, base, "parity.safetensors")[0]
+
+    def predict(model):
+        net = model.patch_model().diffusion_model
+        pred = net(i["x"], i["r"], i["clip_text"], i["clip_text_pooled"], i["clip_img"])
+        model.unpatch_model()
+        return pred
+
+    close(predict(model), given.outputs["pred"])
+    close(predict(base), given.outputs["pred_without_lora"])
+
+
+def test_a_word_that_learned_to_be_another_is_that_other(ultra, clip):
+    table = clip.cond_stage_model.clip_g.transformer.get_input_embeddings().weight.float()
+    words = clip.tokenizer.clip_g.tokenizer.get_vocab()
+    difference = table[words["dog</w>"]] - table[words["cat</w>"]]
+    own = read_file(_cat(ultra))[0]
+    own["module.12.embeddings"] = difference[None]
+    torch.save(own, ultra.host.models / "loras" / "to_dog.safetensors")
+    learned = personal(ultra, clip, name="to_dog.safetensors")[1]
+    for prompt in ("a photo of a {}", "a {} on (a {}:1.3) chair", "{}"):
+        ours, expected = (encode(learned, prompt.replace("{}", word)) for word in ("[roubaobao]", "dog"))
+        close(ours[0], expected[0])
+        close(ours[1], expected[1])
+    half = personal(ultra, clip, name="to_dog.safetensors", token_strength=0.0)[1]
+    close(encode(half, "a [roubaobao]")[0], encode(clip, "a cat")[0])
+
+
+def _cat(ultra):
+    path = ultra.host.models / "loras" / CAT
+    if not path.exists():
+        tiny.tiny_personalisation(path)
+    return path
+
+
+def test_the_clip_given_knows_no_new_word(ultra, clip):
+    before = clip.tokenize("a cat [roubaobao]")
+    learned = personal(ultra, clip)[1]
+    assert [len(batch) for batch in learned.tokenize("a cat [roubaobao]")["g"]] == [77]
+    kinds = [type(token) for token, _ in learned.tokenize("a cat [roubaobao]")["g"][0]]
+    assert kinds.count(torch.Tensor) == 1 and kinds[3] is torch.Tensor
+    assert clip.tokenize("a cat [roubaobao]") == before
+    assert learned.tokenize("a dog") == clip.tokenize("a dog")
+
+
+def test_a_prompt_without_the_word_is_warned_about(ultra, clip, caplog):
+    learned = personal(ultra, clip)[1]
+    for prompt in ("", "a cat [roubaobao]"):
+        learned.tokenize(prompt)
+        assert "learned word" not in caplog.text
+    learned.tokenize("a photo of a cat")
+    assert "'a photo of a cat' does not hold the learned word [roubaobao]" in caplog.text
+
+
+def test_the_words_show_and_come_from_a_file_that_says_them(ultra, clip):
+    assert personal(ultra, clip)[2:] == ("[roubaobao]", "^cat</w>")
+    own = lora.read(read_file(_cat(ultra))[0], {}, tiny.C)
+    own.token, own.base = "<pet>", "^dog</w>"
+    write_file(ultra.host.models / "loras" / "named.safetensors", *lora.to_core(own))
+    model, learned, token, base = personal(ultra, clip, name="named.safetensors", token="", base_token="")
+    assert (token, base) == ("<pet>", "^dog</w>")
+    assert any(isinstance(t, torch.Tensor) for t, _ in learned.tokenize("my <pet>")["g"][0])
+    numbered = personal(ultra, clip)[0]
+    for key, patches in model.patches.items():
+        ours, released = (p[0][1].weights for p in (patches, numbered.patches[key]))
+        assert torch.equal(ours[0] @ ours[1] * ours[2], released[0] @ released[1] * released[2])
+
+
+def test_a_file_that_does_not_say_its_word_asks_for_it(ultra, clip):
+    with pytest.raises(ValueError, match=r"^lora_cat_tiny.*give token and base_token.*\[roubaobao\] and \^cat</w>"):
+        personal(ultra, clip, token="", base_token="")
+
+
+def test_two_personalisations_keep_their_words_apart(ultra, clip):
+    model, learned, *_ = personal(ultra, clip)
+    model, both, *_ = personal(ultra, learned, model, token="[other]", base_token="^dog</w>")
+    tokens = [t for t, _ in both.tokenize("a [roubaobao] and an [other]")["g"][0] if isinstance(t, torch.Tensor)]
+    assert len(tokens) == 2 and not torch.equal(*tokens)
+    with pytest.raises(ValueError, match="is a word that this CLIP knows already"):
+        personal(ultra, learned)
+
+
+def test_a_personalisation_works_with_the_guide_and_leaves_the_base(ultra, clip):
+    before = draw(ultra, guided(ultra))
+    own = draw(ultra, guided(ultra, personal(ultra, clip)[0]))
+    assert (own - before).abs().max() > 0.1
+    close(draw(ultra, personal(ultra, clip, guided(ultra))[0]), own)
+    close(draw(ultra, guided(ultra, personal(ultra, clip, strength=0.0)[0])), before)
+    assert torch.equal(draw(ultra, guided(ultra)), before)
+
+
+def test_a_personalisation_that_does_not_fit_is_refused(ultra, clip):
+    write_file(ultra.host.models / "loras" / "kohya.safetensors",
+               {f"lora_prior_unet_x.lora_{part}.weight": torch.zeros(1) for part in ("down", "up")})
+    with pytest.raises(ValueError, match="^kohya.safetensors: This is not a personalisation.*core's Load LoRA"):
+        personal(ultra, clip, name="kohya.safetensors")
+    few = {k: v for k, v in read_file(_cat(ultra))[0].items() if int(k.split(".")[1]) < 8}
+    torch.save(few, ultra.host.models / "loras" / "few.safetensors")
+    with pytest.raises(ValueError, match="changes 8 layers, this Stage C has 12 to change"):
+        personal(ultra, clip, name="few.safetensors")
+    narrow = {k: v[..., :32] if k.endswith("lora_down") else v
+              for k, v in read_file(_cat(ultra))[0].items()}
+    torch.save(narrow, ultra.host.models / "loras" / "narrow.safetensors")
+    with pytest.raises(ValueError, match=r"out_proj, \[64, 32\]; in this MODEL it is \[64, 64\]"):
+        personal(ultra, clip, name="narrow.safetensors")
+    with pytest.raises(ValueError, match="Stage B"):
+        personal(ultra, clip, ultra.core.UNETLoader().load_unet(STAGE_B, "default")[0])
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(base_token="^nosuchword</w>"), "matches no word of CLIP's vocabulary"),
+    (dict(base_token="("), "is no regular expression"),
+])  # fmt: skip
+def test_words_to_begin_with_that_are_none_are_refused(ultra, clip, given, words):
+    with pytest.raises(ValueError, match=words):
+        personal(ultra, clip, **given)
+
+
+def test_another_text_encoder_is_refused(ultra, clip):
+    other = SimpleNamespace(tokenizer=object(), cond_stage_model=type("SDXLClipModel", (), {})())
+    with pytest.raises(ValueError, match="is a SDXLClipModel; Stage C reads CLIP-G alone"):
+        personal(ultra, other)

@@ -18,6 +18,7 @@ FILES = {  # loader, whose first widgets name its files -> the folder of models/
     "PixStack_PixelPonderLoader": "controlnet",
     "PixStack_HEDEdges": "annotators",
     "PixStack_UltraPixelGuideLoader": "model_patches",
+    "PixStack_UltraPixelPersonalise": "loras",
     "PixStack_UltraPixelStageALoader": "vae",
     "UNETLoader": "diffusion_models",
     "LoraLoaderModelOnly": "loras",

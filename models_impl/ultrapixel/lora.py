@@ -93,7 +93,7 @@ def read(
     for key, tensor in without_prefix(tensors).items():
         match = NUMBERED.match(key)
         if not match:
-            raise ValueError(f"This is not an UltraPixel personalisation: it holds {key}.")
+            raise ValueError(f"This is not a personalisation of UltraPixel: it holds {key}.")
         parts.setdefault(int(match[1]), {})[match[2]] = tensor
     loras = {number: part for number, part in sorted(parts.items()) if "lora_up" in part}
     keys = [_key(name) for name in modules] if modules is not None else attention_keys(config or StageCConfig())
@@ -135,10 +135,16 @@ def _read_named(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> P
             continue
         fused = name.endswith(SPLIT[0])
         parts = [name.removesuffix(SPLIT[0]) + part for part in SPLIT] if fused else [name]
+        missing = [key for part in parts for key in (f"{part}.lora_up.weight", f"{part}.lora_down.weight",
+                                                     f"{part}.alpha") if key not in tensors]
+        if missing:
+            raise ValueError(f"This is not a personalisation of UltraPixel: {missing[0]} is not in it.")
         down = tensors[f"{name}.lora_down.weight"]
         ours = (name.removesuffix(SPLIT[0]) + "in_proj" if fused else name).removeprefix(CORE)
         layers[f"{ours}.weight"] = torch.cat([tensors[f"{part}.lora_up.weight"] for part in parts]), down
         scales.add(tensors[f"{name}.alpha"].item() / down.shape[0])
+    if not scales:
+        raise ValueError(f"This is not a personalisation of UltraPixel: it holds {next(iter(tensors))}.")
     if len(scales) != 1:
         raise ValueError(f"The layers of this file have the scales {sorted(scales)}; a personalisation has one.")
     return Personalisation(layers, scales.pop(), tensors.get(f"{TOKEN}indices", torch.tensor([])).long().tolist(),
