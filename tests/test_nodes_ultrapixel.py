@@ -884,3 +884,92 @@ def test_another_text_encoder_is_refused(ultra, clip):
     other = SimpleNamespace(tokenizer=object(), cond_stage_model=type("SDXLClipModel", (), {})())
     with pytest.raises(ValueError, match="is a SDXLClipModel; Stage C reads CLIP-G alone"):
         personal(ultra, other)
+
+
+# --- A picture to begin with
+
+
+class Encoder:
+    """In place of the semantic encoder: means of 32 x 32 pixels in every channel."""
+
+    def __init__(self):
+        self.seen = []
+
+    def encode(self, pixels):
+        self.seen.append(tuple(pixels.shape[1:3]))
+        cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 32)
+        return cells.mean(dim=1, keepdim=True).repeat(1, 16, 1, 1)
+
+
+def test_a_picture_is_encoded_for_both_passes_at_the_size_of_training(ultra):
+    encoder, image = Encoder(), torch.rand(2, 300, 500, 3)
+    stage_c, low, stage_b, report = canvas(ultra, width=1280, height=768, image=image, vae=encoder, batch_size=5)
+    assert stage_c["samples"].shape == (2, 16, 18, 30) and stage_b["samples"].shape == (2, 4, 192, 320)
+    assert low["samples"].shape == (2, 16, 18, 31)  # of a picture of 1312 x 768
+    assert encoder.seen == [(18 * 32, 30 * 32), (18 * 32, 31 * 32)]
+    assert "1280 x 768 pixels" in report
+
+
+def test_a_canvas_can_take_the_shape_of_its_picture(ultra):
+    *_, b, report = canvas(ultra, shape="as the image", side=1024, image=torch.rand(1, 300, 600, 3), vae=Encoder())
+    assert b["samples"].shape[-2:] == (724 // 4 + 1, 1448 // 4)  # 728 x 1448 pixels
+    with pytest.raises(ValueError, match="needs an image"):
+        canvas(ultra, shape="as the image")
+    with pytest.raises(ValueError, match="connect both"):
+        canvas(ultra, image=torch.rand(1, 8, 8, 3))
+
+
+def test_another_vae_than_the_encoder_is_refused(ultra):
+    vae = SimpleNamespace(encode=lambda pixels: torch.zeros(1, 4, pixels.shape[1] // 8, pixels.shape[2] // 8))
+    with pytest.raises(ValueError, match="makes latents of \\(4, .*load effnet_encoder.safetensors"):
+        canvas(ultra, image=torch.rand(1, 64, 64, 3), vae=vae)
+
+
+@torch.no_grad()
+def test_image_to_image_begins_both_passes_from_the_picture_at_the_same_noise(ultra):
+    model, seen = guided(ultra), []
+    picture, small = noise_of(seed=8), noise_of(size=LOW, seed=9)
+    sigmas = levels(ultra, model, 4, 0.5)
+    assert len(sigmas) == 5 and sigmas[0] < 2
+    draw(ultra, model, low=small, latent=picture, sigmas=sigmas,
+         callback=lambda step, x0, x, total: seen.append(x.clone()))
+    noise = ultra.sampling.SeededNoise(noise_of(), 7, torch.Size((1, 16, *LOW)))
+    close(seen[0], small + sigmas[0] * noise.low_start)
+    close(seen[4], picture + sigmas[0] * noise_of())
+
+
+def test_less_noise_keeps_more_of_the_picture(ultra):
+    model, picture = guided(ultra), 30 * noise_of(seed=8)
+    distances = [(draw(ultra, model, latent=picture, sigmas=levels(ultra, model, 3, denoise)) - picture).abs().mean()
+                 for denoise in (0.1, 0.5, 0.9)]
+    assert distances == sorted(distances) and distances[0] < 0.5 * distances[2]
+
+
+def test_a_picture_without_a_low_latent_is_scaled_down(ultra):
+    model, seen = guided(ultra), []
+    picture = noise_of(size=(30, 30), seed=8)
+    sigmas = levels(ultra, model, 1, 0.5)
+    draw(ultra, model, low=None, latent=picture, noise=noise_of(size=(30, 30)), sigmas=sigmas,
+         callback=lambda step, x0, x, total: seen.append(x.clone()))
+    start = ultra.sampling.SeededNoise(noise_of(size=(30, 30)), 7, torch.Size((1, 16, 24, 24))).low_start
+    close(seen[0] - sigmas[0] * start, torch.nn.functional.interpolate(picture, (24, 24), mode="area"), 1e-3)
+
+
+def test_sampling_that_goes_on_without_noise_is_refused(ultra):
+    model = guided(ultra)
+    with pytest.raises(ValueError, match="goes on from a noisy latent.*connect RandomNoise"):
+        draw(ultra, model, noise=torch.zeros(1, 16, *HIGH), latent=noise_of(), sigmas=levels(ultra, model, 2, 0.5))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_noise_mask_keeps_what_is_outside(ultra, reference):
+    picture = noise_of(seed=8)
+    mask = torch.zeros(1, 1, *HIGH)
+    mask[..., 4:] = 1
+    seen = []
+    drawn = draw(ultra, guided(ultra), latent=picture, denoise_mask=mask, reference=reference,
+                 callback=lambda step, x0, x, total: seen.append(x0.clone()))
+    close(drawn[..., :4], picture[..., :4])
+    assert (drawn[..., 4:] - picture[..., 4:]).abs().max() > 0.1
+    small = torch.nn.functional.interpolate(picture, LOW, mode="area")
+    close(seen[0][..., :2], small[..., :2])  # in the low-resolution pass too

@@ -115,6 +115,7 @@ def test_a_card_shows_when_its_workflow_calls_the_network(name, timesteps, cfg):
 
 @pytest.mark.parametrize(("name", "timesteps", "cfg"), [
     ("ultrapixel_4096", [0.99358, *(1 - i / 20 for i in range(1, 20))], 4.0),
+    ("ultrapixel_image_to_image", [1 - i / 28 for i in range(8, 28)], 4.0),
     ("ultrapixel_controlnet", [0.9936, 0.9750, 0.9497], 1.0),  # shifted by 2
 ])  # fmt: skip
 def test_a_card_of_two_passes_shows_when_each_calls_stage_c(name, timesteps, cfg):

@@ -62,6 +62,7 @@ CARDS = {
     "pixelponder_four_conditions": Card("PixelPonder", "FLUX with four conditions"),
     "pixelponder_regional_masks": Card("PixelPonder", "a condition for each region"),
     "pixelponder_lora": Card("PixelPonder", "FLUX with a LoRA", "needs the released weights and a LoRA of yours"),
+    "ultrapixel_image_to_image": Card(ULTRA, "image to image", given="all"),
     "ultrapixel_personalised": Card(ULTRA, "a cat that was learned, 2048 pixels"),
     "ultrapixel_controlnet": Card(ULTRA, "ControlNet of edges, 2048 pixels", given="edges"),
 }
