@@ -16,6 +16,13 @@ from pixstack.models_impl.pixelflow import checkpoint as pixelflow_checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
 from pixstack.models_impl.state_dict import load_into, read_file, write_file
+from pixstack.models_impl.ultrapixel import checkpoint as ultrapixel_checkpoint
+from pixstack.models_impl.ultrapixel import lora as ultrapixel_lora
+from pixstack.models_impl.ultrapixel.config import GuideConfig, StageAConfig, StageBConfig, StageCConfig
+from pixstack.models_impl.ultrapixel.guidance import Guide
+from pixstack.models_impl.ultrapixel.model import StageC
+from pixstack.models_impl.ultrapixel.stage_a import StageA
+from pixstack.models_impl.ultrapixel.stage_b import StageB
 from pixstack.trainer import cli
 
 WIDTH = 72
@@ -293,7 +300,7 @@ def test_the_source_is_never_overwritten(tmp_path):
 @pytest.mark.parametrize("words, reason", [
     (["b.ckpt"], "must end in .safetensors"),
     (["b"], "must end in .safetensors"),
-    (["b.safetensors", "--to", "kohya"], "A PixArt model has no kohya format"),
+    (["b.safetensors", "--to", "kohya"], "PixArt model files have no kohya format"),
     (["b.safetensors", "--kind", "controlnet"], "is not converted as a controlnet. Its keys are those of PixArt"),
     (["b.safetensors", "hidden=144"], "hidden=144, the weights say 72"),
     (["b.safetensors", "alpha"], "entries are written key=value"),
@@ -323,3 +330,131 @@ def test_a_folder_without_a_known_file_is_refused(tmp_path):
 def test_a_lora_is_not_written_to_a_folder(tmp_path):
     peft_folder(tmp_path / "peft")
     assert "only a model in the diffusers format" in refusal(tmp_path / "peft", tmp_path / "b", "--to", "diffusers")
+
+
+# UltraPixel
+
+GUIDE = GuideConfig(down=(16, 16), up=(16, 16), width=64, feedforward=8, max_tokens=64, groups=4, layers=(8, 8),
+                    frequencies=4, timestep_dim=8, scale_dim=8, heads=2)
+STAGE_C = StageCConfig(hidden=(64, 64), heads=(1, 1), down=("CTA", "CTA" * 2), up=("CTA" * 2, "CTA"), context_dim=12,
+                       text_dim=10, pooled_dim=10, image_dim=6, pooled_tokens=2, timestep_dim=8)
+STAGE_B = StageBConfig(hidden=(8, 64), heads=(-1, 1), down=("CT", "CTA"), up=("CTA", "CT"), down_repeats=(1, 1),
+                       up_repeats=(2, 1), context_dim=12, pooled_dim=10, dropout=(0.0, 0.1),
+                       self_attention=(True, True), timestep_dim=8)  # fmt: skip
+STAGE_A = StageAConfig(bottleneck_blocks=3, hidden=16)
+
+
+def released_guide():
+    weights = random_weights(Guide(GUIDE, device="meta"))
+    dead = {f"module.{i}.{j}.hr_norm.{name}.weight": torch.ones(16, 16, 1, 1)
+            for i in (64, 65) for j in (0, 1) for name in ("alpha", "gamma")}
+    return weights, ultrapixel_checkpoint.released_guide_names(weights) | dead
+
+
+def test_the_released_guide_becomes_real_safetensors_under_our_names(tmp_path, capsys):
+    weights, released = released_guide()
+    torch.save(released, tmp_path / "ultrapixel_t2i.safetensors")  # a pickle under this suffix, as the release has it
+    convert(tmp_path / "ultrapixel_t2i.safetensors", tmp_path / "guide.safetensors", "heads=2")
+    tensors, metadata = read_file(tmp_path / "guide.safetensors")
+    assert (tmp_path / "guide.safetensors").read_bytes()[8:9] == b"{"
+    assert_equal(tensors, weights)
+    config, loaded = ultrapixel_checkpoint.read(tensors, metadata)
+    assert config == GUIDE and loaded.keys() == weights.keys()
+    said = capsys.readouterr().out
+    assert "the guide of UltraPixel: down=(16, 16)" in said
+    assert "left out: 2,048 of" in said and "not used by the guide" in said
+
+
+def test_a_guide_comes_back_under_the_names_of_the_release(tmp_path):
+    _, released = released_guide()
+    source = stored(tmp_path / "a.safetensors", released)
+    convert(source, tmp_path / "b.safetensors", "heads=2")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "--to", "original")
+    assert_equal(read_file(tmp_path / "c.safetensors")[0],
+                 {key: value for key, value in released.items() if "alpha" not in key and "gamma" not in key})
+
+
+@pytest.mark.parametrize("kind, config, key", [(StageC, STAGE_C, "to_q"), (StageB, STAGE_B, "to_q"),
+                                               (StageA, STAGE_A, "up_blocks")])
+def test_a_wrapped_stage_becomes_what_comfyui_loads_and_comes_back(tmp_path, kind, config, key):
+    weights = random_weights(kind(config, device="meta"))
+    released = ultrapixel_checkpoint.released_attention_names(weights)
+    wrapped = {"state_dict": {f"module.{name}": value for name, value in released.items()}}
+    torch.save(wrapped, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "b.safetensors")
+    tensors, metadata = read_file(tmp_path / "b.safetensors")
+    assert any(key in name for name in tensors) and not any("in_proj" in name for name in tensors)
+    read, loaded = ultrapixel_checkpoint.read(tensors, metadata)
+    assert read == config
+    assert_equal(loaded, weights)
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "--to", "original")
+    assert_equal(read_file(tmp_path / "c.safetensors")[0], released)
+
+
+def test_stage_c_comes_out_of_a_live_model_without_its_guide(tmp_path, capsys):
+    weights = ultrapixel_checkpoint.released_attention_names(random_weights(StageC(STAGE_C, device="meta")))
+    live = {**weights, **{f"agg_net.{key}": torch.zeros(2) for key in "01"}, "norm_down_blocks.0.gamma": torch.ones(1)}
+    convert(stored(tmp_path / "a.safetensors", live), tmp_path / "b.safetensors", "--to", "original")
+    assert_equal(read_file(tmp_path / "b.safetensors")[0], weights)
+    assert "left out: 5 of" in capsys.readouterr().out
+
+
+def test_the_codebook_by_which_comfyui_knows_a_stage_a_is_kept(tmp_path, capsys):
+    weights = random_weights(StageA(STAGE_A, device="meta"))
+    codebook = {"vquantizer.codebook.weight": torch.ones(8, 4)}
+    convert(stored(tmp_path / "a.safetensors", weights | codebook), tmp_path / "b.safetensors")
+    assert_equal(read_file(tmp_path / "b.safetensors")[0], weights | codebook)
+    assert "no codebook" not in capsys.readouterr().out
+    convert(stored(tmp_path / "c.safetensors", weights), tmp_path / "d.safetensors")
+    assert "it has no codebook" in capsys.readouterr().out
+
+
+def released_personalisation(rank=4):
+    shapes = {key: value.shape for key, value in StageC(STAGE_C, device="meta").state_dict().items()}
+    tensors = {}
+    for number, key in enumerate(ultrapixel_lora.attention_keys(STAGE_C)):
+        rows, columns = shapes[key]
+        tensors[f"module.{number}.lora_up"] = torch.randn(rows, rank)
+        tensors[f"module.{number}.lora_down"] = torch.randn(rank, columns)
+    last = len(tensors) // 2
+    token = {f"module.{last}.embeddings": torch.randn(1, 10), f"module.{last}.indices": torch.tensor([49408])}
+    return tensors | token
+
+
+def test_a_personalisation_becomes_a_lora_of_comfyui_with_its_token(tmp_path, capsys):
+    released = released_personalisation()
+    torch.save(released, tmp_path / "lora_cat.safetensors")
+    base = stored(tmp_path / "c.safetensors", random_weights(StageC(STAGE_C, device="meta")))
+    convert(tmp_path / "lora_cat.safetensors", tmp_path / "cat.safetensors", "--base", base, "token=[cat]",
+            "token_base=^cat</w>")
+    tensors, metadata = read_file(tmp_path / "cat.safetensors")
+    assert "diffusion_model.down_blocks.0.2.attention.attn.to_v.lora_up.weight" in tensors
+    was = ultrapixel_lora.read(released, config=STAGE_C)
+    now = ultrapixel_lora.read(tensors, metadata)
+    assert (now.token, now.base, now.token_rows) == ("[cat]", "^cat</w>", [49408])
+    assert torch.equal(now.token_change, was.token_change)
+    for key in was.layers:
+        shape = (was.layers[key][0].shape[0], was.layers[key][1].shape[1])
+        torch.testing.assert_close(now.change(key, shape), was.change(key, shape))
+    said = capsys.readouterr().out
+    assert "UltraPixel lora" in said and "12 layers of Stage C, rank 4, scale 0.25" in said and "[cat]" in said
+    convert(tmp_path / "cat.safetensors", tmp_path / "half.safetensors", "--dtype", "bf16")
+    assert read_file(tmp_path / "half.safetensors")[1]["pixstack.token"] == "[cat]"
+
+
+def test_what_a_personalisation_does_not_tell_is_asked_for(tmp_path, capsys):
+    released = released_personalisation()
+    released = {k: 0 * v if "embeddings" in k else v for k, v in released.items()}
+    torch.save(released, tmp_path / "a.pt")
+    base = stored(tmp_path / "c.safetensors", random_weights(StageC(STAGE_C, device="meta")))
+    convert(tmp_path / "a.pt", tmp_path / "b.safetensors", "--base", base)
+    said = capsys.readouterr().out
+    assert "say token=[name]" in said and "the token's change is zero" in said
+    assert "variant means nothing" in refusal(tmp_path / "a.pt", tmp_path / "d.safetensors", "variant=alpha")
+    assert "changes 12 layers, this Stage C has 128" in refusal(tmp_path / "a.pt", tmp_path / "d.safetensors")
+
+
+def test_a_guide_in_the_diffusers_format_is_refused(tmp_path):
+    source = stored(tmp_path / "a.safetensors", released_guide()[1])
+    said = refusal(source, tmp_path / "b.safetensors", "--to", "diffusers")
+    assert "UltraPixel model files have no diffusers format; they have original, comfyui" in said

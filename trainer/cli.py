@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("dest", type=Path, help="a .safetensors file; for a model to diffusers a folder too, which gets a "
                      "config.json")
     one.add_argument("settings", nargs="*", metavar="key=value", help="an entry of the model's configuration that the "
-                     "file does not tell: variant=alpha")
+                     "file does not tell: variant=alpha, token=[cat]")
     one.add_argument("--to", choices=["original", "diffusers", "comfyui", "kohya"], default="comfyui",
                      help="comfyui (default): what ComfyUI loads; original: the release's names; diffusers: its names, "
                      "a LoRA's alpha folded in; kohya: lora_unet_ names, of LoRAs only")
@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", choices=["keep", "fp32", "bf16", "fp16"], default="keep", help="keep: the file's own")
     one.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a training file that has both")
     one.add_argument("--base", type=Path, help="the PixArt model to put beside a ControlNet (with --to original), or "
-                     "to check a LoRA against")
+                     "to check a LoRA against; the Stage C of an UltraPixel LoRA, if not the released one")
     one.add_argument("--alpha", type=float, help="of a LoRA that states none; else what its format means by that")
     one.add_argument("--overwrite", action="store_true", help="replace dest if it exists")
 

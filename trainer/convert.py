@@ -17,6 +17,9 @@ from ..models_impl.pixart import checkpoint as pixart_checkpoint
 from ..models_impl.pixart import lora as pixart_lora
 from ..models_impl.pixart.config import PixArtConfig
 from ..models_impl.pixelflow import checkpoint as pixelflow_checkpoint
+from ..models_impl.ultrapixel import checkpoint as ultrapixel_checkpoint
+from ..models_impl.ultrapixel import lora as ultrapixel_lora
+from ..models_impl.ultrapixel.config import GuideConfig, StageAConfig
 from .export import DTYPES
 
 KINDS = ("auto", "model", "controlnet", "lora")
@@ -93,7 +96,8 @@ def convert(
         known = ", ".join(f"{c.family} {c.kind}" for c in CONVERTERS)
         raise ValueError(f"{path.name} is not converted as a {kind}. {what} There are converters for: {known}.")
     if to not in converter.formats:
-        raise ValueError(f"A {converter.family} {kind} has no {to} format; it has {', '.join(converter.formats)}.")
+        raise ValueError(f"{converter.family} {kind} files have no {to} format; they have "
+                         f"{', '.join(converter.formats)}.")
     try:
         made = converter.convert(Source(path, tensors, metadata, to, weights, dict(config or {}), base, alpha))
     except ValueError as error:
@@ -140,7 +144,7 @@ def _keys(tensors: Mapping) -> set[str]:
 
 
 def _kind(keys: set[str]) -> str:
-    if lora.is_lora(keys):
+    if lora.is_lora(keys) or ultrapixel_lora.is_personalisation(keys):
         return "lora"
     return next((c.kind for c in CONVERTERS if c.kind != "lora" and c.matches(keys)), "model")
 
@@ -267,9 +271,62 @@ def _is_pixelflow(keys: set[str]) -> bool:
     return state_dict.family_of(keys) == "PixelFlow"
 
 
+# UltraPixel
+
+
+def _cascade_model(source: Source) -> Result:
+    """The guide, or Stage C, B or A of Stable Cascade."""
+    config, tensors = ultrapixel_checkpoint.read(source.tensors, source.metadata, source.config)
+    given = ultrapixel_checkpoint.unwrap(source.tensors)
+    what = ultrapixel_checkpoint.WORDS[ultrapixel_checkpoint.kind(given)]
+    found = [f"{what}: {_described(config)}"]
+    if isinstance(config, GuideConfig):
+        if source.to == "original":
+            tensors = ultrapixel_checkpoint.released_guide_names(tensors)
+    elif isinstance(config, StageAConfig):
+        codebook = {key: value for key, value in given.items() if key.startswith("vquantizer.")}
+        tensors = tensors | codebook
+        if not codebook:
+            found.append("it has no codebook, by which ComfyUI's own Load VAE knows a Stage A: take Load UltraPixel "
+                         "Stage A")
+    elif source.to == "original":
+        tensors = ultrapixel_checkpoint.released_attention_names(tensors)
+    else:
+        tensors = ultrapixel_checkpoint.core_attention_names(tensors)
+    before, after = (sum(t.numel() for t in table.values()) for table in (given, tensors))
+    if after < before:
+        found.append(f"left out: {before - after:,} of {before:,} values, which are not used by {what}")
+    return Result(tensors, ultrapixel_checkpoint.metadata(config), found)
+
+
+def _personalisation(source: Source) -> Result:
+    config = None
+    if source.base:
+        config = ultrapixel_checkpoint.read_stage_c(*state_dict.read_file(source.base))[0]
+    told = {name: str(source.config.pop(name)) for name in ("token", "token_base") if name in source.config}
+    if source.config:
+        raise ValueError(f"{', '.join(source.config)} means nothing for a personalisation; token and token_base do.")
+    metadata = source.metadata | {f"pixstack.{name}": value for name, value in told.items()}
+    read = ultrapixel_lora.read(source.tensors, metadata, config, source.alpha or ultrapixel_lora.ALPHA)
+    rank = next(iter(read.layers.values()))[1].shape[0]
+    found = [f"{len(read.layers)} layers of Stage C, rank {rank}, scale {read.scale:g}"]
+    if read.token_rows:
+        named = read.token or "not named in the file: say token=[name] and token_base=^word</w>, which it began as"
+        found.append(f"its token, row {read.token_rows[0]} of the text encoder: {named}")
+        if not read.token_change.any():
+            found.append("the token's change is zero: it was not trained, and stands for the word that it began as")
+    return Result(*ultrapixel_lora.to_core(read), found)
+
+
+def _is_cascade(keys: set[str]) -> bool:
+    return ultrapixel_checkpoint.kind(dict.fromkeys(keys)) in ("guide", "stage_a", "stage_b", "stage_c")
+
+
 CONVERTERS = (
     Converter("PixArt", "controlnet", ("original", "diffusers", "comfyui"), _is_pixart_controlnet, _pixart_controlnet),
     Converter("PixArt", "model", ("original", "diffusers", "comfyui"), _is_pixart, _pixart_model),
+    Converter("UltraPixel", "lora", ("comfyui",), ultrapixel_lora.is_personalisation, _personalisation),
+    Converter("UltraPixel", "model", ("original", "comfyui"), _is_cascade, _cascade_model),
     Converter("PixArt", "lora", FORMATS, lora.is_lora, _pixart_lora),
     Converter("PixelFlow", "model", ("original", "comfyui"), _is_pixelflow, _pixelflow_model),
 )

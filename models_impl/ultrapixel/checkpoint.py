@@ -63,7 +63,8 @@ def _refuse(tensors: Mapping, what: str):
                                                 f"Its first keys are {', '.join(list(tensors)[:3])}."))
 
 
-def _unwrap(tensors: Mapping) -> dict:
+def unwrap(tensors: Mapping) -> dict:
+    """The weights, out of the table and from behind the prefixes that other programs put them in."""
     inner = tensors.get("state_dict")
     return without_prefix(inner if isinstance(inner, Mapping) else tensors)
 
@@ -90,12 +91,22 @@ def released_attention_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {re.sub(r"\.in_proj\.(weight|bias)$", r".in_proj_\1", key): tensor for key, tensor in tensors.items()}
 
 
+def core_attention_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`in_proj.weight` -> `to_q.weight`, `to_k.weight`, `to_v.weight`, as ComfyUI's Stage C and B have it."""
+    found = {}
+    for key, tensor in tensors.items():
+        name, fused, kind = key.partition(".in_proj.")
+        found |= {f"{name}.to_{part}.{kind}": t.clone() for part, t in zip("qkv", tensor.chunk(3), strict=True)
+                  } if fused else {key: tensor}
+    return found
+
+
 def read_stage_c(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
     """(StageCConfig, weights) of a released, core or own file, or of a live UltraPixel model, whose guide is left out.
 
     config: entries, under our names or the reference's, that keys and shapes do not tell.
     """
-    tensors = _unwrap(tensors)
+    tensors = unwrap(tensors)
     if "clip_txt_mapper.weight" not in tensors:
         _refuse(tensors, "a Stage C of Stable Cascade")
     tensors = attention_names({key: value for key, value in tensors.items() if not DEAD["stage_c"].match(key)})
@@ -110,7 +121,7 @@ def read_stage_c(tensors: Mapping, metadata: Told = None, config: Mapping | None
 
 
 def read_stage_b(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
-    tensors = _unwrap(tensors)
+    tensors = unwrap(tensors)
     if "effnet_mapper.0.weight" not in tensors:
         _refuse(tensors, "a Stage B of Stable Cascade")
     tensors = attention_names(tensors)
@@ -184,7 +195,7 @@ def _cascade(tensors: Mapping[str, Tensor], stated: dict, released_patch_size: i
 
 def read_stage_a(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
     """(StageAConfig, weights). scale_factor is not in the weights: the released 0.43 unless `config` says otherwise."""
-    tensors = {key: value for key, value in _unwrap(tensors).items() if not DEAD["stage_a"].match(key)}
+    tensors = {key: value for key, value in unwrap(tensors).items() if not DEAD["stage_a"].match(key)}
     if "in_block.1.weight" not in tensors or "up_blocks.0.0.weight" not in tensors:
         _refuse(tensors, "a Stage A of Stable Cascade")
     hidden, latent = tensors["up_blocks.0.0.weight"].shape[:2]
@@ -269,7 +280,7 @@ def released_guide_names(tensors: Mapping[str, Tensor], number: int = 64) -> dic
 # --- ControlNet and semantic encoder
 
 def read_controlnet(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
-    tensors = _unwrap(tensors)
+    tensors = unwrap(tensors)
     count = sum(re.match(r"projections\.\d+\.0\.weight$", key) is not None for key in tensors)
     if not count or not any(key.startswith("backbone.0.") for key in tensors):
         _refuse(tensors, "a ControlNet of Stable Cascade's Stage C")
@@ -293,7 +304,7 @@ def read_controlnet(tensors: Mapping, metadata: Told = None, config: Mapping | N
 
 def read_effnet(tensors: Mapping) -> tuple[int, dict[str, Tensor]]:
     """(latent channels, weights) of `effnet_encoder`."""
-    tensors = _unwrap(tensors)
+    tensors = unwrap(tensors)
     if "mapper.0.weight" not in tensors or "backbone.0.0.weight" not in tensors:
         _refuse(tensors, "a semantic encoder of Stable Cascade")
     return tensors["mapper.0.weight"].shape[0], tensors
@@ -317,7 +328,7 @@ READERS = {"guide": read_guide, "stage_c": read_stage_c, "stage_b": read_stage_b
 
 def kind(tensors: Mapping) -> str | None:
     """Which of the files it is: a name of `KINDS`; None for another family's."""
-    tensors = _unwrap(tensors)
+    tensors = unwrap(tensors)
     return next((name for name, matches in KINDS if matches(tensors)), None)
 
 
@@ -325,5 +336,5 @@ def read(tensors: Mapping, metadata: Told = None, config: Mapping | None = None)
     """(configuration, weights) of any of the files; the type of the configuration tells which."""
     what = kind(tensors)
     if what not in READERS:
-        _refuse(_unwrap(tensors), "a file of UltraPixel")
+        _refuse(unwrap(tensors), "a file of UltraPixel")
     return READERS[what](tensors, metadata, config)

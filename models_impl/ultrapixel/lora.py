@@ -18,6 +18,7 @@ from .config import StageCConfig
 
 ALPHA = 1.0
 NUMBERED = re.compile(r"(?:module\.)?(\d+)\.(lora_down|lora_up|embeddings|indices)$")
+NAMED = re.compile(r"diffusion_model\.(down|up)_blocks\.\d+\.\d+\.attention\.attn\..+\.lora_down\.weight$")
 CORE = "diffusion_model."  # how ComfyUI names the layers of a diffusion model in a LoRA
 SPLIT = ("to_q", "to_k", "to_v")  # into which it splits the fused projection
 TOKEN = "retoken."
@@ -75,6 +76,11 @@ def attention_keys(config: StageCConfig) -> list[str]:
         for position, kind in enumerate(kinds) if kind == "A"
         for part in ("out_proj", "in_proj")
     ]
+
+
+def is_personalisation(keys: Iterable[str]) -> bool:
+    """Whether the keys are those of the release's file or of one for ComfyUI."""
+    return any(NUMBERED.match(key) or NAMED.match(key) for key in keys)
 
 
 def read(
