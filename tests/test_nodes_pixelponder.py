@@ -16,6 +16,7 @@ from pixstack.models_impl.pixelponder import checkpoint
 from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectConfig, SelectorConfig
 from pixstack.models_impl.pixelponder.model import PixelPonder
 from pixstack.models_impl.pixelponder.patch_select import Accumulate, Blend, Released
+from pixstack.models_impl.pixelponder.sampling import schedule
 from pixstack.models_impl.state_dict import write_file
 from torch import nn
 from weights import one_norms, random_state
@@ -353,6 +354,12 @@ def test_a_lora_on_flux_changes_the_picture_and_not_the_guidance(flux):
 def test_a_latent_with_odd_sides_is_guided_too(flux):
     picture = draw(flux, apply(flux, condition(flux))[0], noise=noise_of(1, (7, 9)))
     assert picture.shape[-2:] == (7, 9) and picture.isfinite().all()
+
+
+def test_the_workflows_schedule_is_the_releases(flux):
+    (model,) = flux.nodes["ModelSamplingFlux"]().patch(flux.model, 0.46, 0.46, 512, 512)
+    shifted = flux.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 25)
+    torch.testing.assert_close(shifted, torch.tensor(schedule(25)), atol=1e-3, rtol=0)
 
 
 def test_the_hint_encoders_run_once_for_all_steps(flux):

@@ -137,13 +137,14 @@ def shrunk(graph):
     return small
 
 
-def test_a_shipped_workflow_runs(workflow, host):
+def test_a_shipped_workflow_runs(workflow, host, caplog):
     graph = conversion.read(workflow, host.object_info())
     small = shrunk(graph)
     resolutions = [i for i, node in graph.items() if "resolution" in node["inputs"]]
     assert all(small[i] != graph[i] for i in resolutions)
     run = host.run(small)
     assert run.error is None
+    assert "tokens, this prompt has" not in caplog.text, "the text is not as long as in PixelPonder's training"
     assert run.images
     for path in run.images:
         with Image.open(path) as picture:
