@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import (
     annotators,
+    dataset,
     pixart,
     pixart_control,
     pixart_reference,
@@ -40,5 +41,6 @@ class Extension(ComfyExtension):
             ultrapixel_lora,
             ultrapixel_decode,
             annotators,
+            dataset,
         )
         return [node for module in modules for node in module.NODES]

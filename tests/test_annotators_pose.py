@@ -64,6 +64,15 @@ def test_a_person_found_in_two_windows_is_one_person():
         assert len(pose.people(parts, PICTURE, hands=False, face=False)) == 1
 
 
+def test_a_part_of_a_person_is_no_person_and_a_child_before_an_adult_is_one():
+    adult = torch.rand(33, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([100.0, 300.0, 1.0])
+    known, inside = pose.Person(0.9, adult), adult * torch.tensor([0.5, 0.5, 1.0]) + torch.tensor([20.0, 120.0, 0.0])
+    assert pose._same(known, inside, torch.tensor(0.5), torch.tensor(100.0))
+    assert not pose._same(known, inside, torch.tensor(0.85), torch.tensor(100.0))
+    beside = inside + torch.tensor([200.0, 0.0, 0.0])
+    assert not pose._same(known, beside, torch.tensor(0.5), torch.tensor(100.0))
+
+
 @pytest.mark.skipif("POSE_MODELS" not in os.environ, reason="POSE_MODELS does not name mediapipe 0.10.21's wheel")
 def test_the_networks_themselves_find_an_astronaut_as_mediapipe_does():
     data = pytest.importorskip("skimage.data", reason="the photograph is scikit-image's")

@@ -31,6 +31,7 @@ RIGHT_EYE, LEFT_EYE = 5, 2
 HEAD = 11  # the first points of the body are those of the head
 WRIST_SEEN = 0.1
 SAME_HEAD = 0.05  # mean distance of two heads' points in sides of the body's box, below which they are one person's
+WITHIN, GHOST = 0.5, 0.9  # a body that lies so much within another, and is so much less sure, is a part of it
 
 
 class Graph:
@@ -68,6 +69,7 @@ class Person:
     """Points in pixels of the picture; they may lie outside of it."""
 
     score: float
+    """How sure it is, in [0, 1]."""
     body: Tensor
     """(33, 3): x, y, and how likely the point is to be seen, in [0, 1]."""
     left: Tensor | None = None
@@ -230,7 +232,8 @@ def refined(points: Tensor, heatmap: Tensor, kernel: int = 7, confidence: float 
 
 def people(networks: dict[str, Network], picture: Tensor, *, hands: bool = True, face: bool = True, most: int = 10,
            confidence: float = 0.5, search: int = 1) -> list[Person]:
-    """The people in a picture (3, H, W) of [0, 1], the surest first, at most `most` of them.
+    """The people in a picture (3, H, W) of [0, 1], the surest first, at most `most` of them. How sure: the detector's
+    score times the mean visibility of the body.
 
     networks: the parts of FILES, of which hands and faces need theirs. confidence: the least score of a person.
     search: see `windows`.
@@ -244,14 +247,14 @@ def people(networks: dict[str, Network], picture: Tensor, *, hands: bool = True,
     raw, presence, _, heatmap, _ = networks["body"](crop(picture, boxes, SIDES["body"]))
     local, visible = body_points(raw, heatmap)
     bodies = torch.cat([project(local, boxes), visible[..., None]], -1)  # (N, 33, 3)
-    found = []
-    for index in range(len(bodies)):
+    sure = scores * visible.mean(1)
+    found: list[Person] = []
+    for index in sure.argsort(descending=True).tolist():
         body, side = bodies[index], boxes[index, 2]
-        there = presence[index, 0] > 0.5
-        if not there or any(_apart(body, other.body) < SAME_HEAD * side for other in found):
+        if presence[index, 0] <= 0.5 or any(_same(other, body, sure[index], side) for other in found):
             continue
         found.append(Person(
-            float(scores[index]), body,
+            float(sure[index]), body,
             left=hand(networks, picture, body[list(LEFT_HAND)]) if hands else None,
             right=hand(networks, picture, body[list(RIGHT_HAND)]) if hands else None,
             face=face_points(networks, picture, body[:HEAD]) if face else None,
@@ -261,8 +264,14 @@ def people(networks: dict[str, Network], picture: Tensor, *, hands: bool = True,
     return found
 
 
-def _apart(one: Tensor, other: Tensor) -> Tensor:
-    return (one - other)[:HEAD, :2].norm(dim=-1).mean()
+def _same(known: Person, body: Tensor, sure: Tensor, side: Tensor) -> bool:
+    """Whether a body found in a box of this side belongs to a person who is known, and surer."""
+    if (known.body - body)[:HEAD, :2].norm(dim=-1).mean() < SAME_HEAD * side:
+        return True
+    corners = [torch.stack([points[:, :2].amin(0), points[:, :2].amax(0)]) for points in (known.body, body)]
+    shared = (torch.minimum(corners[0][1], corners[1][1]) - torch.maximum(corners[0][0], corners[1][0])).clamp(min=0)
+    smaller = min((low_high[1] - low_high[0]).prod() for low_high in corners)
+    return bool(shared.prod() > WITHIN * smaller and sure < GHOST * known.score)
 
 
 def hand(networks: dict[str, Network], picture: Tensor, points: Tensor) -> Tensor | None:

@@ -1,0 +1,115 @@
+"""Data sets in ComfyUI's input and output folders: one entry of a list after another."""
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import folder_paths
+import numpy
+import torch
+from comfy_execution.graph_utils import ExecutionBlocker
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ...models_impl.pixelponder import entries
+
+SAME_SHAPE = 0.01  # relative difference of aspect ratios that rounding to whole pixels explains
+
+
+def find(folder: str) -> Path:
+    """A data set's folder in ComfyUI's input, else in its output. Raises ValueError for one that is in neither."""
+    roots = [folder_paths.get_input_directory(), folder_paths.get_output_directory()]
+    for root in roots:
+        path = Path(os.path.abspath(os.path.join(root, folder)))
+        if _within(path, roots) and (path / entries.LIST).is_file():
+            return path
+    raise ValueError(f"There is no {entries.LIST} in input/{folder} or output/{folder}. A data set is a folder in "
+                     "ComfyUI's input or output folder (a link will do) with that list in it.")
+
+
+def target(folder: str) -> Path:
+    """The folder in ComfyUI's output that a data set is written to. Raises ValueError for one outside."""
+    root = folder_paths.get_output_directory()
+    path = Path(os.path.abspath(os.path.join(root, folder)))
+    if not folder.strip() or path == Path(root) or not _within(path, [root]):
+        raise ValueError(f"{folder!r} is not a folder inside of ComfyUI's output folder. Use a name like pixelponder.")
+    return path
+
+
+def _within(path: Path, roots: list[str]) -> bool:
+    return any(path.is_relative_to(os.path.abspath(root)) for root in roots)
+
+
+def entry(folder: str, index: int) -> tuple[dict, int]:
+    """(entry, how many there are). Raises ValueError past the end of the list."""
+    listed = entries.read(find(folder) / entries.LIST)
+    if index >= len(listed):
+        raise ValueError(f"The data set {folder} has {len(listed)} entries, and index {index} is past its end (the "
+                         "first is 0): it is done.")
+    return listed[index], len(listed)
+
+
+def pictures(folder: str, listed: dict) -> list[Tensor | ExecutionBlocker]:
+    """The picture of each of entries.PICTURES as (1, H, W, 3); where the entry has none, what stops the nodes behind
+    it and says so."""
+    return [_picture(path) if path else ExecutionBlocker(f"This entry of {folder} has no {key}.")
+            for key, path in files(folder, listed).items()]
+
+
+def files(folder: str, listed: dict) -> dict[str, Path | None]:
+    """key -> file of an entry. Raises ValueError for a file that is missing or outside of input and output."""
+    root, roots = find(folder), [folder_paths.get_input_directory(), folder_paths.get_output_directory()]
+    found: dict[str, Path | None] = dict.fromkeys(entries.PICTURES)
+    for key in found:
+        if name := listed.get(key):
+            path = Path(os.path.abspath(root / name))
+            if not _within(path, roots):
+                raise ValueError(f"{key} of this entry, {name}, lies outside of ComfyUI's input and output folders.")
+            if not path.is_file():
+                raise ValueError(f"{key} of this entry is missing: {name}. Paths begin at the folder of "
+                                 f"{entries.LIST}.")
+            found[key] = path
+    return found
+
+
+def _picture(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as file:
+            upright = ImageOps.exif_transpose(file).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path.name} is not a whole picture ({error}).") from error
+    return torch.from_numpy(numpy.asarray(upright, dtype=numpy.float32) / 255)[None]
+
+
+def state(folder: str, index: int) -> str:
+    """Changes when the entry's line or one of its files does."""
+    listed, _ = entry(folder, index)
+    stamps = {key: path.stat().st_mtime_ns for key, path in files(folder, listed).items() if path}
+    return repr((listed, stamps))
+
+
+def save(folder: str, name: str, text: str, given: dict[str, Tensor | None]) -> Path:
+    """Write an entry; given: key -> (1, H, W, C) or None. Returns its folder.
+
+    Raises ValueError for batches and for conditions of another shape than the image, which cropping would shift.
+    """
+    there = {key: picture for key, picture in given.items() if picture is not None}
+    for key, picture in there.items():
+        if len(picture) != 1:
+            raise ValueError(f"{key} is a batch of {len(picture)} pictures, and an entry has one of each. Take single "
+                             "ones out of it, or raise the index of 'Load Data Set Entry'.")
+        (height, width), (own_height, own_width) = picture.shape[1:3], there[entries.IMAGE].shape[1:3]
+        if abs(height * own_width / (width * own_height) - 1) > SAME_SHAPE:
+            raise ValueError(f"{key} is {width}x{height} and the image {own_width}x{own_height}: of another shape, it "
+                             "would be cropped to another part.")
+    path = target(folder)
+    entries.save(path, name, text, {key: _png(picture[0]) for key, picture in there.items()})
+    return path
+
+
+def _png(picture: Tensor) -> bytes:
+    pixels = picture[..., :3].float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy()
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()

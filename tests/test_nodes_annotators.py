@@ -1,0 +1,203 @@
+"""The annotators and the data set nodes in ComfyUI."""
+
+import json
+from importlib import import_module
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from pixstack.models_impl.annotators import pose
+from recorded_pose import write
+from weights import tiny_depth, tiny_hed
+
+RGB = numpy.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype="uint8")
+
+
+@pytest.fixture(scope="module")
+def nodes(host):
+    """Our node classes by name, with the files they read in models/annotators."""
+    folder = host.models / "annotators"
+    tiny_hed(folder / "ControlNetHED_nodes.pth")
+    tiny_depth(folder / "nodes" / "depth" / "model.safetensors")
+    for part, file in pose.FILES.items():
+        write(folder / file.split("/")[-1], part)
+    import_module("folder_paths").filename_list_cache.clear()
+    return {name.removeprefix("PixStack_"): node for name, node in import_module("nodes").NODE_CLASS_MAPPINGS.items()}
+
+
+def run(node, **inputs):
+    return node.execute(**inputs).args
+
+
+def batch(*pictures):
+    return torch.stack([torch.from_numpy(p.astype("float32") / 255) for p in pictures])
+
+
+BATCH = batch(RGB, RGB[::-1].copy())
+POSES = dict(body="full", hands=True, face=True, most=10, confidence=0.5, search=0, resolution=0)
+LINES = dict(body=True, hands=True, face=True, stick=4.0, confidence=0.3, width=0, height=0, openpose_json="")
+
+
+@pytest.mark.parametrize("resolution", [0, -1, 64])
+@pytest.mark.parametrize("name, inputs", [
+    ("HEDEdges", dict(hed_name="ControlNetHED_nodes.pth", strength=1.0)),
+    ("CannyEdges", dict(detector="opencv", low=100.0, high=200.0)),
+    ("CannyEdges", dict(detector="kornia", low=100.0, high=200.0)),
+    ("DepthMap", dict(model_name="nodes/depth", numbers="auto")),
+    ("FindPoses", POSES),
+])  # fmt: skip
+def test_a_hint_has_the_size_and_the_batch_of_its_picture(nodes, name, inputs, resolution):
+    inputs = {**inputs, "image": BATCH, "resolution": resolution}
+    hint, *_ = run(nodes[name], **inputs)
+    assert hint.shape == BATCH.shape and hint.dtype == torch.float32
+    assert 0 <= hint.min() and hint.max() <= 1 and hint.std() > 0.01
+    if name in ("HEDEdges", "DepthMap"):
+        alone, *_ = run(nodes[name], **{**inputs, "image": BATCH[1:]})
+        assert torch.allclose(alone, hint[1:], atol=1e-3)
+
+
+def test_the_other_reading_of_a_depth_model_turns_near_and_far_around(nodes):
+    maps = [run(nodes["DepthMap"], image=BATCH, model_name="nodes/depth", numbers=numbers, resolution=0)[0]
+            for numbers in ("shrink with distance", "grow with distance")]
+    places = [m[0, ..., 0].flatten() for m in maps]
+    assert places[0].argmax() != places[1].argmax()
+    auto, = run(nodes["DepthMap"], image=BATCH, model_name="nodes/depth", numbers="auto", resolution=0)
+    assert torch.equal(auto, maps[0])
+
+
+def test_poses_come_as_picture_as_frames_and_as_json(nodes):
+    drawn, frames, text = run(nodes["FindPoses"], image=BATCH, **POSES)
+    assert json.loads(text) == frames and len(frames) == 2 and len(frames[0]["people"]) == 1
+    again, = run(nodes["DrawPoses"], **LINES, pose=frames)
+    assert torch.equal(again, drawn)
+    pasted, = run(nodes["DrawPoses"], **{**LINES, "openpose_json": text})
+    assert torch.equal(pasted, drawn)
+
+
+def test_a_pose_without_a_canvas_asks_for_a_size(nodes):
+    bare = [{"people": []}]
+    with pytest.raises(ValueError, match="Set width and height"):
+        run(nodes["DrawPoses"], **LINES, pose=bare)
+    assert run(nodes["DrawPoses"], **{**LINES, "width": 40, "height": 30}, pose=bare)[0].shape == (1, 30, 40, 3)
+    with pytest.raises(ValueError, match="There is no pose"):
+        run(nodes["DrawPoses"], **LINES)
+
+
+def test_a_file_of_poses_that_is_missing_is_told_with_where_to_get_it(nodes, host):
+    answer = nodes["FindPoses"].validate_inputs(body="heavy", hands=True, face=True)
+    for word in ("pose_landmark_heavy.tflite not found", "mediapipe==0.10.21", str(host.models / "annotators"), "npm"):
+        assert word in answer
+    assert nodes["FindPoses"].validate_inputs(body="full", hands=True, face=True) is True
+
+
+def test_poses_without_litert_are_refused_with_the_package(nodes, monkeypatch):
+    host_module = import_module(nodes["FindPoses"].__module__.rpartition(".")[0] + ".host.annotators_pose")
+    monkeypatch.setattr(host_module, "find_spec", lambda name: None)
+    answer = nodes["FindPoses"].validate_inputs(body="full", hands=True, face=True)
+    assert "pip install ai-edge-litert" in answer
+
+
+def test_the_networks_are_read_out_of_mediapipe_s_wheel(nodes, host, tmp_path):
+    import zipfile
+
+    host_module = import_module(nodes["FindPoses"].__module__.rpartition(".")[0] + ".host.annotators_pose")
+    heavy = pose.FILES["body"].replace("full", "heavy")
+    write(tmp_path / "body", "body")
+    wheel = host.models / "annotators" / "mediapipe-0.0-none.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(tmp_path / "body", f"mediapipe/modules/{heavy}")
+    import_module("folder_paths").filename_list_cache.clear()
+    try:
+        assert host_module.found({"body": heavy}) == {"body": (tmp_path / "body").read_bytes()}
+        assert nodes["FindPoses"].validate_inputs(body="heavy", hands=False, face=False) is True
+    finally:
+        wheel.unlink()
+        import_module("folder_paths").filename_list_cache.clear()
+
+
+@pytest.mark.parametrize("name, inputs, words", [
+    ("CannyEdges", dict(detector="opencv", low=200.0, high=100.0), "low=200 is above high=100"),
+    ("CannyEdges", dict(detector="best"), "detector='best' is not one of opencv, kornia"),
+    ("DepthMap", dict(model_name="nowhere"), "no folder nowhere"),
+    ("DepthMap", dict(numbers="up"), "numbers='up' is not one of"),
+    ("FindPoses", dict(body="thin"), "body='thin' is not one of"),
+    ("LoadEntry", dict(folder="nowhere", index=0), "no data.jsonl in input/nowhere"),
+    ("LoadEntry", dict(folder="../..", index=0), "no data.jsonl"),
+    ("SaveEntry", dict(folder="../elsewhere"), "not a folder inside of ComfyUI's output"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_it_runs(nodes, name, inputs, words):
+    assert words in nodes[name].validate_inputs(**inputs)
+
+
+# --- Data sets
+
+def save(nodes, folder, name="a", text="a house", image=BATCH[:1], **conditions):
+    return nodes["SaveEntry"].execute(image=image, folder=folder, name=name, text=text, **conditions)
+
+
+def test_an_entry_that_was_saved_loads_as_it_was(nodes):
+    save(nodes, "sets/one", canny=BATCH[1:])
+    save(nodes, "sets/one", name="b", text="a tree")
+    image, text, canny, depth, _, _, name, count = run(nodes["LoadEntry"], folder="sets/one", index=0)
+    assert torch.allclose(image, BATCH[:1]) and torch.allclose(canny, BATCH[1:])
+    assert (text, name, count) == ("a house", "a", 2)
+    assert "no depth" in depth.message
+    assert run(nodes["LoadEntry"], folder="sets/one", index=1)[1] == "a tree"
+
+
+def test_an_index_past_the_end_is_refused_with_the_count(nodes):
+    save(nodes, "sets/short")
+    answer = nodes["LoadEntry"].validate_inputs(folder="sets/short", index=1)
+    assert "has 1 entries" in answer and "index 1" in answer
+
+
+def test_a_changed_picture_is_loaded_again(nodes, host):
+    save(nodes, "sets/changed")
+    before = nodes["LoadEntry"].fingerprint_inputs(folder="sets/changed", index=0)
+    assert nodes["LoadEntry"].fingerprint_inputs(folder="sets/changed", index=0) == before
+    save(nodes, "sets/changed", image=BATCH[1:])
+    assert nodes["LoadEntry"].fingerprint_inputs(folder="sets/changed", index=0) != before
+
+
+def test_a_list_cannot_reach_outside_of_input_and_output(nodes, host):
+    folder = host.input / "reaching"
+    folder.mkdir(exist_ok=True)
+    (folder / "data.jsonl").write_text(json.dumps({"image": "../../secret.png", "text": ""}) + "\n")
+    Image.fromarray(RGB).save(host.base / "secret.png")
+    with pytest.raises(ValueError, match="outside of ComfyUI's input and output"):
+        run(nodes["LoadEntry"], folder="reaching", index=0)
+
+
+def test_a_batch_or_a_condition_of_another_shape_is_not_saved(nodes):
+    with pytest.raises(ValueError, match="image is a batch of 2"):
+        save(nodes, "sets/refused", image=BATCH)
+    with pytest.raises(ValueError, match="depth is 48x48 and the image 80x48"):
+        save(nodes, "sets/refused", depth=BATCH[:1, :, :48])
+
+
+def test_a_data_set_runs_through_the_queue(nodes, host):
+    folder = host.input / "queue"
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for index, text in enumerate(["first", "second"]):
+        Image.fromarray(RGB[:: 1 - 2 * index]).save(folder / f"{index}.png")
+        rows.append(json.dumps({"image": f"{index}.png", "text": text}))
+    (folder / "data.jsonl").write_text("\n".join(rows) + "\n")
+    for index in range(2):
+        graph = {
+            "1": {"class_type": "PixStack_LoadEntry", "inputs": {"folder": "queue", "index": index}},
+            "2": {"class_type": "PixStack_CannyEdges",
+                  "inputs": {"image": ["1", 0], "detector": "opencv", "low": 100.0, "high": 200.0, "resolution": 0}},
+            "3": {"class_type": "PixStack_SaveEntry",
+                  "inputs": {"image": ["1", 0], "folder": "queue_done", "name": ["1", 6], "text": ["1", 1],
+                             "canny": ["2", 0]}},
+        }
+        assert host.run(graph).error is None
+    done = [json.loads(line) for line in (host.output / "queue_done" / "data.jsonl").read_text().splitlines()]
+    assert done == [{"image": f"image/{i}.png", "text": text, "canny": f"canny/{i}.png"}
+                    for i, text in enumerate(["first", "second"])]
+    missing = {"1": {"class_type": "PixStack_LoadEntry", "inputs": {"folder": "queue", "index": 0}},
+               "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 3]}}}
+    stopped = host.run(missing)
+    assert not stopped.images and "This entry of queue has no depth" in str(stopped.events)
