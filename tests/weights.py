@@ -1,13 +1,16 @@
 """Tiny random weights under the names that the shipped workflows use, so that each of them can run anywhere."""
 
+import json
 from functools import partial
 from math import prod
 from pathlib import Path
 
 import cascade_weights
 import numpy
+import recorded_pose
 import torch
 from PIL import Image
+from pixstack.models_impl.annotators import pose
 from pixstack.models_impl.annotators.hed import HED
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
@@ -29,6 +32,7 @@ WIDTH = 32  # of the text tokens
 EMBEDDED = (("diffusion_models", "pixelflow_emoji_64.safetensors"), ("text_encoders", "pixelflow_emoji_t5.safetensors"))
 OWN = (("loras", "your_pixart_lora.safetensors"), ("loras", "your_flux_lora.safetensors"))
 """What no release has, and the user is asked for."""
+DATA_SET = "dataset"  # in input/, for workflows that walk one
 PICTURE = "example.png"  # a new ComfyUI has a picture of this name in input/
 
 
@@ -288,6 +292,7 @@ STAND_INS = (  # folder, beginning of a name, what makes a file that loads in it
     ("vae", "ae.", partial(tiny_vae, latent_channels=16)),  # FLUX's
     ("vae", "", tiny_vae),
     ("annotators", "ControlNetHED", tiny_hed),
+    ("annotators", "Depth-Anything", tiny_depth),
 )
 
 
@@ -300,9 +305,17 @@ def picture(path: Path):
     Image.fromarray(numpy.stack(channels, -1).astype("uint8"), "RGBA").save(path)
 
 
+def data_set(folder: Path):
+    """Two entries of PixelPonder's list."""
+    for name in "ab":
+        picture(folder / f"{name}.png")
+    rows = [json.dumps({"image": f"{name}.png", "text": f"picture {name}"}) for name in "ab"]
+    (folder / "data.jsonl").write_text("\n".join(rows) + "\n")
+
+
 def place(models: Path, workflow: dict) -> None:
-    """Every file that `workflow` names in its loaders' `properties.models`, the user's own LoRA and picture, and the
-    embedded files if not shipped."""
+    """Every file that `workflow` names in its loaders' `properties.models`, the user's own LoRA, picture and data
+    set, MediaPipe's files, and the embedded files if not shipped."""
     wanted = {(m["directory"], m["name"]) for n in workflow["nodes"] for m in n["properties"].get("models", [])}
     wanted |= set(OWN)
     wanted |= {(folder, name) for folder, name in EMBEDDED if not (ROOT / "assets" / folder / name).exists()}
@@ -310,5 +323,11 @@ def place(models: Path, workflow: dict) -> None:
         path = models / folder / name
         if not path.exists():
             next(make for where, start, make in STAND_INS if where == folder and name.startswith(start))(path)
+    types = {node["type"] for node in workflow["nodes"]}
+    for part, file in pose.FILES.items() if "PixStack_FindPoses" in types else ():
+        if not (path := models / "annotators" / file.split("/")[-1]).exists():
+            recorded_pose.write(path, part)
+    if "PixStack_LoadEntry" in types and not (models.parent / "input" / DATA_SET).exists():
+        data_set(models.parent / "input" / DATA_SET)
     if not (models.parent / "input" / PICTURE).exists():
         picture(models.parent / "input" / PICTURE)

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..models_impl.annotators import canny, openpose
 from ..models_impl.pixart.sampling import lcm_timesteps, time_uniform
 from ..models_impl.ultrapixel.sampling import Schedule, sizes
 from .comfy_host import CACHE, ROOT, Host, Run
@@ -37,11 +39,16 @@ class Card:
     """Sides of PixelFlow's stages in pixels. Without any it is a card of another family."""
     given: str = ""
     """What of the canvas is there before: "all", "left" half, all "around" a hole, its "edges"."""
+    hints: bool = False
+    """A card of the annotators: what two of them draw without a model."""
 
 
 ALPHA, SIGMA, ULTRA = "PixArt-alpha", "PixArt-Sigma", "UltraPixel"
 LONGEST = 5120  # pixels of the largest UltraPixel picture that has a card
+HINTS = "needs files of yours, and says which"
 CARDS = {
+    "annotators": Card("Annotators", "Canny, HED, depth, poses", HINTS, hints=True),
+    "annotators_folder": Card("Annotators", "a whole data set", HINTS, hints=True),
     "pixelflow_class_to_image": Card("PixelFlow", "class to image", stages=(32, 64, 128, 256)),
     "pixelflow_text_to_image_1024": Card("PixelFlow", "text to image, 1024 pixels", stages=(128, 256, 512, 1024)),
     "pixart_alpha_1024": Card(ALPHA, "text to image, 1024 pixels"),
@@ -118,7 +125,13 @@ def card(about: Card, graph: dict) -> Image.Image:
     draw.text((32, 28), about.family, INK, ImageFont.load_default(40))
     draw.text((32, 78), about.title, INK, ImageFont.load_default(24))
     draw.text((32, 110), about.needs, STAGES[2], ImageFont.load_default(18))
-    if about.stages:
+    if about.hints:
+        figure = openpose.draw({"people": [{"pose_keypoints_2d": WAVING}]}, 320, 220, stick=6)
+        edges = canny.edges(figure.movedim(-1, 0)[None]).movedim(1, -1)[0].expand(-1, -1, 3)
+        for left, hint, name in ((32, figure, "Draw Poses"), (260, edges, "its Canny Edges")):
+            result.paste(Image.fromarray((hint * 255).to(torch.uint8).numpy()), (left, 140))
+            draw.text((left, 466), name, INK, ImageFont.load_default(18))
+    elif about.stages:
         for side, colour in sorted(zip(about.stages, STAGES, strict=True), reverse=True):
             square(draw, f"{side} x {side}", 320 * side // about.stages[-1], SIDE - 32, colour, colour)
     elif about.family == ULTRA:
@@ -126,7 +139,7 @@ def card(about: Card, graph: dict) -> Image.Image:
     elif competing(graph):
         patches(draw, *competing(graph))
     else:
-        side = next(int(node["inputs"]["resolution"]) for node in graph.values() if "resolution" in node["inputs"])
+        side = next(int(canvas) for node in graph.values() if isinstance(canvas := node["inputs"].get("resolution"), str))
         edges = {other: 240 * other // PIXART_SIDES[-1] for other in PIXART_SIDES}
         for other, edge in edges.items():
             square(draw, f"{other} pixels", edge, 400, None, STAGES[1])
@@ -134,6 +147,13 @@ def card(about: Card, graph: dict) -> Image.Image:
         inside(draw, about.given, 32, 400 - edges[side], 32 + edges[side], 400)
         timeline(draw, *calls(graph))
     return result
+
+
+WAVING = [  # x, y, confidence of OpenPose's eighteen points, in parts of the picture
+    0.50, 0.14, 1, 0.50, 0.28, 1, 0.36, 0.28, 1, 0.26, 0.44, 1, 0.32, 0.58, 1, 0.64, 0.28, 1, 0.80, 0.22, 1,
+    0.84, 0.07, 1, 0.42, 0.56, 1, 0.38, 0.75, 1, 0.36, 0.94, 1, 0.58, 0.56, 1, 0.63, 0.75, 1, 0.66, 0.94, 1,
+    0.46, 0.12, 1, 0.54, 0.12, 1, 0.41, 0.14, 1, 0.59, 0.14, 1,
+]  # fmt: skip
 
 
 def square(draw: ImageDraw.ImageDraw, size: str, edge: int, bottom: int, fill: str | None, colour: str):
