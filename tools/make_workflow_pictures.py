@@ -139,7 +139,8 @@ def card(about: Card, graph: dict) -> Image.Image:
     elif competing(graph):
         patches(draw, *competing(graph))
     else:
-        side = next(int(canvas) for node in graph.values() if isinstance(canvas := node["inputs"].get("resolution"), str))
+        menus = (node["inputs"].get("resolution") for node in graph.values())
+        side = next(int(menu) for menu in menus if isinstance(menu, str))
         edges = {other: 240 * other // PIXART_SIDES[-1] for other in PIXART_SIDES}
         for other, edge in edges.items():
             square(draw, f"{other} pixels", edge, 400, None, STAGES[1])
