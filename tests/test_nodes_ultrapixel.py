@@ -393,6 +393,19 @@ def test_comfyui_loads_the_guide_with_the_base_and_can_take_it_away_again(ultra)
     close(draw(ultra, model), draw(ultra, model))
 
 
+def test_the_memory_asked_for_is_that_of_a_resblock_and_only_while_sampling(ultra, monkeypatch):
+    mm, asked = ultra.comfy.model_management, []
+    real = mm.load_models_gpu
+    monkeypatch.setattr(mm, "load_models_gpu", lambda models, memory_required=0, **k: asked.append(memory_required)
+                        or real(models, memory_required=memory_required, **k))
+    draw(ultra, guided(ultra), noise=noise_of(size=(12, 12)))
+    assert asked == [pytest.approx(1.1 * 4 * 19 * tiny.HIDDEN * 2 * 144)]  # with a negative prompt, in float32
+    assert "memory_required" not in vars(ultra.base.model)
+    with pytest.raises(ValueError, match="conditioning areas"):
+        draw(ultra, guided(ultra), positive=text(1, area=(4, 4, 0, 0)))
+    assert "memory_required" not in vars(ultra.base.model)
+
+
 def test_the_guide_of_several_models_is_one_and_the_same(ultra):
     one, two = guided(ultra), guided(ultra, down=0.5)
     assert one.get_additional_models_with_key(ultra.guided.KEY)[0].model is ultra.guide.model

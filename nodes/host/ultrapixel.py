@@ -28,6 +28,8 @@ KEY = "pixstack_ultrapixel"
 COMPILED = "torch.compile"  # how core's TorchCompileModel marks its wrapper
 LITE = 1536  # width of the 1B Stage C
 STAGE_C = "stage_c_bf16.safetensors"
+FEATURES = 19  # as wide as the network, alive at once in a ResBlock of core's and in the guide; counted, see the commit
+HEADROOM = 1.1
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,9 @@ def patch(model, guide, strengths: Strengths, rescale: float, shift: float):
     patched = model.clone()
     patched.set_additional_models(KEY, [guide])  # ComfyUI loads and offloads it together with the base
     patched.set_attachments(KEY, strengths)
-    patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, call)
+    for kind, wrapper in ((WrappersMP.APPLY_MODEL, call), (WrappersMP.OUTER_SAMPLE, _with_estimate)):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
     patched.set_model_sampler_cfg_function(partial(rescaled, rescale=rescale))
     patched.add_object_patch("model_sampling", sampling_with(shift))
     return patched
@@ -107,6 +110,26 @@ def sampling_with(shift: float):
         pass
 
     return ModelSampling(SimpleNamespace(sampling_settings={"shift": shift}))
+
+
+def _with_estimate(executor, *args, **kwargs):
+    """Sampling with our estimate of its memory in the place of core's, which leaves out half of it on a GPU with memory
+    saving attention and asks for four times as much on another."""
+    inner = executor.class_obj.model_patcher.model
+    inner.memory_required = partial(memory_required, inner)
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        del inner.memory_required
+
+
+def memory_required(inner, input_shape, cond_shapes=None) -> float:
+    """Bytes over the weights for latents (B, 16, H, W)."""
+    B, _, H, W = input_shape
+    width = max(block.norm.normalized_shape[0] for block in inner.diffusion_model.down_blocks[0]
+                if isinstance(block, AttnBlock))
+    dtype = inner.manual_cast_dtype or inner.get_dtype()
+    return HEADROOM * mm.dtype_size(dtype) * FEATURES * width * B * H * W
 
 
 def guide_of(model) -> tuple[Guide, Strengths]:

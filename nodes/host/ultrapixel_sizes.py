@@ -17,8 +17,8 @@ ENCODER_CELL = 32  # pixels to a cell where a picture is encoded, as the network
 CHANNELS_C, CHANNELS_B = 16, 4
 WEIGHTS_C, WEIGHTS_B = 7.3, 1.4  # GB in bf16: Stage C of 3.6B with the guide, Stage B of 700M
 # Activations in bf16, KB a cell of one picture with a negative prompt: the peak of what is alive at once in core's
-# networks, counted over all tensors that a pass makes. Stage A: in strips of rows, and core's way all at once.
-CELL_C, CELL_B, CELL_A = 148, 5.7, (2.4, 14.8)
+# networks, counted over all tensors that a pass makes. Stage B and A: with our nodes in strips, and core's way at once.
+CELL_C, CELL_B, CELL_A = 151, (2.4, 5.7), (2.4, 14.8)
 
 
 def snapped(height: int, width: int) -> tuple[int, int]:
@@ -79,14 +79,15 @@ def report(height: int, width: int, asked: tuple[int, int], batch: int = 1) -> s
 
 
 def memory(size: Sizes, batch: int) -> list[str]:
-    cells_c, cells_b = (h * w * batch * 1e-6 for h, w in (size.stage_c, size.stage_b))
-    strips, whole = (cells_b / batch * cell for cell in CELL_A)  # pictures are decoded one by one
+    cells_c, cells_b = (h * w * 1e-6 for h, w in (size.stage_c, size.stage_b))
+    b, core_b = (WEIGHTS_B + cell * cells_b * batch for cell in CELL_B)
+    a, core_a = (max(cell * cells_b, 0.1) for cell in CELL_A)  # pictures are decoded one by one
     return [
         "memory in bf16, about: "
-        f"Stage C {WEIGHTS_C + CELL_C * cells_c:.1f} GB ({WEIGHTS_C} of them weights), "
-        f"Stage B 700M {WEIGHTS_B + CELL_B * cells_b:.1f} GB ({WEIGHTS_B} of them weights), "
-        f"Stage A {max(strips, 0.1):.1f} GB with 'Load UltraPixel Stage A', {whole:.1f} GB with core's Load VAE. One "
-        "follows the other; ComfyUI can keep part of the weights in main memory.",
+        f"Stage C {WEIGHTS_C + CELL_C * cells_c * batch:.1f} GB ({WEIGHTS_C} of them weights), "
+        f"Stage B 700M {b:.1f} GB ({WEIGHTS_B} of them weights), Stage A {a:.1f} GB, the last two with our nodes for "
+        f"them; {core_b:.1f} and {core_a:.1f} GB with core's alone. One follows the other; ComfyUI can keep part of "
+        "the weights in main memory.",
     ]
 
 
