@@ -65,6 +65,7 @@ CARDS = {
     "ultrapixel_2048": Card(ULTRA, "text to image, 2048 x 2048 pixels"),
     "ultrapixel_4096": Card(ULTRA, "text to image, 4096 x 4096 pixels"),
     "ultrapixel_2560x5120": Card(ULTRA, "text to image, 2560 x 5120 pixels"),
+    "ultrapixel_low_memory": Card(ULTRA, "4096 x 4096 pixels, less memory"),
     "pixelponder_one_condition": Card("PixelPonder", "FLUX with one condition"),
     "pixelponder_four_conditions": Card("PixelPonder", "FLUX with four conditions"),
     "pixelponder_regional_masks": Card("PixelPonder", "a condition for each region"),

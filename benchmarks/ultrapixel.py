@@ -1,0 +1,304 @@
+"""UltraPixel: Stage A's decode against the other ways to do it, the guide with and without its cache, Stage B's memory.
+
+Random weights of the released shapes. Stage A, one process each, taking turns: ComfyUI's decode of the whole picture
+("untiled"), our VAE ("ours"), ComfyUI's tiled decode (512 pixels, overlap 64), and the reference's windows (256 cells,
+stride 24, averaged). Printed: seconds (on a CPU: of the processor) and seconds / untiled as median (least to most),
+peak memory over the weights and its part of untiled's, and the greatest difference from untiled, beside the standard
+deviation of the picture. Where the untiled decode does not fit, ours takes its place in all ratios.
+
+Guide: one guided step of Stage C of `--depth` eighths of its blocks with cfg, with what the steps have in common kept,
+and computed in every step for both halves of cfg, as the reference does. Stage B: one step with cfg through ComfyUI's
+network, as it is and with our patches, of `--depth` eighths of its blocks.
+
+    python benchmarks/ultrapixel.py [--case stage_a guide stage_b] [--size 1024 4096] [--repeats N] [--depth N]
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+sys.path[:] = [str(Path(__file__).resolve().parents[1] / "package"), *sys.path[1:]]
+
+import torch  # noqa: E402 - the repository gets its name first
+from pixstack.models_impl.state_dict import write_file  # noqa: E402
+from pixstack.models_impl.ultrapixel.config import GuideConfig, StageAConfig, StageCConfig  # noqa: E402
+from pixstack.models_impl.ultrapixel.guidance import Features, Guide, GuidedImage  # noqa: E402
+from pixstack.models_impl.ultrapixel.model import StageC  # noqa: E402
+from pixstack.models_impl.ultrapixel.sampling import sizes  # noqa: E402
+from pixstack.models_impl.ultrapixel.stage_a import StageA  # noqa: E402
+from pixstack.tools.comfy_host import Host  # noqa: E402
+
+CASES = ("stage_a", "guide", "stage_b")
+SIDES = ("untiled", "ours", "ComfyUI tiled", "reference windows")
+UNTILED = 8448 * 1.15  # values a cell, see `stage_a.decode_bytes`; with what else a process needs
+NODE = "PixStack_UltraPixelStageALoader"
+STAGE_B = dict(c_hidden=[320, 576, 1152, 1152], nhead=[-1, 9, 18, 18], block_repeat=[[1, 1, 1, 1], [2, 2, 2, 2]],
+               dropout=[0.0] * 4)  # fmt: skip
+
+
+# --- Memory and time
+
+class Memory:
+    """Peak over what was held when it was made, in bytes."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # of Linux: the peak begins anew
+            self.before = self._status("VmRSS")
+
+    def peak(self) -> int:
+        return (torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")) - self.before
+
+    @staticmethod
+    def _status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+
+def timed(work, device: str):
+    """(result, seconds, peak bytes)."""
+    memory, start = Memory(device), clock(device)
+    result = work()
+    return result, clock(device) - start, memory.peak()
+
+
+def clock(device: str) -> float:
+    """Seconds: of the clock with a GPU, else of the processor, all threads together, which neighbours change less."""
+    if device != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def spread(values) -> str:
+    digits = max(2, 2 - math.floor(math.log10(max(values))))
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def random_weights(net: torch.nn.Module, gain: float = 1.0) -> dict:
+    """Of a size that keeps activations about as large as they are, layer after layer."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for key, value in net.state_dict().items():
+        scale = gain / value[0].numel() ** 0.5 if value.ndim > 1 else 0.1
+        found[key] = scale * torch.randn(value.shape, generator=generator)
+        if key.endswith("running_var"):
+            found[key] = torch.ones(value.shape)
+    return found
+
+
+def filled(net: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return net.to(device=device, dtype=dtype).eval()
+
+
+# --- Stage A
+
+@torch.inference_mode()
+def decoder(pipe, side: str, weights: str, args):
+    """One side in a process of its own: decodes latents of the size it is sent."""
+    torch.set_num_threads(args.threads)
+    Host().start()
+    dtype = getattr(torch, args.dtype)
+    loader = import_module(import_module("nodes").NODE_CLASS_MAPPINGS[NODE].__module__).ultrapixel_stage_a
+    if side in ("untiled", "ComfyUI tiled"):
+        tensors = import_module("comfy.utils").load_torch_file(weights)
+        vae = import_module("comfy.sd").VAE(sd=tensors, dtype=dtype)
+    else:
+        vae = loader.load(weights, dtype)
+    import_module("comfy.model_management").load_models_gpu([vae.patcher])
+
+    def run(latent):
+        if side == "ComfyUI tiled":
+            return vae.decode_tiled(latent, 128, 128, 16)
+        if side == "reference windows":
+            latent = latent.to(vae.device, vae.vae_dtype)
+            return vae.first_stage_model.decode_windows(latent).float().cpu().movedim(1, -1)
+        if side == "ours":
+            return vae.decode(latent)
+        # not vae.decode, which would fall back to tiles where memory is short
+        return vae.first_stage_model.decode(latent.to(vae.device, vae.vae_dtype)).float().cpu().movedim(1, -1)
+
+    run(torch.zeros(1, 4, 256 if side == "reference windows" else 32, 256 if side == "reference windows" else 32))
+    while cells := pipe.recv():
+        latent = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(1))
+        picture, seconds, peak = timed(lambda latent=latent: run(latent), args.device)
+        torch.save(picture, pipe.recv())
+        pipe.send((seconds, peak, vae.tile(cells, cells) if side == "ours" else None))
+
+
+def fits(cells: int, args) -> bool:
+    """Whether the untiled decode of cells x cells does."""
+    free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else _available()
+    return UNTILED * cells**2 * getattr(torch, args.dtype).itemsize < 0.9 * free
+
+
+def _available() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+
+
+def stage_a(args):
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "stage_a.safetensors"
+        codebook = {"vquantizer.codebook.weight": torch.zeros(8192, 4)}  # by which ComfyUI knows the file
+        write_file(weights, random_weights(StageA(StageAConfig())) | codebook)
+        pipes = {}
+        for side in args.sides:
+            pipes[side], other = context.Pipe()
+            context.Process(target=decoder, args=(other, side, str(weights), args), daemon=True).start()
+        for size in args.size:
+            compare(size, pipes, Path(folder), args)
+        for pipe in pipes.values():
+            pipe.send(0)
+
+
+def compare(size: int, pipes: dict, folder: Path, args):
+    cells = size // 4
+    sides = [s for s in pipes if s != "untiled" or fits(cells, args)]
+    base = "untiled" if "untiled" in sides else "ours"
+    measured = {side: [] for side in sides}
+    for repeat in range(args.repeats):
+        for side in sides:
+            if side == "reference windows" and repeat >= args.window_repeats:
+                continue
+            pipes[side].send(cells)
+            pipes[side].send(str(folder / f"{side}.pt"))
+            measured[side].append(pipes[side].recv())
+    pictures = {side: torch.load(folder / f"{side}.pt") for side in sides if measured[side]}
+    print(f"Stage A, {size} px, {args.dtype}, standard deviation of the picture {pictures[base].std():.3f}"
+          + ("" if base == "untiled" else "; untiled does not fit here"))
+    for side, picture in pictures.items():
+        seconds, peak = [m[0] for m in measured[side]], max(m[1] for m in measured[side])
+        ratios = [a / b[0] for a, b in zip(seconds, measured[base], strict=False)]
+        share, tile = peak / max(m[1] for m in measured[base]), measured[side][0][2]
+        tiles = f", tiles of {4 * tile} px" if tile else ""
+        error = (picture - pictures[base]).abs().max()
+        print(f"  {side:18}{spread(seconds)} s, / {base} = {spread(ratios)}, peak {peak / 2**30:.2f} GiB "
+              f"({share:.2f}), greatest difference {error:.1e}{tiles}", flush=True)
+
+
+# --- The guide
+
+@torch.inference_mode()
+def guide(args):
+    to = dict(device=args.device, dtype=getattr(torch, args.dtype))
+    n, rng = args.depth, torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        base = StageC(StageCConfig(down=("CTA" * n, "CTA" * 3 * n), up=("CTA" * 3 * n, "CTA" * n)))
+        net = Guide(GuideConfig())
+    base, net = (filled(m.to_empty(device=args.device), **to) for m in (base, net))
+    for size in args.guide_size:
+        found = sizes(size, size)
+
+        def random(*shape):
+            return torch.randn(shape, generator=rng).to(**to)
+
+        context = dict(text=random(2, 77, 1280), pooled=random(2, 1, 1280))
+        timestep = torch.full((2,), 0.5, device=args.device)
+        _, features = base.features(random(2, 16, *found.low), timestep, **context)
+        x = random(2, 16, *found.stage_c)
+        image, seconds = GuidedImage(net, features.rows(0, 1)), {"with": [], "without": [], "plain": []}
+        both = Features(*([half[:1].repeat(2, 1, 1, 1) for half in way] for way in (features.down, features.up)))
+        outputs = {}
+        for repeat in range(args.repeats + 1):
+            for name in seconds:
+                start = clock(args.device)
+                made = {"with": image, "without": GuidedImage(net, both), "plain": None}[name]
+                outputs[name] = base(x, timestep, **context, hook=made and made.hook(timestep))
+                if repeat:
+                    seconds[name].append(clock(args.device) - start)
+        kept = sum(t.numel() * t.element_size() for t in image._prepared.values())
+        difference = (outputs["with"] - outputs["without"]).abs().max() / outputs["with"].std()
+        cost = {name: [a - b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
+                for name in ("with", "without")}
+        ratios = [a / b for a, b in zip(cost["without"], cost["with"], strict=True)]
+        print(f"Guide, {size} px, {args.dtype}: a step of {n}/8 of Stage C with cfg takes {spread(seconds['plain'])} "
+              f"s without the guide, {spread(seconds['with'])} s with it kept, {spread(seconds['without'])} s computed "
+              f"anew\n  the guide alone: {spread(cost['with'])} s kept, {spread(cost['without'])} s anew, ratio "
+              f"{spread(ratios)}; {kept / 2**20:.0f} MiB kept, greatest difference {difference:.1e} of the standard "
+              "deviation", flush=True)
+
+
+# --- Stage B
+
+@torch.inference_mode()
+def stage_b(args):
+    Host().start()
+    core, ops = import_module("comfy.ldm.cascade.stage_b"), import_module("comfy.ops")
+    host = import_module(import_module("nodes").NODE_CLASS_MAPPINGS[NODE].__module__).ultrapixel_stage_b
+    to = dict(device=args.device, dtype=getattr(torch, args.dtype))
+    depths = [max(1, d * args.depth // 8) for d in (2, 4, 14, 4)]
+    with torch.device("meta"):
+        net = core.StageB(**STAGE_B, blocks=[depths, depths[::-1]], operations=ops.disable_weight_init)
+    net = filled(net.to_empty(device=args.device), **to)
+    patched = {}
+    for name, module in net.named_modules():
+        if isinstance(module, host.ResBlock):
+            patched[module] = partial(host.res_block, module)
+        elif name in ("effnet_mapper", "clf"):
+            patched[module] = partial(host.pointwise, module)
+    for size in args.stage_b_size:
+        rng, found = torch.Generator().manual_seed(0), sizes(size, size)
+        given = [torch.randn(shape, generator=rng).to(**to) for shape in (
+            (2, 4, *found.stage_b), (2,), (2, 16, *found.stage_c), (2, 1, 1280))]
+        given[1] = torch.full((2,), 0.5, device=args.device)
+        seconds, peaks, outputs = {"ComfyUI": [], "ours": []}, {}, {}
+        for repeat in range(args.repeats + 1):
+            for side in seconds:
+                for module, forward in patched.items():
+                    if side == "ours":
+                        module.forward = forward
+                    else:
+                        vars(module).pop("forward", None)
+                outputs[side], taken, peak = timed(lambda given=given: net(*given), args.device)
+                if repeat:
+                    seconds[side].append(taken)
+                    peaks[side] = max(peak, peaks.get(side, 0))
+        ratios = [a / b for a, b in zip(seconds["ours"], seconds["ComfyUI"], strict=True)]
+        difference = (outputs["ours"] - outputs["ComfyUI"]).float().abs().max() / outputs["ComfyUI"].float().std()
+        print(f"Stage B, {size} px, {args.dtype}, blocks {depths}: ComfyUI {spread(seconds['ComfyUI'])} s, peak "
+              f"{peaks['ComfyUI'] / 2**30:.2f} GiB; ours {spread(seconds['ours'])} s, peak "
+              f"{peaks['ours'] / 2**30:.2f} GiB\n  ours / ComfyUI: time {spread(ratios)}, memory "
+              f"{peaks['ours'] / peaks['ComfyUI']:.2f}; greatest difference {difference:.1e} of the standard deviation",
+              flush=True)
+
+
+def main():
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--size", type=int, nargs="+", default=[1024, 4096] if cuda else [1024], help="of Stage A's")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="of Stage A's")
+    parser.add_argument("--guide-size", type=int, nargs="+", default=[2048, 4096] if cuda else [1536])
+    parser.add_argument("--stage-b-size", type=int, nargs="+", default=[2048, 4096] if cuda else [1024])
+    parser.add_argument("--depth", type=int, default=8 if cuda else 1, help="eighths of the blocks of Stage C and B")
+    parser.add_argument("--repeats", type=int, default=5 if cuda else 3)
+    parser.add_argument("--window-repeats", type=int, default=1, help="of the reference's windows, which take long")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads, processor seconds"
+    print(f"torch {torch.__version__}, {where}")
+    for case in args.case:
+        {"stage_a": stage_a, "guide": guide, "stage_b": stage_b}[case](args)
+
+
+if __name__ == "__main__":
+    main()
