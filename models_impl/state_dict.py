@@ -105,12 +105,17 @@ def _first_line(error: BaseException) -> str:
 
 
 def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None):
-    """Write safetensors under `path` at once or not at all."""
+    """Write safetensors under `path` at once or not at all. One tensor under several names is written under each."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
+    seen, whole = set(), {}
+    for key, value in tensors.items():
+        value = value.detach().contiguous()
+        whole[key] = value.clone() if value.data_ptr() in seen else value  # safetensors refuses shared memory
+        seen.add(value.data_ptr())
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, unfinished, metadata=dict(metadata or {}))
+        save_file(whole, unfinished, metadata=dict(metadata or {}))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -247,6 +247,16 @@ def test_a_converted_lora_makes_the_same_changes(tmp_path, capsys, to):
     assert "alpha 2 of its configuration" in said
 
 
+def test_a_lora_of_a_fused_layer_is_written_for_each_of_its_parts(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    file = {"blocks.1.attn.qkv.lora_A.weight": torch.randn(4, WIDTH, generator=generator),
+            "blocks.1.attn.qkv.lora_B.weight": torch.randn(3 * WIDTH, 4, generator=generator)}
+    convert(stored(tmp_path / "a.safetensors", file), tmp_path / "b.safetensors", "--to", "diffusers")
+    wanted, got = changed(file), changed(*read_file(tmp_path / "b.safetensors"))
+    for key in wanted:
+        torch.testing.assert_close(got[key], wanted[key], rtol=0, atol=1e-5)
+
+
 def test_a_lora_in_half_precision_keeps_its_alpha(tmp_path):
     peft_folder(tmp_path / "peft")
     convert(tmp_path / "peft", tmp_path / "b.safetensors", "--dtype", "bf16")
