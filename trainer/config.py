@@ -193,6 +193,21 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    rank: int = 16
+    alpha: float = 0.0
+    """The change counts alpha / rank times; 0 = the rank, so once. peft's own scripts for PixArt mean 8 by silence."""
+    targets: list[str] = field(default_factory=list)
+    """How the names of the layers end that get an adapter; empty: what the recipe says, the layers of all blocks."""
+    rslora: bool = False
+    """alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    dora: bool = False
+    """Direction and length apart (arXiv 2402.09353): a third slower, and often closer to training all weights."""
+    gaussian: bool = True
+    """Start as the release's scripts do: normal with a deviation of 1 / rank. false: peft's default, kaiming."""
+
+
+@dataclass(frozen=True)
 class Optimizer:
     name: str = "adamw"
     """adamw; muon: Muon for the hidden matrices, AdamW for everything else; came: CAME (PixArt-Sigma), which keeps of a
@@ -261,6 +276,7 @@ class Config:
     text: Text = Text()
     vae: Vae = Vae()
     cache: Cache = Cache()
+    adapter: Adapter = Adapter()
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
     samples: Samples = Samples()
@@ -401,6 +417,10 @@ def parse(raw: dict, words=(), origin="the settings", check: bool = True) -> Con
         config = dataclasses.replace(config, **{k: getattr(config, k) or kind() for k, kind in kinds.items()})
     if config and check:  # what did not fit stands at its default here, so that everything else is still looked at
         problems += config.problems()
+        if kinds:
+            for section in ("vae", "adapter"):  # that not every recipe reads
+                if section not in find(name).sections and raw.get(section):
+                    problems.append(f"[{section}] is not read by recipe.name={name!r}: take it out.")
         if kinds and not any(p.startswith("model.") for p in problems):
             problems += find(name).problems(config)
     if problems:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..models_impl import state_dict
+from ..models_impl.annotators import hed
 from ..models_impl.text import captions as cleaning
 from . import autoencoder, tokenizer
 from .cache import Store, digest, fingerprint
@@ -163,18 +164,21 @@ class FrozenVae(nn.Module):
     """Latents of a VAE that does not learn: diffusers' AutoencoderKL or AutoencoderTiny, a folder or one file, or what
     the recipe autoencoder exports.
 
-    Latents are what the VAE says, no scale applied. of: whose pictures it encodes, "" or the name of a condition.
+    Latents are what the VAE says, no scale applied. of: whose pictures it encodes, "" or the name of a condition;
+    annotator: a file of HED, whose soft edges of the picture are encoded in its place.
     """
 
     def __init__(self, path: str, precision: str = "fp32", cache: str = "", name: str = "latent", of: str = "",
-                 writer: int = 0):
+                 writer: int = 0, annotator: str = ""):
         super().__init__()
         self.name, self.of, self.path, self.dtype = name, of, Path(path).expanduser(), DTYPES[precision]
+        self.annotator, self.edges = Path(annotator).expanduser() if annotator else None, []
         if (self.path / "vae" / "config.json").is_file():  # a whole pipeline
             self.path = self.path / "vae"
         self.store = None
         if cache and self.path.exists():  # a finished run may be opened without it
-            identity = {"encoder": fingerprint(self.path), "precision": precision, "of": of}
+            identity = {"encoder": fingerprint(self.path), "precision": precision, "of": of,
+                        "annotator": fingerprint(self.annotator) if self.annotator else ""}
             self.store = Store(Path(cache).expanduser(), name, identity, writer)
         self.vae: list[nn.Module] = []
 
@@ -185,6 +189,17 @@ class FrozenVae(nn.Module):
 
     def release(self):
         self.vae.clear()
+        self.edges.clear()
+
+    def annotated(self, pictures: Tensor, device) -> Tensor:
+        """What is encoded in place of pictures, both (B, 3, H, W) uint8: eight bits, as a file of edges would have."""
+        if self.annotator is None:
+            return pictures
+        if not self.edges:
+            self.edges.append(hed.load(self.annotator, device=device))
+        with torch.autocast(torch.device(device).type, enabled=False):
+            edge = self.edges[0](pictures.to(device).float() / 255)[1]
+        return (edge * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor, device) -> dict[str, Tensor]:
@@ -192,6 +207,7 @@ class FrozenVae(nn.Module):
         vae, parts = self.loaded(device), {"mean": [], "std": []}
         with torch.autocast(torch.device(device).type, enabled=False):
             for some in pictures.split(PICTURES_AT_ONCE):
+                some = self.annotated(some, device)
                 found = vae.encode(some.to(device, self.dtype) / 127.5 - 1)
                 latent = getattr(found, "latent_dist", None)
                 mean = latent.mean if latent else found.latents

@@ -12,7 +12,7 @@ from .optim import Optimizers
 
 def train(recipe, batches, config: Config, run, accelerator):
     optimizer = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
-    ema = Ema(recipe, config.ema.decay, config.ema.warm_up)
+    ema = recipe.average = Ema(recipe, config.ema.decay, config.ema.warm_up)  # LCM's target is made of it
     step = run.restore(recipe, ema, optimizer)
     model = accelerator.prepare(recipe)
     parts = parts_of(config, accelerator.process_index, accelerator.num_processes)
@@ -28,7 +28,7 @@ def train(recipe, batches, config: Config, run, accelerator):
                 loss = model(batch).mean() / len(parts)
                 accelerator.backward(loss)
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, config.optimizer.clip or float("inf"))
+        norm = optimizer.clip()
         if not norm.isfinite():
             raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}. Lower optimizer.rate="
                                      f"{config.optimizer.rate} or raise optimizer.warm_up={config.optimizer.warm_up}.")

@@ -73,11 +73,13 @@ class Optimizers:
     """One or two torch optimizers behind the few calls that the loop makes."""
 
     def __init__(self, groups: list[dict], settings: Optimizer, steps: int, batch_size: int = 0):
-        """groups: {"params": [(name, parameter)], "rate": multiple of the learning rate, "matrices": names for Muon}"""
+        """groups: {"params": [(name, parameter)], "rate": multiple of the learning rate, "matrices": names for Muon,
+        and, where its gradients are clipped apart from others', "clipped": the name of the network}"""
         self.settings, self.steps, self.parts = settings, steps, []
         self.rate = scaled_rate(settings, batch_size)
-        adamw, muon = [], []
+        adamw, muon, self.clipped = [], [], {}
         for group in groups:
+            self.clipped.setdefault(group.get("clipped", ""), []).extend(p for _, p in group["params"])
             hidden = [p for n, p in group["params"] if p.ndim == 2 and n in group["matrices"]]
             hidden = hidden if settings.name == "muon" else []
             ids = {id(p) for p in hidden}
@@ -97,9 +99,10 @@ class Optimizers:
                 muon, momentum=settings.muon_momentum, weight_decay=settings.weight_decay, adjust_lr_fn="original"))
         self.full = [[g["lr"] for g in part.param_groups] for part in self.parts]
 
-    @property
-    def parameters(self):
-        return [p for part in self.parts for g in part.param_groups for p in g["params"]]
+    def clip(self) -> torch.Tensor:
+        """Limits the norm of the gradients, of each network by itself; the largest norm there was."""
+        limit = self.settings.clip or float("inf")
+        return torch.stack([torch.nn.utils.clip_grad_norm_(some, limit) for some in self.clipped.values()]).max()
 
     def step(self, step: int):
         share = rate_at(step, self.steps, self.settings)

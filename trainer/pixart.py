@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..models_impl import state_dict
 from ..models_impl.pixart import buckets, checkpoint, sampling
 from ..models_impl.pixart.config import LATENT_SCALES, PRESETS, TOKEN_LIMITS, VAE_FACTOR, KVCompression, PixArtConfig
+from ..models_impl.pixart.lora import names as lora_names
 from ..models_impl.pixart.model import PixArt
-from . import encoders, plan
+from . import adapters, encoders, plan
 from .config import Config, nearest
 from .noise import VALIDATION, batch_noise, generator, spread
 
@@ -198,7 +199,14 @@ class Denoising:
         timestep, dropped = self.draw(batch.step, dropout)
         return timestep[own], dropped[own]
 
+    def pixels(self, batch) -> tuple[int, int]:
+        """(height, width) of the pictures of a batch, which may have features in their place."""
+        if batch.pictures is not None:
+            return tuple(batch.pictures.shape[2:])
+        return tuple(VAE_FACTOR * n for n in batch.features[f"{self.vae.name}.mean"].shape[2:])
+
     def latents(self, batch, seed: int, vae: encoders.FrozenVae | None = None) -> Tensor:
+        """(B, C, h, w) times latent_scale. vae: another that makes them, a ControlNet's hint for instance."""
         return self.shape.latent_scale * (vae or self.vae).latents(batch, self.device, seed)
 
     def condition(self, captions: list[str], dropped: Tensor | None = None, pixels: tuple[int, int] | None = None,
@@ -224,8 +232,7 @@ class Denoising:
         latent = self.latents(batch, seed)
         noise = batch_noise(seed, batch.step, batch.positions, latent.shape[1:], self.device)
         timestep = timestep.to(self.device)
-        pixels = tuple(VAE_FACTOR * n for n in latent.shape[2:])
-        condition = self.condition(batch.captions, dropped, pixels, batch.sizes)
+        condition = self.condition(batch.captions, dropped, self.pixels(batch), batch.sizes)
         return Noising(latent, noise, self.schedule.add_noise(latent, noise, timestep), timestep, condition)
 
     def eps(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -257,23 +264,21 @@ class Denoising:
         return error, variance * bound
 
     @torch.no_grad()
-    def validate(self, predict: Predict, batches: list, variance: float = 1.0) -> dict[str, float]:
+    def validate(self, losses: Callable, batches: list) -> dict[str, float]:
         """Means over the held-out pictures, at timesteps and with noise that never change; by quarters of the
-        timesteps too, because the whole hides what happens where there is little noise."""
-        errors, bounds, timesteps = [], [], []
-        with self.autocast():
-            for batch in batches:
-                timestep = spread(batch.positions, self.schedule.steps)
-                error, bound = self.losses(predict, self.noising(batch, timestep, None, VALIDATION), variance)
-                errors.append(error)
-                bounds.append(bound)
-                timesteps.append(timestep)
-        error, bound, quarter = torch.cat(errors), torch.cat(bounds), torch.cat(timesteps) * 4 // self.schedule.steps
-        found = {"loss": (error + bound).mean().item()}
-        if variance:
-            found["variance"] = bound.mean().item()
-        return found | {f"quarter{q}": error[(quarter == q).to(error.device)].mean().item()
-                        for q in range(4) if (quarter == q).any()}
+        timesteps too, because the whole hides what happens where there is little noise.
+
+        losses: (batch, timestep, dropped, seed) -> what `losses` here gives.
+        """
+        found = [(*losses(batch, timestep, None, VALIDATION), timestep)
+                 for batch in batches for timestep in [spread(batch.positions, self.schedule.steps)]]
+        error, bound, timestep = (torch.cat(some).float().cpu() for some in zip(*found, strict=True))
+        quarter = timestep * 4 // self.schedule.steps
+        return {
+            "loss": (error + bound).mean().item(),
+            **({"variance": bound.mean().item()} if bound.any() else {}),
+            **{f"quarter{q}": error[quarter == q].mean().item() for q in range(4) if (quarter == q).any()},
+        }
 
     @torch.no_grad()
     def sample(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float, seed: int,
@@ -331,41 +336,101 @@ def opened(config: Config, text: nn.Module | None, network: dict | None = None) 
     return start(config, encoders.width(text) if text is not None else None).network()
 
 
-def frozen_vae(config: Config, name: str = "latent", of: str = "", writer: int = 0) -> encoders.FrozenVae:
-    return encoders.FrozenVae(config.vae.path, config.vae.precision, config.cache.folder, name, of, writer)
+def frozen(net: PixArt, config: Config) -> PixArt:
+    """What an adapter or a ControlNet stands on, or a student learns from: never trained, in bf16 where the run is."""
+    net.requires_grad_(False)
+    return net.to(torch.bfloat16) if config.precision == "bf16" else net
 
 
-def groups(modules: dict[str, tuple[nn.Module | None, float]]) -> list[dict]:
-    """Of the parameters that learn, with their rates; matrices: those of blocks, which Muon may train."""
-    found = []
-    for module, rate in modules.values():
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad] if module is not None else []
-        if named:
-            hidden = {n for n, _ in named if "block" in n and not any(w in n for w in ("norm", "bias", "embed"))}
-            found.append({"params": named, "rate": rate, "matrices": hidden})
-    return found
+def frozen_vae(config: Config, name: str = "latent", of: str = "", writer: int = 0, annotator: str = ""):
+    return encoders.FrozenVae(config.vae.path, config.vae.precision, config.cache.folder, name, of, writer, annotator)
+
+
+def lora_file(net: PixArt) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What export writes of an adapter, for our LoRA node and for core's: (tensors, metadata)."""
+    return adapters.tensors(net, lora_names(adapters.shapes(net))), {"pixstack.family": "pixart_lora"}
+
+
+TARGETS = ["attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1",
+           "mlp.fc2"]
+"""Where an adapter stands if the settings do not say: all linear layers of the blocks."""
 
 
 def problems_of_loss(settings) -> list[str]:
-    """Of the settings of a recipe that has dropout, variance and snr_gamma."""
+    """Of the settings of a recipe that has some of dropout, variance and snr_gamma."""
     found = []
     if not 0 <= settings.dropout < 1:
         found.append(f"recipe.dropout={settings.dropout} is outside [0, 1).")
-    for name in ("variance", "snr_gamma"):
-        if getattr(settings, name) < 0:
+    for name in ("variance", "snr_gamma", "prior_weight"):
+        if getattr(settings, name, 0) < 0:
             found.append(f"recipe.{name}={getattr(settings, name)} must not be negative.")
     return found
 
 
-def described(timestep: Tensor, dropped: Tensor) -> list[str]:
+def needs_a_start(config: Config) -> list[str]:
+    return [] if config.init_from else [f"init_from is empty: recipe.name={config.recipe.name!r} begins with a network "
+                                        "that is trained already. Name its file."]
+
+
+# --- What the recipes share as methods. A recipe has settings, config, text, net and denoising.
+
+def groups_of(**modules: nn.Module | None) -> list[dict]:
+    """Of the parameters that learn; matrices: those of blocks, which Muon may train."""
+    found = []
+    for module in filter(None, modules.values()):
+        if named := [(n, p) for n, p in module.named_parameters() if p.requires_grad]:
+            hidden = {n for n, _ in named if "block" in n and not any(w in n for w in ("norm", "bias", "embed"))}
+            found.append({"params": named, "rate": 1.0, "matrices": hidden})
+    return found
+
+
+def groups(recipe, config: Config) -> list[dict]:
+    """Parameters that learn, with their rates."""
+    found, text = groups_of(net=recipe.net), groups_of(text=recipe.text)
+    return found + [{**group, "rate": config.text.rate} for group in text]
+
+
+def described(recipe, step: int) -> list[str]:
+    """What chance decides about each picture of a step's batch, in words."""
+    timestep, dropped = recipe.denoising.draw(step, recipe.settings.dropout)
     return [f"timestep {t}{' (caption dropped)' if drop else ''}"
             for t, drop in zip(timestep.tolist(), dropped.tolist(), strict=True)]
 
 
-def sizes(config: Config, shape: PixArtConfig) -> list[str]:
-    side = config.data.resolution
-    return [f"{config.batch_size} pictures of {side}x{side} pixels, "
-            f"{(side // shape.size_multiple) ** 2} tokens each"]
+def bucket_lines(recipe, step: int) -> list[str]:
+    side, shape = recipe.config.data.resolution, recipe.net.config
+    return [f"{recipe.config.batch_size} pictures of {side}x{side} pixels, "
+            f"{(side // shape.size_multiple) ** 2} tokens each"
+            + (" (or about as many, in other shapes)" if recipe.config.data.buckets else "")]
+
+
+def compile_blocks(recipe):
+    for block in recipe.net.blocks:
+        block.compile()
+
+
+def activations(recipe, pictures: int, cpu: bool) -> float:
+    """What a forward pass keeps for the backward pass, in bytes."""
+    c = recipe.config
+    return activation_bytes(recipe.net.config, max(c.data.sides), pictures, c.precision == "bf16",
+                            c.checkpoint_activations)
+
+
+def sample(recipe, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
+    """Pictures of prompts: (B, 3, H, W) in [-1, 1]. shift is PixelFlow's and is not read."""
+    d = recipe.denoising
+    return d.sample(recipe.net, what, height, width, cfg, seed, d.solver(steps))
+
+
+def network(recipe) -> dict:
+    return recipe.net.config.as_dict()
+
+
+def net_files(recipe) -> dict[str, tuple[dict, dict]]:
+    """What export writes of a network that was trained as a whole: path, with {name} for the name of the export ->
+    (tensors, metadata)."""
+    found = {"diffusion_models/{name}.safetensors": (recipe.net.state_dict(), checkpoint.metadata(recipe.net.config))}
+    return found | encoders.files(recipe.text)
 
 
 def activation_bytes(shape: PixArtConfig, resolution: int, pictures: int, bf16: bool, checkpointed: bool) -> float:

@@ -1,6 +1,7 @@
 """What the loss is. A recipe is a small torch module; its file also defines the settings of [recipe] and [model].
 
     Settings, Model            dataclasses of the two sections, the doc under each field
+    sections                   which of [vae] and [adapter] it reads
     problems(config)           everything wrong with the settings, in sentences, before anything is allocated
     make_encoders(config)      the frozen encoders of pictures whose features the cache may keep; `encoders`: its own
     Recipe(config, text, classes, network)   network: what `network()` said, of a run that is opened again
@@ -16,11 +17,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
-RECIPES = {  # name in [recipe] -> module here, whose class `Recipe` it is
-    "pixelflow": "pixelflow",
-    "pixart": "pixart",
-    "autoencoder": "autoencoder",
-}
+RECIPES = {name: name for name in (  # name in [recipe] -> module here, whose class `Recipe` it is
+    "pixelflow", "pixart", "pixart_lora", "pixart_controlnet", "pixart_dreambooth", "pixart_lcm", "pixart_dmd",
+    "autoencoder",
+)}
 PICTURES_ALONE = {"autoencoder"}  # of these: neither captions nor classes, and samples.prompts are picture files
 
 

@@ -9,8 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ...models_impl.pixart import checkpoint
-from .. import encoders, pixart
+from .. import pixart
 from ..config import Config
 
 
@@ -28,13 +27,16 @@ class Settings:
 
 
 class Recipe(nn.Module):
-    Settings, Model = Settings, pixart.Model
+    Settings, Model, sections = Settings, pixart.Model, ("vae",)
+    groups, described, buckets = pixart.groups, pixart.described, pixart.bucket_lines
+    compile_blocks, activation_bytes = pixart.compile_blocks, pixart.activations
+    sample, network = pixart.sample, pixart.network
+    files = pixart.net_files
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
         super().__init__()
-        self.settings, self.config = config.recipe, config
-        self.text = text
+        self.settings, self.config, self.text = config.recipe, config, text
         self.net = pixart.opened(config, text, network)
         self.net.gradient_checkpointing = config.checkpoint_activations
         self.encoders = self.make_encoders(config)
@@ -42,52 +44,23 @@ class Recipe(nn.Module):
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:
-        """What makes features of pictures, and keeps them (`cache`)."""
         return [pixart.frozen_vae(config, writer=writer)]
 
     @staticmethod
     def problems(config: Config) -> list[str]:
         return pixart.problems(config) + pixart.problems_of_loss(config.recipe)
 
-    def groups(self, config: Config) -> list[dict]:
-        """Parameters that learn, with their rates; the matrices inside blocks are what Muon may train."""
-        return pixart.groups({"net": (self.net, 1.0), "text": (self.text, config.text.rate)})
+    def losses(self, batch, timestep: Tensor, dropped: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+        """(error, bound of the variance), (B,) each."""
+        d, s = self.denoising, self.settings
+        with d.autocast():
+            step = d.noising(batch, timestep, dropped, seed)
+            return d.losses(self.net, step, s.variance, s.snr_switch, s.snr_gamma)
 
     def forward(self, batch) -> Tensor:
         """Loss of each picture, (B,)."""
-        d, s = self.denoising, self.settings
-        timestep, dropped = d.drawn(batch, s.dropout)
-        with d.autocast():
-            step = d.noising(batch, timestep, dropped, d.seed)
-            return sum(d.losses(self.net, step, s.variance, s.snr_switch, s.snr_gamma))
-
-    def compile_blocks(self):
-        for block in self.net.blocks:
-            block.compile()
-
-    def described(self, step: int) -> list[str]:
-        """What chance decides about each picture of a step's batch, in words."""
-        return pixart.described(*self.denoising.draw(step, self.settings.dropout))
-
-    def buckets(self, step: int) -> list[str]:
-        return pixart.sizes(self.config, self.net.config)
-
-    def activation_bytes(self, pictures: int, cpu: bool) -> float:
-        c = self.config
-        return pixart.activation_bytes(self.net.config, c.data.resolution, pictures, c.precision == "bf16",
-                                       c.checkpoint_activations)
+        d = self.denoising
+        return sum(self.losses(batch, *d.drawn(batch, self.settings.dropout), d.seed))
 
     def validate(self, batches: list) -> dict[str, float]:
-        return self.denoising.validate(self.net, batches, self.settings.variance)
-
-    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
-        """Pictures of prompts: (B, 3, H, W) in [-1, 1]. shift is PixelFlow's and is not read."""
-        return self.denoising.sample(self.net, what, height, width, cfg, seed, self.denoising.solver(steps))
-
-    def network(self) -> dict:
-        return self.net.config.as_dict()
-
-    def files(self) -> dict[str, tuple[dict, dict]]:
-        """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
-        found = {"diffusion_models/{name}.safetensors": (self.net.state_dict(), checkpoint.metadata(self.net.config))}
-        return found | encoders.files(self.text)
+        return self.denoising.validate(self.losses, batches)

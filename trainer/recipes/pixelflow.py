@@ -71,7 +71,7 @@ class Recipe(nn.Module):
         self.bf16 = config.precision == "bf16"
         self.batch_size = config.batch_size
 
-    encoders = ()
+    sections, encoders = (), ()
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:
