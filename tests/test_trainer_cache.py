@@ -1,5 +1,4 @@
 """Features on disk: made once, found by content, never half-written, never taken for what they are not."""
-import json
 import os
 import random
 import signal
@@ -36,21 +35,8 @@ def made(path, parts, tmp_path):
     return settings
 
 
-def toml(folder, settings):
-    """The settings as a file, for the command line."""
-    from pixstack.trainer.config import as_dict
-
-    raw = as_dict(settings)
-    lines = [f"{k} = {json.dumps(v)}" for k, v in raw.items() if not isinstance(v, dict)]
-    for section, values in raw.items():
-        if isinstance(values, dict):
-            lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None)]
-    (folder / "tiny.toml").write_text("\n".join(lines))
-    return str(folder / "tiny.toml")
-
-
 def filled(settings, tmp_path):
-    cli.main(["cache", toml(tmp_path, settings)])
+    cli.main(["cache", tiny_pixart.toml(tmp_path, settings)])
 
 
 def loaded(settings):
@@ -215,7 +201,7 @@ def test_a_run_trains_from_the_cache_what_it_trains_from_pictures(made, path, pa
         settings = tiny_pixart.settings(path, tmp_path / name, parts, *words, *more)
         if more:
             filled(settings, tmp_path)
-        cli.main(["train", toml(tmp_path, settings)])
+        cli.main(["train", tiny_pixart.toml(tmp_path, settings)])
         results.append(tiny_pixart.log(tmp_path / name))
     for a, b in zip(*results, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -223,7 +209,7 @@ def test_a_run_trains_from_the_cache_what_it_trains_from_pictures(made, path, pa
 
 def test_a_cache_killed_by_the_system_leaves_only_whole_shards(made, tmp_path):
     """kill -9 while it writes, and again, until it is done; every shard in between can be read."""
-    file = toml(tmp_path, made())
+    file = tiny_pixart.toml(tmp_path, made())
     code = ("import sys; sys.path[:0] = ['package', 'tests']; from pixstack.trainer import cache, cli; "
             "cache.AT_ONCE = 1; cache.SHARD_BYTES = 1; cli.main(['cache', sys.argv[1]])")
     command = [sys.executable, "-c", code, file]
@@ -249,14 +235,15 @@ def test_a_cache_killed_by_the_system_leaves_only_whole_shards(made, tmp_path):
 def test_feature_files_of_a_release_are_read_and_written(made, path, tmp_path):
     settings = made()
     filled(settings, tmp_path)
-    file = toml(tmp_path, settings)
+    file = tiny_pixart.toml(tmp_path, settings)
     captions, latents = tmp_path / "caption_feature_wmask", tmp_path / "img_vae_feature"
     cli.main(["cache", file, "--write", "--captions", str(captions), "--latents", str(latents)])
     found = np.load(captions / "red_card.npz")
     assert found["caption_feature"].shape == (1, 16, 16) and found["attention_mask"].shape == (1, 16)
     assert np.load(latents / "red_card.npy").shape == (8, 8, 8)
     other = made(f"cache.folder={tmp_path / 'taken over'}")
-    cli.main(["cache", toml(tmp_path, other), "--read", "--captions", str(captions), "--latents", str(latents)])
+    file = tiny_pixart.toml(tmp_path, other)
+    cli.main(["cache", file, "--read", "--captions", str(captions), "--latents", str(latents)])
     load, said, recipe, items = loaded(other)
     assert said == []
     theirs, ours = (data.Batches(items.train, settings.data, 0, 6, some)(0, range(6)).features
@@ -272,7 +259,7 @@ def test_a_feature_file_of_another_size_is_named(made, tmp_path, capsys):
     latents = tmp_path / "latents"
     latents.mkdir()
     np.save(latents / "red_card.npy", np.zeros((8, 4, 4), np.float32))
-    cli.main(["cache", toml(tmp_path, settings), "--read", "--latents", str(latents)])
+    cli.main(["cache", tiny_pixart.toml(tmp_path, settings), "--read", "--latents", str(latents)])
     said = capsys.readouterr().out
     assert "1 latents are of another size" in said and "red_card.npy: 32x32, shown at 64x64" in said
     assert "7 feature files are not there" in said

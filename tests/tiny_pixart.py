@@ -75,6 +75,17 @@ def recipe_of(made):
     return recipe, data.Batches(found.train, made.data, made.seed, made.batch_size)
 
 
+def toml(folder, made):
+    """Settings as a file, for the command line."""
+    raw = config.as_dict(made)
+    lines = [f"{k} = {json.dumps(v)}" for k, v in raw.items() if not isinstance(v, dict)]
+    for section, values in raw.items():
+        if isinstance(values, dict):
+            lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None)]
+    (folder / "tiny.toml").write_text("\n".join(lines))
+    return str(folder / "tiny.toml")
+
+
 def case(name):
     """(config, inputs, outputs) of a parity case among the fixtures."""
     found = {"input": {}, "output": {}}

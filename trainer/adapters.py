@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import contextlib
+from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 from ..models_impl import lora
 from .config import Adapter
+from .encoders import hide_broken_torchvision
 
 NAME = "default"  # of the one adapter, in peft's names
 
@@ -18,16 +20,15 @@ def problems(settings: Adapter) -> list[str]:
         found.append(f"adapter.rank={settings.rank} must be at least 1.")
     if settings.alpha < 0:
         found.append(f"adapter.alpha={settings.alpha} must not be negative; 0 = the rank.")
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        found.append(f"a LoRA needs peft: pip install peft ({error}).")
+    if find_spec("peft") is None:
+        found.append("a LoRA needs peft: pip install peft.")
     return found
 
 
 def attach(net: nn.Module, settings: Adapter, targets: list[str]) -> nn.Module:
     """Freezes `net` and puts an adapter, whose weights are float32, on every module whose name ends with one of
     adapter.targets, or without those of `targets`. Returns `net`. Raises ValueError where a name fits no module."""
+    hide_broken_torchvision()
     from peft import LoraConfig, inject_adapter_in_model
 
     wanted = settings.targets or targets

@@ -418,8 +418,8 @@ def parse(raw: dict, words=(), origin="the settings", check: bool = True) -> Con
     if config and check:  # what did not fit stands at its default here, so that everything else is still looked at
         problems += config.problems()
         if kinds:
-            for section in ("vae", "adapter"):  # that not every recipe reads
-                if section not in find(name).sections and raw.get(section):
+            for section, plain in (("vae", Vae()), ("adapter", Adapter())):  # that not every recipe reads
+                if section not in find(name).sections and getattr(config, section) != plain:
                     problems.append(f"[{section}] is not read by recipe.name={name!r}: take it out.")
         if kinds and not any(p.startswith("model.") for p in problems):
             problems += find(name).problems(config)

@@ -99,7 +99,9 @@ class Start:
             own = net.state_dict()
             added = {k: v for parts in NEW.values() for part in parts for k, v in own.items()
                      if part in k and k not in self.tensors}
-            state_dict.load_into(net, {**added, **self.tensors}, "the network of [model] and init_from")
+            meta = net.final_layer.linear.weight.is_meta  # a dry run, which only counts
+            (state_dict.check_fit if meta else state_dict.load_into)(
+                net, {**added, **self.tensors}, "the network of [model] and init_from")
         return net
 
 
@@ -162,6 +164,29 @@ class Noising:
     """(B,) whole, int64"""
     condition: dict[str, Tensor]
     """context, mask, and for a micro-conditioned network size and aspect_ratio."""
+
+
+def losses(predict: Predict, step: Noising, shape: PixArtConfig, schedule: sampling.NoiseSchedule,
+           variance: float = 1.0, snr_switch: bool = False, snr_gamma: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(squared error, variational bound of the variance times its weight), (B,) each; a picture's loss is the sum.
+
+    variance: weight of the bound, 0 leaves it out; snr_switch: learn the sample instead of the noise up to timestep
+    249; snr_gamma: weigh the error by Min-SNR with this gamma, 0 = not.
+    """
+    s, C = step, shape.in_channels
+    said = predict(s.noisy, s.timestep, **s.condition).float()
+    first, logits = said[:, :C], said[:, C:] if variance and said.shape[1] > C else None
+    if shape.prediction == "eps":
+        found = sampling.iddpm_loss(first, logits, s.latent, s.noise, s.timestep, schedule, snr_switch)
+        error, bound = found.mse, found.vb
+    else:
+        error = (first - schedule.velocity(s.latent, s.noise, s.timestep)).square().flatten(1).mean(1)
+        eps, bound = schedule.eps(s.noisy, first.detach(), s.timestep), torch.zeros_like(error)
+        if logits is not None:
+            bound = sampling.variance_bound(eps, logits, s.latent, s.noisy, s.timestep, schedule)
+    if snr_gamma:
+        error = error * schedule.min_snr_weight(s.timestep, snr_gamma, shape.prediction).to(error)
+    return error, variance * bound
 
 
 class Denoising:
@@ -242,26 +267,8 @@ class Denoising:
 
     def losses(self, predict: Predict, step: Noising, variance: float = 1.0, snr_switch: bool = False,
                snr_gamma: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(squared error, variational bound of the variance times its weight), (B,) each; a picture's loss is the sum.
-
-        variance: weight of the bound, 0 leaves it out; snr_switch: learn the sample instead of the noise up to timestep
-        249; snr_gamma: weigh the error by Min-SNR with this gamma, 0 = not.
-        """
-        s, schedule = step, self.schedule
-        said = predict(s.noisy, s.timestep, **s.condition).float()
-        C = self.shape.in_channels
-        first, logits = said[:, :C], said[:, C:] if variance and said.shape[1] > C else None
-        if self.shape.prediction == "eps":
-            found = sampling.iddpm_loss(first, logits, s.latent, s.noise, s.timestep, schedule, snr_switch)
-            error, bound = found.mse, found.vb
-        else:
-            error = (first - schedule.velocity(s.latent, s.noise, s.timestep)).square().flatten(1).mean(1)
-            eps, bound = schedule.eps(s.noisy, first.detach(), s.timestep), torch.zeros_like(error)
-            if logits is not None:
-                bound = sampling.variance_bound(eps, logits, s.latent, s.noisy, s.timestep, schedule)
-        if snr_gamma:
-            error = error * schedule.min_snr_weight(s.timestep, snr_gamma, self.shape.prediction).to(error)
-        return error, variance * bound
+        """`losses` of this network's shape and schedule."""
+        return losses(predict, step, self.shape, self.schedule, variance, snr_switch, snr_gamma)
 
     @torch.no_grad()
     def validate(self, losses: Callable, batches: list) -> dict[str, float]:

@@ -116,10 +116,11 @@ class Recipe(nn.Module):
 
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
-               hints: Tensor | None = None) -> Tensor:
-        """Pictures of prompts: (B, 3, H, W) in [-1, 1]. hints: (B, 3, H, W) uint8 pictures, of which the annotator
-        takes the edges where there is one; without them recipe.hints, if they are as many, or no ControlNet."""
-        d = self.denoising
+               conditions: dict[str, Tensor] | None = None) -> Tensor:
+        """Pictures of prompts: (B, 3, H, W) in [-1, 1]. conditions: the hints by the name in data.conditions, (B, 3, H,
+        W) uint8; without them recipe.hints, of which the annotator takes the edges, if they are as many as the prompts;
+        else no ControlNet."""
+        d, hints = self.denoising, (conditions or {}).get(self.hint.of)
         if hints is None and len(self.settings.hints) == len(what):
             hints = torch.stack([shaped(Path(file).expanduser(), (height, width)) for file in self.settings.hints])
         predict = self.net

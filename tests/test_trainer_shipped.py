@@ -1,0 +1,74 @@
+"""Every recipe file that is shipped plans a run, on small networks in the places of the released ones."""
+import json
+
+import pytest
+import tiny_pixart
+import tiny_run
+from PIL import Image
+from pixstack.models_impl.pixelflow import checkpoint as pixelflow_checkpoint
+from pixstack.models_impl.pixelflow.config import PixelFlowConfig
+from pixstack.models_impl.pixelflow.model import PixelFlow
+from pixstack.models_impl.state_dict import write_file
+from pixstack.trainer import cli, config
+from weights import tiny_hed
+
+WIDTH = 4096  # of T5-XXL's tokens
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Something small behind every file that the recipes name."""
+    root = tmp_path_factory.mktemp("shipped")
+    path = tiny_run.pictures(root / "set", size=64)
+    for name in ("subject", "class"):
+        (root / name).mkdir()
+        for i in range(3):
+            Image.new("RGB", (64, 64), (i, 9, 9)).save(root / name / f"{i}.png")
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        folder = root / "classes" / entry["class"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / entry["file"].split("/")[1]).write_bytes((path.parent / entry["file"]).read_bytes())
+        (path.parent / entry["file"]).with_suffix(".txt").write_text(entry["captions"][0])
+    tiny_pixart.released(root / "sigma.safetensors", depth=14, context_dim=WIDTH)
+    tiny_pixart.released(root / "alpha.safetensors", depth=2, context_dim=WIDTH, latent_scale=0.18215, token_limit=120)
+    flow = PixelFlowConfig(heads=2, head_dim=8, depth=1, context_dim=WIDTH, num_stages=4, resolution=256)
+    write_file(root / "flow.safetensors", PixelFlow(flow).state_dict(), pixelflow_checkpoint.metadata(flow))
+    tiny_pixart.t5(root / "t5", WIDTH)
+    tiny_pixart.vae(root / "vae")
+    tiny_hed(root / "hed.pth")
+    return root
+
+
+def words(root, name):
+    """What a person would change about a shipped recipe: where the files are."""
+    raw = config.read_toml(f"recipes/{name}")
+    found = [f"out={root}/runs/{name}", "device=cpu"]
+    kind = raw["data"]["kind"]
+    found.append(f"data.path={root}/" + {"jsonl": "set/data.jsonl", "classes": "classes"}.get(kind, "set/images"))
+    if "prior_path" in raw["data"]:
+        found += [f"data.path={root}/subject", f"data.prior_path={root}/class"]
+    if "vae" in raw:
+        found.append(f"vae.path={root}/vae")
+    if raw.get("text", {}).get("encoder", "small") != "small":
+        found.append(f"text.encoder={root}/t5")
+    if raw["recipe"]["name"].startswith("pixart"):
+        found.append(f"init_from={root}/{raw['model']['variant']}.safetensors")
+    if "annotator" in raw["recipe"]:
+        found.append(f"recipe.annotator={root}/hed.pth")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (config.HERE / "recipes").glob("*.toml")))
+def test_a_shipped_recipe_plans_its_run(files, name, capsys):
+    cli.main(["train", f"recipes/{name}", "--dry-run", *words(files, name)])
+    said = capsys.readouterr().out
+    for part in ("parameters ", "memory     about", "first batch"):
+        assert part in said, said
+    assert not (files / "runs" / name).exists()
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (config.HERE / "recipes").glob("*.toml")))
+def test_an_unknown_setting_of_a_shipped_recipe_is_refused(files, name):
+    with pytest.raises(ValueError, match="recipe.nonsense is not a setting"):
+        config.load(f"recipes/{name}", [*words(files, name), "recipe.nonsense=1"])
