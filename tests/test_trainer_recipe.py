@@ -5,7 +5,7 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
-from pixstack.trainer import build, data, optim
+from pixstack.trainer import adapters, build, data, optim
 
 
 @pytest.fixture
@@ -175,6 +175,53 @@ def test_a_frozen_encoder_embeds_every_caption_once(path, tmp_path, outside_t5):
     for a, b in zip(before, again.text.lookup(["a red square", ""], "cpu"), strict=True):
         assert torch.equal(a, b)
     assert again(batches(0, range(6))).isfinite().all()
+
+
+def lora_settings(path, tmp_path, *words):
+    """A PixelFlow LoRA on a file of ours, none of whose weights is zero."""
+    shape = PixelFlowConfig(heads=2, head_dim=8, depth=1, context_dim=16, num_stages=2, resolution=16)
+    torch.manual_seed(0)
+    weights = {k: 0.1 * torch.randn_like(v) for k, v in PixelFlow(shape).state_dict().items()}
+    state_dict.write_file(tmp_path / "base.safetensors", weights, checkpoint.metadata(shape))
+    return tiny_run.settings(path, tmp_path / "run", f"init_from={tmp_path / 'base.safetensors'}", "recipe.lora=true",
+                             "adapter.rank=4", "text.learn=false", "precision=fp32", "optimizer.rate=3e-2",
+                             "ema.decay=0.0", *words, model={}), weights
+
+
+def test_a_pixelflow_lora_does_in_comfyui_what_it_does_in_the_trainer(path, tmp_path, host):
+    from importlib import import_module
+    from pathlib import Path
+
+    from pixstack.trainer import export
+
+    settings, weights = lora_settings(path, tmp_path)
+    tiny_run.train(settings)
+    models = Path(host.models)
+    (models / "diffusion_models/tiny_flow_base.safetensors").write_bytes((tmp_path / "base.safetensors").read_bytes())
+    (file,) = [f for f in export.export(tmp_path / "run", models, "tiny_flow", dtype="fp32") if "loras" in str(f)]
+    nodes = import_module("nodes").NODE_CLASS_MAPPINGS
+    model = nodes["PixStack_PixelFlowLoader"].execute("tiny_flow_base.safetensors", "ema", "default").args[0]
+    model = nodes["LoraLoaderModelOnly"]().load_lora_model_only(model, file.name, 1.0)[0]
+    model.patch_model()
+    patched = model.model.diffusion_model.state_dict()
+    recipe, _, _ = export.open_run(tmp_path / "run")
+    for name, layer in adapters.adapted(recipe.diffusion).items():
+        whole = layer.base_layer.weight + layer.get_delta_weight("default")
+        torch.testing.assert_close(patched[f"{name}.weight"].float(), whole.detach(), rtol=1e-3, atol=1e-3)
+        assert (whole - weights[f"{name}.weight"]).abs().max() > 0.01
+    model.unpatch_model()
+
+
+def test_only_the_adapter_of_a_pixelflow_lora_learns(path, tmp_path):
+    settings, _ = lora_settings(path, tmp_path)
+    recipe = build.recipe(settings, build.collection(settings))
+    learns = [n for group in recipe.groups(settings) for n, _ in group["params"]]
+    assert learns and all(".lora_" in n for n in learns)
+
+
+def test_a_pixelflow_lora_needs_a_base(path, tmp_path):
+    with pytest.raises(ValueError, match="init_from is empty: recipe.lora=true"):
+        tiny_run.settings(path, tmp_path / "run", "recipe.lora=true")
 
 
 def test_an_encoder_that_is_none_is_refused_by_name(path, tmp_path):

@@ -49,7 +49,7 @@ class Model:
 class Recipe(nn.Module):
     Settings, Model = Settings, Model
     text = None
-    encoders = ()
+    sections, encoders = (), ()
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         """network: what `network()` said of a run that is opened again."""

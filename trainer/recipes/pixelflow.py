@@ -12,15 +12,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...models_impl import state_dict
+from ...models_impl import lora, state_dict
 from ...models_impl.attention import SHORT, packed_attention
 from ...models_impl.pixelflow import checkpoint, sampling
 from ...models_impl.pixelflow.config import PRESETS, PixelFlowConfig
 from ...models_impl.pixelflow.model import PixelFlow
-from .. import buckets, encoders, plan
-from ..config import Config, nearest
+from .. import adapters, buckets, encoders, plan
+from ..config import Adapter, Config, nearest
 from ..data import Batch
 from ..noise import generator, picture_noise, spread
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]  # where an adapter stands if the settings do not say
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Settings:
     """How often a picture's class or caption is replaced by none."""
     stage_weights: list[float] | None = None
     """Share of the pictures that each stage gets; without it, near-equal counts (the paper)."""
+    lora: bool = False
+    """Train the adapter of [adapter] on the network of init_from, and nothing else of it."""
     packing: str = "auto"
     """packed: all stages in one pass through packed attention. dense: one pass per stage, the same result. auto: packed
     on a GPU, dense on a CPU, where it is the faster one."""
@@ -54,7 +58,7 @@ class Recipe(nn.Module):
         """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
         super().__init__()
         self.settings, self.seed = config.recipe, config.seed
-        if network:
+        if network and not self.settings.lora:  # a LoRA stands on its base
             shape, tensors = PixelFlowConfig.from_dict(network), {}
         else:
             shape, tensors = starting_point(config)
@@ -68,10 +72,12 @@ class Recipe(nn.Module):
             if text is None and tensors["class_embedder.embedding_table.weight"].shape[0] != classes + 1:
                 tensors = {**tensors, **prefixed(self.diffusion, "class_embedder.")}  # other classes: a new table
             state_dict.load_into(self.diffusion, tensors, f"the network of [model] ({config.init_from})")
+        if self.settings.lora:
+            self.diffusion = adapters.attach(self.diffusion, config.adapter, TARGETS)
         self.bf16 = config.precision == "bf16"
         self.batch_size = config.batch_size
 
-    sections, encoders = (), ()
+    sections, encoders = ("adapter",), ()
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:
@@ -87,6 +93,12 @@ class Recipe(nn.Module):
         if settings.packing not in ("auto", "packed", "dense"):
             found.append(f"recipe.packing={settings.packing!r} is none of auto, packed, dense"
                          f"{nearest(settings.packing, ('auto', 'packed', 'dense'))}.")
+        if settings.lora:
+            found += adapters.problems(config.adapter)
+            if not config.init_from:
+                found.append("init_from is empty: recipe.lora=true trains on a network that is there already.")
+        elif config.adapter != Adapter():
+            found.append("[adapter] is read with recipe.lora=true alone.")
         try:
             shape = starting_point(config)[0]
             found += mismatches(config, shape) if config.init_from else []
@@ -123,7 +135,8 @@ class Recipe(nn.Module):
 
     def groups(self, config: Config) -> list[dict]:
         """Parameters that learn, with their rates; the matrices inside blocks are what Muon may train."""
-        groups = [{"params": list(self.diffusion.named_parameters()), "rate": 1.0}]
+        learns = [(n, p) for n, p in self.diffusion.named_parameters() if p.requires_grad]
+        groups = [{"params": learns, "rate": 1.0}]
         if self.text is not None and any(p.requires_grad for p in self.text.parameters()):
             groups.append({"params": list(self.text.named_parameters()), "rate": config.text.rate})
         for group in groups:
@@ -280,6 +293,10 @@ class Recipe(nn.Module):
     def files(self) -> dict[str, tuple[dict, dict]]:
         """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
         shape = self.diffusion.config
+        if self.settings.lora:
+            names = lora.names_of(adapters.shapes(self.diffusion))
+            found = (adapters.tensors(self.diffusion, names), {"pixstack.family": "pixelflow_lora"})
+            return {"loras/{name}.safetensors": found, **encoders.files(self.text)}
         path = f"diffusion_models/{{name}}_{shape.resolution}.safetensors"
         return {path: (self.diffusion.state_dict(), checkpoint.metadata(shape)), **encoders.files(self.text)}
 
