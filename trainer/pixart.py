@@ -418,9 +418,9 @@ def compile_blocks(recipe):
 
 def activations(recipe, pictures: int, cpu: bool) -> float:
     """What a forward pass keeps for the backward pass, in bytes."""
-    c = recipe.config
-    return activation_bytes(recipe.net.config, max(c.data.sides), pictures, c.precision == "bf16",
-                            c.checkpoint_activations)
+    c, bf16 = recipe.config, recipe.config.precision == "bf16"
+    casts = 2 * sum(p.numel() for p in recipe.net.parameters() if p.requires_grad) if bf16 else 0  # autocast keeps them
+    return casts + activation_bytes(recipe.net.config, max(c.data.sides), pictures, bf16, c.checkpoint_activations)
 
 
 def sample(recipe, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:

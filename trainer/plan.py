@@ -40,7 +40,7 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
     state = sum(p.numel() * per_parameter.get(type(part).__name__, 8) for part in optimizers.parts
                 for g in part.param_groups for p in g["params"])
     memory = {
-        "weights": sum(p.nbytes for p in recipe.parameters()),
+        "weights": sum(p.nbytes for net in (recipe, *getattr(recipe, "teacher", ())) for p in net.parameters()),
         "gradients": 4 * count,
         "optimizer": state,
         "average": 4 * count if config.ema.decay else 0,
