@@ -38,7 +38,7 @@ def recipe(config: Config, found: data.Collection, folder: Path | None = None) -
 def write_facts(folder: Path, recipe: nn.Module, found: data.Collection):
     """What a run must know to be opened without its data."""
     facts = {"network": recipe.network(), "classes": found.classes}
-    if recipe.text is not None and not isinstance(recipe.text, encoders.FrozenT5):
+    if recipe.text is not None and not isinstance(recipe.text, encoders.FROZEN):
         facts["text"] = {**recipe.text.config, "max_length": recipe.text.max_length}
         write_whole(folder / TOKENIZER, recipe.text.tokenizer.to_str(pretty=True))
     write_whole(folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))

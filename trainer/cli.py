@@ -179,7 +179,7 @@ def train(args):
     with accelerator.main_process_first():  # it clears the folder and makes the tokenizer that the others read
         run.open()
         recipe = build.recipe(config, found, run.folder).to(accelerator.device)
-    if isinstance(recipe.text, encoders.FrozenT5):
+    if isinstance(recipe.text, encoders.FROZEN):
         captions = [c for i in found.train + found.held_out for c in i.texts]
         with accelerator.main_process_first():
             recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
@@ -214,7 +214,7 @@ def fill_cache(args):
     accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
     number, count = accelerator.process_index, accelerator.num_processes
     found, root = build.collection(config), Path(config.cache.folder).expanduser()
-    text = encoders.frozen_t5(config, config.folder, number) if config.text.frozen else None
+    text = encoders.frozen(config, config.folder, number) if config.text.frozen else None
     readers = find(config.recipe.name).make_encoders(config, number)
     parts = ((found.train, config.data), (found.held_out, cache.cut_by(config.data)))
     released = {"text": text and text.store if args.captions else None, "captions": args.captions,

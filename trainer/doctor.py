@@ -189,9 +189,9 @@ def tokens_of_recipe(config: Config) -> Tokens:
 
     found = data.read(config.data, need="", strict=False)
     text = encoders.make(config, [t for i in found.train for t in (*i.texts, *i.tags)], None)
-    limits = (config.text.max_length,)
-    if isinstance(text, encoders.FrozenT5):
-        read = clean_caption if text.clean else str
+    limits = (text.places if isinstance(text, encoders.FrozenClip) else config.text.max_length,)
+    if isinstance(text, encoders.FROZEN):
+        read = clean_caption if getattr(text, "clean", False) else str
         return Tokens(lambda caption: len(text.tokens(read(caption), verbose=False).input_ids), True, limits)
     text.tokenizer.no_truncation()
     return Tokens(lambda caption: len(text.tokenizer.encode(caption).ids), True, limits)

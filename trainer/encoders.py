@@ -44,7 +44,7 @@ def make(config: Config, captions: list[str], folder: Path | None, facts: dict |
     from ..models_impl.text.t5 import TextEncoder
 
     if text.frozen:
-        return frozen_t5(config, folder)
+        return frozen(config, folder)
     kept = folder / "tokenizer.json" if folder else None
     given = Path(text.tokenizer).expanduser() if text.tokenizer else kept
     if facts and "text" in facts:
@@ -67,7 +67,7 @@ def make(config: Config, captions: list[str], folder: Path | None, facts: dict |
 
 
 def width(text: nn.Module) -> int:
-    return text.width if isinstance(text, FrozenT5) else text.config["d_model"]
+    return text.width if isinstance(text, FROZEN) else text.config["d_model"]
 
 
 def encode(text: nn.Module, captions: list[str], device) -> tuple[Tensor, Tensor]:
@@ -79,17 +79,24 @@ def encode(text: nn.Module, captions: list[str], device) -> tuple[Tensor, Tensor
     return text(ids.to(device), mask), mask
 
 
-def frozen_t5(config: Config, folder: Path | None = None, writer: int = 0) -> FrozenT5:
+def frozen(config: Config, folder: Path | None = None, writer: int = 0) -> FrozenT5 | FrozenClip:
     """The frozen text encoder of the settings. folder: of the run, where the features lie if no other is named."""
     text = config.text
-    root = text.cache or config.cache.folder or (folder or Path()) / "embeddings"
-    return FrozenT5(text.encoder, text.max_length, Path(root).expanduser(), text.tokenizer, text.clean, text.precision,
-                    writer)
+    root = Path(text.cache or config.cache.folder or (folder or Path()) / "embeddings").expanduser()
+    if is_clip(text.encoder):
+        return FrozenClip(text.encoder, root, text.tokenizer, text.precision, writer)
+    return FrozenT5(text.encoder, text.max_length, root, text.tokenizer, text.clean, text.precision, writer)
+
+
+def is_clip(name: str) -> bool:
+    """Whether a folder says in its config.json that it holds a CLIP."""
+    file = Path(name).expanduser() / "config.json"
+    return file.is_file() and str(json.loads(file.read_text(encoding="utf-8")).get("model_type")).startswith("clip")
 
 
 def files(text: nn.Module | None) -> dict[str, tuple[dict, dict]]:
     """What export writes of a text encoder: nothing of a frozen one, which is a file already."""
-    if text is None or isinstance(text, FrozenT5):
+    if text is None or isinstance(text, FROZEN):
         return {}
     return {"text_encoders/{name}_t5.safetensors": (text.weights(), text.metadata())}
 
@@ -158,6 +165,116 @@ class FrozenT5(nn.Module):
         lengths = torch.tensor([len(row) for row in rows])
         context = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device, torch.float32)
         return context, (torch.arange(context.shape[1]) < lengths[:, None]).to(device)
+
+
+class FrozenClip(nn.Module):
+    """What a CLIP text encoder says that does not learn: its tokens before the last norm, and the projected vector.
+
+    As Stable Cascade reads CLIP-G: all places are filled, with the end token, which a mask keeps from the encoder and
+    not from the network that reads its tokens. It may be taught one word, by a change of a row of its table (`teach`).
+    """
+
+    def __init__(self, name: str, cache: Path, tokens: str = "", precision: str = "fp32", writer: int = 0):
+        super().__init__()
+        from transformers import AutoConfig, CLIPTokenizerFast
+
+        self.name, self.dtype, folder = name, DTYPES[precision], Path(name).expanduser()
+        try:
+            shape = AutoConfig.from_pretrained(folder, local_files_only=True)
+            shape = getattr(shape, "text_config", shape)
+            beside = folder.parent / "tokenizer"  # where a pipeline's folder has it
+            tokens = tokens or str(beside if beside.is_dir() and not any(folder.glob("*token*")) else folder)
+            self.tokens = CLIPTokenizerFast.from_pretrained(tokens, local_files_only=True)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"text.encoder={name!r} cannot be read as a CLIP text encoder: "
+                             f"{str(error).splitlines()[0]} Its tokenizer belongs beside it.") from error
+        self.width, self.pooled_width, self.places = shape.hidden_size, shape.projection_dim, \
+            shape.max_position_embeddings
+        self.store = Store(cache, "clip", {"encoder": fingerprint(folder), "precision": precision}, writer)
+        self.encoder: list[nn.Module] = []  # in a list: not a part of what is trained, saved or moved
+        self.word: str | None = None
+        self.word_row, self.word_base = 0, []
+
+    def teach(self, word: str, base: list[int]):
+        """Add a word whose row in the table begins as the mean of the rows `base`."""
+        from transformers import AddedToken
+
+        self.word, self.word_base = word, base
+        self.word_row = len(self.tokens)
+        self.tokens.add_tokens([AddedToken(word, normalized=False)])
+
+    def prepare(self, captions: list[str], device, progress=lambda items: items):
+        """Embed what is missing and write it down, then let the encoder go. A word that is taught is embedded anew at
+        every step: then nothing can be prepared, and it is only looked whether some caption has it."""
+        if self.word:
+            if not any(self.word in c for c in captions):
+                raise ValueError(f"No caption has the word {self.word}, so nothing would teach it. Write it into the "
+                                 f"captions, or give all pictures one: data.caption=\"a photo of a cat {self.word}\".")
+            return
+        self.store.refresh()  # another process may have been first
+        missing = [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
+        for start in progress(range(0, len(missing), AT_ONCE)):
+            self.embed(missing[start:start + AT_ONCE], device)
+        self.store.write()
+        self.release()
+
+    def release(self):
+        self.encoder.clear()
+
+    def loaded(self, device) -> nn.Module:
+        if not self.encoder:
+            from transformers import CLIPTextModelWithProjection
+
+            encoder = CLIPTextModelWithProjection.from_pretrained(self.name, local_files_only=True,
+                                                                  torch_dtype=self.dtype)
+            self.encoder.append(encoder.to(device).eval().requires_grad_(False))
+        return self.encoder[0]
+
+    @torch.no_grad()
+    def embed(self, captions: list[str], device):
+        for caption, tokens, pooled in zip(captions, *self.read(captions, device), strict=True):
+            self.store.put(digest(caption), {"tokens": tokens.to(torch.bfloat16), "pooled": pooled.to(torch.bfloat16)})
+
+    def read(self, captions: list[str], device, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, places, width) and vectors (B, pooled_width), float32. change: (1, width) of the word's row, which
+        gradients go to."""
+        encoder = self.loaded(device)
+        read = self.tokens(captions, padding=False, truncation=True, max_length=self.places)["input_ids"]
+        lengths = torch.tensor([len(row) for row in read])
+        end = self.tokens.eos_token_id
+        ids = torch.tensor([row + [end] * (self.places - len(row)) for row in read], device=device)
+        mask = (torch.arange(self.places) < lengths[:, None]).to(ids)
+        handles = []
+        if self.word:
+            # The word borrows a known row's number, for the table has none for it, and where the caption ends is
+            # sought by numbers in some configurations.
+            here, table = ids == self.word_row, encoder.text_model.embeddings.token_embedding
+            ids = ids.masked_fill(here, self.word_base[0])
+            row = table.weight[self.word_base].float().mean(0) + (0 if change is None else change[0].to(device))
+
+            def replaced(module, args, found):
+                return torch.where(here[..., None], row.to(found), found)
+
+            handles.append(table.register_forward_hook(replaced))
+        try:
+            with torch.autocast(torch.device(device).type, enabled=False):
+                found = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found.hidden_states[-1].float(), found.text_embeds.float()
+
+    def lookup(self, captions: list[str], device) -> tuple[Tensor, Tensor]:
+        """`read` from what is kept, without gradients."""
+        missing = [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
+        if missing:
+            self.embed(missing, device)
+        rows = [self.store.get(digest(c)) for c in captions]
+        return tuple(torch.stack([row[part] for row in rows]).to(device, torch.float32)
+                     for part in ("tokens", "pooled"))
+
+
+FROZEN = (FrozenT5, FrozenClip)
 
 
 class FrozenVae(nn.Module):

@@ -51,8 +51,8 @@ def export(folder: Path, out: Path, name: str, dtype: str = "bf16", step: int | 
     for pattern, (tensors, metadata) in recipe.files().items():
         path = out / pattern.format(name=name)
         origin = {"pixstack.run": json.dumps({"name": settings.name, "step": step, "weights": weights})}
-        tensors = {k: v.to(DTYPES[dtype]) if v.is_floating_point() and v.ndim else v  # the alpha of a LoRA is exact
-                   for k, v in tensors.items()}
+        # A LoRA's alpha, one number, stays as it is: rounded it would be another strength.
+        tensors = {k: v.to(DTYPES[dtype]) if v.is_floating_point() and v.ndim else v for k, v in tensors.items()}
         state_dict.write_file(path, tensors, {**metadata, **origin})
         written.append(path)
     return written

@@ -1,6 +1,8 @@
 """`--dry-run`: what a run would do, said before it does it."""
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,7 +65,8 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
 
 def on_meta(make):
     """A module as `make` makes it, without its memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # what a start's file holds
         return make()
 
 

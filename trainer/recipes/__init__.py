@@ -18,7 +18,14 @@ from __future__ import annotations
 from importlib import import_module
 
 RECIPES = {name: name for name in (  # name in [recipe] -> module here, whose class `Recipe` it is
-    "pixelflow", "pixart", "pixart_lora", "pixart_controlnet", "pixart_dreambooth", "pixart_lcm", "pixart_dmd",
+    "pixelflow",
+    "pixart",
+    "pixart_lora",
+    "pixart_controlnet",
+    "pixart_dreambooth",
+    "pixart_lcm",
+    "pixart_dmd",
+    "ultrapixel_guide",
     "autoencoder",
 )}
 PICTURES_ALONE = {"autoencoder"}  # of these: neither captions nor classes, and samples.prompts are picture files

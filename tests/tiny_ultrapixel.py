@@ -1,0 +1,236 @@
+"""An UltraPixel run so small that it takes seconds: Stage C, the guide, CLIP-G, the semantic encoder, the decoders."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny_run
+import torch
+from pixstack.models_impl import state_dict
+from pixstack.models_impl.ultrapixel import checkpoint
+from pixstack.models_impl.ultrapixel.config import GuideConfig, StageAConfig, StageBConfig, StageCConfig
+from pixstack.models_impl.ultrapixel.effnet import EffnetEncoder
+from pixstack.models_impl.ultrapixel.guidance import Guide
+from pixstack.models_impl.ultrapixel.model import StageC
+from pixstack.models_impl.ultrapixel.previewer import Previewer
+from pixstack.models_impl.ultrapixel.stage_a import StageA
+from pixstack.models_impl.ultrapixel.stage_b import StageB
+from pixstack.trainer import build, config, data, encoders, run
+from pixstack.trainer.ultrapixel import FrozenEffnet
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+TEXT, POOLED = 16, 12  # widths of the tokens and of the vector
+IMAGE = {"resolution": 128, "crop": "none"}
+C = StageCConfig(
+    hidden=(16, 16), heads=(2, 2), down=("CTA", "CTA" * 2), up=("CTA" * 2, "CTA"), context_dim=16, text_dim=TEXT,
+    pooled_dim=POOLED, image_dim=6, pooled_tokens=2, timestep_dim=16,
+)
+GUIDE = GuideConfig(down=(16, 16), up=(16, 16), width=8, heads=2, feedforward=8, max_tokens=64, groups=4, layers=(8, 8),
+                    timestep_dim=16)
+B = StageBConfig(
+    hidden=(8, 16), heads=(-1, 2), down=("CT", "CTA"), up=("CTA", "CT"), down_repeats=(1, 1), up_repeats=(1, 1),
+    context_dim=12, pooled_dim=POOLED, dropout=(0.0, 0.1), self_attention=(True, True), timestep_dim=8,
+)
+A = StageAConfig(bottleneck_blocks=1, hidden=8)
+FRESH = {"width": 8, "heads": 2, "feedforward": 8, "max_tokens": 64, "groups": 4, "layers": [8, 8]}
+GUIDED = {"name": "ultrapixel_guide", "low_side": 2, **FRESH}
+
+
+def network(kind, shape, seed=0, std=0.15):
+    torch.manual_seed(seed)
+    made = kind(shape)
+    for parameter in made.parameters():  # the initial zeros would hide mistakes
+        nn.init.normal_(parameter, std=std)
+    return made.eval()
+
+
+def written(path, kind, shape, **more):
+    state_dict.write_file(path, network(kind, shape, **more).state_dict(), checkpoint.metadata(shape))
+    return str(path)
+
+
+def calibrated(net, picture):
+    """With the means and deviations of `picture` in its norms, so that what comes out is of size one."""
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    for one in norms:
+        one.momentum = None
+    with torch.no_grad():
+        net.train()(picture)
+    return net.eval()
+
+
+def effnet(path):
+    """As released: EfficientNetV2-S at its full size, its weights of chance."""
+    torch.manual_seed(0)
+    plain = torch.rand(24, 3, 1, 1).expand(-1, -1, 128, 128).clone()
+    plain[::2, :, :32] = 0.5  # as the pictures of `tiny_run`, whose latents are then of size one
+    net = calibrated(EffnetEncoder(), plain)
+    with torch.no_grad():
+        found, last = net(plain), net.mapper[1]
+        last.running_mean += found.mean((0, 2, 3)) * last.running_var.sqrt()
+        last.running_var *= found.var((0, 2, 3))
+    state_dict.write_file(path, net.state_dict())
+    return str(path)
+
+
+def remembered():
+    """While it lasts, a picture is encoded once: EfficientNetV2-S takes longer than all the rest."""
+    encode, known = FrozenEffnet.encode, {}
+
+    def once(self, pictures, device):
+        found = []
+        for one in pictures.split(1):
+            key = (one.numpy().tobytes(), one.shape, str(self.path), self.low, self.dtype)
+            if key not in known:
+                known[key] = encode(self, one, device)
+            found.append(known[key])
+        return {name: torch.cat([f[name] for f in found]) for name in found[0]}
+
+    FrozenEffnet.encode = once
+    yield
+    FrozenEffnet.encode = encode
+
+
+def clip(folder, width=TEXT, pooled=POOLED):
+    """As transformers saves CLIP-G's text tower and its tokenizer: letters, and the words that tests use."""
+    encoders.hide_broken_torchvision()
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [chr(c) for c in range(33, 127)]
+    words, merges = [], []
+    for word in ("cat", "card", "red", "blue", "a"):
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pair, parts = parts[:2], ["".join(parts[:2]), *parts[2:]]
+            if tuple(pair) not in merges:
+                merges.append(tuple(pair))
+                words.append("".join(pair))
+    table = [*letters, *(c + "</w>" for c in letters), *words, "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(table)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(table), hidden_size=width, intermediate_size=32, projection_dim=pooled, num_hidden_layers=2,
+        num_attention_heads=2, eos_token_id=len(table) - 1, bos_token_id=len(table) - 2, pad_token_id=len(table) - 1,
+        hidden_act="gelu", initializer_range=0.2, initializer_factor=10.0,
+    )).save_pretrained(folder)
+    return str(folder)
+
+
+def vision(folder):
+    """As transformers saves CLIP-L's image tower."""
+    encoders.hide_broken_torchvision()
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, projection_dim=6, num_hidden_layers=1, num_attention_heads=2,
+        image_size=32, patch_size=16, initializer_factor=10.0,
+    )).save_pretrained(folder)
+    return str(folder)
+
+
+def parts(folder):
+    """The sections that name frozen networks in `folder`, which are made there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    previewer = calibrated(Previewer(hidden=16), torch.randn(4, 16, 4, 4))
+    state_dict.write_file(folder / "previewer.safetensors", previewer.state_dict())
+    return {
+        "text": {"encoder": clip(folder / "clip")}, "vae": {"path": effnet(folder / "effnet.safetensors")},
+        "model": {"stage_c": written(folder / "stage_c.safetensors", StageC, C),
+                  "previewer": str(folder / "previewer.safetensors")},
+    }
+
+
+def with_stages(folder):
+    """The files of Stage B and A."""
+    return [f"model.stage_b={written(folder / 'stage_b.safetensors', StageB, B)}",
+            f"model.stage_a={written(folder / 'stage_a.safetensors', StageA, A)}"]
+
+
+def guide_file(path, **more):
+    return written(path, Guide, GUIDE, **more)
+
+
+def settings(path, out, sections, recipe, *words, **more):
+    raw = {**tiny_run.SETTINGS, "recipe": recipe, "data": {"path": str(path), **IMAGE}, "out": str(out),
+           "precision": "fp32", "batch_size": 4, **sections, **more}
+    return config.parse(raw, words)
+
+
+def case(name):
+    """(weights, config, inputs, outputs) of a parity case among the fixtures."""
+    found = {"weight": {}, "input": {}, "output": {}}
+    with safe_open(Path(__file__).parent / "fixtures/parity" / f"{name}.safetensors", framework="pt") as file:
+        for key in file.keys():
+            kind, _, part = key.partition(".")
+            found[kind][part] = file.get_tensor(key)
+        return found["weight"], json.loads(file.metadata()["config"]), found["input"], found["output"]
+
+
+def weights(folder, step=6):
+    at = folder / "checkpoints" / f"{step:08d}"
+    return {f"{file}.{k}": v for file in ("model", "ema", "optimizer")
+            for k, v in run.read_tensors(at / f"{file}.safetensors").items()}
+
+
+def toml(folder, made):
+    """The settings as a file, for the command line."""
+    raw = config.as_dict(made)
+    lines = [f"{k} = {json.dumps(v)}" for k, v in raw.items() if not isinstance(v, dict)]
+    for section, values in raw.items():
+        if isinstance(values, dict):
+            lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None)]
+    (folder / "tiny.toml").write_text("\n".join(lines))
+    return str(folder / "tiny.toml")
+
+
+def recipe_of(made):
+    """(the recipe of settings, its batches)"""
+    found = build.collection(made)
+    return build.recipe(made, found), data.Batches(found.train, made.data, made.seed, made.batch_size)
+
+
+GRADIENTS = """
+import sys
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from pixstack.trainer import build, config, data, loop
+made = config.load(sys.argv[1])
+accelerator = Accelerator(cpu=True)
+found = build.collection(made)
+recipe = build.recipe(made, found)
+model = accelerator.prepare(recipe)
+batches = data.Batches(found.train, made.data, made.seed, made.batch_size)
+(part,) = loop.parts_of(made, accelerator.process_index, accelerator.num_processes)
+for step in range(2):
+    recipe.zero_grad()
+    accelerator.backward(model(batches(step, part)).mean())
+if accelerator.is_main_process:
+    tensors = {n: p.grad for n, p in recipe.named_parameters() if p.requires_grad}
+    save_file({**tensors, **dict(recipe.named_buffers())}, sys.argv[2])
+accelerator.end_training()
+"""
+
+
+def gradients(file, processes, folder):
+    """Of the second step of a run in so many gloo processes; buffers too, which the first step has changed."""
+    script, out = folder / "gradients.py", folder / f"gradients{processes}.safetensors"
+    script.write_text(GRADIENTS)
+    command = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    package = str(Path(__file__).resolve().parents[1] / "package")
+    subprocess.run([*command, str(script), str(file), str(out)], check=True, timeout=300,
+                   env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    return load_file(out)
+
+
+def log(folder: Path):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
