@@ -184,7 +184,7 @@ def test_a_known_noise_level_weighs_by_p2_where_that_is_asked_for(made):
 
 
 def test_a_run_starts_from_the_released_pickle(made, tmp_path):
-    weights = tiny_ultrapixel.network(Guide, replace(tiny_ultrapixel.GUIDE, heads=1)).state_dict()
+    weights = tiny_ultrapixel.network(Guide, tiny_ultrapixel.GUIDE).state_dict()
     released = checkpoint.released_guide_names(weights, number=6)
     torch.save(released, tmp_path / "ultrapixel_t2i.safetensors")
     recipe, _ = recipe_of(made(f"init_from={tmp_path / 'ultrapixel_t2i.safetensors'}"))
@@ -193,7 +193,7 @@ def test_a_run_starts_from_the_released_pickle(made, tmp_path):
 
 def test_a_fresh_guide_has_the_sizes_that_the_settings_say(made):
     shape = recipe_of(made())[0].guide.config
-    assert shape == tiny_ultrapixel.GUIDE
+    assert shape == replace(tiny_ultrapixel.GUIDE, frequencies=64)
 
 
 @pytest.mark.parametrize("words, part", [
@@ -219,15 +219,15 @@ def test_files_of_other_networks_are_refused_by_name(made, parts, tmp_path):
     assert "stage_c.safetensors: This is not a guide of UltraPixel" in refusal(
         made, f"init_from={parts['model']['stage_c']}")
     assert "guide.safetensors: This is not a Stage C" in refusal(made, f"model.stage_c={guide}")
-    lite = replace(tiny_ultrapixel.C, hidden=(8, 8))
+    lite = replace(tiny_ultrapixel.C, hidden=(32, 32))
     tiny_ultrapixel.written(tmp_path / "lite.safetensors", StageC, lite)
-    assert "levels of (16, 16) and (16, 16) channels, model.stage_c has (8, 8)" in refusal(
+    assert "levels of (64, 64) and (64, 64) channels, model.stage_c has (32, 32)" in refusal(
         made, f"model.stage_c={tmp_path / 'lite.safetensors'}", f"init_from={guide}")
 
 
 def test_a_text_encoder_of_another_width_is_refused(made, tmp_path):
-    clip = tiny_ultrapixel.clip(tmp_path / "clip", 32, 12)
-    with pytest.raises(ValueError, match="tokens of width 32 and vectors of 12, this Stage C reads 16 and 12"):
+    clip = tiny_ultrapixel.clip(tmp_path / "clip", 16, 12)
+    with pytest.raises(ValueError, match="tokens of width 16 and vectors of 12, this Stage C reads 32 and 32"):
         recipe_of(made(f"text.encoder={clip}"))
 
 
@@ -304,6 +304,33 @@ def test_an_exported_guide_does_what_the_trained_one_does(trained, tmp_path):
         ours, theirs = (recipe.net(x, t, **told, hook=g.image(features).hook(t)) for g in (recipe.guide, guide))
     torch.testing.assert_close(theirs, ours)
     assert (ours - plain).abs().max() > 1e-2
+
+
+def test_comfyui_predicts_with_an_exported_guide_what_the_trainer_predicts(trained, parts, host):
+    import shutil
+    import sys
+    from importlib import import_module
+
+    shutil.copy(parts["model"]["stage_c"], host.models / "diffusion_models" / "stage_c_of_the_trainer.safetensors")
+    (file,) = export.export(trained, host.models, "guide_of_the_trainer", dtype="fp32")
+    core = import_module("nodes")
+    net = core.UNETLoader().load_unet("stage_c_of_the_trainer.safetensors", "default")[0].model.diffusion_model.float()
+    loader = core.NODE_CLASS_MAPPINGS["PixStack_UltraPixelGuideLoader"]
+    guide = loader.execute(guide_name=file.name).args[0].model
+    nodes = sys.modules[sys.modules[loader.__module__].ultrapixel.__name__]
+    recipe, _, _ = export.open_run(trained)
+    torch.manual_seed(0)
+    x, t, told = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.8]), recipe.denoising.condition(["red card", "a cat"])
+    low, kept, no_image = torch.randn(2, 16, 2, 2), torch.full((2,), 0.05), torch.zeros(2, 1, 768)
+    with torch.no_grad():
+        tap = nodes.FeatureTap()
+        with nodes.hooked(net, tap):
+            net(low, kept, told["text"], told["pooled"], no_image)
+        with nodes.hooked(net, guide.image(tap.features).hook(t, up=1.0)):
+            theirs = net(x, t, told["text"], told["pooled"], no_image)
+        _, features = recipe.net.features(low, kept, **told)
+        ours = recipe.net(x, t, **told, hook=recipe.guide.image(features).hook(t, up=1.0))
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
 
 
 def test_a_finished_run_is_exported_where_stage_c_is_not(trained, tmp_path):

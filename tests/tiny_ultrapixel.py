@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cascade_weights as cascade
 import tiny_run
 import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.ultrapixel import checkpoint
-from pixstack.models_impl.ultrapixel.config import GuideConfig, StageAConfig, StageBConfig, StageCConfig
 from pixstack.models_impl.ultrapixel.effnet import EffnetEncoder
 from pixstack.models_impl.ultrapixel.guidance import Guide
 from pixstack.models_impl.ultrapixel.model import StageC
@@ -22,24 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-TEXT, POOLED = 16, 12  # widths of the tokens and of the vector
 IMAGE = {"resolution": 128, "crop": "none"}
-C = StageCConfig(
-    hidden=(16, 16), heads=(2, 2), down=("CTA", "CTA" * 2), up=("CTA" * 2, "CTA"), context_dim=16, text_dim=TEXT,
-    pooled_dim=POOLED, image_dim=6, pooled_tokens=2, timestep_dim=16,
-)
-GUIDE = GuideConfig(down=(16, 16), up=(16, 16), width=8, heads=2, feedforward=8, max_tokens=64, groups=4, layers=(8, 8),
-                    timestep_dim=16)
-B = StageBConfig(
-    hidden=(8, 16), heads=(-1, 2), down=("CT", "CTA"), up=("CTA", "CT"), down_repeats=(1, 1), up_repeats=(1, 1),
-    context_dim=12, pooled_dim=POOLED, dropout=(0.0, 0.1), self_attention=(True, True), timestep_dim=8,
-)
-A = StageAConfig(bottleneck_blocks=1, hidden=8)
-FRESH = {"width": 8, "heads": 2, "feedforward": 8, "max_tokens": 64, "groups": 4, "layers": [8, 8]}
+C, GUIDE = cascade.C, cascade.GUIDE  # what the tests' ComfyUI builds too
+FRESH = {"width": 32, "heads": 1, "feedforward": 32, "groups": 8, "layers": [32, 32]}
 GUIDED = {"name": "ultrapixel_guide", "low_side": 2, **FRESH}
 
 
-def network(kind, shape, seed=0, std=0.15):
+def network(kind, shape, seed=0, std=0.08):
     torch.manual_seed(seed)
     made = kind(shape)
     for parameter in made.parameters():  # the initial zeros would hide mistakes
@@ -48,7 +37,8 @@ def network(kind, shape, seed=0, std=0.15):
 
 
 def written(path, kind, shape, **more):
-    state_dict.write_file(path, network(kind, shape, **more).state_dict(), checkpoint.metadata(shape))
+    tensors = checkpoint.released_attention_names(network(kind, shape, **more).state_dict())
+    state_dict.write_file(path, tensors, checkpoint.metadata(shape))
     return str(path)
 
 
@@ -94,7 +84,7 @@ def remembered():
     FrozenEffnet.encode = encode
 
 
-def clip(folder, width=TEXT, pooled=POOLED):
+def clip(folder, width=C.text_dim, pooled=C.pooled_dim):
     """As transformers saves CLIP-G's text tower and its tokenizer: letters, and the words that tests use."""
     encoders.hide_broken_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -129,7 +119,7 @@ def vision(folder):
 
     torch.manual_seed(0)
     CLIPVisionModelWithProjection(CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, projection_dim=6, num_hidden_layers=1, num_attention_heads=2,
+        hidden_size=16, intermediate_size=32, projection_dim=C.image_dim, num_hidden_layers=1, num_attention_heads=2,
         image_size=32, patch_size=16, initializer_factor=10.0,
     )).save_pretrained(folder)
     return str(folder)
@@ -150,8 +140,8 @@ def parts(folder):
 
 def with_stages(folder):
     """The files of Stage B and A."""
-    return [f"model.stage_b={written(folder / 'stage_b.safetensors', StageB, B)}",
-            f"model.stage_a={written(folder / 'stage_a.safetensors', StageA, A)}"]
+    return [f"model.stage_b={written(folder / 'stage_b.safetensors', StageB, cascade.B)}",
+            f"model.stage_a={written(folder / 'stage_a.safetensors', StageA, cascade.A)}"]
 
 
 def guide_file(path, **more):

@@ -315,7 +315,9 @@ def _personalisation(source: Source) -> Result:
         found.append(f"its token, row {read.token_rows[0]} of the text encoder: {named}")
         if not read.token_change.any():
             found.append("the token's change is zero: it was not trained, and stands for the word that it began as")
-    return Result(*ultrapixel_lora.to_core(read), found)
+    written = {"original": ultrapixel_lora.to_released, "comfyui": ultrapixel_lora.to_core,
+               "kohya": ultrapixel_lora.to_kohya}[source.to]
+    return Result(*written(read), found)
 
 
 def _is_cascade(keys: set[str]) -> bool:
@@ -325,7 +327,8 @@ def _is_cascade(keys: set[str]) -> bool:
 CONVERTERS = (
     Converter("PixArt", "controlnet", ("original", "diffusers", "comfyui"), _is_pixart_controlnet, _pixart_controlnet),
     Converter("PixArt", "model", ("original", "diffusers", "comfyui"), _is_pixart, _pixart_model),
-    Converter("UltraPixel", "lora", ("comfyui",), ultrapixel_lora.is_personalisation, _personalisation),
+    Converter("UltraPixel", "lora", ("original", "comfyui", "kohya"), ultrapixel_lora.is_personalisation,
+              _personalisation),
     Converter("UltraPixel", "model", ("original", "comfyui"), _is_cascade, _cascade_model),
     Converter("PixArt", "lora", FORMATS, lora.is_lora, _pixart_lora),
     Converter("PixelFlow", "model", ("original", "comfyui"), _is_pixelflow, _pixelflow_model),

@@ -20,6 +20,8 @@ ALPHA = 1.0
 NUMBERED = re.compile(r"(?:module\.)?(\d+)\.(lora_down|lora_up|embeddings|indices)$")
 NAMED = re.compile(r"diffusion_model\.(down|up)_blocks\.\d+\.\d+\.attention\.attn\..+\.lora_down\.weight$")
 CORE = "diffusion_model."  # how ComfyUI names the layers of a diffusion model in a LoRA
+KOHYA = "lora_prior_unet_"  # how sd-scripts and OneTrainer name them, which ComfyUI reads too
+KOHYA_NAME = re.compile(KOHYA + r"(down|up)_blocks_(\d+)_(\d+)_attention_attn_(to_[qkv]|out_proj)\.(.+)$")
 SPLIT = ("to_q", "to_k", "to_v")  # into which it splits the fused projection
 TOKEN = "retoken."
 
@@ -67,6 +69,16 @@ class Personalisation:
         return (table.float() + strength * change).to(table.dtype)
 
 
+def base_rows(vocabulary: Mapping[str, int], pattern: str) -> list[int]:
+    """Rows of the text encoder's table whose mean a token begins as: of the words that a pattern such as "^cat</w>" is
+    found in. Raises ValueError if there are none."""
+    rows = sorted(row for word, row in vocabulary.items() if re.search(pattern, word))
+    if not rows:
+        raise ValueError(f"{pattern!r} is found in none of the text encoder's {len(vocabulary):,} words. A whole word "
+                         "ends in </w>: \"^cat</w>\".")
+    return rows
+
+
 def attention_keys(config: StageCConfig) -> list[str]:
     """The weights that the release personalises, in the order in which it numbers them."""
     return [
@@ -79,8 +91,8 @@ def attention_keys(config: StageCConfig) -> list[str]:
 
 
 def is_personalisation(keys: Iterable[str]) -> bool:
-    """Whether the keys are those of the release's file or of one for ComfyUI."""
-    return any(NUMBERED.match(key) or NAMED.match(key) for key in keys)
+    """Whether the keys are those of the release's file, of one for ComfyUI, or of another trainer's."""
+    return any(NUMBERED.match(key) or NAMED.match(key) or KOHYA_NAME.match(key) for key in keys)
 
 
 def read(
@@ -93,6 +105,11 @@ def read(
     order of the numbers, where others than the attentions were trained. alpha: the change is alpha / rank * up @ down.
     """
     metadata = metadata or {}
+    if any(key.startswith(KOHYA) for key in tensors):
+        tensors = {KOHYA_NAME.sub(rf"{CORE}\1_blocks.\2.\3.attention.attn.\4.\5", k): v for k, v in tensors.items()}
+        if odd := [k for k in tensors if k.startswith(KOHYA)]:
+            raise ValueError(f"{len(odd)} keys are no attention's, such as {odd[0]}: load this file with core's LoRA "
+                             "loader; a personalisation changes attentions alone.")
     if any(key.startswith(CORE) for key in tensors):
         return _read_named(tensors, metadata)
     parts: dict[int, dict[str, Tensor]] = {}
@@ -130,8 +147,51 @@ def to_core(personalisation: Personalisation) -> tuple[dict[str, Tensor], dict[s
     if personalisation.token_rows:
         tensors[f"{TOKEN}embeddings"] = personalisation.token_change
         tensors[f"{TOKEN}indices"] = torch.tensor(personalisation.token_rows)
+    return tensors, _told(personalisation)
+
+
+def to_kohya(personalisation: Personalisation) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`to_core` under the names that other trainers give to layers of Stage C."""
+    tensors, metadata = to_core(personalisation)
+
+    def name(key):
+        layer, part, rest = key.partition(".lora_") if ".lora_" in key else key.partition(".alpha")
+        return KOHYA + layer.removeprefix(CORE).replace(".", "_") + part + rest if key.startswith(CORE) else key
+
+    return {name(key): value for key, value in tensors.items()}, metadata
+
+
+def to_released(personalisation: Personalisation) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """By numbers, as the release has it; a scale other than its 1 / rank goes into the weights. Raises ValueError where
+    not all attentions of the net are changed, for then a number would mean another layer."""
+    layers = personalisation.layers
+    order = sorted(layers, key=_place)
+    pairs = [key.rsplit(".", 2)[0] for key in order]
+    if any(pairs.count(one) != 2 for one in pairs):
+        raise ValueError("The release's format numbers all attentions of Stage C, in_proj and out_proj of each; this "
+                         f"file has {len(layers)} layers that are no such pairs.")
+    tensors = {}
+    for number, key in enumerate(order):
+        up, down = layers[key]
+        tensors[f"module.{number}.lora_down"] = down
+        share = personalisation.scale * down.shape[0] / ALPHA
+        tensors[f"module.{number}.lora_up"] = up if share == 1 else (up.float() * share).to(up.dtype)
+    if personalisation.token_rows:
+        tensors[f"module.{len(order)}.embeddings"] = personalisation.token_change
+        tensors[f"module.{len(order)}.indices"] = torch.tensor(personalisation.token_rows)
+    return tensors, _told(personalisation)
+
+
+def _told(personalisation: Personalisation) -> dict[str, str]:
     told = {"pixstack.token": personalisation.token, "pixstack.token_base": personalisation.base}
-    return tensors, {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _place(key: str) -> tuple:
+    """Where the release's numbering has a weight."""
+    way, level, position, part = re.match(r"(down|up)_blocks\.(\d+)\.(\d+)\..*\.(in_proj|out_proj)\.weight$",
+                                          key).groups()
+    return way, int(level), int(position), part == "in_proj"
 
 
 def _read_named(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Personalisation:

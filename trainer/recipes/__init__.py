@@ -26,6 +26,7 @@ RECIPES = {name: name for name in (  # name in [recipe] -> module here, whose cl
     "pixart_lcm",
     "pixart_dmd",
     "ultrapixel_guide",
+    "ultrapixel_lora",
     "autoencoder",
 )}
 PICTURES_ALONE = {"autoencoder"}  # of these: neither captions nor classes, and samples.prompts are picture files

@@ -1,0 +1,345 @@
+"""LoRAs of Stage C: with a guide and a word that is learned, and plain; the loss, runs, and files that loaders take."""
+import json
+import os
+import shutil
+import signal
+from importlib import import_module
+
+import pytest
+import tiny_run
+import tiny_ultrapixel
+import torch
+from PIL import Image
+from pixstack.models_impl import state_dict
+from pixstack.models_impl.ultrapixel import checkpoint, lora
+from pixstack.models_impl.ultrapixel.model import StageC
+from pixstack.trainer import cli, data, encoders, export
+from tiny_ultrapixel import recipe_of
+
+PLAIN = {"name": "ultrapixel_lora"}
+PERSONAL = {"name": "ultrapixel_lora", "low_side": 2, "word": "[mycat]", "word_base": "^cat</w>", "low_until": 2}
+CAPTION = "a red cat [mycat]"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered():
+    yield from tiny_ultrapixel.remembered()
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return tiny_ultrapixel.parts(tmp_path_factory.mktemp("networks"))
+
+
+@pytest.fixture(scope="module")
+def guided(parts, tmp_path_factory):
+    guide = tiny_ultrapixel.guide_file(tmp_path_factory.mktemp("guide") / "guide.safetensors")
+    return {**parts, "model": {**parts["model"], "guide": guide}}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny_run.pictures(tmp_path_factory.mktemp("data") / "set", size=128)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Pictures without captions."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, colour in enumerate(tiny_run.COLOURS.values()):
+        Image.new("RGB", (128, 128), colour).save(folder / f"{i}.png")
+    return {"kind": "folder", "path": str(folder), "caption": CAPTION, **tiny_ultrapixel.IMAGE}
+
+
+@pytest.fixture
+def plain(path, parts, tmp_path):
+    def settings(*words, **more):
+        return tiny_ultrapixel.settings(path, tmp_path / "run", parts, PLAIN, *words, **more)
+    return settings
+
+
+@pytest.fixture
+def personal(photos, guided, tmp_path):
+    def settings(*words, **more):
+        return tiny_ultrapixel.settings("", tmp_path / "run", guided, PERSONAL, *words, **{"data": photos, **more})
+    return settings
+
+
+def stirred(recipe):
+    """With nothing in the LoRA zero."""
+    torch.manual_seed(1)
+    for p in recipe.layers.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    if recipe.change is not None:
+        torch.nn.init.normal_(recipe.change)
+    return recipe
+
+
+def merged(recipe, file):
+    """Stage C with the LoRA of a file inside, as the inference reads it."""
+    found = lora.read(*state_dict.read_file(file))
+    shape, tensors = checkpoint.read_stage_c(*state_dict.read_file(recipe.config.model.stage_c))
+    net = StageC(shape)
+    state_dict.load_into(net, found.merge(tensors), "Stage C")
+    return net.eval(), found
+
+
+# --- The loss
+
+
+def test_a_lora_begins_as_nothing_and_scales_by_alpha_over_rank(plain):
+    recipe, batches = recipe_of(plain("recipe.rank=2", "recipe.alpha=3.0"))
+    assert all(not layer.down.any() and layer.up.any() and layer.scale == 1.5 for layer in recipe.layers.values())
+    batch, d = batches(0, range(4)), recipe.denoising
+    chance, latents = d.draw(0), d.latents(batch, 0)
+    x, timestep = d.noisy(latents.high, latents.noise, chance.t)
+    bare = tiny_ultrapixel.network(StageC, tiny_ultrapixel.C)
+    with torch.no_grad():
+        torch.testing.assert_close(recipe.net(x, timestep, **d.told(batch, chance)),
+                                   bare(x, timestep, **d.told(batch, chance)))
+
+
+def test_all_attentions_learn_and_nothing_else_does(plain):
+    recipe, batches = recipe_of(plain())
+    stirred(recipe)(batches(0, range(4))).mean().backward()
+    assert set(recipe.keys.values()) == set(lora.attention_keys(tiny_ultrapixel.C))
+    learns = {n for n, p in recipe.named_parameters() if p.requires_grad}
+    assert learns == {n for n, p in recipe.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {n.split(".")[0] for n in learns} == {"layers"}
+
+
+def test_a_personalisation_learns_at_low_resolution_first_and_in_turns_then(personal):
+    recipe, batches = recipe_of(personal("recipe.dropout=0.0", "recipe.weight=none"))
+    turns = [recipe.high(step) for step in range(60)]
+    assert turns[:2] == [False, False] and 15 < sum(turns[2:]) < 45
+    low, high = turns.index(False), turns.index(True)
+    d = recipe.denoising
+    for step, expected in ((low, lambda latents, *a: d.plain(latents.low, latents.noise_low, *a)),
+                           (high, lambda latents, *a: d.guided(recipe.guide, latents, *a))):
+        batch = batches(step, range(4))
+        told = d.told(batch, d.draw(step), recipe.change)
+        torch.testing.assert_close(recipe(batch), expected(d.latents(batch, 0), d.draw(step).t, told))
+
+
+def test_the_word_is_learned(personal):
+    """The release computes its conditions without gradients, so that its word stays what it began as."""
+    recipe, batches = recipe_of(personal())
+    stirred(recipe)(batches(0, range(4))).mean().backward()
+    assert recipe.change.grad.abs().max() > 1e-6
+    encoder = recipe.text.encoder[0]
+    assert all(p.grad is None for p in encoder.parameters())
+    (layers, word) = recipe.groups(recipe.config)
+    assert word["params"] == [("change", recipe.change)]
+
+
+def test_a_word_begins_as_the_mean_of_the_words_of_its_pattern(personal):
+    recipe, _ = recipe_of(personal("recipe.word_base=^(cat|card)</w>"))
+    text = recipe.text
+    rows = [text.tokens.convert_tokens_to_ids(w) for w in ("cat</w>", "card</w>")]
+    assert text.word_base == sorted(rows) and text.word_row == len(text.tokens) - 1
+    one, _ = recipe_of(personal())
+    said, known = one.text.read([CAPTION], "cpu")[0], one.text.read(["a red cat cat"], "cpu")[0]
+    torch.testing.assert_close(said, known)  # of one word it begins as that word
+    moved = one.text.read([CAPTION], "cpu", torch.ones(1, text.width))[0]
+    assert (moved - said).abs().max() > 0.01
+    untouched = one.text.read(["a red cat"], "cpu", torch.ones(1, text.width))[0]
+    assert torch.equal(untouched, one.text.read(["a red cat"], "cpu")[0])
+
+
+def test_the_tokens_are_those_before_the_last_norm_and_the_end_token_fills_up(parts, tmp_path):
+    encoders.hide_broken_torchvision()
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizerFast
+
+    folder = parts["text"]["encoder"]
+    model, tokens = CLIPTextModelWithProjection.from_pretrained(folder), CLIPTokenizerFast.from_pretrained(folder)
+    row = tokens("a red cat").input_ids
+    ids = torch.tensor([row + [tokens.eos_token_id] * (77 - len(row))])
+    mask = (torch.arange(77) < len(row)).long()[None]
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    text = encoders.FrozenClip(folder, tmp_path)
+    said, pooled = text.lookup(["a red cat"], "cpu")
+    torch.testing.assert_close(said, found.hidden_states[-1], rtol=1e-2, atol=1e-2)  # kept in bf16
+    torch.testing.assert_close(pooled, found.text_embeds, rtol=1e-2, atol=1e-2)
+
+
+def test_a_word_that_no_caption_has_is_refused(personal):
+    recipe, _ = recipe_of(personal())
+    with pytest.raises(ValueError, match="No caption has the word .mycat."):
+        recipe.text.prepare(["", "a red cat"], "cpu")
+    recipe.text.prepare(["", CAPTION], "cpu")
+
+
+def test_a_word_base_that_is_no_word_is_refused(personal):
+    with pytest.raises(ValueError, match="'.dog</w>' is found in none of the text encoder's"):
+        recipe_of(personal("recipe.word_base=^dog</w>"))
+
+
+@pytest.mark.parametrize("words, part", [
+    (("recipe.rnak=4",), "recipe.rnak is not a setting; did you mean rank"),
+    (("recipe.rank=0",), "recipe.rank=0 must be at least 1"),
+    (("recipe.word=[x]",), "recipe.word='[x]' and recipe.word_base='' belong together"),
+    (("recipe.word=a dog", "recipe.word_base=dog"), "must be one word"),
+    (("recipe.high_share=1.5",), "recipe.high_share=1.5 is outside [0, 1]"),
+])
+def test_a_setting_that_cannot_work_is_refused(plain, words, part):
+    with pytest.raises(ValueError) as caught:
+        plain(*words)
+    assert part in str(caught.value)
+
+
+def test_micro_batches_give_the_losses_of_the_whole_batch(personal):
+    recipe, batches = recipe_of(personal())
+    stirred(recipe)
+    for step in (0, next(s for s in range(2, 60) if recipe.high(s))):
+        whole = recipe(batches(step, range(4)))
+        other = stirred(recipe_of(personal())[0])
+        other.weight.means.copy_(torch.ones(300))
+        recipe.weight.means.copy_(torch.ones(300))
+        some = torch.cat([other(batches(step, range(s, s + 2))) for s in (0, 2)])
+        torch.testing.assert_close(some, whole, rtol=1e-3, atol=1e-4)
+
+
+# --- Runs
+
+
+def test_a_resumed_run_repeats_the_unbroken_run(photos, guided, tmp_path):
+    def interrupt(one, step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    unbroken, broken = (tiny_ultrapixel.settings("", tmp_path / n, guided, PERSONAL, "save_every=5", data=photos)
+                        for n in ("unbroken", "broken"))
+    tiny_run.train(unbroken)
+    tiny_run.train(broken, interrupt)
+    tiny_run.train(broken)
+    one, other = (tiny_ultrapixel.weights(tmp_path / n) for n in ("unbroken", "broken"))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert one["model.change"].any() and not any(k.startswith(("model.net.", "model.guide.")) for k in one)
+    assert tiny_ultrapixel.log(tmp_path / "unbroken") == tiny_ultrapixel.log(tmp_path / "broken")
+
+
+def test_training_lowers_the_loss(plain):
+    settings = plain("steps=40", "optimizer.rate=1e-2", "save_every=40", "ema.decay=0", "recipe.rank=8")
+    fresh, batches = recipe_of(settings)
+    recipe, _ = tiny_run.train(settings)
+    shown = data.fixed(batches.items, settings.data)
+    assert recipe.validate(shown)["loss"] < 0.95 * fresh.validate(shown)["loss"]
+
+
+def test_validation_measures_both_resolutions(personal):
+    recipe, batches = recipe_of(personal())
+    found = recipe.validate(data.fixed(batches.items, batches.settings))
+    assert found["loss"] == pytest.approx((found["low"] + found["high"]) / 2)
+
+
+def test_two_processes_have_the_gradients_of_one(personal, tmp_path):
+    file = tiny_ultrapixel.toml(tmp_path, personal("ema.decay=0", "recipe.low_until=0", "recipe.high_share=1.0"))
+    whole, some = tiny_ultrapixel.gradients(file, 1, tmp_path), tiny_ultrapixel.gradients(file, 2, tmp_path)
+    assert whole.keys() == some.keys() and "change" in whole
+    for name in whole:
+        torch.testing.assert_close(some[name], whole[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(photos, guided, tmp_path, capsys):
+    words = [f"{section}.{key}={value}" for section, values in guided.items() for key, value in values.items()]
+    cli.main(["train", "recipes/ultrapixel_lora.toml", "--dry-run", *words, f"data.path={photos['path']}",
+              "data.caption=a photo of a cat [roubaobao]", "data.resolution=256", "recipe.low_side=2",
+              f"out={tmp_path}/run", "device=cpu", "samples.height=256", "samples.width=256"])
+    said = capsys.readouterr().out
+    for part in ("layers:", "change: 32", "guided by 2x2 cells", "a photo of a cat [roubaobao]", "low resolution"):
+        assert part in said, part
+
+
+# --- What comes out
+
+
+@pytest.fixture(scope="module")
+def trained(photos, guided, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    words = ("steps=6", "samples.every=6", f"samples.prompts=[{json.dumps(CAPTION)}]", "samples.steps=2", "ema.decay=0",
+             "optimizer.rate=2e-2", "recipe.low_until=1", "text.rate=5.0", "optimizer.warm_up=0")
+    tiny_run.train(tiny_ultrapixel.settings("", folder, guided, PERSONAL, *words, data=photos))
+    return folder
+
+
+def same_prediction(recipe, net, caption, change):
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.8])
+    told = recipe.denoising.condition([caption] * 2, change=change)
+    with torch.no_grad():
+        theirs, ours = net(x, t, **told), recipe.net(x, t, **told)
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+
+
+def test_an_exported_personalisation_does_what_the_trained_one_does(trained, tmp_path):
+    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    assert file.parent.name == "loras"
+    recipe, _, _ = export.open_run(trained)
+    net, found = merged(recipe, file)
+    assert (found.token, found.base, found.token_rows) == ("[mycat]", "^cat</w>", [recipe.text.word_row])
+    torch.testing.assert_close(found.token_change, recipe.change)
+    same_prediction(recipe, net, CAPTION, recipe.change)
+    text = recipe.text
+    table = text.loaded("cpu").text_model.embeddings.token_embedding.weight
+    grown = found.embed(torch.cat([table, table[text.word_base].mean(0, keepdim=True)]))
+    torch.testing.assert_close(grown[-1], table[text.word_base].mean(0) + recipe.change[0])
+
+
+@pytest.mark.parametrize("to", ["original", "kohya", "comfyui"])
+def test_convert_takes_the_file_to_every_format_and_back(trained, tmp_path, to):
+    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    cli.main(["convert", str(file), str(tmp_path / "there.safetensors"), "--to", to])
+    base = ["--base", json.loads((trained / "config.json").read_text())["model"]["stage_c"]]
+    cli.main(["convert", str(tmp_path / "there.safetensors"), str(tmp_path / "back.safetensors"), *base])
+    keys = state_dict.read_file(tmp_path / "there.safetensors")[0]
+    mark = {"original": "module.0.lora_down", "kohya": "lora_prior_unet_down_blocks_0_2_attention_attn_to_q.alpha",
+            "comfyui": "diffusion_model.down_blocks.0.2.attention.attn.out_proj.lora_up.weight"}[to]
+    assert mark in keys
+    one, other = (lora.read(*state_dict.read_file(p)) for p in (file, tmp_path / "back.safetensors"))
+    assert (one.token, one.base, one.token_rows, one.scale) == (other.token, other.base, other.token_rows, other.scale)
+    assert torch.equal(one.token_change, other.token_change) and one.layers.keys() == other.layers.keys()
+    for key in one.layers:
+        assert all(torch.equal(a, b) for a, b in zip(one.layers[key], other.layers[key], strict=True))
+
+
+def test_a_run_goes_on_from_an_export(trained, personal, tmp_path):
+    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    old, _, _ = export.open_run(trained)
+    new, _ = recipe_of(personal(f"init_from={file}", "recipe.alpha=2.0"))
+    assert torch.equal(new.change, old.change)
+    for name in old.layers:
+        torch.testing.assert_close(new.scale * new.layers[name].up @ new.layers[name].down,
+                                   old.scale * old.layers[name].up @ old.layers[name].down)
+    with pytest.raises(ValueError, match="has rank 4, recipe.rank=8"):
+        personal(f"init_from={file}", "recipe.rank=8")
+
+
+def test_the_released_personalisation_is_a_start(personal, tmp_path):
+    recipe, _ = recipe_of(personal())
+    released = lora.to_released(stirred(recipe).personalisation())[0]
+    torch.save(released, tmp_path / "lora_cat.safetensors")
+    new, _ = recipe_of(personal(f"init_from={tmp_path / 'lora_cat.safetensors'}"))
+    assert torch.equal(new.change, recipe.change)
+    assert all(torch.equal(new.layers[n].down, recipe.layers[n].down) for n in recipe.layers)
+
+
+def test_cores_lora_loader_takes_the_file_and_draws_as_the_trainer_does(trained, parts, host):
+    shutil.copy(parts["model"]["stage_c"], host.models / "diffusion_models" / "stage_c_of_the_lora.safetensors")
+    (file,) = export.export(trained, host.models, "cat_of_the_trainer", dtype="fp32")
+    core = import_module("nodes")
+    model = core.UNETLoader().load_unet("stage_c_of_the_lora.safetensors", "default")[0]
+    patched = core.LoraLoaderModelOnly().load_lora_model_only(model, file.name, 1.0)[0]
+    recipe, _, _ = export.open_run(trained)
+    assert len(patched.patches) == 2 * len(recipe.layers)  # out_proj, and in_proj in three parts
+    patched.patch_model()
+    net = patched.model.diffusion_model.float()
+
+    def theirs(x, t, text, pooled):
+        return net(x, t, text, pooled, torch.zeros(2, 1, 768))
+
+    same_prediction(recipe, theirs, CAPTION, recipe.change)
+    patched.unpatch_model()
+    bare = tiny_ultrapixel.network(StageC, tiny_ultrapixel.C)
+    with pytest.raises(AssertionError):  # and that is not what it says without
+        same_prediction(recipe, bare, CAPTION, recipe.change)
