@@ -199,26 +199,32 @@ recipe = build.recipe(made, found)
 model = accelerator.prepare(recipe)
 batches = data.Batches(found.train, made.data, made.seed, made.batch_size)
 (part,) = loop.parts_of(made, accelerator.process_index, accelerator.num_processes)
+assert accelerator.num_processes == 2 and len(part) == 2
 for step in range(2):
     recipe.zero_grad()
     accelerator.backward(model(batches(step, part)).mean())
 if accelerator.is_main_process:
     tensors = {n: p.grad for n, p in recipe.named_parameters() if p.requires_grad}
-    save_file({**tensors, **dict(recipe.named_buffers())}, sys.argv[2])
+    save_file({**tensors, **dict(recipe.weight.named_buffers())}, sys.argv[2])
 accelerator.end_training()
 """
 
 
-def gradients(file, processes, folder):
-    """Of the second step of a run in so many gloo processes; buffers too, which the first step has changed."""
-    script, out = folder / "gradients.py", folder / f"gradients{processes}.safetensors"
+def gradients(made, folder):
+    """Of the second step of a run, in this process and in two gloo processes; with the weights of the loss, which the
+    first step has changed."""
+    script, out = folder / "gradients.py", folder / "gradients.safetensors"
     script.write_text(GRADIENTS)
-    command = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    package = str(Path(__file__).resolve().parents[1] / "package")
-    subprocess.run([*command, str(script), str(file), str(out)], check=True, timeout=300,
-                   env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
-    return load_file(out)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script),
+                    toml(folder, made), str(out)], check=True, timeout=300, env={
+        **os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "package"), "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true"})
+    recipe, batches = recipe_of(made)
+    for step in range(2):
+        recipe.zero_grad()
+        recipe(batches(step, range(made.batch_size))).mean().backward()
+    return {**{n: p.grad for n, p in recipe.named_parameters() if p.requires_grad},
+            **dict(recipe.weight.named_buffers())}, load_file(out)
 
 
 def log(folder: Path):

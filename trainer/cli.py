@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
                      "file does not tell: variant=alpha, token=[cat]")
     one.add_argument("--to", choices=["original", "diffusers", "comfyui", "kohya"], default="comfyui",
                      help="comfyui (default): what ComfyUI loads; original: the release's names; diffusers: its names, "
-                     "a LoRA's alpha folded in; kohya: lora_unet_ names, of LoRAs only")
+                     "a LoRA's alpha folded in; kohya: lora_unet_ or lora_prior_unet_ names, of LoRAs only")
     one.add_argument("--kind", choices=["auto", "model", "controlnet", "lora"], default="auto",
                      help="what the file is; model takes the base model out of a ControlNet bundle")
     one.add_argument("--dtype", choices=["keep", "fp32", "bf16", "fp16"], default="keep", help="keep: the file's own")

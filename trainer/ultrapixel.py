@@ -416,7 +416,7 @@ class Denoising:
         name, _, part = part.partition(".")
         reader = next(r for r in self.readers if r.name == name)
         pictures = batch.conditions[reader.of] if reader.of else batch.pictures
-        return reader.encode(pictures, self.device)[part]
+        return reader.encode(pictures, self.device)[part].to(self.device).float()
 
     def latents(self, batch, seed: int, low: bool = True) -> Latents:
         def noise(like, kind=0):

@@ -27,6 +27,7 @@ RECIPES = {name: name for name in (  # name in [recipe] -> module here, whose cl
     "pixart_dmd",
     "ultrapixel_guide",
     "ultrapixel_lora",
+    "ultrapixel_controlnet",
     "autoencoder",
 )}
 PICTURES_ALONE = {"autoencoder"}  # of these: neither captions nor classes, and samples.prompts are picture files
