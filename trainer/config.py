@@ -167,6 +167,11 @@ class Text:
     inside the run folder."""
     clean: bool = False
     """Clean captions before a frozen encoder reads them, as PixArt-alpha's were: lower case, no addresses or markup."""
+    padded: bool = False
+    """Read captions as FLUX does: filled up to max_length, the filling attended to as if it were words."""
+    clip: str = ""
+    """Folder of CLIP-L (openai/clip-vit-large-patch14, or FLUX's text_encoder), whose vector FLUX reads beside the
+    tokens of a frozen T5. Empty: zeros in its place."""
     precision: str = "fp32"
     """Of a frozen encoder: fp32, or bf16, which takes half the memory (T5-XXL: 9.5 GB)."""
 
@@ -339,10 +344,11 @@ class Config:
         one_of("resume", self.resume, "auto", "changed", "never")
         found += self.data.problems(self.batch_size, self.micro_batch_size)
         for name, path in (("init_from", self.init_from), ("text.tokenizer", self.text.tokenizer),
-                           ("vae.path", self.vae.path)):
+                           ("text.clip", self.text.clip), ("vae.path", self.vae.path)):
             need(not path or Path(path).expanduser().exists(), f"{name}={path!r}: there is no such file or folder.")
         if self.text.encoder.endswith(".safetensors"):
-            need(Path(self.text.encoder).expanduser().is_file(), f"text.encoder={self.text.encoder!r}: no such file.")
+            need(Path(self.text.encoder).expanduser().is_file(),
+                 f"text.encoder={self.text.encoder!r}: there is no such file or folder.")
         for name in ("steps", "batch_size", "save_every", "log_every", "samples.steps", "text.max_length",
                      "text.vocabulary", "text.width", "text.depth", "text.heads"):
             value = look_up(self, name)
@@ -367,6 +373,7 @@ class Config:
         need(not (self.text.frozen and made),
              f"{', '.join(made)} makes other captions at every step, and the embeddings of a frozen encoder are made "
              "once, before training: set it to 0 and write such captions into the data, or let an encoder learn.")
+        need(not self.text.clip or self.text.frozen, "text.clip goes with a frozen T5: name its folder, text.encoder.")
         need(self.text.width % max(self.text.heads, 1) == 0 or self.text.encoder != "small",
              f"text.width={self.text.width} is not a multiple of text.heads={self.text.heads}.")
         return found

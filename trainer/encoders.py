@@ -70,11 +70,15 @@ def width(text: nn.Module) -> int:
     return text.width if isinstance(text, FROZEN) else text.config["d_model"]
 
 
-def encode(text: nn.Module, captions: list[str], device) -> tuple[Tensor, Tensor]:
-    """-> context (B, L, C), mask (B, L) with True = keep. The empty caption is </s> alone."""
+def encode(text: nn.Module, captions: list[str], device, padded: bool = False) -> tuple[Tensor, Tensor]:
+    """-> context (B, L, C), mask (B, L) with True = keep. The empty caption is </s> alone. padded: fill an encoder of
+    ours up as `text.padded` does a frozen one; the mask then keeps everything."""
     if isinstance(text, FrozenT5):
         return text.lookup(captions, device)
     ids, mask = text.tokenize(captions)
+    if padded:
+        ids = nn.functional.pad(ids, (0, text.max_length - ids.shape[1]))
+        mask = torch.ones_like(ids, dtype=torch.bool)
     mask = mask.to(device)
     return text(ids.to(device), mask), mask
 
@@ -85,7 +89,8 @@ def frozen(config: Config, folder: Path | None = None, writer: int = 0) -> Froze
     root = Path(text.cache or config.cache.folder or (folder or Path()) / "embeddings").expanduser()
     if is_clip(text.encoder):
         return FrozenClip(text.encoder, root, text.tokenizer, text.precision, writer)
-    return FrozenT5(text.encoder, text.max_length, root, text.tokenizer, text.clean, text.precision, writer)
+    return FrozenT5(text.encoder, text.max_length, root, text.tokenizer, text.clean, text.precision, writer,
+                    text.padded, text.clip)
 
 
 def is_clip(name: str) -> bool:
@@ -102,10 +107,11 @@ def files(text: nn.Module | None) -> dict[str, tuple[dict, dict]]:
 
 
 class FrozenT5(nn.Module):
-    """Embeddings of a T5 encoder that does not learn."""
+    """Embeddings of a T5 encoder that does not learn; with `clip`, of a CLIP's text encoder too."""
 
     def __init__(self, name: str, max_length: int, cache: Path, tokens: str = "", clean: bool = False,
-                 precision: str = "fp32", writer: int = 0):
+                 precision: str = "fp32", writer: int = 0, padded: bool = False, clip: str = ""):
+        """padded, clip: see `config.Text`."""
         super().__init__()
         hide_broken_torchvision()
         from transformers import AutoConfig, AutoTokenizer
@@ -117,7 +123,8 @@ class FrozenT5(nn.Module):
             folder = Path(name).expanduser()
             if not folder.is_dir():
                 folder = Path(cached_file(name, "config.json", local_files_only=True)).parent
-            beside = folder.parent / "tokenizer"  # where a pipeline's folder has it
+            # where a pipeline's folder has it
+            beside = folder.parent / {"text_encoder_2": "tokenizer_2"}.get(folder.name, "tokenizer")
             tokens = tokens or (str(beside) if beside.is_dir() and not any(folder.glob("*token*")) else name)
             self.tokens = AutoTokenizer.from_pretrained(tokens, local_files_only=True)
         except (OSError, ValueError, AttributeError) as error:
@@ -125,10 +132,15 @@ class FrozenT5(nn.Module):
                 f"text.encoder={name!r} cannot be read as a T5: {str(error).splitlines()[0]} Nothing is "
                 "downloaded: name a folder that holds one, or a model that is in Hugging Face's cache."
             ) from error
-        self.store = Store(cache, "text", {
-            "encoder": fingerprint(folder), "max_length": max_length, "clean": clean, "precision": precision,
-        }, writer)
+        self.padded, self.clip = padded, Path(clip).expanduser() if clip else None
+        identity = {"encoder": fingerprint(folder), "max_length": max_length, "clean": clean, "precision": precision}
+        if padded:
+            identity["padded"] = True
+        if clip:
+            identity["clip"] = fingerprint(self.clip)
+        self.store = Store(cache, "text", identity, writer)
         self.encoder: list[nn.Module] = []  # in a list: not a part of what is trained, saved or moved
+        self.pooler: list = []
 
     def prepare(self, captions: list[str], device, progress=lambda items: items):
         """Embed what is missing and write it down, then let the encoder go."""
@@ -141,6 +153,32 @@ class FrozenT5(nn.Module):
 
     def release(self):
         self.encoder.clear()
+        self.pooler.clear()
+
+    @torch.no_grad()
+    def pooled(self, captions: list[str], device) -> Tensor:
+        """What CLIP says of whole captions, (B, width) float32; captions that are not in the store are embedded."""
+        self.look_for(captions, device)
+        return torch.stack([self.store.get(digest(c))["pooled"] for c in captions]).to(device, torch.float32)
+
+    def read_pooled(self, captions: list[str], device) -> Tensor:
+        """As FLUX's own HFEmbedder does: 77 tokens, no mask, the vector of the last token after the last norm."""
+        if not self.pooler:
+            from transformers import AutoTokenizer, CLIPTextModel
+
+            beside = self.clip.parent / "tokenizer"
+            tokens = self.clip if any(self.clip.glob("*token*")) or not beside.is_dir() else beside
+            try:
+                model = CLIPTextModel.from_pretrained(self.clip, local_files_only=True, torch_dtype=self.dtype)
+                self.pooler += [AutoTokenizer.from_pretrained(tokens, local_files_only=True),
+                                model.to(device).eval()]
+            except (OSError, ValueError) as error:
+                raise ValueError(f"text.clip={str(self.clip)!r} cannot be read as a CLIP: "
+                                 f"{str(error).splitlines()[0]}") from error
+        tokens, model = self.pooler
+        limit = model.config.max_position_embeddings
+        ids = tokens(captions, padding="max_length", truncation=True, max_length=limit, return_tensors="pt").input_ids
+        return model(input_ids=ids.to(device)).pooler_output.float()
 
     @torch.no_grad()
     def embed(self, captions: list[str], device):
@@ -150,17 +188,24 @@ class FrozenT5(nn.Module):
             encoder = T5EncoderModel.from_pretrained(self.name, local_files_only=True, torch_dtype=self.dtype)
             self.encoder.append(encoder.to(device).eval())
         texts = [cleaning.clean_caption(c) for c in captions] if self.clean else captions
-        read = self.tokens(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        mask = read.attention_mask.to(device)
+        read = self.tokens(texts, padding="max_length" if self.padded else True, truncation=True,
+                           max_length=self.max_length, return_tensors="pt")
+        mask = (torch.ones_like(read.attention_mask) if self.padded else read.attention_mask).to(device)
         with torch.autocast(torch.device(device).type, enabled=False):  # the releases embed in the encoder's own dtype
             rows = self.encoder[0](input_ids=read.input_ids.to(device), attention_mask=mask).last_hidden_state
-        for caption, row, length in zip(captions, rows, mask.sum(1).tolist(), strict=True):
-            self.store.put(digest(caption), {"tokens": row[:length].to(torch.bfloat16)})
+            pooled = self.read_pooled(texts, device) if self.clip else [None] * len(texts)
+        for caption, row, length, vector in zip(captions, rows, mask.sum(1).tolist(), pooled, strict=True):
+            self.store.put(digest(caption), {"tokens": row[:length].to(torch.bfloat16),
+                                             **({} if vector is None else {"pooled": vector})})
 
-    def lookup(self, captions: list[str], device) -> tuple[Tensor, Tensor]:
+    def look_for(self, captions: list[str], device):
+        """Embed those that are not there."""
         missing = [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
         if missing:
             self.embed(missing, device)
+
+    def lookup(self, captions: list[str], device) -> tuple[Tensor, Tensor]:
+        self.look_for(captions, device)
         rows = [self.store.get(digest(c))["tokens"] for c in captions]
         lengths = torch.tensor([len(row) for row in rows])
         context = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device, torch.float32)

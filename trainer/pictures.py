@@ -175,3 +175,9 @@ class Pictures:
 
 def tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, H, W)
+
+
+def shown(file: Path, height: int, width: int) -> Tensor:
+    """The middle of one picture file at a size: (3, height, width) uint8."""
+    picture = decode(file)
+    return tensor(plan((picture.height, picture.width), (height, width), "centre", random.Random(0)).apply(picture))

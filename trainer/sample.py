@@ -9,7 +9,6 @@ ADM's evaluation suite reads it.
 from __future__ import annotations
 
 import json
-import random
 import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from . import layouts
 from .config import Config
 from .layouts import Item
-from .pictures import decode, plan, tensor
+from .pictures import shown
 from .run import to_images, write_whole
 
 NOTES = "samples.json"
@@ -88,12 +87,7 @@ def source(path: Path, config: Config, need: str) -> tuple[list, list[Item]]:
 
 def conditions_of(item: Item, names: list[str], height: int, width: int) -> dict[str, Tensor]:
     """Each (3, height, width) uint8, the middle of the condition picture. The picture itself need not be there."""
-    found = {}
-    for name in names:
-        picture = decode(item.conditions[name])
-        cut = plan((picture.height, picture.width), (height, width), "centre", random.Random(0))
-        found[name] = tensor(cut.apply(picture))
-    return found
+    return {name: shown(item.conditions[name], height, width) for name in names}
 
 
 def made(recipe, request: Request, items: list[Item], group: int) -> Tensor:
@@ -102,8 +96,8 @@ def made(recipe, request: Request, items: list[Item], group: int) -> Tensor:
     numbers = range(first, first + request.batch)  # a last group is made whole too
     given = {}
     if names := request.conditions:
-        shown = [conditions_of(items[n % len(items)], names, request.height, request.width) for n in numbers]
-        given["conditions"] = {name: torch.stack([s[name] for s in shown]) for name in names}  # (B, 3, H, W)
+        found = [conditions_of(items[n % len(items)], names, request.height, request.width) for n in numbers]
+        given["conditions"] = {name: torch.stack([one[name] for one in found]) for name in names}  # (B, 3, H, W)
     what = [request.what[n % len(request.what)] for n in numbers]
     pictures = recipe.sample(what, request.height, request.width, steps=request.steps, shift=request.shift,
                              cfg=request.cfg, seed=request.seed + group * 1_000_003, **given)

@@ -28,6 +28,7 @@ RECIPES = {name: name for name in (  # name in [recipe] -> module here, whose cl
     "ultrapixel_guide",
     "ultrapixel_lora",
     "ultrapixel_controlnet",
+    "pixelponder",
     "autoencoder",
 )}
 PICTURES_ALONE = {"autoencoder"}  # of these: neither captions nor classes, and samples.prompts are picture files

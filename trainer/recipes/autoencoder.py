@@ -171,12 +171,7 @@ class Recipe(nn.Module):
 
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
         """Picture files, each with what becomes of it at its right: (B, 3, H, 2*W) in [-1, 1]. Nothing else is read."""
-        shown = []
-        for file in what:
-            picture = pictures.decode(Path(file).expanduser())
-            cut = pictures.plan((picture.height, picture.width), (height, width), "centre", None)
-            shown.append(pictures.tensor(cut.apply(picture)))
-        shown = torch.stack(shown)
+        shown = torch.stack([pictures.shown(Path(file).expanduser(), height, width) for file in what])
         again = self.again(shown)
         return torch.cat([shown.to(again) / 127.5 - 1, again], dim=3)
 

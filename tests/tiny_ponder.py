@@ -1,0 +1,87 @@
+"""A PixelPonder run so small that it takes a second: its FLUX, T5, CLIP and VAE, pictures with hints."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny_pixart
+import tiny_run
+import torch
+from PIL import Image
+from pixstack.models_impl.flux import checkpoint
+from pixstack.models_impl.flux.config import FluxConfig
+from pixstack.models_impl.flux.model import Flux
+from pixstack.models_impl.state_dict import write_file
+from pixstack.trainer import config, encoders, tokenizer
+
+# heads as wide as the release's, which core's loader counts on
+FLUX = FluxConfig(hidden=128, heads=1, mlp_hidden=512, depth=2, single_depth=2, context_dim=tiny_pixart.WIDTH,
+                  pooled_dim=12)
+IMAGE = {"resolution": 32, "crop": "none", "conditions": ["canny", "depth"]}
+MODEL = {"depth": 1, "selector_width": 128, "types": ["depth", "canny", "hed"]}
+POOLED = 12
+
+
+def clip(folder):
+    """As transformers saves one, of another width than the T5."""
+    encoders.hide_broken_torchvision()
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    made = tokenizer.train([f"a {c} {s}" for c in tiny_run.COLOURS for s in ("square", "card")], 60)
+    names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    CLIPTextModel(CLIPTextConfig(
+        vocab_size=60, hidden_size=POOLED, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, eos_token_id=1, pad_token_id=0, bos_token_id=2,
+    )).save_pretrained(folder)
+    return folder
+
+
+def base(path, seed=0):
+    chance = torch.Generator().manual_seed(seed)
+    own = Flux(FLUX).state_dict()
+    weights = {k: v if k.endswith("norm.scale") else 0.08 * torch.randn(v.shape, generator=chance)
+               for k, v in own.items()}
+    write_file(path, weights, checkpoint.metadata(FLUX))
+    return path
+
+
+def parts(folder):
+    """The sections around a run, with files made in `folder`."""
+    return {"text": {"encoder": str(tiny_pixart.t5(folder / "t5")), "clip": str(clip(folder / "clip")),
+                     "max_length": 12, "padded": True},
+            "vae": {"path": str(tiny_pixart.vae(folder / "vae", 16))},
+            "recipe": {"base": str(base(folder / "flux.safetensors"))}}
+
+
+def pictures(folder):
+    """Squares as in tiny_run, each with the hints canny and depth."""
+    path = tiny_run.pictures(folder, size=32)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        for kind, colour in (("canny", 20 * number), ("depth", 255 - 10 * number)):
+            line[kind] = line["file"].replace("images/", f"{kind}_")
+            Image.new("RGB", (32, 32), (colour, 128, colour)).save(folder / line[kind])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def settings(path, out, sections, *words, **more):
+    """sections: of `parts`."""
+    raw = {**tiny_run.SETTINGS, "precision": "fp32", "model": MODEL, "data": {"path": str(path), **IMAGE},
+           "out": str(out), **sections, "recipe": {"name": "pixelponder", **sections["recipe"]}, **more}
+    return config.parse(raw, words)
+
+
+def launched(folder, raw):
+    """Two steps of a run by one process in folder/one and by two in folder/two."""
+    for name, launcher in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"])):
+        lines = ["steps = 2", "batch_size = 6", 'device = "cpu"', "threads = 1", 'precision = "fp32"', "save_every = 2",
+                 f'out = "{folder / name}"']
+        for section, values in raw.items():
+            lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
+        (folder / f"{name}.toml").write_text("\n".join(lines))
+        done = subprocess.run([sys.executable, "-m", *launcher, "trainer", "train", str(folder / f"{name}.toml")],
+                              cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
