@@ -29,6 +29,7 @@ RECIPES = {name: name for name in (  # name in [recipe] -> module here, whose cl
     "ultrapixel_lora",
     "ultrapixel_controlnet",
     "pixelponder",
+    "flux",
     "autoencoder",
 )}
 PICTURES_ALONE = {"autoencoder"}  # of these: neither captions nor classes, and samples.prompts are picture files
