@@ -203,12 +203,21 @@ def test_hints_are_made_of_pictures(path, parts, tmp_path, made):
     assert recipe(batch).isfinite().all()
 
 
-def test_any_aspect_bucket_is_trained_on(made):
-    recipe, batches = recipe_of(made("data.crop=centre"))
-    batch = batches(0, range(6))
-    wide = data.replace(batch, pictures=batch.pictures[..., :16, :], conditions={
-        kind: value[..., :16, :] for kind, value in batch.conditions.items()})
-    assert recipe(wide).isfinite().all()
+def test_any_aspect_bucket_is_trained_on(made, path, parts, tmp_path):
+    folder, lines = path.parent, path.read_text().splitlines()
+    for name in ("images/wide.png", "wide_canny.png", "wide_depth.png"):
+        Image.new("RGB", (64, 16), "red").save(folder / name)
+    wide = {"file": "images/wide.png", "captions": ["red card"], "canny": "wide_canny.png", "depth": "wide_depth.png"}
+    (folder / "mixed.jsonl").write_text("\n".join([*lines, *[json.dumps(wide)] * 6]))
+    recipe, batches = recipe_of(tiny_ponder.settings(
+        folder / "mixed.jsonl", tmp_path / "run", parts, "data.buckets=area", "data.bucket_multiple=16",
+        "data.bucket_ratio=4.0", "data.crop=centre"))
+    sizes = set()
+    for step in range(4):
+        batch = batches(step, range(6))
+        sizes.add(batch.size)
+        assert recipe(batch).isfinite().all()
+    assert sizes == {(32, 32), (16, 64)}
 
 
 def test_cached_features_give_the_loss_of_the_pictures_themselves(made, tmp_path):
@@ -280,6 +289,7 @@ def test_a_run_starts_from_the_blocks_of_its_base(made):
     (("model.selector_width=100",), "width=100 is not a multiple of the head size 128"),
     (("text.padded=false",), "text.padded=false"),
     (("data.resolution=40",), "data.resolution=40 is not a multiple of 16"),
+    (("data.buckets=area", "data.bucket_multiple=8", "data.crop=centre"), "has sizes such as"),
     (("samples.prompts=[\"a\"]", "recipe.hints=[\"x.png\"]"), "names 1 files for the kinds canny, depth"),
     (("text.clip=/nowhere",), "text.clip='/nowhere': there is no such file or folder"),
 ])

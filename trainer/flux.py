@@ -13,7 +13,7 @@ from ..models_impl import state_dict
 from ..models_impl.flux import checkpoint, sampling
 from ..models_impl.flux.config import FluxConfig
 from ..models_impl.flux.model import DoubleStreamBlock, Flux, SingleStreamBlock, pack, positions, rope_table, unpack
-from . import encoders, plan
+from . import buckets, encoders, plan
 from .config import Config
 from .noise import VALIDATION, batch_noise, generator, spread
 
@@ -61,6 +61,12 @@ def problems(config: Config, shape: FluxConfig | None) -> list[str]:
     sizes = {"data.resolution": config.data.resolution, "samples.height": config.samples.height,
              "samples.width": config.samples.width}
     found += [f"{name}={size} is not a multiple of {CELL}." for name, size in sizes.items() if size % CELL]
+    known = config.data.problems(config.batch_size, config.micro_batch_size)  # said already
+    odd = [size for size in buckets.sizes(config.data) if any(side % CELL for side in size)] \
+        if config.data.buckets and not known else []
+    if odd:
+        found.append(f"data.buckets={config.data.buckets!r} has sizes such as {odd[0][1]}x{odd[0][0]}, no multiples of "
+                     f"{CELL}: take \"area\" with a data.bucket_multiple.")
     if shape and config.text.encoder == "small" and config.text.width != shape.context_dim:
         found.append(f"text.width={config.text.width}, and this FLUX reads tokens of width {shape.context_dim}.")
     return found

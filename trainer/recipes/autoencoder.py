@@ -60,6 +60,7 @@ class Recipe(nn.Module):
             self.net = autoencoder.from_core(state_dict.read_file(path)[0], f"the autoencoder of {path.name}").net
         else:
             self.net = autoencoder.Taesd(self.model.latent_channels).net
+            autoencoder.initialise(self.net)
         self.net.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
         self.register_buffer("square", torch.ones(()))
         self.hed: list[hed.HED] = []  # in a list: not a part of what is trained or saved
