@@ -367,15 +367,10 @@ def test_a_lora_stays_on_the_base_in_both_passes(ultra, first):
     assert torch.equal(attention.weight, before)  # the next MODEL found it as it had been
 
 
-@pytest.mark.parametrize("dtype, compute", [("fp8_e4m3fn", torch.float32), ("bf16", torch.bfloat16)])
-def test_a_base_in_other_storage_is_guided(ultra, dtype, compute):
-    if dtype == "bf16":
-        options = {"dtype": torch.bfloat16}
-        path = ultra.host.models / "diffusion_models" / STAGE_C
-        base = ultra.comfy.sd.load_diffusion_model(str(path), model_options=options)
-    else:
-        base = ultra.core.UNETLoader().load_unet(STAGE_C, dtype)[0]
-    storage = torch.float8_e4m3fn if dtype != "bf16" else torch.bfloat16
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16, torch.float16])
+def test_a_base_in_other_storage_is_guided(ultra, storage):
+    path = ultra.host.models / "diffusion_models" / STAGE_C
+    base = ultra.comfy.sd.load_diffusion_model(str(path), model_options={"dtype": storage})
     assert base.model.diffusion_model.down_blocks[0][2].attention.attn.to_q.weight.dtype == storage
     drawn, full = draw(ultra, guided(ultra, base)), draw(ultra, guided(ultra))
     assert drawn.isfinite().all()
@@ -428,6 +423,7 @@ def test_a_second_run_with_another_seed_loads_nothing_again(ultra, monkeypatch):
     graph["10"]["inputs"]["steps"] = graph["16"]["inputs"]["steps"] = 2
     first = ultra.host.run(graph)
     assert first.error is None
+    assert {image.size for node, image in first.previews if node == "13"} == {(24, 24), (6, 6)}  # both passes
     mm, read = ultra.comfy.model_management, []
     inside = {id(m.model.model) for m in mm.current_loaded_models}
     for module, name in ((ultra.comfy.utils, "load_torch_file"), (ultra.guided, "read_file")):
