@@ -302,6 +302,18 @@ def test_what_was_trained_is_what_is_exported(trained, tmp_path):
         assert torch.equal(value, average[f"net.{key}"]), key
 
 
+def test_a_model_card_says_how_it_was_made_and_names_no_folder(trained, parts, tmp_path):
+    from pixstack.trainer import cli
+
+    cli.main(["export", str(trained), "--out", str(tmp_path / "out"), "--name", "tiny", "--card"])
+    said = (tmp_path / "out/tiny.md").read_text()
+    for part in ("recipe `pixart`, step 4 of 4", "`diffusion_models/tiny.safetensors`", "Load PixArt Model",
+                 "1. red card", "| data | `data.jsonl` |", "| dropout | 0.1 |"):
+        assert part in said, part
+    assert (tmp_path / "out/tiny.png").read_bytes() == (trained / "samples/00000004.png").read_bytes()
+    assert str(trained.parent) not in said and parts["vae"]["path"] not in said
+
+
 def test_comfyui_predicts_with_an_export_what_the_trainer_predicts(trained, host):
     from importlib import import_module
 

@@ -109,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("assets"), help="gets diffusion_models/ and text_encoders/")
     one.add_argument("--name", help="of the files; without it, the run's")
     one.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+    one.add_argument("--card", action="store_true", help="a model card beside them, with the newest sample pictures")
 
     one = command(convert, "convert", "Write a model, ControlNet or LoRA file in another program's format.")
     one.add_argument("source", type=Path, help="a .safetensors, .pth or .pt file, or a folder of PEFT or diffusers")
@@ -371,7 +372,10 @@ def export(args):
     from . import export
 
     name = args.name or args.run_folder.resolve().name
-    for path in export.export(args.run_folder, args.out, name, args.dtype, args.step, args.weights):
+    written = export.export(args.run_folder, args.out, name, args.dtype, args.step, args.weights)
+    if args.card:
+        written += export.write_card(args.run_folder, args.out, written, args.step)
+    for path in written:
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 

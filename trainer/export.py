@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
 from ..models_impl import state_dict
 from . import build, config
-from .run import checkpoints, read_tensors, restore_module
+from .recipes import find
+from .run import checkpoints, read_tensors, restore_module, write_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -41,6 +43,67 @@ def restore_average(recipe: torch.nn.Module, file: Path):
                          f"({', '.join(unknown[:3])}).")
     for name, value in average.items():
         own[name].copy_(value)
+
+
+USE = {  # folder of ComfyUI's models/ -> what to do with a file there
+    "diffusion_models": "Load it with the loader of its family ('Load PixArt Model', 'Load PixelFlow Model').",
+    "text_encoders": "Load it with 'Load PixelFlow Text Encoder'.",
+    "loras": "Load it with core's LoraLoaderModelOnly, or for PixArt 'Load PixArt LoRA'. Strength 1 is as trained.",
+    "controlnet": "Load it with 'Load PixArt ControlNet', and use it with 'Apply PixArt ControlNet'.",
+    "vae": "Load it with core's 'Load VAE'.",
+}
+
+
+def card(folder: Path, settings: config.Config, step: int, files: list[Path]) -> str:
+    """A model card in Markdown: what the files are, how to use them, how they were made. It names no folder of the
+    machine, and of data and base the last part of the name alone."""
+    s, name = settings, settings.name
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+           if line.endswith("}")]
+    losses = [one for one in log if "validation_loss" in one and one["step"] <= step]
+    lines = [f"# {name}", "", f"Trained with PixStack's recipe `{s.recipe.name}`, step {step} of {s.steps}."]
+    if s.init_from:
+        lines[-1] += f" It began with `{Path(s.init_from).name}`, whose licence applies."
+    lines += ["", "## Files", "", *(f"- `{f.parent.name}/{f.name}`, {f.stat().st_size / 1e6:.1f} MB. "
+                                    f"{USE.get(f.parent.name, '')}" for f in files)]
+    if (sheet := samples(folder, step)) is not None:
+        prompts = [f"{i + 1}. {unplaced(prompt)}" for i, prompt in enumerate(s.samples.prompts)]
+        lines += ["", "## Samples", "", f"![samples]({files[0].stem}.png)", "", *prompts, "",
+                  f"At step {int(sheet.stem)}, {s.samples.steps} steps, cfg {s.samples.cfg:g}, seed {s.samples.seed}."]
+    facts = {"data": f"`{Path(s.data.path).name}`", "resolution": s.data.resolution, "batch size": s.batch_size,
+             "optimizer": s.optimizer.name, "rate": s.optimizer.rate, "precision": s.precision, "seed": s.seed,
+             "average": s.ema.decay or "none", **{k: unplaced(v) for k, v in vars(s.recipe).items()}}
+    if losses:
+        facts["validation loss"] = f"{losses[-1]['validation_loss']:.5f} at step {losses[-1]['step']}"
+    if "adapter" in find(s.recipe.name).sections:
+        facts |= {f"adapter {k}": v for k, v in vars(s.adapter).items()}
+    lines += ["", "## Training", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())]
+    return "\n".join(lines) + "\n"
+
+
+def unplaced(value):
+    """A setting without the folders of a file that it names."""
+    if isinstance(value, list):
+        return [unplaced(v) for v in value]
+    return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
+
+
+def samples(folder: Path, step: int) -> Path | None:
+    """The newest sheet of samples up to a step."""
+    found = [p for p in (folder / "samples").glob("*.png") if p.stem.isdigit() and int(p.stem) <= step]
+    return max(found, default=None)
+
+
+def write_card(folder: Path, out: Path, files: list[Path], step: int | None = None) -> list[Path]:
+    """Writes out/NAME.md and, where the run drew some, out/NAME.png. files: what `export` wrote."""
+    settings = config.parse(json.loads((folder / "config.json").read_text(encoding="utf-8")), (), str(folder), False)
+    step = int(checkpoints(folder)[-1].name) if step is None else step
+    written = [out / f"{files[0].stem}.md"]
+    write_whole(written[0], card(folder, settings, step, files))
+    if (sheet := samples(folder, step)) is not None:
+        written.append(out / f"{files[0].stem}.png")
+        shutil.copyfile(sheet, written[1])
+    return written
 
 
 def export(folder: Path, out: Path, name: str, dtype: str = "bf16", step: int | None = None, weights: str = "ema"):
