@@ -7,7 +7,7 @@ first step the losses must be equal. Ours is the loop of `python -m trainer` but
 
 Each side runs in processes of its own, in turn; printed are steps per second of ours, the ratio ours / peer (above 1 =
 ours is faster) as median (least to most) over the rounds, and each side's greatest memory and their ratio (below 1 =
-ours needs less).
+ours needs less). On a CPU the seconds are the process's own, so that other work on the machine does not count.
 
     python benchmarks/trainer.py [--case full lora] [--size PIXELS] [--depth N] [--batch N] [--steps N] [--rounds N]
 """
@@ -156,17 +156,20 @@ def run(args, side: str, case: str, results):
             adamw.step()
             adamw.zero_grad(set_to_none=True)
 
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
     losses, begin = [], None
     for step in range(WARM_UP + args.steps):
         if step == WARM_UP:
             if args.device == "cuda":
                 torch.cuda.synchronize()
-            begin = time.perf_counter()
+            begin = clock()
         value = loss(step)
         value.backward()
         update(step)
         losses.append(value.item())
-    seconds = time.perf_counter() - begin
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    seconds = clock() - begin
     memory = torch.cuda.max_memory_allocated() if args.device == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     results.put(json.dumps({"rate": args.steps / seconds, "memory": memory, "losses": losses,

@@ -255,7 +255,7 @@ class Cached:
             record = e.store.get(key)
             cut = {part: tuple(record.pop(part).tolist()) for part in (ORIGINAL, BOX)}
             features |= {f"{e.name}.{part}": value for part, value in record.items()}
-        return Picture(None, {}, tuple(map(int, cut[ORIGINAL])), cut[BOX], features)
+        return Picture(None, {}, tuple(map(int, cut[ORIGINAL])), cut[BOX], size, features)
 
 
 def loader(config: Config, encoders: list, items: list[Item], settings: Data, say: Callable[[str], None]) -> Callable:

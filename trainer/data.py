@@ -41,13 +41,10 @@ class Batch:
     """(B, 4) float32: what was cut out of it, in its own pixels: top, left, bottom, right."""
     prior: Tensor
     """(B,) bool: pictures of data.prior_path"""
+    size: Size
+    """(height, width) of every picture in the batch, whether it is there or its features."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """What the cache holds of the pictures, "encoder.part" -> (B, ...)."""
-
-    @property
-    def size(self) -> Size:
-        """(height, width) of every picture in the batch."""
-        return tuple(self.pictures.shape[-2:])
 
 
 @dataclass(frozen=True)
@@ -200,6 +197,7 @@ def collate(items: list[Item], loads: list, captions: list[str], part: range, st
         sizes=torch.tensor([one.original for one in loaded]),
         boxes=torch.tensor([one.box for one in loaded], dtype=torch.float32),
         prior=torch.tensor([i.prior for i in items]),
+        size=loaded[0].size,
         features={name: torch.stack([one.features[name] for one in loaded]) for name in loaded[0].features},
     )
 

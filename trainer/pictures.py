@@ -129,12 +129,14 @@ class Picture:
     original: Size
     box: tuple[float, float, float, float]
     """Of the original, before it was mirrored: top, left, bottom, right."""
+    size: Size
+    """(height, width) it is shown at."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """Of frozen encoders: "encoder.part" -> (...)."""
 
     def mirrored(self) -> Picture:
         return Picture(self.pixels.flip(-1), {n: c.flip(-1) for n, c in self.conditions.items()}, self.original,
-                       self.box)
+                       self.box, self.size)
 
 
 class Pictures:
@@ -167,7 +169,7 @@ class Pictures:
                 conditions[name] = tensor(cut.apply(decode(file)))
         except ValueError as error:
             raise error if str(file) in str(error) else ValueError(f"{file}: {error}") from error
-        return Picture(pixels, conditions, cut.original, cut.box())
+        return Picture(pixels, conditions, cut.original, cut.box(), size)
 
     def submit(self, index: int, size: Size, rng: random.Random):
         return self.pool.submit(self.load, index, size, rng)

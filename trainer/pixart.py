@@ -224,12 +224,6 @@ class Denoising:
         timestep, dropped = self.draw(batch.step, dropout)
         return timestep[own], dropped[own]
 
-    def pixels(self, batch) -> tuple[int, int]:
-        """(height, width) of the pictures of a batch, which may have features in their place."""
-        if batch.pictures is not None:
-            return tuple(batch.pictures.shape[2:])
-        return tuple(VAE_FACTOR * n for n in batch.features[f"{self.vae.name}.mean"].shape[2:])
-
     def latents(self, batch, seed: int, vae: encoders.FrozenVae | None = None) -> Tensor:
         """(B, C, h, w) times latent_scale. vae: another that makes them, a ControlNet's hint for instance."""
         return self.shape.latent_scale * (vae or self.vae).latents(batch, self.device, seed)
@@ -257,7 +251,7 @@ class Denoising:
         latent = self.latents(batch, seed)
         noise = batch_noise(seed, batch.step, batch.positions, latent.shape[1:], self.device)
         timestep = timestep.to(self.device)
-        condition = self.condition(batch.captions, dropped, self.pixels(batch), batch.sizes)
+        condition = self.condition(batch.captions, dropped, batch.size, batch.sizes)
         return Noising(latent, noise, self.schedule.add_noise(latent, noise, timestep), timestep, condition)
 
     def eps(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:

@@ -97,10 +97,9 @@ class Recipe(nn.Module):
     def matched(self, batch, timestep: Tensor, seed: int) -> tuple[sampling.DmdLoss, Tensor, dict]:
         """(the loss of the student, what it made, the condition of its captions)"""
         d, s, B = self.denoising, self.settings, len(batch.positions)
-        pixels = d.pixels(batch)
-        shape = (d.shape.in_channels, *(n // pixart.VAE_FACTOR for n in pixels))
+        shape = (d.shape.in_channels, *(n // pixart.VAE_FACTOR for n in batch.size))
         with d.autocast():
-            cond, uncond = (d.condition(captions, None, pixels, batch.sizes)
+            cond, uncond = (d.condition(captions, None, batch.size, batch.sizes)
                             for captions in (batch.captions, [""] * B))
             start, noise = (batch_noise(seed, batch.step, batch.positions, shape, d.device, kind)
                             for kind in (START, RENOISE))

@@ -88,9 +88,8 @@ class Recipe(nn.Module):
         with d.autocast():
             latent = d.latents(batch, seed)
             noise = batch_noise(seed, batch.step, batch.positions, latent.shape[1:], d.device)
-            pixels = d.pixels(batch)
-            cond = d.condition(batch.captions, None, pixels, batch.sizes)
-            uncond = d.condition(batch.captions, torch.ones(len(index), dtype=torch.bool), pixels, batch.sizes)
+            cond = d.condition(batch.captions, None, batch.size, batch.sizes)
+            uncond = d.condition(batch.captions, torch.ones(len(index), dtype=torch.bool), batch.size, batch.sizes)
             return sampling.lcm_distillation(
                 lambda x, t: d.eps(self.net, x, t, cond), lambda x, t: self.taught(x, t, cond),
                 lambda x, t: self.taught(x, t, uncond), lambda x, t: self.target(x, t, cond),
