@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -164,10 +165,10 @@ def test_the_tokens_are_those_before_the_last_norm_and_the_end_token_fills_up(pa
 
 
 def test_a_word_that_no_caption_has_is_refused(personal):
-    recipe, _ = recipe_of(personal())
-    with pytest.raises(ValueError, match="No caption has the word .mycat."):
-        recipe.text.prepare(["", "a red cat"], "cpu")
-    recipe.text.prepare(["", CAPTION], "cpu")
+    with pytest.raises(ValueError, match="No caption has the word .yourcat., so nothing would teach it"):
+        recipe_of(personal("recipe.word=[yourcat]", "samples.prompts=[\"a red [yourcat]\"]"))
+    with pytest.raises(ValueError, match="knows the word a</w> already"):
+        recipe_of(personal("recipe.word=a</w>", "data.caption=a</w>"))
 
 
 def test_a_word_base_that_is_no_word_is_refused(personal):
@@ -321,6 +322,58 @@ def test_the_released_personalisation_is_a_start(personal, tmp_path):
     new, _ = recipe_of(personal(f"init_from={tmp_path / 'lora_cat.safetensors'}"))
     assert torch.equal(new.change, recipe.change)
     assert all(torch.equal(new.layers[n].down, recipe.layers[n].down) for n in recipe.layers)
+
+
+def clip_g_for_both(host, folder):
+    """One tiny CLIP-G with CLIP's own vocabulary, as core loads it and as transformers does: (file name, folder)."""
+    import cascade_weights
+    import comfy
+
+    encoders.hide_broken_torchvision()
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    file = host.models / "text_encoders" / "clip_g_of_the_trainer.safetensors"
+    cascade_weights.tiny_clip_g(file)
+    words = Path(next(iter(comfy.__path__))) / "sd1_tokenizer"
+    CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt")).save_pretrained(folder)
+    sizes = {k: v for k, v in cascade_weights.CLIP_G.items()}
+    model = CLIPTextModelWithProjection(CLIPTextConfig(
+        **sizes, projection_dim=cascade_weights.TEXT, vocab_size=49408, hidden_act="gelu", bos_token_id=49406,
+        eos_token_id=49407))
+    tensors = {k: v.float() for k, v in state_dict.read_file(file)[0].items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected and all("position_ids" in k for k in missing)
+    model.save_pretrained(folder)
+    return file.name, str(folder)
+
+
+def test_comfyui_reads_captions_and_the_learned_word_as_the_trainer_does(parts, host, photos, tmp_path):
+    name, folder = clip_g_for_both(host, tmp_path / "clip_g")
+    sections = {**parts, "text": {"encoder": folder}}
+    recipe, _ = recipe_of(tiny_ultrapixel.settings("", tmp_path / "run", sections, {
+        **PLAIN, "word": "[mycat]", "word_base": "^cat</w>"}, data=photos))
+    stirred(recipe)
+    assert recipe.text.word_row == 49408
+    tensors, metadata = lora.to_core(recipe.personalisation())
+    state_dict.write_file(host.models / "loras" / "word_of_the_trainer.safetensors", tensors, metadata)
+    shutil.copy(parts["model"]["stage_c"], host.models / "diffusion_models" / "stage_c_of_the_word.safetensors")
+    core = import_module("nodes")
+    model = core.UNETLoader().load_unet("stage_c_of_the_word.safetensors", "default")[0]
+    clip = core.CLIPLoader().load_clip(name, "stable_cascade")[0]
+    node = core.NODE_CLASS_MAPPINGS["PixStack_UltraPixelPersonalise"]
+    given = dict(model=model, lora_name="word_of_the_trainer.safetensors", strength=1.0, clip=clip)
+    _, learned, token, base = node.execute(**given, token_strength=1.0, token="", base_token="").args
+    assert (token, base) == ("[mycat]", "^cat</w>")
+    for caption in ("a photo of a cat [mycat] on a red chair", ""):
+        ((theirs, more),) = core.CLIPTextEncode().encode(learned, caption)[0]
+        with torch.no_grad():
+            tokens, pooled = recipe.text.read([caption], "cpu", recipe.change)
+        torch.testing.assert_close(theirs.float(), tokens, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(more["pooled_output"].float(), pooled, rtol=1e-2, atol=1e-2)
+    with torch.no_grad():
+        bare = recipe.text.read(["a photo of a cat [mycat] on a red chair"], "cpu")[0]
+        told = recipe.text.read(["a photo of a cat [mycat] on a red chair"], "cpu", recipe.change)[0]
+    assert (bare - told).abs().max() > 0.1
 
 
 def test_cores_lora_loader_takes_the_file_and_draws_as_the_trainer_does(trained, parts, host):

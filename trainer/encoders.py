@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def make(config: Config, captions: list[str], folder: Path | None, facts: dict |
     from ..models_impl.text.t5 import TextEncoder
 
     if text.frozen:
-        return frozen(config, folder)
+        return frozen(config, folder, captions=captions)
     kept = folder / "tokenizer.json" if folder else None
     given = Path(text.tokenizer).expanduser() if text.tokenizer else kept
     if facts and "text" in facts:
@@ -83,12 +84,15 @@ def encode(text: nn.Module, captions: list[str], device, padded: bool = False) -
     return text(ids.to(device), mask), mask
 
 
-def frozen(config: Config, folder: Path | None = None, writer: int = 0) -> FrozenT5 | FrozenClip:
-    """The frozen text encoder of the settings. folder: of the run, where the features lie if no other is named."""
+def frozen(config: Config, folder: Path | None = None, writer: int = 0,
+           captions: Sequence[str] = ()) -> FrozenT5 | FrozenClip:
+    """The frozen text encoder of the settings. folder: of the run, where the features lie if no other is named;
+    captions: what is trained on, where a word is to be taught."""
+    hide_broken_torchvision()
     text = config.text
     root = Path(text.cache or config.cache.folder or (folder or Path()) / "embeddings").expanduser()
     if is_clip(text.encoder):
-        return FrozenClip(text.encoder, root, text.tokenizer, text.precision, writer)
+        return FrozenClip(text.encoder, root, text.tokenizer, text.precision, writer, captions)
     return FrozenT5(text.encoder, text.max_length, root, text.tokenizer, text.clean, text.precision, writer,
                     text.padded, text.clip)
 
@@ -219,7 +223,9 @@ class FrozenClip(nn.Module):
     not from the network that reads its tokens. It may be taught one word, by a change of a row of its table (`teach`).
     """
 
-    def __init__(self, name: str, cache: Path, tokens: str = "", precision: str = "fp32", writer: int = 0):
+    def __init__(self, name: str, cache: Path, tokens: str = "", precision: str = "fp32", writer: int = 0,
+                 captions: Sequence[str] = ()):
+        """captions: what is trained on, if known; a word that is taught must be in some."""
         super().__init__()
         from transformers import AutoConfig, CLIPTokenizerFast
 
@@ -237,24 +243,28 @@ class FrozenClip(nn.Module):
             shape.max_position_embeddings
         self.store = Store(cache, "clip", {"encoder": fingerprint(folder), "precision": precision}, writer)
         self.encoder: list[nn.Module] = []  # in a list: not a part of what is trained, saved or moved
+        self.captions = captions
         self.word: str | None = None
         self.word_row, self.word_base = 0, []
 
     def teach(self, word: str, base: list[int]):
-        """Add a word whose row in the table begins as the mean of the rows `base`."""
+        """Add a word whose row in the table begins as the mean of the rows `base`. Raises ValueError where no caption
+        would teach it."""
         from transformers import AddedToken
 
+        if self.captions and not any(word in c for c in self.captions):
+            raise ValueError(f"No caption has the word {word}, so nothing would teach it. Write it into the captions, "
+                             f"or give pictures without one: data.caption=\"a photo of a cat {word}\".")
+        if word in self.tokens.get_vocab():
+            raise ValueError(f"The text encoder knows the word {word} already: choose another, such as [{word}].")
         self.word, self.word_base = word, base
         self.word_row = len(self.tokens)
         self.tokens.add_tokens([AddedToken(word, normalized=False)])
 
     def prepare(self, captions: list[str], device, progress=lambda items: items):
-        """Embed what is missing and write it down, then let the encoder go. A word that is taught is embedded anew at
-        every step: then nothing can be prepared, and it is only looked whether some caption has it."""
+        """Embed what is missing and write it down, then let the encoder go. With a word that is taught nothing can be
+        prepared: captions are embedded anew at every step."""
         if self.word:
-            if not any(self.word in c for c in captions):
-                raise ValueError(f"No caption has the word {self.word}, so nothing would teach it. Write it into the "
-                                 f"captions, or give all pictures one: data.caption=\"a photo of a cat {self.word}\".")
             return
         self.store.refresh()  # another process may have been first
         missing = [c for c in dict.fromkeys(captions) if digest(c) not in self.store]

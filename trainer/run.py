@@ -29,7 +29,7 @@ from .pictures import Pictures
 MAY_CHANGE = {"name", "out", "resume", "init_from", "device", "threads", "compile", "checkpoint_activations",
               "micro_batch_size", "save_every", "keep", "log_every", "samples", "validation",
               "data.path", "data.held_out_path", "data.prior_path", "data.cache", "data.workers", "text.cache",
-              "text.tokenizer", "cache"}
+              "text.tokenizer", "cache", "model.previewer", "model.stage_a", "model.stage_b"}
 """Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
 
 

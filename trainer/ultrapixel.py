@@ -333,9 +333,9 @@ class LossWeight(nn.Module):
 
     @torch.no_grad()
     def remember(self, logsnr: Tensor, loss: Tensor, batch):
-        rows = torch.zeros(self.batch_size, 3, dtype=torch.float64, device=loss.device)
+        rows = torch.zeros(self.batch_size, 3, device=loss.device)
         own = slice(batch.positions.start, batch.positions.stop)
-        rows[own] = torch.stack([torch.ones_like(loss), logsnr.to(loss), loss], dim=1).double()
+        rows[own] = torch.stack([torch.ones_like(loss), logsnr.to(loss), loss], dim=1).float()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(rows)  # every place is filled by one process alone
         if self.step != batch.step:
@@ -343,7 +343,7 @@ class LossWeight(nn.Module):
         self.seen = torch.where(rows[:, :1] > 0, rows, self.seen)
         if self.seen[:, 0].all():
             mean = self.adaptive()
-            mean.update(self.seen[:, 1].float(), self.seen[:, 2].float())
+            mean.update(self.seen[:, 1], self.seen[:, 2])
             self.means.copy_(mean.losses)
             self.seen = torch.zeros_like(rows)
 

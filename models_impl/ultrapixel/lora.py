@@ -72,7 +72,10 @@ class Personalisation:
 def base_rows(vocabulary: Mapping[str, int], pattern: str) -> list[int]:
     """Rows of the text encoder's table whose mean a token begins as: of the words that a pattern such as "^cat</w>" is
     found in. Raises ValueError if there are none."""
-    rows = sorted(row for word, row in vocabulary.items() if re.search(pattern, word))
+    try:
+        rows = sorted(row for word, row in vocabulary.items() if re.search(pattern, word))
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
     if not rows:
         raise ValueError(f"{pattern!r} is found in none of the text encoder's {len(vocabulary):,} words. A whole word "
                          "ends in </w>: \"^cat</w>\".")
