@@ -386,17 +386,6 @@ def test_a_dry_run_says_what_would_happen(path, parts, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["pixelponder", "pixelponder_emoji"])
-def test_a_shipped_recipe_passes_a_dry_run(path, parts, tmp_path, capsys, name):
-    """With small files in the place of those that it names."""
-    words = [f"{section}.{key}={json.dumps(value)}" for section, values in parts.items()
-             for key, value in values.items()]
-    cli.main(["train", str(ROOT / f"trainer/recipes/{name}.toml"), "--dry-run", f"data.path={path}", *words,
-              'data.conditions=["depth"]', 'recipe.made=["canny"]', "data.resolution=32", "data.bucket_multiple=16",
-              "model.selector_width=128", f"out={tmp_path}/run", f"cache.folder={tmp_path}/cache"])
-    assert "sigma " in capsys.readouterr().out
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares processes on the CPU")
 def test_two_processes_learn_what_one_learns(path, parts, tmp_path):
     """Each sees other hints, some stems see none."""

@@ -1,8 +1,10 @@
 """Every recipe file that is shipped plans a run, on small networks in the places of the released ones."""
 import json
+from pathlib import Path
 
 import pytest
 import tiny_pixart
+import tiny_ponder
 import tiny_run
 from PIL import Image
 from pixstack.models_impl.pixelflow import checkpoint as pixelflow_checkpoint
@@ -12,6 +14,7 @@ from pixstack.models_impl.state_dict import write_file
 from pixstack.trainer import cli, config
 from weights import tiny_hed
 
+ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 4096  # of T5-XXL's tokens
 
 
@@ -37,6 +40,14 @@ def files(tmp_path_factory):
     tiny_pixart.t5(root / "t5", WIDTH)
     tiny_pixart.vae(root / "vae")
     tiny_hed(root / "hed.pth")
+    tiny_pixart.vae(root / "vae16", 16)
+    tiny_ponder.clip(root / "clip")
+    for name, width in (("flux", WIDTH), ("flux_emoji", 192)):
+        tiny_ponder.base(root / f"{name}.safetensors", context_dim=width)
+    for kind in ("depth", "openpose"):
+        (root / "set" / kind).mkdir()
+        for file in (root / "set/images").glob("*.png"):
+            (root / "set" / kind / file.name).write_bytes(file.read_bytes())
     return root
 
 
@@ -44,14 +55,23 @@ def words(root, name):
     """What a person would change about a shipped recipe: where the files are."""
     raw = config.read_toml(f"recipes/{name}")
     found = [f"out={root}/runs/{name}", "device=cpu"]
-    kind = raw["data"]["kind"]
+    kind, recipe = raw["data"].get("kind", "folder"), raw["recipe"]["name"]
+    on_flux = recipe in ("flux", "pixelponder")
     found.append(f"data.path={root}/" + {"jsonl": "set/data.jsonl", "classes": "classes"}.get(kind, "set/images"))
     if "prior_path" in raw["data"]:
         found += [f"data.path={root}/subject", f"data.prior_path={root}/class"]
     if "vae" in raw:
-        found.append(f"vae.path={root}/vae")
-    if raw.get("text", {}).get("encoder", "small") != "small":
-        found.append(f"text.encoder={root}/t5")
+        found.append(f"vae.path={root}/vae{'16' if on_flux else ''}")
+    encoder = raw.get("text", {}).get("encoder", "small")
+    if encoder != "small":  # what lies in assets is small itself
+        found.append(f"text.encoder={ROOT / encoder if encoder.startswith('assets/') else root / 't5'}")
+    if "clip" in raw.get("text", {}):
+        found.append(f"text.clip={root}/clip")
+    if recipe == "pixelponder":
+        found += [f"recipe.base={root}/flux{'_emoji' if 'emoji' in name else ''}.safetensors",
+                  "model.selector_width=128", f"cache.folder={root}/cache"]
+    if "hed" in raw["recipe"]:
+        found.append(f"recipe.hed={root}/hed.pth")
     if raw["recipe"]["name"].startswith("pixart"):
         found.append(f"init_from={root}/{raw['model']['variant']}.safetensors")
     if "annotator" in raw["recipe"]:

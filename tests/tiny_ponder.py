@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import tiny_pixart
@@ -38,12 +39,12 @@ def clip(folder):
     return folder
 
 
-def base(path, seed=0):
-    chance = torch.Generator().manual_seed(seed)
-    own = Flux(FLUX).state_dict()
+def base(path, **entries):
+    """A FLUX with weights none of which is zero."""
+    chance, shape = torch.Generator().manual_seed(0), replace(FLUX, **entries)
     weights = {k: v if k.endswith("norm.scale") else 0.08 * torch.randn(v.shape, generator=chance)
-               for k, v in own.items()}
-    write_file(path, weights, checkpoint.metadata(FLUX))
+               for k, v in Flux(shape).state_dict().items()}
+    write_file(path, weights, checkpoint.metadata(shape))
     return path
 
 
