@@ -75,7 +75,8 @@ def test_hed_edges_of_a_batch_are_those_of_its_pictures(nodes, host, size):
     (edges,) = run(nodes, "HEDEdges", image=pictures, hed_name="tiny_hed.pth", strength=1.0)
     assert edges.shape == pictures.shape and torch.equal(edges[..., 0], edges[..., 2])
     _, alone = hed.load(host.models / "annotators" / "tiny_hed.pth")(pictures[1:].movedim(-1, 1))
-    assert torch.allclose(edges[1, ..., 0], alone[0, 0], atol=1e-5)
+    away = (edges[1, ..., 0] - alone[0, 0]).abs()  # a batch is convolved in another order, and the sigmoid is steep
+    assert away.mean() < 1e-6 and away.max() < 2e-3
     (weak,) = run(nodes, "HEDEdges", image=pictures, hed_name="tiny_hed.pth", strength=0.5)
     assert torch.allclose(weak, edges / 2)
 
