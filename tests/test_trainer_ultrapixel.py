@@ -61,7 +61,7 @@ def test_the_loss_of_the_parity_case_is_the_references_gradients_included(made, 
     torch.testing.assert_close(loss, outputs["loss"], rtol=1e-4, atol=1e-4)
 
     recipe.weight.means.copy_(i["bucket_losses"])
-    batch = data.Batch(None, [], None, range(3), 0, [], {}, None, None, None)
+    batch = data.Batch(None, [], None, range(3), 0, [], {}, None, None, None, (64, 64))
     adjusted = recipe.weight(logsnr, loss, batch).mean() / c["grad_accum_steps"]
     torch.testing.assert_close(adjusted, outputs["loss_adjusted"][0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(recipe.weight.means, outputs["bucket_losses"])
