@@ -103,12 +103,13 @@ def peer(args, case: str):
     other.load_state_dict(to_diffusers(net.state_dict()))
     del net
     if case == "lora":
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         other.requires_grad_(False)
         if args.precision == "bf16":
             other.to(torch.bfloat16)
-        other.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
+        inject_adapter_in_model(  # diffusers' PixArt has no add_adapter of its own
+            LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS), other)
         for p in other.parameters():
             if p.requires_grad:
                 p.data = p.data.float()
