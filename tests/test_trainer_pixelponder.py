@@ -364,6 +364,21 @@ def test_samples_follow_the_hints_that_are_named(trained, path):
     assert (named - free).abs().max() > 1e-3
 
 
+def test_a_finished_run_is_opened_without_the_files_of_its_base(made, parts, tmp_path):
+    import shutil
+
+    shutil.copy(parts["recipe"]["base"], tmp_path / "flux.safetensors")
+    torch.manual_seed(0)
+    net = hed.HED(hed.HEDConfig((4, 4, 4, 4, 4), (1, 1, 1, 1, 1)))
+    state_dict.write_file(tmp_path / "hed.safetensors", net.state_dict())
+    tiny_run.train(made(f"recipe.base={tmp_path}/flux.safetensors", 'recipe.made=["hed"]', "steps=1",
+                        f"recipe.hed={tmp_path}/hed.safetensors", f"cache.folder={tmp_path}/cache"))
+    for name in ("flux", "hed"):
+        (tmp_path / f"{name}.safetensors").unlink()
+    (file,) = export.export(tmp_path / "run", tmp_path / "out", "tiny")
+    assert checkpoint.read(*state_dict.read_file(file))[0].selector
+
+
 def test_sample_draws_after_the_conditions_of_a_data_set(trained, path, tmp_path):
     cli.main(["sample", str(trained), "--data", str(path), "--count", "2", "--batch", "2", "--steps", "1",
               "--out", str(tmp_path / "out")])

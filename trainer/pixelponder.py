@@ -24,7 +24,7 @@ class Hints:
         self.kind, self.name, self.of = kind, f"hint_{kind}", "" if made else kind
         self.made, self.file, self.net = made, Path(hed_file).expanduser(), []
         self.store = None
-        if cache:
+        if cache and not (kind == "hed" and made and not self.file.is_file()):  # a finished run is opened without it
             how = "as they are" if not made else f"canny {CANNY}" if kind == "canny" else fingerprint(self.file)
             self.store = Store(Path(cache).expanduser(), self.name, {"hints": how, "of": self.of}, writer)
 

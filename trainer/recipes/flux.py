@@ -130,7 +130,8 @@ class Recipe(nn.Module):
         return flux.lines(self.config)
 
     def activation_bytes(self, count: int, cpu: bool) -> float:
-        return flux.activation_bytes(self.net.config, self.config, count, learns=True)
+        copies = 2 * sum(p.numel() for p in self.net.parameters()) if self.flow.bf16 else 0  # that autocast makes
+        return flux.activation_bytes(self.net.config, self.config, count, learns=True) + copies
 
     def validate(self, batches: list) -> dict[str, float]:
         return self.flow.validate(batches, self.device, self.losses)

@@ -260,8 +260,9 @@ class Recipe(nn.Module):
         return flux.lines(self.config)
 
     def activation_bytes(self, count: int, cpu: bool) -> float:
+        copies = 2 * sum(p.numel() for p in self.net.parameters()) if self.flow.bf16 else 0  # that autocast makes
         return (flux.activation_bytes(self.net.config.trunk, self.config, count, learns=True)
-                + flux.activation_bytes(self.base.config, self.config, count, learns=False))
+                + flux.activation_bytes(self.base.config, self.config, count, learns=False) + copies)
 
     @torch.no_grad()
     def validate(self, batches: list) -> dict[str, float]:
