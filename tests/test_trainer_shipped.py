@@ -17,7 +17,7 @@ from weights import tiny_hed
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 4096  # of T5-XXL's tokens
-SHIPPED = sorted(p.name for p in (config.HERE / "recipes").glob("*.toml") if p.name.startswith(("pixart", "pixelflow")))
+SHIPPED = sorted(p.name for p in (config.HERE / "recipes").glob("*.toml") if not p.name.startswith("ultrapixel"))
 
 
 @pytest.fixture(scope="module")
