@@ -1,5 +1,5 @@
-"""The shipped recipe files of PixArt and PixelFlow plan a run, on small networks in the places of the released ones.
-Those of the other families are planned in their own tests."""
+"""The shipped recipe files plan a run, on small networks in the places of the released ones. (UltraPixel's, which stand
+on the most files, are planned in its own tests.)"""
 import json
 from pathlib import Path
 
