@@ -343,7 +343,7 @@ class LossWeight(nn.Module):
         self.seen = torch.where(rows[:, :1] > 0, rows, self.seen)
         if self.seen[:, 0].all():
             mean = self.adaptive()
-            mean.update(self.seen[:, 1], self.seen[:, 2])
+            mean.update(self.seen[:, 1].contiguous(), self.seen[:, 2])
             self.means.copy_(mean.losses)
             self.seen = torch.zeros_like(rows)
 

@@ -6,7 +6,6 @@ noise, and other ones in every process.
 """
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -210,7 +209,8 @@ class Recipe(nn.Module):
             files = self.settings.sample_hints
             if not files:
                 raise ValueError("recipe.sample_hints names no pictures to take hints from.")
-            given = torch.stack([shown(Path(files[i % len(files)]).expanduser(), size) for i in range(len(what))])
+            given = torch.stack([pictures.shown(Path(files[i % len(files)]).expanduser(), *size)
+                                 for i in range(len(what))])
         elif tuple(given.shape[-2:]) != size:
             given = torch.nn.functional.interpolate(given.float(), size, mode="bilinear", antialias=True)
             given = given.round().clamp(0, 255).to(torch.uint8)
@@ -224,10 +224,3 @@ class Recipe(nn.Module):
         """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
         net = self.controlnet
         return {"controlnet/{name}.safetensors": (net.state_dict(), checkpoint.metadata(net.config))}
-
-
-def shown(file: Path, size: tuple[int, int]) -> Tensor:
-    """(3, H, W) uint8: the middle of a picture file."""
-    picture = pictures.decode(file)
-    cut = pictures.plan((picture.height, picture.width), size, "centre", random.Random(0))
-    return pictures.tensor(cut.apply(picture))
