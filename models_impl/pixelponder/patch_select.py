@@ -368,7 +368,8 @@ class _StreamState:
         mods = block.img_mod(guide.vec)
         _, zero_k, zero_v = _zero_heads(block, tokens, mods, rope)
         text = block.text(guide.txt, guide.vec, text_rope)
-        return cls(mods, text, *block.image(normed, mods, rope), zero_k, zero_v)
+        q, k, v = block.image(normed, mods, rope)
+        return cls(mods, text, q.contiguous(), k, v, zero_k, zero_v)
 
 
 @dataclass(frozen=True)
@@ -396,14 +397,23 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     if x.ndim == 6:  # (1 or B, 1, N, D/2, 2, 2)
         x = x.expand(len(index), *[-1] * 5)
         return x.gather(2, index[:, None, :, None, None, None].expand(-1, 1, -1, *x.shape[3:]))
-    middle = [1] * (x.ndim - 3)
-    return x.gather(-2, index.view(len(index), *middle, -1, 1).expand(*x.shape[:-2], -1, x.shape[-1]))
+    B, N, middle = x.shape[0], x.shape[-2], x.shape[1:-2].numel()
+    places = torch.arange(B * middle, device=x.device).view(B, middle, 1) * N + index[:, None]
+    return _rows(x, places).unflatten(0, (*x.shape[:-2], index.shape[1]))
 
 
 def _choose(x: Tensor, winner: Tensor) -> Tensor:
     """(B, K, ..., N, D) and the winner of each token (B, N) -> (B, ..., N, D)"""
-    index = winner.view(len(winner), 1, *[1] * (x.ndim - 4), -1, 1).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)[:, 0]
+    B, K, N, middle = *x.shape[:2], x.shape[-2], x.shape[2:-2].numel()
+    source = torch.arange(B, device=x.device)[:, None] * K + winner  # (B, N), which of the B*K
+    places = (source[:, None] * middle + torch.arange(middle, device=x.device)[:, None]) * N
+    places = places + torch.arange(N, device=x.device)
+    return _rows(x, places).unflatten(0, (B, *x.shape[2:-1]))
+
+
+def _rows(x: Tensor, places: Tensor) -> Tensor:
+    """Rows (places, D) of x (..., D), counted over all of its other dimensions; faster than a gather of elements."""
+    return x.reshape(-1, x.shape[-1]).index_select(0, places.flatten())
 
 
 @dataclass(frozen=True)
