@@ -1,5 +1,6 @@
 """Training all weights of a PixArt: the loss, where a run may start, what comes out."""
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -312,6 +313,14 @@ def test_a_model_card_says_how_it_was_made_and_names_no_folder(trained, parts, t
         assert part in said, part
     assert (tmp_path / "out/tiny.png").read_bytes() == (trained / "samples/00000004.png").read_bytes()
     assert str(trained.parent) not in said and parts["vae"]["path"] not in said
+
+
+def test_a_run_too_short_for_a_log_has_its_card(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (folder / "log.jsonl").unlink(missing_ok=True)
+    files = export.export(folder, tmp_path / "out", "tiny")
+    assert [f.name for f in export.write_card(folder, tmp_path / "out", files)] == ["tiny.md", "tiny.png"]
 
 
 def test_comfyui_predicts_with_an_export_what_the_trainer_predicts(trained, host):

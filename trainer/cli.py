@@ -404,6 +404,7 @@ def evaluate(args):
 
     from . import evaluate
     from .export import open_run
+    from .run import read_log
 
     if not (args.what / "config.json").is_file():
         if not args.what.exists():
@@ -425,7 +426,8 @@ def evaluate(args):
                                notes=[f"#{r[3] + 1}" for r in some]).save(args.out / f"{split}.png")
     report = {"step": step, "weights": args.weights, "sampling": how, "results": results}
     (args.out / "evaluation.json").write_text(json.dumps(report, indent=2))
-    evaluate.loss_curve(args.what / "log.jsonl").save(args.out / "loss.png")
+    if log := read_log(args.what):
+        evaluate.loss_curve(log).save(args.out / "loss.png")
     if prompts := config.samples.prompts:
         pictures = recipe.sample(prompts, config.data.resolution, config.data.resolution, **how)
         evaluate.contact_sheet(prompts, pictures).save(args.out / "prompts.png")

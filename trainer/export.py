@@ -10,7 +10,7 @@ import torch
 from ..models_impl import state_dict
 from . import build, config
 from .recipes import find
-from .run import checkpoints, read_tensors, restore_module, write_whole
+from .run import checkpoints, read_log, read_tensors, restore_module, write_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -61,9 +61,7 @@ def card(folder: Path, settings: config.Config, step: int, files: list[Path]) ->
     """A model card in Markdown: what the files are, how to use them, how they were made. It names no folder of the
     machine, and of data and base the last part of the name alone."""
     s, name = settings, settings.name
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-           if line.endswith("}")]
-    losses = [one for one in log if "validation_loss" in one and one["step"] <= step]
+    losses = [one for one in read_log(folder) if "validation_loss" in one and one["step"] <= step]
     lines = [f"# {name}", "", f"Trained with PixStack's recipe `{s.recipe.name}`, step {step} of {s.steps}."]
     if s.init_from:
         lines[-1] += f" It began with `{Path(s.init_from).name}`, whose licence applies."

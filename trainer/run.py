@@ -203,6 +203,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in (folder / "checkpoints").glob("*") if p.name.isdigit() and (p / "state.json").exists())
 
 
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a run's log.jsonl; a run shorter than log_every has none."""
+    path = folder / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may have cut the last one
+
+
 def module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """What learns, and what is counted along with it; frozen weights stay where they came from."""
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
