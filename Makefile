@@ -2,6 +2,7 @@
 # make serve   ComfyUI with this package at http://127.0.0.1:8188 (ARGS="--listen 0.0.0.0 --port 8200")
 # make test    everything (ARGS="-k layering -x" for a part of it)
 # make bench   PixelFlow against a plain loop of the released algorithm, PixArt against ComfyUI, diffusers and peft,
+#              PixelPonder's selection against the release's,
 #              UltraPixel's decodes, guide and Stage B against ComfyUI's and the release's ways
 #
 # Each works from a fresh clone: the first run fills .venv and fetches a ComfyUI (or set COMFYUI_PATH).
@@ -33,6 +34,7 @@ test: $(READY) $(FRONTEND)
 bench: $(READY)
 	$(RUN) benchmarks/pixelflow.py $(ARGS)
 	$(RUN) benchmarks/pixart.py
+	$(RUN) benchmarks/pixelponder.py
 	$(RUN) benchmarks/trainer.py
 	$(RUN) benchmarks/ultrapixel.py
 
