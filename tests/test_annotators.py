@@ -60,6 +60,29 @@ def test_thresholds_that_cannot_be_are_refused(low, high):
         canny.edges(DISC, low, high)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_depth_stays_where_its_picture_is_although_zoedepth_pads(whole):
+    from types import SimpleNamespace
+
+    from transformers import ZoeDepthImageProcessor
+
+    class Echo(torch.nn.Module):
+        config = SimpleNamespace(model_type="zoedepth", patch_size=16)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, pixel_values):
+            return SimpleNamespace(predicted_depth=pixel_values.mean(1))
+
+    picture = (torch.arange(512) < 128).float().expand(1, 3, 512, 512)
+    with torch.no_grad():
+        row = depth.depth(Echo(), ZoeDepthImageProcessor(), picture, resize=whole)[0, 0, 256]
+    bright = row > (row.max() + row.min()) / 2
+    assert abs(int(bright.sum()) - 128) <= 1 and bright[0]
+
+
 # --- Size
 
 @pytest.mark.parametrize("resolution, inner, padded", [

@@ -68,6 +68,8 @@ def depth(network: nn.Module, processor, image: Tensor, *, resize: bool = True) 
         image = F.pad(image, (0, -width % patch, 0, -height % patch), mode="replicate")
     pictures = list(image.float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy())
     sizes = {} if resize else dict(do_resize=False)
+    if hasattr(processor, "do_pad"):
+        sizes["do_pad"] = False  # ZoeDepth's border, which would stay in the map
     pixels = processor(pictures, return_tensors="pt", input_data_format="channels_first", **sizes)["pixel_values"]
     weight = next(network.parameters())
     found = network(pixel_values=pixels.to(weight)).predicted_depth.float()
