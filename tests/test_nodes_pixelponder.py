@@ -451,6 +451,39 @@ def test_as_run_executes_the_released_network(flux):
     assert share[0, 0].sum() >= (rows - 1) * columns  # only the last row's worth of patches may be another's
 
 
+def test_a_negative_prompt_alone_is_guided_and_shown(flux):
+    negative = apply(flux, several(flux, "canny", "depth"), strategy="accumulate")[1]
+    negative[0][1]["control"].node_id = "7"
+    assert draw(flux, text(6), negative, steps=1, cfg=3.0).isfinite().all()
+    assert negative[0][1]["control"].shown.share.sum() == SIZE[0] // 2 * (SIZE[1] // 2)
+
+
+def test_a_second_pass_at_another_size_leaves_the_map_of_the_first(flux):
+    positive, _ = apply(flux, several(flux, "canny", "depth"), strategy="accumulate")
+    draw(flux, positive, steps=1)
+    _, before = node(flux, "Map", positive=positive, latent=latent(), overlay=0.5)
+    draw(flux, positive, steps=1, noise=noise_of(size=(12, 16)))
+    _, after = node(flux, "Map", positive=positive, latent=latent(), overlay=0.5)
+    assert all(map(torch.equal, before, after))
+
+
+def test_the_map_of_an_odd_latent_is_as_large_as_its_picture(flux):
+    positive, _ = apply(flux, several(flux, "canny", "depth"))
+    picture, masks = node(flux, "Map", positive=positive, latent=latent((7, 9)), overlay=0.5)
+    assert picture.shape[1] > 56 and picture.shape[2] == 72 and {m.shape for m in masks} == {(1, 56, 72)}
+
+
+def test_a_blend_of_nothing_changes_nothing(flux):
+    positive, _ = apply(flux, condition(flux, strength=0.0), strategy="blend")
+    assert torch.equal(draw(flux, positive), draw(flux, text(6)))
+
+
+def test_the_node_that_previews_the_map_ends_as_finished(graph_host):
+    run = graph_host.run(graph("accumulate"))
+    (*_, last) = [data["nodes"] for event, data in run.events if event == "progress_state"]
+    assert run.error is None and {node["state"] for node in last.values()} == {"finished"}
+
+
 @pytest.mark.parametrize("strategy", ["released", "as run", "accumulate"])
 def test_a_painted_mask_makes_its_condition_win_there(flux, strategy):
     mask = torch.zeros(1, 64, 96)

@@ -13,6 +13,7 @@ import comfy.model_management as mm
 import comfy.ops
 import comfy.utils
 import torch
+from comfy_execution.progress import get_progress_state
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,13 +57,13 @@ class Condition:
 
 
 class Shown:
-    """The selection of the last step, for whoever wants to see it: copies of a control share one."""
+    """The selections of the last steps, for whoever wants to see them: copies of a control share one."""
 
     def __init__(self):
         self.share: Tensor | None = None
-        """(B, K, rows, columns) of the positive prompt's pictures, all conditions, float32 on the CPU."""
-        self.size = (0, 0)
-        """(height, width) in latent cells."""
+        """(B, K, rows, columns) of the pictures of one prompt, all conditions, float32 on the CPU: the last one."""
+        self.of_size: dict[tuple[int, int], Tensor] = {}
+        """The last one of every (height, width) in latent cells: a second pass at another size leaves the first's."""
 
 
 class PixelPonderControl(comfy.controlnet.ControlBase):
@@ -84,6 +85,7 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
         self._embeds: dict = {}
         self._chosen: dict = {}
         self._bar = None
+        self._seen = None  # which of the guider's prompts is shown
 
     # What ComfyUI calls
 
@@ -122,6 +124,8 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
         active = self._active(float(t[0]))
         if self.strength == 0 or not active:
             return before
+        if self.strategy == "blend" and not any(self.conditions[i].strength for i in active):
+            return before
         B, size = len(x_noisy), tuple(x_noisy.shape[-2:])
         key = active, size, B, batched_number
         new = key not in self._chosen
@@ -144,14 +148,15 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
         strengths = [self.conditions[i].strength for i in active]
         if self.strategy != "blend" and strengths != [1.0] * len(strengths):
             residuals = weighted(residuals, strengths, control.selection.share, (x.shape[-2] // 2, x.shape[-1] // 2))
-        if stepwise or new:
-            self._show(control.selection, active, size, batched_number, transformer_options)
-        if stepwise and self.node_id is not None:
+        shown = (stepwise or new) and self._show(control.selection, active, size, batched_number, transformer_options)
+        if shown and stepwise and self.node_id is not None:
             self._preview(float(t[0]), transformer_options)
         return self._inject(residuals, before, transformer_options)
 
     def cleanup(self):
         super().cleanup()
+        if self._bar is not None:  # its node has run already, and a preview marks it as running again
+            get_progress_state().finish_progress(self.node_id)
         self._forget()
 
     def copy(self):
@@ -228,16 +233,21 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
         transformer_options["patches_replace"] = {**replaced, "dit": blocks}
         return {"input": both + ours[len(both) :], "middle": [], "output": (before or {}).get("output", [])}
 
-    def _show(self, selection: Selection, active, size, batched_number: int, transformer_options: dict):
-        """Keep the positive prompt's part of the selection."""
+    def _show(self, selection: Selection, active, size, batched_number: int, transformer_options: dict) -> bool:
+        """Keep one prompt's part of the selection: of those with this control the first that the guider names, which is
+        the positive one for nearly all. False: it was another's turn.
+        """
         share, kinds = selection.share, transformer_options.get("cond_or_uncond", [0])
-        if 0 not in kinds:
-            return
+        first = min(kinds)
+        if self._seen is not None and first > self._seen:
+            return False
+        self._seen = first
         if len(share) > 1:
-            share = share.chunk(batched_number)[kinds.index(0)]
+            share = share.chunk(batched_number)[kinds.index(first)]
         whole = torch.zeros(len(share), len(self.conditions), *share.shape[2:])
         whole[:, list(active)] = share.float().cpu()
-        self.shown.share, self.shown.size = whole, size
+        self.shown.share = self.shown.of_size[size] = whole
+        return True
 
     def _preview(self, sigma: float, transformer_options: dict):
         sigmas = transformer_options.get("sample_sigmas")
@@ -365,8 +375,8 @@ def map_of(control: PixelPonderControl, size: tuple[int, int]) -> Tensor:
     """share (B, K, rows, columns) for latents of `size`: of the last step that ran, or computed here where no step
     changes it, for the conditions that begin first.
     """
-    if control.shown.share is not None and control.shown.size == tuple(size):
-        return control.shown.share
+    if tuple(size) in control.shown.of_size:
+        return control.shown.of_size[tuple(size)]
     if control.strategy not in ("released", "blend"):
         raise ValueError(f"The map of the strategy {control.strategy!r} is made while sampling, and there was none at "
                          f"{size[1] * HINT_CELL}x{size[0] * HINT_CELL} pixels yet: connect the LATENT that the sampler "
@@ -387,7 +397,9 @@ def map_of(control: PixelPonderControl, size: tuple[int, int]) -> Tensor:
 def picture_of(control: PixelPonderControl, size: tuple[int, int], overlay: float) -> tuple[Tensor, list[Tensor]]:
     """The map as a picture (B, height, width, 3) and as a mask (B, 8 H', 8 W') for each condition; see `map_of`."""
     share, hints = map_of(control, size), [hint_for(c, size).cpu() for c in control.conditions]
-    return draw(share, hints, labels(control.conditions), overlay), masks_of(share, *hints[0].shape[-2:])
+    height, width = (HINT_CELL * side for side in size)  # an odd latent's hints go on to whole patches
+    pictures = draw(share, hints, labels(control.conditions), overlay, (height, width))
+    return pictures, [mask[:, :height, :width] for mask in masks_of(share, *hints[0].shape[-2:])]
 
 
 def find(conditioning: list) -> PixelPonderControl:

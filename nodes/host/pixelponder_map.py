@@ -18,20 +18,23 @@ def colours(conditions: int) -> Tensor:
     return torch.tensor([COLOURS[k % len(COLOURS)] for k in range(conditions)]) / 255
 
 
-def draw(share: Tensor, hints: list[Tensor], names: list[str], overlay: float) -> Tensor:
+def draw(share: Tensor, hints: list[Tensor], names: list[str], overlay: float, size: tuple[int, int] | None = None
+         ) -> Tensor:
     """Each patch shows the hint of its condition, tinted; below, what the colours mean and how much each has.
 
     share: (B, K, rows, columns); hints: K times (1 or B, 3, H, W) in [0, 1]; overlay: 0 shows the hints alone, 1 the
-    colours alone. Returns (B, H + legend, W, 3) in [0, 1]. Patches without any condition are dark.
+    colours alone; size: (height, width) of the picture, at the top left, where patches reach beyond it. Returns
+    (B, height + legend, width, 3) in [0, 1]. Patches without any condition are dark.
     """
     H, W = hints[0].shape[-2:]
+    height, width = size or (H, W)
     B = max(len(share), *(len(hint) for hint in hints))
     share = rows(share, B)
     where = torch.stack(masks_of(share, H, W), dim=1)  # (B, K, H, W)
     shown = sum(where[:, k, None] * rows(hint, B) for k, hint in enumerate(hints))  # (B, 3, H, W)
     tint = torch.einsum("bkhw,kc->bchw", where, colours(len(hints)))
-    pictures = ((1 - overlay) * shown + overlay * tint).movedim(1, -1)
-    legends = torch.stack([_legend(names, part.tolist(), W) for part in share.mean(dim=(2, 3))])
+    pictures = ((1 - overlay) * shown + overlay * tint).movedim(1, -1)[:, :height, :width]
+    legends = torch.stack([_legend(names, part.tolist(), width) for part in share.mean(dim=(2, 3))])
     return torch.cat((pictures, legends), dim=1)
 
 
