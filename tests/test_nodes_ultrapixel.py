@@ -488,6 +488,19 @@ def test_a_mask_over_a_prompt_is_followed_at_both_sizes(ultra):
     assert (masked - draw(ultra, guided(ultra))).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("entries", [{"mask": torch.zeros(1, 16, 16)}, {"strength": 0.0}])
+def test_a_prompt_without_weight_does_not_move_the_guide(ultra, entries):
+    close(draw(ultra, guided(ultra), positive=text(1) + text(3, **entries)), draw(ultra, guided(ultra)))
+
+
+def test_where_no_prompt_weighs_the_guide_is_their_plain_mean(ultra):
+    features = ultra.guided.Features
+    kept, mask = ultra.guided.Kept({}), torch.tensor([[[[0.0, 3.0]]]])
+    kept.parts = [(weight, features([torch.full((1, 1, 1, 2), value)], []))
+                  for weight, value in ((mask, 4.0), (mask / 3, 8.0))]
+    assert kept.features().down[0].flatten().tolist() == [6.0, 5.0]
+
+
 def test_an_area_is_refused(ultra):
     with pytest.raises(ValueError, match="conditioning areas cannot be followed"):
         draw(ultra, guided(ultra), positive=text(1, area=(4, 4, 0, 0)))

@@ -13,6 +13,7 @@ import comfy.model_management as mm
 import comfy.model_sampling
 import comfy.ops
 import comfy.utils
+import torch
 from comfy.ldm.cascade.common import AttnBlock
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -166,13 +167,14 @@ class Plain:
 class Kept(Plain):
     """The call of the low-resolution pass whose features are kept, of the rows with a positive prompt.
 
-    positive: ids of its conditionings. ComfyUI may spread the rows of one step over several calls.
+    positive: id of each conditioning -> its weight (n, 1, h or 1, w or 1), as core weighs predictions. ComfyUI may
+    spread the rows of one step over several calls.
     """
 
-    def __init__(self, positive: set, whole_batch: bool = False):
+    def __init__(self, positive: dict[object, Tensor], whole_batch: bool = False):
         super().__init__(whole_batch)
         self.positive = positive
-        self.parts: list[Features] = []
+        self.parts: list[tuple[Tensor, Features]] = []
 
     @contextmanager
     def around(self, net, timestep, options):
@@ -180,16 +182,26 @@ class Kept(Plain):
         with hooked(net, tap):
             yield
         rows = len(timestep) // len(options["uuids"])
-        self.parts += [tap.features.rows(i * rows, (i + 1) * rows)
-                       for i, prompt in enumerate(options["uuids"]) if prompt in self.positive]
+        for i, prompt in enumerate(options["uuids"]):
+            if prompt in self.positive:
+                weight = comfy.utils.repeat_to_batch_size(self.positive[prompt], rows).to(timestep)
+                self.parts.append((weight, tap.features.rows(i * rows, (i + 1) * rows)))
 
     def features(self) -> Features:
-        """(B, D, h, w) of every level; the mean where several positive prompts are combined."""
+        """(B, D, h, w) of every level; where several positive prompts are combined their mean by weight, and the plain
+        mean where none of them weighs."""
         if not self.parts:
             raise ValueError("No positive prompt is active at the end of the low-resolution pass, from which the guide "
                              "is made: give one an end_percent of 1.")
-        return Features(*([sum(levels) / len(self.parts) for levels in zip(*found, strict=True)]
-                          for found in ([part.down for part in self.parts], [part.up for part in self.parts])))
+        weights, found = zip(*self.parts, strict=True)
+        total = sum(weights)
+        shares = [torch.where(total > 0, weight / total, 1 / len(weights)) for weight in weights]
+
+        def mean(levels):
+            return sum(share.to(x) * x for share, x in zip(shares, levels, strict=True))
+
+        return Features(*([mean(levels) for levels in zip(*parts, strict=True)]
+                          for parts in ([part.down for part in found], [part.up for part in found])))
 
 
 class Guided(Plain):

@@ -226,8 +226,9 @@ class Conditions:
     def __init__(self, guider, conds: dict):
         self.guider, self.conds = guider, conds
 
-    def positive(self) -> set:
-        return {c["uuid"] for c in self.conds["positive"]}
+    def positive(self) -> dict[object, Tensor]:
+        """id -> weight (n, 1, h or 1, w or 1) at the size of the pass at hand."""
+        return {c["uuid"]: _weight(c) for c in self.guider.conds["positive"]}
 
     def low(self, size: torch.Size):
         self.guider.conds = {kind: [_at_size(c, size) for c in entries] for kind, entries in self.conds.items()}
@@ -241,3 +242,9 @@ class Conditions:
 def _at_size(cond: dict, size: torch.Size) -> dict:
     mask = cond.get("mask")  # (B, H, W)
     return cond if mask is None else {**cond, "mask": F.interpolate(mask[:, None], size, mode="area")[:, 0]}
+
+
+def _weight(cond: dict) -> Tensor:
+    """What core multiplies the prediction with before it takes the mean."""
+    mask = cond["mask"][:, None] * cond.get("mask_strength", 1.0) if "mask" in cond else torch.ones(1, 1, 1, 1)
+    return mask * cond.get("strength", 1.0)
