@@ -559,9 +559,12 @@ def test_without_a_low_latent_its_size_follows_from_the_picture(ultra):
     assert sizes == [(17, 34), (12, 24)]
 
 
-def test_more_low_resolution_cells_than_the_guide_knows_are_refused(ultra):
-    with pytest.raises(ValueError, match="33x32 = 1056 cells, the guide was trained with at most 1024"):
-        draw(ultra, guided(ultra), low=(32, 33), noise=noise_of(size=(32, 33)), steps=1)
+def test_more_low_resolution_cells_than_the_guide_knows_are_refused_before_the_first_step(ultra):
+    steps = []
+    with pytest.raises(ValueError, match="33 x 32 = 1056 cells, .* at most 1024: connect the output 'low'.* 'stage_c'"):
+        draw(ultra, guided(ultra), low=(32, 33), noise=noise_of(size=(32, 33)), steps=1,
+             callback=lambda *step: steps.append(step))
+    assert not steps
 
 
 @pytest.mark.parametrize("folder, name, make, words", [

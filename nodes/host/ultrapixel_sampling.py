@@ -44,6 +44,8 @@ class GuidedSampler(comfy.samplers.Sampler):
         steps = len(sigmas) - 1
         keep = steps - 1 if self.reference else sampling.kept_step(schedule, logsnrs)
         low = self._low(latent_image, noise, sigmas, model_wrap)
+        if strengths:
+            _check_tokens(low, guide.config.max_tokens)
         source = ReferenceNoise if self.reference else SeededNoise
         draw = source(noise, extra_args.get("seed") or 0, low.shape)
         total = steps + (keep + 1 if strengths else 0)
@@ -120,6 +122,13 @@ def _check_low(low: Tensor, noise: Tensor):
     if not 0.75 < (w / h) / (W / H) < 1.33:
         raise ValueError(f"low_latent has {w} x {h} cells, the picture {W} x {H}: they are of different shapes. Take "
                          "both from the same 'UltraPixel Canvas'.")
+
+
+def _check_tokens(low: Tensor, most: int):
+    h, w = low.shape[-2:]
+    if h * w > most:
+        raise ValueError(f"The low-resolution pass has {w} x {h} = {h * w} cells, the guide was trained with at most "
+                         f"{most}: connect the output 'low' of 'UltraPixel Canvas' to low_latent, not 'stage_c'.")
 
 
 class Model:
