@@ -906,6 +906,12 @@ def test_words_to_begin_with_that_are_none_are_refused(ultra, clip, given, words
         personal(ultra, clip, **given)
 
 
+@pytest.mark.parametrize("token", ["(pet)", "pet)", "pe\\t"])
+def test_a_word_that_a_prompt_cannot_hold_is_refused(ultra, clip, token):
+    with pytest.raises(ValueError, match="^lora_cat_tiny.*holds a bracket .* or a backslash.*choose a name without"):
+        personal(ultra, clip, token=token)
+
+
 def test_another_text_encoder_is_refused(ultra, clip):
     other = SimpleNamespace(tokenizer=object(), cond_stage_model=type("SDXLClipModel", (), {})())
     with pytest.raises(ValueError, match="is a SDXLClipModel; Stage C reads CLIP-G alone"):

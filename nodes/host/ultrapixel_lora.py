@@ -119,6 +119,9 @@ class LearnedTokenizer(comfy.sdxl_clip.StableCascadeTokenizer):
 
     def add(self, token: str) -> int:
         words = self.clip_g.tokenizer
+        if set(token) & set("()\\"):
+            raise ValueError(f"token={token!r} holds a bracket ( ) or a backslash. ComfyUI reads these in a prompt as "
+                             "signs of weights, so the word would never be found: choose a name without them.")
         if not words.add_tokens([token]):
             raise ValueError(f"token={token!r} is a word that this CLIP knows already: choose another name for it.")
         row = words.convert_tokens_to_ids(token)
