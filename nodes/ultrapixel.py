@@ -182,6 +182,7 @@ class UltraPixelCanvas(io.ComfyNode):
             across, down = SHAPES.get(shape) or (image.shape[2], image.shape[1])
             asked = ultrapixel_sizes.of_shape(down, across, side)
         size = ultrapixel_sizes.snapped(*asked)
+        ultrapixel_sizes.check(*size)
         if image is None:
             latents = ultrapixel_sizes.empty(*size, batch_size)
         else:

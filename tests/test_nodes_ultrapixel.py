@@ -655,6 +655,12 @@ def test_a_size_outside_of_the_training_is_explained(ultra, width, height, words
     assert "Mind" not in canvas(ultra)[-1]
 
 
+def test_a_size_that_the_sampler_would_not_take_is_refused_with_what_to_do(ultra):
+    with pytest.raises(ValueError, match="16384 x 6144 pixels is 55296 cells.* at most as many pixels as 9216 x 9216"):
+        canvas(ultra, width=16384, height=6144)
+    assert canvas(ultra, width=9216, height=9216)[0]["samples"].shape[-2:] == (216, 216)
+
+
 # --- ControlNets
 
 

@@ -21,9 +21,9 @@ from ...models_impl.ultrapixel.sampling import COMPRESSION_C, Schedule
 from . import ultrapixel
 from .attention import host_attention
 from .ultrapixel import Guided, Kept, Plain
+from .ultrapixel_sizes import MOST_CELLS
 
 REFERENCE_GUIDED_STEPS = 20  # the reference leaves the steps after these unguided
-MOST_CELLS = 216 * 216  # of a latent that is still taken for Stage C's: a picture of 9216 x 9216 pixels
 CHANNELS = 16
 
 

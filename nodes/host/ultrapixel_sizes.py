@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from ...models_impl.ultrapixel.guidance import up_weight
-from ...models_impl.ultrapixel.sampling import Sizes, sizes
+from ...models_impl.ultrapixel.sampling import COMPRESSION_C, Sizes, sizes
 
 MULTIPLE = 8
 """Stage B folds its latent, of 4 pixels to a cell, in two."""
 SMALLEST_SIDE, LARGEST_SIDE = 1024, 6144  # of squares with as many pixels as the guide saw in training
 WIDEST = 6.0  # the largest ratio of the sides in training
+MOST_CELLS = 216 * 216  # of a latent that is still taken for Stage C's: a picture of 9216 x 9216 pixels
 ENCODER_CELL = 32  # pixels to a cell where a picture is encoded, as the networks were trained
 CHANNELS_C, CHANNELS_B = 16, 4
 WEIGHTS_C, WEIGHTS_B = 7.3, 1.4  # GB in bf16: Stage C of 3.6B with the guide, Stage B of 700M
@@ -30,6 +31,15 @@ def of_shape(down: float, across: float, side: int) -> tuple[int, int]:
     """(height, width) of about side*side pixels in the ratio down : across."""
     ratio = (across / down) ** 0.5
     return snapped(side / ratio, side * ratio)
+
+
+def check(height: int, width: int):
+    """Refuse a size that 'UltraPixel Sampler' would not take for one of Stage C."""
+    (h, w), most = sizes(height, width).stage_c, int(MOST_CELLS**0.5 * COMPRESSION_C)
+    if h * w > MOST_CELLS:
+        raise ValueError(f"A picture of {width} x {height} pixels is {w * h} cells in Stage C, more than the "
+                         f"{MOST_CELLS} that UltraPixel draws: choose a size of at most as many pixels as {most} x "
+                         f"{most}, and enlarge the picture afterwards.")
 
 
 def empty(height: int, width: int, batch: int) -> tuple[dict, dict, dict]:
