@@ -176,6 +176,24 @@ def test_a_batch_or_a_condition_of_another_shape_is_not_saved(nodes):
         save(nodes, "sets/refused", depth=BATCH[:1, :, :48])
 
 
+def listing(folder, *rows):
+    """Write a list and the pictures that it names, each a plain gray of its own."""
+    for index, path in enumerate(row[key] for row in rows for key in row if key != "text"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * index,) * 3).save(folder / path)
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_depth_map_of_16_bits_keeps_its_grays(nodes, host):
+    folder = listing(host.input / "deep", {"image": "a.png", "text": "", "depth": "depth.png"})
+    grays = numpy.linspace(0, 65535, 64).reshape(8, 8).astype(numpy.uint16)
+    Image.fromarray(grays).save(folder / "depth.png")
+    depth = run(nodes["LoadEntry"], folder="deep", index=0)[3]
+    assert depth.shape == (1, 8, 8, 3)
+    assert torch.allclose(depth, torch.from_numpy(grays / 65535).float()[None, ..., None].expand(1, 8, 8, 3))
+
+
 def test_a_data_set_runs_through_the_queue(nodes, host):
     folder = host.input / "queue"
     folder.mkdir(exist_ok=True)

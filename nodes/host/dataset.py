@@ -76,10 +76,14 @@ def files(folder: str, listed: dict) -> dict[str, Path | None]:
 def _picture(path: Path) -> Tensor:
     try:
         with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGB")
+            upright = ImageOps.exif_transpose(file)
+            if upright.mode.startswith("I"):  # 16 bits, as depth maps have them: Pillow would clip them to 8
+                pixels = (numpy.asarray(upright).astype(numpy.float32) / 65535)[..., None].repeat(3, axis=-1)
+            else:
+                pixels = numpy.asarray(upright.convert("RGB"), dtype=numpy.float32) / 255
     except OSError as error:
         raise ValueError(f"{path.name} is not a whole picture ({error}).") from error
-    return torch.from_numpy(numpy.asarray(upright, dtype=numpy.float32) / 255)[None]
+    return torch.from_numpy(pixels)[None]
 
 
 def state(folder: str, index: int) -> str:
