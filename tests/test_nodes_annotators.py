@@ -194,6 +194,12 @@ def test_a_depth_map_of_16_bits_keeps_its_grays(nodes, host):
     assert torch.allclose(depth, torch.from_numpy(grays / 65535).float()[None, ..., None].expand(1, 8, 8, 3))
 
 
+def test_a_condition_of_one_channel_is_saved_as_gray(nodes):
+    save(nodes, "sets/gray", depth=BATCH[1:, ..., :1])
+    depth = run(nodes["LoadEntry"], folder="sets/gray", index=0)[3]
+    assert torch.allclose(depth, BATCH[1:, ..., :1].expand(-1, -1, -1, 3))
+
+
 def test_a_data_set_runs_through_the_queue(nodes, host):
     folder = host.input / "queue"
     folder.mkdir(exist_ok=True)

@@ -115,5 +115,5 @@ def save(folder: str, name: str, text: str, given: dict[str, Tensor | None]) -> 
 def _png(picture: Tensor) -> bytes:
     pixels = picture[..., :3].float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy()
     content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "PNG")
+    Image.fromarray(pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels).save(content, "PNG")
     return content.getvalue()
