@@ -1,8 +1,6 @@
 """A data set through the graph queue: an entry in, an entry out."""
 from __future__ import annotations
 
-from pathlib import Path
-
 from comfy_api.latest import io, ui
 
 from ..models_impl.pixelponder.entries import CONDITIONS, IMAGE, PICTURES, TEXT
@@ -33,7 +31,7 @@ class LoadEntry(io.ComfyNode):
                 *(io.Image.Output(f"entry_{key}", display_name=key, tooltip=f"{WHAT[key]}. An entry without it stops "
                                   "the nodes behind this output.") for key in CONDITIONS),
                 io.String.Output("entry_name", display_name="name", tooltip="File name of the picture without its "
-                                 "ending, for 'Save Data Set Entry'."),
+                                 "ending, or more of its path where others have the same; for 'Save Data Set Entry'."),
                 io.Int.Output("count", display_name="count", tooltip="Entries of the data set."),
             ],
         )
@@ -53,9 +51,8 @@ class LoadEntry(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, index) -> io.NodeOutput:
-        entry, count = dataset.entry(folder, index)
+        entry, name, count = dataset.entry(folder, index)
         image, *conditions = dataset.pictures(folder, entry)
-        name = Path(entry.get(IMAGE) or f"{index:06}").stem
         return io.NodeOutput(image, entry.get(TEXT, ""), *conditions, name, count,
                              ui=ui.PreviewText(f"{index + 1} of {count}: {name}"))
 

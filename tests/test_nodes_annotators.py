@@ -200,6 +200,14 @@ def test_a_condition_of_one_channel_is_saved_as_gray(nodes):
     assert torch.allclose(depth, BATCH[1:, ..., :1].expand(-1, -1, -1, 3))
 
 
+def test_entries_of_the_same_file_name_are_saved_beside_each_other(nodes, host):
+    listing(host.input / "pets", *({"image": f"{pet}/1.png", "text": pet} for pet in ("cats", "dogs")))
+    for index in range(2):
+        image, text, *_, name, _ = run(nodes["LoadEntry"], folder="pets", index=index)
+        save(nodes, "pets_done", name=name, text=text, image=image)
+    assert [run(nodes["LoadEntry"], folder="pets_done", index=i)[1] for i in range(2)] == ["cats", "dogs"]
+
+
 def test_a_data_set_runs_through_the_queue(nodes, host):
     folder = host.input / "queue"
     folder.mkdir(exist_ok=True)

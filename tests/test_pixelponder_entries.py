@@ -88,3 +88,15 @@ def test_a_line_that_is_no_entry_is_named(tmp_path, line, words):
 def test_a_missing_list_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no data.jsonl"):
         entries.read(tmp_path / entries.LIST)
+
+
+@pytest.mark.parametrize("images, names", [
+    (["image/a.png", "image/b.png"], ["a", "b"]),
+    (["cats/1.png", "dogs/1.png", "dogs/2.png"], ["cats_1", "dogs_1", "2"]),
+    (["a.jpg", "a.png", "A.webp"], ["a.jpg", "a.png", "A.webp"]),
+    (["cats/1.png", "dogs/1.png", "cats_1.webp"], ["cats_1.png", "dogs_1", "cats_1"]),
+    (["a.png", "a.png"], ["a.png_000000", "a.png_000001"]),
+    (["/data/cats/1.png", "../dogs/1.png", "C:\\birds\\1.png"], ["data_cats_1", "dogs_1", "C_birds_1"]),
+])  # fmt: skip
+def test_no_two_entries_have_the_same_name(images, names):
+    assert entries.names([{"image": image} for image in images]) == names

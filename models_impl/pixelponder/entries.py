@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -52,6 +54,29 @@ def _lines(path: Path) -> list[tuple[dict, int]]:
                              f"{', '.join((IMAGE, TEXT, *CONDITIONS))}.")
         found.append((entry, end))
     return found
+
+
+def names(listed: Sequence[dict]) -> list[str]:
+    """A file name without ending for each entry, another for every one, whatever the case of its letters.
+
+    The stem of its image; where others have the same, its path with "_" for each "/", then with the ending too, and at
+    last with the entry's number.
+    """
+    choices = []
+    for index, entry in enumerate(listed):
+        parts = [part for part in re.split(r"[/\\:]+", entry.get(IMAGE, "")) if part not in ("", ".", "..")]
+        parts = parts or [f"{index:06}"]
+        whole, last = "_".join(parts), Path(parts[-1])
+        choices.append((last.stem, whole.removesuffix(last.suffix), whole, f"{whole}_{index:06}"))
+    taken = [0] * len(choices)
+    while True:
+        found = [choice[i] for choice, i in zip(choices, taken, strict=True)]
+        count = Counter(name.casefold() for name in found)
+        same = [i for i, name in enumerate(found) if count[name.casefold()] > 1 and taken[i] < len(choices[i]) - 1]
+        if not same:
+            return found
+        for i in same:
+            taken[i] += 1
 
 
 def save(folder: str | os.PathLike, name: str, text: str, pictures: Mapping[str, bytes]) -> dict:

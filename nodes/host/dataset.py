@@ -41,13 +41,13 @@ def _within(path: Path, roots: list[str]) -> bool:
     return any(path.is_relative_to(os.path.abspath(root)) for root in roots)
 
 
-def entry(folder: str, index: int) -> tuple[dict, int]:
-    """(entry, how many there are). Raises ValueError past the end of the list."""
+def entry(folder: str, index: int) -> tuple[dict, str, int]:
+    """(entry, its name, how many there are). Raises ValueError past the end of the list."""
     listed = entries.read(find(folder) / entries.LIST)
     if index >= len(listed):
         raise ValueError(f"The data set {folder} has {len(listed)} entries, and index {index} is past its end (the "
                          "first is 0): it is done.")
-    return listed[index], len(listed)
+    return listed[index], entries.names(listed)[index], len(listed)
 
 
 def pictures(folder: str, listed: dict) -> list[Tensor | ExecutionBlocker]:
@@ -87,10 +87,10 @@ def _picture(path: Path) -> Tensor:
 
 
 def state(folder: str, index: int) -> str:
-    """Changes when the entry's line or one of its files does."""
-    listed, _ = entry(folder, index)
+    """Changes when the entry's line, its name or one of its files does."""
+    listed, name, _ = entry(folder, index)
     stamps = {key: path.stat().st_mtime_ns for key, path in files(folder, listed).items() if path}
-    return repr((listed, stamps))
+    return repr((listed, name, stamps))
 
 
 def save(folder: str, name: str, text: str, given: dict[str, Tensor | None]) -> Path:
