@@ -100,3 +100,15 @@ def test_a_missing_list_is_named(tmp_path):
 ])  # fmt: skip
 def test_no_two_entries_have_the_same_name(images, names):
     assert entries.names([{"image": image} for image in images]) == names
+
+
+def test_an_entry_with_its_image_elsewhere_is_completed_and_keeps_it(tmp_path):
+    rows = [{"image": "image/a.jpg", "text": "t"}, {"image": "cats/1.png", "text": "c"},
+            {"image": "dogs/1.png", "text": "d"}]
+    (tmp_path / entries.LIST).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a", "cats_1"):
+        entries.save(tmp_path, name, "", {"image": b"i", "canny": b"c"})
+    assert listed(tmp_path) == [{**rows[0], "canny": "canny/a.png"}, {**rows[1], "canny": "canny/cats_1.png"}, rows[2]]
+    assert not (tmp_path / "image").exists()
+    with pytest.raises(ValueError, match="1 could be cats/1.png or dogs/1.png: call the entry cats_1 or dogs_1"):
+        entries.save(tmp_path, "1", "", {"image": b"i"})

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -79,12 +79,44 @@ def names(listed: Sequence[dict]) -> list[str]:
             taken[i] += 1
 
 
+def find(listed: Sequence[dict], name: str) -> int | None:
+    """Which entry a name means: the one that `names` gives it, else the one whose image has it for its stem.
+
+    Raises ValueError where more than one has.
+    """
+    own = names(listed)
+    if name in own:
+        return own.index(name)
+    same = [i for i, entry in enumerate(listed) if Path(entry.get(IMAGE, "")).stem == name]
+    if len(same) > 1:
+        raise ValueError(f"{name} could be {' or '.join(listed[i][IMAGE] for i in same)}: call the entry "
+                         f"{' or '.join(own[i] for i in same)}, as 'Load Data Set Entry' does.")
+    return same[0] if same else None
+
+
+def keeps(folder: str | os.PathLike, name: str, given: Iterable[str]) -> dict[str, str]:
+    """key -> path, as listed, of the pictures of an entry that stay as they are when those of `given` are saved.
+
+    An image that lies elsewhere than `save` would write it always stays. Raises ValueError as `find` does.
+    """
+    folder, given = Path(folder), set(given)
+    listed = read(folder / LIST) if (folder / LIST).is_file() else []
+    index = find(listed, name)
+    if index is None:
+        return {}
+    entry = listed[index]
+    if os.path.abspath(folder / entry.get(IMAGE, "")) != os.path.abspath(folder / IMAGE / f"{name}.png"):
+        given -= {IMAGE}
+    return {key: entry[key] for key in PICTURES if entry.get(key) and key not in given}
+
+
 def save(folder: str | os.PathLike, name: str, text: str, pictures: Mapping[str, bytes]) -> dict:
     """Write an entry of PNG files and put it on the list, each file whole or not at all; returns the entry.
 
     A line is only written after its pictures. An entry of the same name keeps what is not given anew, so that
-    conditions can be added in several runs. One process may write to a folder at a time.
-    Raises ValueError for a name that is no plain file name, or pictures without an image.
+    conditions can be added in several runs; an image that is listed at another path is kept too. One process may write
+    to a folder at a time.
+    Raises ValueError for a name that is no plain file name or could be several entries, or a new entry without an image.
     """
     folder = Path(folder)
     if not name or name != Path(name).name or "\\" in name or name.startswith("."):
@@ -93,11 +125,12 @@ def save(folder: str | os.PathLike, name: str, text: str, pictures: Mapping[str,
     assert not unknown, unknown
     with _ONE_WRITER:
         listed = _lines(folder / LIST) if (folder / LIST).is_file() else []
-        own = f"{IMAGE}/{name}.png"
-        index = next((i for i, (entry, _) in enumerate(listed) if entry.get(IMAGE) == own), None)
+        index = find([entry for entry, _ in listed], name)
         entry = {} if index is None else listed[index][0]
         if IMAGE not in pictures and index is None:
             raise ValueError(f"The new entry {name} has no image.")
+        stay = keeps(folder, name, pictures)
+        pictures = {key: content for key, content in pictures.items() if key not in stay}
         for key, content in pictures.items():
             write_whole(folder / key / f"{name}.png", content)
         new = {**entry, **{key: f"{key}/{name}.png" for key in pictures}, TEXT: text or entry.get(TEXT, "")}
