@@ -116,7 +116,8 @@ def save(folder: str | os.PathLike, name: str, text: str, pictures: Mapping[str,
     A line is only written after its pictures. An entry of the same name keeps what is not given anew, so that
     conditions can be added in several runs; an image that is listed at another path is kept too. One process may write
     to a folder at a time.
-    Raises ValueError for a name that is no plain file name or could be several entries, or a new entry without an image.
+    Raises ValueError for a name that is no plain file name or could be several entries, or a new entry that has no
+    image.
     """
     folder = Path(folder)
     if not name or name != Path(name).name or "\\" in name or name.startswith("."):

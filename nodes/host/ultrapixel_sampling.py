@@ -115,7 +115,7 @@ def _check_low(low: Tensor, noise: Tensor):
     if low.shape[1] != CHANNELS:
         raise ValueError(f"low_latent has {low.shape[1]} channels, Stage C's latents have {CHANNELS}: connect the "
                          "output 'low' of 'UltraPixel Canvas'.")
-    if len(low) not in (1, len(noise)):
+    if len(low) not in (1, len(noise)) and low.any():
         raise ValueError(f"low_latent has {len(low)} pictures, the latent {len(noise)}: put the same 'Latent From "
                          "Batch' behind both outputs of 'UltraPixel Canvas'.")
     (h, w), (H, W) = low.shape[-2:], noise.shape[-2:]
