@@ -208,6 +208,16 @@ def test_entries_of_the_same_file_name_are_saved_beside_each_other(nodes, host):
     assert [run(nodes["LoadEntry"], folder="pets_done", index=i)[1] for i in range(2)] == ["cats", "dogs"]
 
 
+def test_an_image_of_another_shape_does_not_leave_old_conditions_behind(nodes, host):
+    save(nodes, "sets/stale", canny=BATCH[1:], depth=BATCH[1:])
+    square = BATCH[:1, :, :48]
+    with pytest.raises(ValueError, match=r"the entry a of sets/stale keeps is of another shape: depth \(80x48\)"):
+        save(nodes, "sets/stale", image=square, canny=square)
+    assert Image.open(host.output / "sets/stale/image/a.png").size == (80, 48)
+    save(nodes, "sets/stale", image=square, canny=square, depth=square)
+    assert run(nodes["LoadEntry"], folder="sets/stale", index=0)[0].shape == square.shape
+
+
 def test_a_data_set_runs_through_the_queue(nodes, host):
     folder = host.input / "queue"
     folder.mkdir(exist_ok=True)

@@ -86,6 +86,18 @@ def _picture(path: Path) -> Tensor:
     return torch.from_numpy(pixels)[None]
 
 
+def _size(path: Path) -> tuple[int, int] | None:
+    """(height, width) of a picture as it stands upright; None for a file that is missing."""
+    if not path.is_file():
+        return None
+    try:
+        with Image.open(path) as file:
+            width, height = ImageOps.exif_transpose(file).size
+    except OSError as error:
+        raise ValueError(f"{path.name} is not a whole picture ({error}).") from error
+    return height, width
+
+
 def state(folder: str, index: int) -> str:
     """Changes when the entry's line, its name or one of its files does."""
     listed, name, _ = entry(folder, index)
@@ -96,18 +108,30 @@ def state(folder: str, index: int) -> str:
 def save(folder: str, name: str, text: str, given: dict[str, Tensor | None]) -> Path:
     """Write an entry; given: key -> (1, H, W, C) or None. Returns its folder.
 
-    Raises ValueError for batches and for conditions of another shape than the image, which cropping would shift.
+    Raises ValueError for batches and for conditions of another shape than the image, which cropping would shift,
+    whether given or kept from before.
     """
     there = {key: picture for key, picture in given.items() if picture is not None}
     for key, picture in there.items():
         if len(picture) != 1:
             raise ValueError(f"{key} is a batch of {len(picture)} pictures, and an entry has one of each. Take single "
                              "ones out of it, or raise the index of 'Load Data Set Entry'.")
-        (height, width), (own_height, own_width) = picture.shape[1:3], there[entries.IMAGE].shape[1:3]
-        if abs(height * own_width / (width * own_height) - 1) > SAME_SHAPE:
+    own_height, own_width = there[entries.IMAGE].shape[1:3]
+
+    def fits(height: int, width: int) -> bool:
+        return abs(height * own_width / (width * own_height) - 1) <= SAME_SHAPE
+
+    for key, picture in there.items():
+        height, width = picture.shape[1:3]
+        if not fits(height, width):
             raise ValueError(f"{key} is {width}x{height} and the image {own_width}x{own_height}: of another shape, it "
                              "would be cropped to another part.")
     path = target(folder)
+    kept = {key: _size(path / listed) for key, listed in entries.keeps(path, name, there).items()}
+    if old := [f"{key} ({size[1]}x{size[0]})" for key, size in kept.items() if size and not fits(*size)]:
+        raise ValueError(f"The image is {own_width}x{own_height}, and what the entry {name} of {folder} keeps is of "
+                         f"another shape: {', '.join(old)}. Give conditions of the new shape with it, or save under "
+                         "another name.")
     entries.save(path, name, text, {key: _png(picture[0]) for key, picture in there.items()})
     return path
 
