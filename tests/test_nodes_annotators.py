@@ -218,6 +218,16 @@ def test_an_image_of_another_shape_does_not_leave_old_conditions_behind(nodes, h
     assert run(nodes["LoadEntry"], folder="sets/stale", index=0)[0].shape == square.shape
 
 
+def test_a_missing_file_stops_its_own_output_only(nodes, host):
+    folder = listing(host.input / "gone", {"image": "a.png", "text": "t", "hed": "hed/a.png"})
+    before = nodes["LoadEntry"].fingerprint_inputs(folder="gone", index=0)
+    (folder / "hed" / "a.png").unlink()
+    assert nodes["LoadEntry"].fingerprint_inputs(folder="gone", index=0) != before
+    image, *_, hed, _, _ = run(nodes["LoadEntry"], folder="gone", index=0)
+    assert image.shape == (1, 8, 8, 3)
+    assert "hed of this entry of gone is missing: hed/a.png" in hed.message
+
+
 def test_a_data_set_runs_through_the_queue(nodes, host):
     folder = host.input / "queue"
     folder.mkdir(exist_ok=True)

@@ -51,14 +51,17 @@ def entry(folder: str, index: int) -> tuple[dict, str, int]:
 
 
 def pictures(folder: str, listed: dict) -> list[Tensor | ExecutionBlocker]:
-    """The picture of each of entries.PICTURES as (1, H, W, 3); where the entry has none, what stops the nodes behind
-    it and says so."""
-    return [_picture(path) if path else ExecutionBlocker(f"This entry of {folder} has no {key}.")
+    """The picture of each of entries.PICTURES as (1, H, W, 3); where the entry has none or its file is missing, what
+    stops the nodes behind it and says so."""
+    return [ExecutionBlocker(f"This entry of {folder} has no {key}.") if path is None
+            else _picture(path) if path.is_file()
+            else ExecutionBlocker(f"{key} of this entry of {folder} is missing: {listed[key]}. Paths begin at the "
+                                  f"folder of {entries.LIST}.")
             for key, path in files(folder, listed).items()]
 
 
 def files(folder: str, listed: dict) -> dict[str, Path | None]:
-    """key -> file of an entry. Raises ValueError for a file that is missing or outside of input and output."""
+    """key -> file of an entry. Raises ValueError for one outside of input and output."""
     root, roots = find(folder), [folder_paths.get_input_directory(), folder_paths.get_output_directory()]
     found: dict[str, Path | None] = dict.fromkeys(entries.PICTURES)
     for key in found:
@@ -66,9 +69,6 @@ def files(folder: str, listed: dict) -> dict[str, Path | None]:
             path = Path(os.path.abspath(root / name))
             if not _within(path, roots):
                 raise ValueError(f"{key} of this entry, {name}, lies outside of ComfyUI's input and output folders.")
-            if not path.is_file():
-                raise ValueError(f"{key} of this entry is missing: {name}. Paths begin at the folder of "
-                                 f"{entries.LIST}.")
             found[key] = path
     return found
 
@@ -101,7 +101,7 @@ def _size(path: Path) -> tuple[int, int] | None:
 def state(folder: str, index: int) -> str:
     """Changes when the entry's line, its name or one of its files does."""
     listed, name, _ = entry(folder, index)
-    stamps = {key: path.stat().st_mtime_ns for key, path in files(folder, listed).items() if path}
+    stamps = {key: path.stat().st_mtime_ns for key, path in files(folder, listed).items() if path and path.is_file()}
     return repr((listed, name, stamps))
 
 
