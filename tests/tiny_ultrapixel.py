@@ -188,6 +188,7 @@ def recipe_of(made):
 
 
 GRADIENTS = """
+import os
 import sys
 from accelerate import Accelerator
 from safetensors.torch import save_file
@@ -206,7 +207,8 @@ for step in range(2):
 if accelerator.is_main_process:
     tensors = {n: p.grad for n, p in recipe.named_parameters() if p.requires_grad}
     save_file({**tensors, **dict(recipe.weight.named_buffers())}, sys.argv[2])
-accelerator.end_training()
+accelerator.wait_for_everyone()
+os._exit(0)  # torch's threads have been seen to abort a process that ends while the other one still writes
 """
 
 
