@@ -195,7 +195,38 @@ def test_the_emoji_set_reads_like_people_speak(packages, tmp_path):
 
 def test_the_emoji_set_stands_on_white(packages, tmp_path):
     path = emoji.build(tmp_path / "emoji", packages)
-    assert Image.open(path.parent / "images/1f697.png").getpixel((5, 5)) == (255, 127, 127)
+    assert Image.open(path.parent / "images/noto/1f697.png").getpixel((5, 5)) == (255, 127, 127)
+
+
+@pytest.fixture
+def fluent(packages):
+    """The second style: no waving hand, a car that is not square, under a name with a variation selector."""
+    folder = packages / "@lobehub/fluent-emoji-3d"
+    (folder / "assets").mkdir(parents=True)
+    (folder / "README.md").write_text("MIT")
+    Image.new("RGBA", (64, 32), (0, 0, 255, 255)).save(folder / "assets/1f697-fe0f.webp", lossless=True)
+    return packages
+
+
+def test_a_second_style_has_the_same_words_and_the_same_emoji_held_out(fluent, tmp_path):
+    path = emoji.build(tmp_path / "emoji", fluent, styles=("noto", "fluent-3d"))
+    noto, _, fluent = map(json.loads, path.read_text().splitlines())
+    assert [noto.pop("style"), fluent.pop("style")] == ["noto", "fluent-3d"]
+    assert [noto.pop("file"), fluent.pop("file")] == ["images/noto/1f697.png", "images/fluent-3d/1f697.png"]
+    assert noto == fluent
+    assert "Microsoft" in (path.parent / "NOTICE").read_text() and (path.parent / "README-fluent-emoji-3d.md").is_file()
+
+
+def test_an_emoji_that_is_not_square_stands_in_the_middle_of_a_square(fluent, tmp_path):
+    path = emoji.build(tmp_path / "emoji", fluent, styles=("fluent-3d",))
+    picture = Image.open(path.parent / "images/fluent-3d/1f697.png")
+    assert picture.size == (64, 64)
+    assert [picture.getpixel((32, y)) for y in (15, 16, 47, 48)] == [(255, 255, 255), *[(0, 0, 255)] * 2, (255,) * 3]
+
+
+def test_a_style_whose_package_is_not_there_is_refused_by_its_name(packages, tmp_path):
+    with pytest.raises(ValueError, match="@lobehub/fluent-emoji-3d"):
+        emoji.build(tmp_path / "emoji", packages, styles=("fluent-3d",))
 
 
 def test_the_emoji_set_keeps_its_licences_beside_it(packages, tmp_path):

@@ -5,7 +5,7 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
-from pixstack.trainer import adapters, build, data, optim
+from pixstack.trainer import adapters, build, config, data, optim
 
 
 @pytest.fixture
@@ -134,6 +134,29 @@ def test_muon_takes_the_matrices_of_the_blocks_only(path, tmp_path):
     assert "text.t5.encoder.block.0.layer.0.SelfAttention.q.weight" in chosen
     assert not any(w in n for n in chosen for w in ("embed", "proj_out", "bias", "norm", "shared"))
     assert len(chosen) + sum(len(g["params"]) for g in adamw.param_groups) == len(list(recipe.parameters()))
+
+
+def test_muon_trains_a_kernel_as_the_matrix_of_what_each_output_channel_reads():
+    settings = config.Optimizer(name="muon", muon_rate=0.1)
+    kernel = torch.nn.Parameter(torch.randn(6, 3, 3, 3).to(memory_format=torch.channels_last))
+    matrix = torch.nn.Parameter(kernel.detach().flatten(1).clone())
+    ours = optim.Optimizers([{"params": [("k", kernel)], "rate": 1.0, "matrices": {"k"}}], settings, 10)
+    torchs = torch.optim.Muon([matrix], lr=0.1, momentum=settings.muon_momentum, weight_decay=settings.weight_decay,
+                              adjust_lr_fn="original")
+    for _ in range(2):
+        kernel.grad = torch.randn(6, 3, 3, 3)
+        matrix.grad = kernel.grad.flatten(1)
+        ours.step(9999)
+        assert kernel.grad is None
+        torchs.step()
+        assert torch.equal(kernel.detach().flatten(1), matrix.detach())
+
+
+def test_muon_leaves_depthwise_kernels_to_adamw():
+    kernel = torch.nn.Parameter(torch.randn(6, 1, 2, 2))
+    group = {"params": [("k", kernel)], "rate": 1.0, "matrices": {"k"}}
+    parts = optim.Optimizers([group], config.Optimizer(name="muon"), 10).parts
+    assert [type(part) for part in parts] == [torch.optim.AdamW]
 
 
 @pytest.mark.parametrize("decay, at_half, at_end", [("constant", 1, 1), ("linear", 0.5, 0), ("cosine", 0.5, 0)])

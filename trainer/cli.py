@@ -64,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("set", choices=["emoji"])
     one.add_argument("--source", type=Path, help="a folder that holds the npm packages; without it, npm fetches them")
     one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--style", nargs="+", choices=["noto", "fluent-3d"], default=["noto"],
+                     help="whose pictures (default: noto)")
     one.add_argument("--skin-tones", action="store_true", help="the skin tone variants too")
 
     one = command(doctor, "doctor", "Look for everything that is wrong with a data set.")
@@ -246,7 +248,7 @@ def fill_cache(args):
 def make_data(args):
     from . import emoji
 
-    print(emoji.build(args.out, args.source, args.skin_tones))
+    print(emoji.build(args.out, args.source, args.skin_tones, tuple(args.style)))
 
 
 def doctor(args):

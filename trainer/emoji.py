@@ -1,7 +1,8 @@
-"""`python -m trainer data emoji`: Noto emoji with captions, as a jsonl data set of 64 x 64 pictures.
+"""`python -m trainer data emoji`: emoji with captions, as a jsonl data set of square pictures, in one style or several.
 
-Pictures: npm `emoji-datasource-google` (Noto, Apache-2.0). Words: its emoji.json (MIT) and npm `emojibase-data` (MIT).
-An emoji is held out by a hash of its code points alone, so that nobody chose which.
+Pictures: npm `emoji-datasource-google` (noto: 64 pixels, Apache-2.0), npm `@lobehub/fluent-emoji-3d` (fluent-3d: 256
+pixels, MIT). Words: emoji.json of the first (MIT) and npm `emojibase-data` (MIT).
+An emoji is held out by a hash of its code points alone, so that nobody chose which, and in every style the same.
 """
 from __future__ import annotations
 
@@ -12,51 +13,73 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
 
-PACKAGES = {"emoji-datasource-google": "16.0.0", "emojibase-data": "17.0.0"}
-NEEDED = re.compile(r"package/(LICENSE|README\.md|emoji\.json|en/data\.json|img/google/64/[^/]+\.png)$")
+GOOGLE, BASE, FLUENT = "emoji-datasource-google", "emojibase-data", "@lobehub/fluent-emoji-3d"
+VERSIONS = {GOOGLE: "16.0.0", BASE: "17.0.0", FLUENT: "1.1.0"}
+NEEDED = re.compile(r"package/(LICENSE|README\.md|emoji\.json|en/data\.json|img/google/64/[^/]+\.png"
+                    r"|assets/[^/]+\.webp)$")
+STYLES = {"noto": (GOOGLE, "img/google/64"), "fluent-3d": (FLUENT, "assets")}  # package, and where its pictures lie
 
-NOTICE = """Where this data set comes from
-  images/*.png   Noto Emoji, copyright Google, Apache License 2.0 (https://www.apache.org/licenses/LICENSE-2.0),
-                 as 64-pixel pictures from npm emoji-datasource-google {emoji-datasource-google};
+NOTICE = {"": f"""Where this data set comes from
+  names          emoji.json of npm {GOOGLE} {VERSIONS[GOOGLE]}, MIT (LICENSE-{GOOGLE}).
+  labels, tags   npm {BASE} {VERSIONS[BASE]}, MIT (LICENSE-{BASE}).
+""", "noto": f"""  images/noto    Noto Emoji, copyright Google, Apache License 2.0 (https://www.apache.org/licenses/LICENSE-2.0),
+                 as 64-pixel pictures from npm {GOOGLE} {VERSIONS[GOOGLE]};
                  changed: alpha composited on a colour.
-  names          emoji.json of the same package, MIT (LICENSE-emoji-datasource-google).
-  labels, tags   npm emojibase-data {emojibase-data}, MIT (LICENSE-emojibase-data).
-"""
+""", "fluent-3d": f"""  images/fluent-3d  Fluent Emoji, copyright Microsoft, MIT, as 256-pixel pictures from npm
+                 {FLUENT} {VERSIONS[FLUENT]} (its README, which names the licence,
+                 is README-fluent-emoji-3d.md); changed: alpha composited on a colour.
+"""}
 
 
-def build(out: Path, source: Path | None = None, skin_tones: bool = False, background=(255, 255, 255),
-          held_out: float = 0.05) -> Path:
-    """Writes `out`/{data.jsonl, images/, LICENSE-*, NOTICE}; returns the jsonl. `source` is a node_modules folder."""
+def build(out: Path, source: Path | None = None, skin_tones: bool = False, styles: tuple[str, ...] = ("noto",),
+          background=(255, 255, 255), held_out: float = 0.05) -> Path:
+    """Writes `out`/{data.jsonl, images/STYLE/, LICENSE-*, NOTICE}; returns the jsonl. `source` is a node_modules
+    folder. A style leaves out the emoji that it does not have."""
+    styles = tuple(dict.fromkeys(styles))
+    names = dict.fromkeys([GOOGLE, BASE, *(STYLES[style][0] for style in styles)])
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        source = source or fetch(Path(temporary))
-        google, base = (find_package(source, name) for name in PACKAGES)
-        items = list(records(google, base, skin_tones, held_out))
-        (out / "images").mkdir(exist_ok=True)
-        for item in items:
-            with Image.open(google / "img/google/64" / Path(item["file"]).name) as picture:
-                picture = picture.convert("RGBA")
-                canvas = Image.new("RGBA", picture.size, (*background, 255))
-                Image.alpha_composite(canvas, picture).convert("RGB").save(out / item["file"])
-        for name, folder in zip(PACKAGES, (google, base), strict=True):
-            shutil.copyfile(folder / "LICENSE", out / f"LICENSE-{name}")
-    (out / "NOTICE").write_text(NOTICE.format(**PACKAGES), encoding="utf-8")
+        source = source or fetch(Path(temporary), names)
+        folders = {name: find_package(source, name, names) for name in names}
+        emoji, items = list(records(folders[GOOGLE], folders[BASE], skin_tones, held_out)), []
+        for style in styles:
+            package, below = STYLES[style]
+            drawn = {key(file.stem): file for file in sorted((folders[package] / below).iterdir())}
+            (out / "images" / style).mkdir(parents=True, exist_ok=True)
+            for one in emoji:
+                if not (original := drawn.get(key(one["code_point"]))):
+                    continue
+                file = f"images/{style}/{one['code_point'].lower()}.png"
+                with Image.open(original) as picture:
+                    picture = picture.convert("RGBA")
+                    side = max(picture.size)  # a few of fluent-3d are not square
+                    canvas = Image.new("RGBA", (side, side), (*background, 255))
+                    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+                    canvas.convert("RGB").save(out / file)
+                items.append({"file": file, **one, "style": style})
+        for name in (GOOGLE, BASE):
+            shutil.copyfile(folders[name] / "LICENSE", out / f"LICENSE-{name}")
+        if FLUENT in folders:
+            shutil.copyfile(folders[FLUENT] / "README.md", out / "README-fluent-emoji-3d.md")
+    (out / "NOTICE").write_text("".join(NOTICE[part] for part in ("", *styles)), encoding="utf-8")
     path = out / "data.jsonl"
     path.write_text("".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items), encoding="utf-8")
     return path
 
 
-def fetch(folder: Path) -> Path:
-    """The two packages through the npm client (which checks their integrity), only the files that are needed."""
+def fetch(folder: Path, names: Iterable[str]) -> Path:
+    """Those packages through the npm client (which checks their integrity), only the files that are needed."""
     if not (npm := shutil.which("npm")):
-        names = " and ".join(f"{name}@{version}" for name, version in PACKAGES.items())
+        wanted = " and ".join(f"{name}@{VERSIONS[name]}" for name in names)
         raise ValueError("npm was not found, and it fetches the emoji packages. Install Node.js, or unpack "
-                         f"{names} yourself and name the folder: --source DIR.")
-    for name, version in PACKAGES.items():
+                         f"{wanted} yourself and name the folder: --source DIR.")
+    for name in names:
+        version = VERSIONS[name]
         print(f"npm pack {name}@{version} ...", flush=True)
         command = [npm, "pack", f"{name}@{version}", "--silent"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -71,11 +94,11 @@ def fetch(folder: Path) -> Path:
     return folder
 
 
-def find_package(source: Path, name: str) -> Path:
+def find_package(source: Path, name: str, names: Iterable[str]) -> Path:
     for folder in (source / name, source / "node_modules" / name):
         if folder.is_dir():
             return folder
-    raise ValueError(f"{source} has no package {name}: --source is a folder that holds {' and '.join(PACKAGES)} "
+    raise ValueError(f"{source} has no package {name}: --source is a folder that holds {' and '.join(names)} "
                      "(a node_modules folder, for instance).")
 
 
@@ -91,7 +114,6 @@ def records(google: Path, base: Path, skin_tones: bool, held_out: float):
         for one in variants:
             label, tags = words.get(key(one["unified"]), words[key(entry["unified"])])
             yield {
-                "file": f"images/{one['image']}",
                 "captions": captions(label, entry) if one is entry else [plain(label)],
                 "tags": [t for t in map(plain, tags) if len(t) > 1],
                 "label": plain(label),

@@ -1,4 +1,4 @@
-"""AdamW, CAME, or Muon for the hidden matrices beside AdamW for the rest, at rates that are functions of the step."""
+"""AdamW, CAME, or Muon for the hidden matrices and convolutions beside AdamW for the rest, at rates that are functions of the step."""
 from __future__ import annotations
 
 import math
@@ -69,6 +69,42 @@ def _inverse_root(state: dict, name: str, value: torch.Tensor, beta: float, fact
     return (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
 
 
+def _is_matrix(p: torch.Tensor) -> bool:
+    """Or the kernel of a convolution, but not of a depthwise one, whose channels know nothing of each other."""
+    return p.ndim == 2 or (p.ndim == 4 and p.shape[1] > 1)
+
+
+class Muon(torch.optim.Muon):
+    """torch's, which knows matrices alone, for the kernels of convolutions too: each is one of (out, in * h * w), as in
+    Muon's own code (KellerJordan/Muon, muon.py)."""
+
+    def __init__(self, groups: list[dict], **settings):
+        self.kernels = []  # (the matrix that is trained in its place, kernel)
+        super().__init__([{**group, "params": [self._matrix(p) for p in group["params"]]} for group in groups],
+                         **settings)
+
+    def _matrix(self, p: torch.Tensor) -> torch.Tensor:
+        if p.ndim == 2:
+            return p
+        matrix = torch.nn.Parameter(p.detach().flatten(1).contiguous())
+        self.kernels.append((matrix, p))
+        return matrix
+
+    @torch.no_grad()
+    def step(self):
+        for matrix, p in self.kernels:
+            matrix.copy_(p.flatten(1))
+            matrix.grad = None if p.grad is None else p.grad.flatten(1)
+        super().step()
+        for matrix, p in self.kernels:
+            p.copy_(matrix.view_as(p))
+
+    def zero_grad(self, set_to_none: bool = True):
+        super().zero_grad(set_to_none)
+        for _, p in self.kernels:
+            p.grad = None
+
+
 class Optimizers:
     """One or two torch optimizers behind the few calls that the loop makes."""
 
@@ -80,7 +116,7 @@ class Optimizers:
         adamw, muon, self.clipped = [], [], {}
         for group in groups:
             self.clipped.setdefault(group.get("clipped", ""), []).extend(p for _, p in group["params"])
-            hidden = [p for n, p in group["params"] if p.ndim == 2 and n in group["matrices"]]
+            hidden = [p for n, p in group["params"] if n in group["matrices"] and _is_matrix(p)]
             hidden = hidden if settings.name == "muon" else []
             ids = {id(p) for p in hidden}
             rest = [p for _, p in group["params"] if id(p) not in ids]
@@ -95,7 +131,7 @@ class Optimizers:
             self.parts.append(torch.optim.AdamW(adamw, betas=tuple(settings.betas or (0.9, 0.999)),
                                                 eps=settings.eps or 1e-8, weight_decay=settings.weight_decay))
         if muon:
-            self.parts.append(torch.optim.Muon(
+            self.parts.append(Muon(
                 muon, momentum=settings.muon_momentum, weight_decay=settings.weight_decay, adjust_lr_fn="original"))
         self.full = [[g["lr"] for g in part.param_groups] for part in self.parts]
 

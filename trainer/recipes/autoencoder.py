@@ -109,7 +109,11 @@ class Recipe(nn.Module):
         return found
 
     def groups(self, config: Config) -> list[dict]:
-        return [{"params": list(self.net.named_parameters()), "rate": 1.0, "matrices": set()}]
+        """What learns, with its rate; matrices: the kernels between the first and the last layer of each half."""
+        named = list(self.net.named_parameters())
+        outer = {f"{half}.layers.{i}.weight" for half in ("encoder", "decoder")
+                 for i in (0, len(getattr(self.net, half).layers) - 1)}
+        return [{"params": named, "rate": 1.0, "matrices": {n for n, p in named if p.ndim == 4} - outer}]
 
     def forward(self, batch) -> Tensor:
         """Loss of each picture, (B,)."""
