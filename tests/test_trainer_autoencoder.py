@@ -177,6 +177,6 @@ def test_a_dry_run_of_the_shipped_recipe_says_what_would_happen(path, tmp_path, 
     cli.main(["train", str(ROOT / "trainer/recipes/autoencoder_emoji.toml"), "--dry-run", f"data.path={path}",
               f"out={tmp_path}/run"])
     said = capsys.readouterr().out
-    for part in ("64 latent cells of 4 numbers each", "2,445,063 learn", "memory     about", "square.png: as it is"):
+    for part in ("256 latent cells of 4 numbers each", "2,445,063 learn", "memory     about", "square.png: as it is"):
         assert part in said, part
     assert not (tmp_path / "run").exists()

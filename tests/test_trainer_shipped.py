@@ -37,6 +37,7 @@ def files(tmp_path_factory):
         (path.parent / entry["file"]).with_suffix(".txt").write_text(entry["captions"][0])
     tiny_pixart.released(root / "sigma.safetensors", depth=14, context_dim=WIDTH)
     tiny_pixart.released(root / "alpha.safetensors", depth=2, context_dim=WIDTH, latent_scale=0.18215, token_limit=120)
+    tiny_pixart.released(root / "emoji.safetensors", depth=5, context_dim=192, latent_scale=0.18215, token_limit=32)
     flow = PixelFlowConfig(heads=2, head_dim=8, depth=1, context_dim=WIDTH, num_stages=4, resolution=256)
     write_file(root / "flow.safetensors", PixelFlow(flow).state_dict(), pixelflow_checkpoint.metadata(flow))
     tiny_pixart.t5(root / "t5", WIDTH)
@@ -74,8 +75,8 @@ def words(root, name):
                   "model.selector_width=128", f"cache.folder={root}/cache"]
     if "hed" in raw["recipe"]:
         found.append(f"recipe.hed={root}/hed.pth")
-    if raw["recipe"]["name"].startswith("pixart"):
-        found.append(f"init_from={root}/{raw['model']['variant']}.safetensors")
+    if recipe.startswith("pixart") and "init_from" in raw:
+        found.append(f"init_from={root}/{'emoji' if 'emoji' in name else raw['model']['variant']}.safetensors")
     if "annotator" in raw["recipe"]:
         found.append(f"recipe.annotator={root}/hed.pth")
     return found

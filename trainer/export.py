@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..models_impl import state_dict
 from . import build, config
 from .recipes import find
 from .run import checkpoints, read_log, read_tensors, restore_module, write_whole
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 
 
 def open_run(folder: Path, step: int | None = None, weights: str = "ema", device: str = "cpu"):
@@ -107,6 +108,17 @@ def write_card(folder: Path, out: Path, files: list[Path], step: int | None = No
     return written
 
 
+def stored(tensor: Tensor, dtype: str) -> Tensor:
+    """As it is written. A LoRA's alpha, one number, stays as it is: rounded it would be another strength. In fp8 are
+    matrices and kernels alone: biases and norms are small, and three bits are too few for them."""
+    if not tensor.is_floating_point() or not tensor.ndim:
+        return tensor
+    if dtype == "fp8" and tensor.ndim == 1:
+        return tensor.to(torch.bfloat16)
+    limit = torch.finfo(DTYPES[dtype]).max
+    return tensor.clamp(-limit, limit).to(DTYPES[dtype])  # what is beyond becomes NaN in fp8
+
+
 def export(folder: Path, out: Path, name: str, dtype: str = "bf16", step: int | None = None, weights: str = "ema"):
     """Writes the files of the recipe, for PixelFlow out/diffusion_models/NAME_RESOLUTION.safetensors, and
     out/text_encoders/NAME_t5.safetensors where an encoder was trained. Returns their paths."""
@@ -115,8 +127,7 @@ def export(folder: Path, out: Path, name: str, dtype: str = "bf16", step: int | 
     for pattern, (tensors, metadata) in recipe.files().items():
         path = out / pattern.format(name=name)
         origin = {"pixstack.run": json.dumps({"name": settings.name, "step": step, "weights": weights})}
-        # A LoRA's alpha, one number, stays as it is: rounded it would be another strength.
-        tensors = {k: v.to(DTYPES[dtype]) if v.is_floating_point() and v.ndim else v for k, v in tensors.items()}
+        tensors = {k: stored(v, dtype) for k, v in tensors.items()}
         state_dict.write_file(path, tensors, {**metadata, **origin})
         written.append(path)
     return written

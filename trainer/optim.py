@@ -1,4 +1,4 @@
-"""AdamW, CAME, or Muon for the hidden matrices and convolutions beside AdamW for the rest, at rates that are functions of the step."""
+"""AdamW, CAME, or Muon for hidden matrices and convolutions beside AdamW for the rest, at rates of the step."""
 from __future__ import annotations
 
 import math
