@@ -24,6 +24,7 @@ PREDICTIONS = {
     "eps": dict(prediction="eps", zero_terminal_snr=False),
     "v": dict(prediction="v", zero_terminal_snr=False),
     "v, zero terminal SNR": dict(prediction="v", zero_terminal_snr=True),
+    "v, scaled linear, zero terminal SNR": dict(prediction="v", schedule="scaled_linear", zero_terminal_snr=True),
 }
 POSITIONS = {AUTO: {}, "16 (alpha 256)": dict(position_range=16.0), "32 (all others)": dict(position_range=32.0)}
 LIMITS = {"alpha": 120, "sigma": 300}
@@ -58,8 +59,9 @@ class PixArtLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "prediction", options=list(PREDICTIONS), default=AUTO,
-                    tooltip="What the network predicts. auto: noise (eps), unless a scheduler_config.json beside the "
-                    "file says otherwise. Some revisions of the 900M model predict v with zero terminal SNR.",
+                    tooltip="What the network predicts, of which noise. auto: noise (eps), unless diffusers' "
+                    "config.json and scheduler_config.json beside the file say otherwise. Some revisions of the 900M "
+                    "model predict v with zero terminal SNR on scaled linear betas.",
                 ),
                 io.Combo.Input(
                     "positions", options=list(POSITIONS), default=AUTO,

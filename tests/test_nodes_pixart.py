@@ -395,6 +395,18 @@ def test_a_v_prediction_model_with_zero_terminal_snr_draws(art):
     assert picture.isfinite().all()
 
 
+def test_a_v_prediction_model_on_scaled_linear_betas_can_be_told_so(art):
+    """The 900M revisions that predict v: their files do not say it, unless diffusers' configurations lie beside."""
+    model = load(art, SIGMA, prediction="v, scaled linear, zero terminal SNR")
+    own = model.get_model_object("model_sampling")
+    expected = sampling.NoiseSchedule("scaled_linear", zero_terminal_snr=True)
+    close(own.sigmas, expected.sigma(torch.arange(1000).float()))
+    linear = load(art, SIGMA, prediction="v, zero terminal SNR").get_model_object("model_sampling")
+    assert own.sigmas[500] < 0.8 * linear.sigmas[500]
+    core = art.nodes["ModelSamplingDiscrete"]().patch(model, "v_prediction", True)[0].get_model_object("model_sampling")
+    close(core.sigmas[:999], own.sigmas[:999])  # the last is infinite, and each names a large number instead
+
+
 def test_a_sampler_of_another_model_kind_is_refused(art):
     flow = art.nodes["ModelSamplingSD3"]().patch(art.sigma, 3.0)[0]
     with pytest.raises(ValueError, match="not with PixArt's schedule"):

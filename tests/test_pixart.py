@@ -10,6 +10,7 @@ from pixstack.models_impl.pixart import buckets, checkpoint
 from pixstack.models_impl.pixart.config import PRESETS, KVCompression, PixArtConfig
 from pixstack.models_impl.pixart.controlnet import Control, PixArtControlNet
 from pixstack.models_impl.pixart.model import PixArt, axis_table, position_table, sinusoid
+from pixstack.models_impl.pixart.sampling import NoiseSchedule
 
 TINY = PixArtConfig(depth=3, hidden=24, heads=2, context_dim=6, token_limit=5, sample_size=8, null_caption=True)
 MICRO = replace(TINY, micro_conditions=True, latent_scale=0.18215)  # as alpha
@@ -248,12 +249,16 @@ def test_an_alpha_of_256_pixels_has_half_the_range():
     assert checkpoint.read(tensors, config={**STATED, "sample_size": 64})[0].position_range == 32
 
 
+SCHEDULER = {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+             "beta_end": 0.012, "rescale_betas_zero_snr": True}
+NOISE = dict(prediction="v", schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, zero_terminal_snr=True)
+
+
 def diffusers_folder(folder, scale=0.18215, **transformer):
     entries = {"_class_name": "PixArtTransformer2DModel", "num_attention_heads": 2, "attention_head_dim": 12,
                "num_layers": 3, "sample_size": 64, "caption_channels": 6, "norm_type": "ada_norm_single", **transformer}
     files = {"transformer/config.json": entries,
-             "scheduler/scheduler_config.json": {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear",
-                                                 "rescale_betas_zero_snr": True},
+             "scheduler/scheduler_config.json": SCHEDULER,
              "vae/config.json": {"scaling_factor": scale}}
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
@@ -265,8 +270,17 @@ def test_a_diffusers_folder_says_what_its_file_does_not(tmp_path, caplog):
     there = checkpoint.to_diffusers(network().state_dict())
     config, _ = checkpoint.read(there, beside=checkpoint.beside(diffusers_folder(tmp_path)))
     assert config == replace(TINY, null_caption=False, sample_size=64, token_limit=120, latent_scale=0.18215,
-                             prediction="v", schedule="scaled_linear", zero_terminal_snr=True)
+                             **NOISE)
     assert not caplog.records
+
+
+def test_the_noise_of_a_training_may_lie_right_beside_its_file(tmp_path):
+    file = diffusers_folder(tmp_path)
+    (tmp_path / "scheduler" / "scheduler_config.json").rename(file.with_name("scheduler_config.json"))
+    config, _ = checkpoint.read(checkpoint.to_diffusers(network().state_dict()), beside=checkpoint.beside(file))
+    assert {name: getattr(config, name) for name in NOISE} == NOISE
+    there, expected = NoiseSchedule.of(config), NoiseSchedule("scaled_linear", 1000, 0.00085, 0.012, True)
+    assert torch.equal(there.alphas_cumprod, expected.alphas_cumprod)
 
 
 def test_what_lies_beside_a_file_counts_only_where_it_fits(tmp_path):

@@ -202,7 +202,7 @@ class Denoising:
         if width != self.shape.context_dim:
             raise ValueError(f"text.encoder makes tokens of width {width}, and this PixArt reads "
                              f"{self.shape.context_dim}: use the encoder that belongs to it.")
-        self.schedule = sampling.NoiseSchedule(self.shape.schedule, zero_terminal_snr=self.shape.zero_terminal_snr)
+        self.schedule = sampling.NoiseSchedule.of(self.shape)
         self.bf16 = config.precision == "bf16"
 
     @property

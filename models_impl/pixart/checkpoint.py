@@ -147,7 +147,8 @@ def read_controlnet(
 
 
 def beside(path: str | os.PathLike) -> dict | None:
-    """What lies beside a file about it: diffusers' `config.json`, `../scheduler`, `../vae`, or a released name."""
+    """What lies beside a file about it: diffusers' `config.json`, with it a `scheduler_config.json` there or in
+    `../scheduler`, and `../vae`; or a released name."""
     path = Path(path)
     found = {}
     for stem, preset in RELEASED_FILES:
@@ -158,14 +159,8 @@ def beside(path: str | os.PathLike) -> dict | None:
     if transformer.get("norm_type") != "ada_norm_single" or "caption_channels" not in transformer:
         return found or None
     found |= PixArtConfig.entries_of(transformer)
-    scheduler = _json(path.parent.parent / "scheduler" / "scheduler_config.json") or {}
-    prediction = {"epsilon": "eps", "v_prediction": "v"}.get(scheduler.get("prediction_type"))
-    schedule = scheduler.get("beta_schedule")
-    found |= {
-        **({"prediction": prediction} if prediction else {}),
-        **({"schedule": schedule} if schedule in ("linear", "scaled_linear") else {}),
-        **({"zero_terminal_snr": True} if scheduler.get("rescale_betas_zero_snr") else {}),
-    }
+    found |= _from_scheduler(_json(path.with_name("scheduler_config.json"))
+                             or _json(path.parent.parent / "scheduler" / "scheduler_config.json") or {})
     pipeline = (_json(path.parent.parent / "model_index.json") or {}).get("_class_name", "")
     variant = next((v for v in LATENT_SCALES if v in pipeline.lower()), None)
     if scale := (_json(path.parent.parent / "vae" / "config.json") or {}).get("scaling_factor"):
@@ -462,6 +457,18 @@ def _fitted_range(stored: Tensor, n: int) -> float | None:
         return None
     axis = axis_table(n, D // 2, fitted, dtype=torch.float64)
     return fitted if (position_table(axis, axis) - stored).abs().max() < 0.02 else None
+
+
+def _from_scheduler(scheduler: Mapping) -> dict:
+    """What a diffusers scheduler says of the training. One that gives no betas has the defaults, which are PixArt's."""
+    prediction = {"epsilon": "eps", "v_prediction": "v"}.get(scheduler.get("prediction_type"))
+    found = {"prediction": prediction} if prediction else {}
+    if scheduler.get("beta_schedule") in ("linear", "scaled_linear"):
+        found["schedule"] = scheduler["beta_schedule"]
+        found |= {name: scheduler[name] for name in ("beta_start", "beta_end") if scheduler.get(name) is not None}
+    if scheduler.get("rescale_betas_zero_snr"):
+        found["zero_terminal_snr"] = True
+    return found
 
 
 def _json(path: Path) -> dict | None:

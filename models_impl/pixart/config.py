@@ -83,7 +83,10 @@ class PixArtConfig:
     """What VAE latents are multiplied with."""
     prediction: str = "eps"
     schedule: str = "linear"
-    """How beta grows: linear, or scaled_linear."""
+    """How beta grows: linear, or scaled_linear ..."""
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    """... from the first timestep to the last."""
     zero_terminal_snr: bool = False
 
     def __post_init__(self):
@@ -108,6 +111,9 @@ class PixArtConfig:
         for name, known in (("prediction", ("eps", "v")), ("schedule", ("linear", "scaled_linear"))):
             if getattr(self, name) not in known:
                 problems.append(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            problems.append(f"beta_start={self.beta_start} and beta_end={self.beta_end} must rise from above 0 to "
+                            "below 1.")
         if problems:
             raise ValueError("This PixArt configuration cannot work:\n  " + "\n  ".join(problems))
 

@@ -20,6 +20,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .config import PixArtConfig
+
 CLEAN = -1.0  # the timestep without noise
 TRAIN_TIMESTEPS = 1000
 DMD_TIMESTEP = 400  # where the released one-step student was trained
@@ -54,6 +56,11 @@ class NoiseSchedule:
     beta_start: float = 1e-4
     beta_end: float = 0.02
     zero_terminal_snr: bool = False
+
+    @classmethod
+    def of(cls, config: PixArtConfig) -> NoiseSchedule:
+        """The one that a checkpoint was trained on."""
+        return cls(config.schedule, TRAIN_TIMESTEPS, config.beta_start, config.beta_end, config.zero_terminal_snr)
 
     def __post_init__(self):
         if self.kind not in ("linear", "scaled_linear"):

@@ -100,8 +100,8 @@ class ModelConfig(comfy.supported_models_base.BASE):
         self.latent_format = LATENT_FORMATS[config.variant]()
         self.sampling_settings = {  # read by core's ModelSampling nodes
             "beta_schedule": {"linear": "sqrt_linear", "scaled_linear": "linear"}[config.schedule],
-            "linear_start": 0.0001,
-            "linear_end": 0.02,
+            "linear_start": config.beta_start,
+            "linear_end": config.beta_end,
             "timesteps": 1000,
             "zsnr": config.zero_terminal_snr,
         }
@@ -118,8 +118,7 @@ class PixArtModel(comfy.model_base.PixArt):
         velocity = config.prediction == "v"
         kind = comfy.model_base.ModelType.V_PREDICTION if velocity else comfy.model_base.ModelType.EPS
         comfy.model_base.BaseModel.__init__(self, model_config, kind, device=device, unet_model=Network)
-        schedule = NoiseSchedule(config.schedule, zero_terminal_snr=config.zero_terminal_snr)
-        self.model_sampling = (VelocitySampling if velocity else EpsSampling)(schedule)
+        self.model_sampling = (VelocitySampling if velocity else EpsSampling)(NoiseSchedule.of(config))
 
     @property
     def config(self) -> PixArtConfig:
