@@ -5,6 +5,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def _read_torch_file(path: Path) -> dict:
         if "truncated" in str(error):
             raise ValueError(_cut(path, error)) from error
         raise ValueError(
-            f"{path.name} holds more than weights ({_first_line(error)}), so it is not opened: unpickling it could run "
+            f"{path.name} holds more than weights ({_found_in(error)}), so it is not opened: unpickling it could run "
             "code. Get a safetensors file, or convert it where you trust it."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
@@ -91,13 +92,19 @@ def _read_torch_file(path: Path) -> dict:
 
 
 def _cut(path: Path, error: BaseException) -> str:
-    return (f"{path.name} is not a whole torch file ({_first_line(error)}): {path.stat().st_size:,} bytes are there. "
-            "Compare its size with the original and download it again.")
+    return (f"{path.name} is not a whole torch file ({_first_line(error).partition('. ')[0]}): "
+            f"{path.stat().st_size:,} bytes are there. Compare its size with the original and download it again.")
 
 
 def _is_zip(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
+
+
+def _found_in(error: BaseException) -> str:
+    """What torch met that is no weight, without its advice on how to load the file all the same."""
+    found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"WeightsUnpickler error: (.+)", str(error))
+    return found[1] if found else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

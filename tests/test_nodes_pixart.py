@@ -785,6 +785,43 @@ def test_a_latent_of_another_vae_is_refused(art):
         draw(art, art.sigma, tokens(4), tokens(4), sampler(art), sigmas(art, art.sigma), noise=noise_of(1, 16, 8, 8))
 
 
+class Harmful:
+    def __reduce__(self):
+        return print, ("this code must not run",)
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("cut", "is not a whole torch file"), ("code", r"holds more than weights"), ("empty", "is empty"),
+])  # fmt: skip
+@pytest.mark.parametrize("node, folder, name", [
+    ("Loader", "diffusion_models", "model_name"), ("ControlNetLoader", "controlnet", "control_net_name"),
+    ("LoraLoader", "loras", "lora_name"),
+])  # fmt: skip
+def test_a_broken_or_harmful_file_is_refused_in_the_ui(art, host, capsys, node, folder, name, kind, words):
+    path = host.models / folder / "broken.pt"
+    torch.save({"state_dict": {"a": torch.zeros(999)}, "extra": Harmful() if kind == "code" else 0}, path)
+    if kind != "code":
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if kind == "cut" else b"")
+    inputs = {
+        "Loader": dict(variant="auto", prediction="auto", positions="auto", weights="ema", dtype="default"),
+        "ControlNetLoader": dict(dtype="default"),
+        "LoraLoader": dict(model=["base", 0], strength=1.0, alpha=0.0),
+    }
+    graph = {
+        "base": {"class_type": "PixStack_PixArtLoader", "inputs": {**inputs["Loader"], "model_name": ALPHA_512}},
+        "node": {"class_type": f"PixStack_PixArt{node}", "inputs": {**inputs[node], name: path.name}},
+        "out": {"class_type": "PreviewAny", "inputs": {"source": ["node", 0]}},
+    }
+    try:
+        said = str(host.run(graph).error)
+    finally:
+        path.unlink()
+    assert said.startswith(f"node node (PixStack_PixArt{node}): ")
+    assert words in said and said.count(path.name) == 1
+    assert "this code must not run" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "node, folder, made, words",
     [

@@ -37,9 +37,10 @@ def patcher(model, load_device=None, offload_device=None):
 def load_pixelflow(path: str, weights: str = "ema", dtype: torch.dtype | None = None):
     """A PixelFlow file as a ModelPatcher; dtype None lets ComfyUI choose the storage."""
     file = Path(path)
+    tensors, metadata = read_file(file)
     try:
         config, tensors = pixelflow_checkpoint.read(
-            *read_file(file), weights=weights, beside=pixelflow_checkpoint.config_beside(file)
+            tensors, metadata, weights=weights, beside=pixelflow_checkpoint.config_beside(file)
         )
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
@@ -49,9 +50,10 @@ def load_pixelflow(path: str, weights: str = "ema", dtype: torch.dtype | None = 
 def load_pixart(path: str, weights: str = "ema", dtype: torch.dtype | None = None, settings: dict | None = None):
     """A PixArt file as a ModelPatcher. settings: entries of PixArtConfig that the user knows better than the file."""
     file = Path(path)
+    tensors, metadata = read_file(file)
     try:
         config, tensors = pixart_checkpoint.read(
-            *read_file(file), weights=weights, config=settings, beside=pixart_checkpoint.beside(file)
+            tensors, metadata, weights=weights, config=settings, beside=pixart_checkpoint.beside(file)
         )
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
@@ -80,8 +82,9 @@ def _as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str)
 def load_pixart_controlnet(path: str, dtype: torch.dtype | None = None) -> pixart_control.PixArtControl:
     """A PixArt ControlNet file, with or without the base model in it, as CONTROL_NET."""
     file = Path(path)
+    tensors, metadata = read_file(file)
     try:
-        config, blocks, tensors = pixart_checkpoint.read_controlnet(*read_file(file))
+        config, blocks, tensors = pixart_checkpoint.read_controlnet(tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
     parameters, supported = comfy.utils.calculate_parameters(tensors), pixart.INFERENCE_DTYPES

@@ -47,8 +47,9 @@ class Strengths:
 def load_guide(path: str):
     """A guide file as a ModelPatcher of its own. Computes in whatever the base's features are in."""
     file = Path(path)
+    tensors, metadata = read_file(file)
     try:
-        config, tensors = checkpoint.read_guide(*read_file(file))
+        config, tensors = checkpoint.read_guide(tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
     guide = Guide(config, operations=comfy.ops.manual_cast, dtype=comfy.utils.weight_dtype(tensors),

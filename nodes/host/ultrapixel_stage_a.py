@@ -27,8 +27,9 @@ HEADROOM = 1.2  # workspaces of the kernels, fragmentation
 def load(path: str, dtype: torch.dtype | None = None) -> StageAVAE:
     """A Stage A file as VAE; dtype None lets ComfyUI choose. Raises ValueError for another file."""
     file = Path(path)
+    tensors, metadata = read_file(file)
     try:
-        config, tensors = checkpoint.read_stage_a(*read_file(file))
+        config, tensors = checkpoint.read_stage_a(tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
     # ComfyUI's latents of Stage B are already scaled: its latent format SC_B multiplies by 0.43 behind the sampler.
