@@ -4,7 +4,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from .checks import first_problem, known_file, one_of
+from .checks import first_problem, known_file, one_of, part_of_sampling
 from .host import pixart_control
 from .host.load import DTYPES, load_pixart_controlnet
 
@@ -72,6 +72,10 @@ class PixArtControlNetApply(io.ComfyNode):
                 io.Conditioning.Output("controlled_negative", display_name="negative", tooltip="For the sampler."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, start_percent=None, end_percent=None):
+        return part_of_sampling(start_percent, end_percent)
 
     @classmethod
     def execute(

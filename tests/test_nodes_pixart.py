@@ -326,6 +326,11 @@ def test_dmd_refuses_a_schedule_of_several_steps(art):
         draw(art, art.alpha, tokens(4), tokens(4), sampler(art, "dmd"), sigmas(art, art.alpha, steps=4), cfg=1.0)
 
 
+def test_a_schedule_too_long_for_lcm_says_how_denoise_made_it_so(art):
+    with pytest.raises(ValueError, match=r"'lcm' cannot have 20 steps at denoise 0.1, which are the last of 200: .*50"):
+        sigmas(art, art.sigma, "lcm", steps=20, denoise=0.1)
+
+
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_sde", "uni_pc"])
 def test_core_samplers_work(art, name):
     noise, latent = noise_of(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)
@@ -503,6 +508,20 @@ def test_core_apply_node_encodes_the_image_with_the_vae_of_the_model(art):
     ours = draw(art, art.alpha, *both, sampler(art), sigmas(art, art.alpha))
     close(ours, controlled(art, art.alpha, art.vae.encode(image)))
     assert torch.equal(ours, controlled(art, art.alpha, None, image=image, vae=art.vae))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_gray_or_transparent_hint_is_read_by_its_colours(art, channels):
+    image = torch.rand(1, 64, 96, channels, generator=torch.Generator().manual_seed(1))
+    seen = image.expand(-1, -1, -1, 3) if channels == 1 else image[..., :3]
+    ours = controlled(art, art.alpha, None, image=image, vae=art.vae)
+    close(ours, controlled(art, art.alpha, None, image=seen.contiguous(), vae=art.vae))
+
+
+def test_a_controlnet_that_would_end_before_it_begins_is_refused(art):
+    check = art.nodes["PixStack_PixArtControlNetApply"].validate_inputs
+    assert "leave no part of the sampling" in check(start_percent=0.8, end_percent=0.2)
+    assert check(start_percent=0.2, end_percent=0.8) is True
 
 
 def test_a_batch_of_hints_guides_each_picture_with_its_own(art):

@@ -73,7 +73,7 @@ class PixArtControl(comfy.controlnet.ControlBase):
         ratio = self.vae.spacial_compression_encode()
         picture = comfy.utils.common_upscale(self.cond_hint_original, width * ratio, height * ratio, UPSCALE, "center")
         loaded = mm.loaded_models(only_currently_used=True)
-        latent = self.vae.encode(picture.movedim(1, -1))
+        latent = self.vae.encode(colours(picture.movedim(1, -1)))
         mm.load_models_gpu(loaded)
         return self.latent_format.process_in(latent)
 
@@ -100,6 +100,11 @@ class PixArtControl(comfy.controlnet.ControlBase):
 
     def get_models(self):
         return [*super().get_models(), self.net_patcher]
+
+
+def colours(picture: Tensor) -> Tensor:
+    """(B, H, W, C) as the VAE reads it: without an alpha channel, and gray (C = 1) in three."""
+    return picture.expand(-1, -1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3]
 
 
 def apply(conditioning: list, control: PixArtControl, made: dict) -> list:

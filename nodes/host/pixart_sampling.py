@@ -168,7 +168,12 @@ SCHEDULES = {  # name -> fn(steps) -> timesteps, high to low; the last is where 
 def sigmas(schedule: sampling.NoiseSchedule, name: str, steps: int, denoise: float = 1.0) -> Tensor:
     """(steps + 1,) sigmas, high to low. denoise below 1: the last `steps` of a schedule of steps / denoise."""
     total = max(steps, round(steps / denoise))
-    return schedule.sigmas(SCHEDULES[name](total)[-(steps + 1):])
+    try:
+        timesteps = SCHEDULES[name](total)
+    except ValueError as error:
+        raise ValueError(f"The schedule {name!r} cannot have {steps} steps at denoise {denoise:g}, which are the last "
+                         f"of {total}: {error}") from error
+    return schedule.sigmas(timesteps[-(steps + 1):])
 
 
 def one_step_sigmas(schedule: sampling.NoiseSchedule, timestep: float) -> Tensor:
