@@ -17,6 +17,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMES_AS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless"}  # module -> what pip calls it
+STANDARD = set(sys.stdlib_module_names) | {"tomllib"}  # Python 3.10 has none, and files import tomli there
 # Used where they are installed.
 OPTIONAL = {"triton", "flash_attn", "xformers", "ftfy", "bs4", "h5py", "diffusers", "datasets", "ai_edge_litert",
             "kornia"}
@@ -37,7 +38,7 @@ def imported(*folders) -> set[str]:
                 tops.add(node.module.split(".")[0])
             elif isinstance(node, ast.Import):
                 tops |= {alias.name.split(".")[0] for alias in node.names}
-    return {COMES_AS.get(top, top).lower().replace("_", "-") for top in tops - OPTIONAL - set(sys.stdlib_module_names)}
+    return {COMES_AS.get(top, top).lower().replace("_", "-") for top in tops - OPTIONAL - STANDARD}
 
 
 def test_manager_and_registry_install_the_same():
