@@ -104,8 +104,8 @@ def is_clip(name: str) -> bool:
 
 
 def files(text: nn.Module | None) -> dict[str, tuple[dict, dict]]:
-    """What export writes of a text encoder: nothing of a frozen one, which is a file already."""
-    if text is None or isinstance(text, FROZEN):
+    """What export writes of a text encoder: nothing of one that does not learn, which is a file already."""
+    if text is None or isinstance(text, FROZEN) or not any(p.requires_grad for p in text.parameters()):
         return {}
     return {"text_encoders/{name}_t5.safetensors": (text.weights(), text.metadata())}
 
