@@ -1,5 +1,5 @@
 """PixArt's nodes: load, encode, choose a size. Sampling and ControlNets have files of their own; T5-XXL and the VAE are
-loaded by core."""
+loaded by core, a small model's T5 by PixelFlow's loader."""
 from __future__ import annotations
 
 import comfy.model_management as mm
@@ -107,7 +107,8 @@ class PixArtTextEncode(io.ComfyNode):
             description="Encodes a prompt at the length PixArt was trained with. CLIP Text Encode works too, but does "
             "not cut what is too long, and cannot clean captions.",
             inputs=[
-                io.Clip.Input("clip", tooltip="T5 v1.1 XXL from CLIPLoader, type pixart."),
+                io.Clip.Input("clip", tooltip="T5 v1.1 XXL from CLIPLoader, type pixart; for the embedded "
+                              "emoji model its own from 'Load T5 Text Encoder'."),
                 io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="The prompt."),
                 io.Combo.Input(
                     "tokens", options=[AUTO, *map(str, LIMITS.values())], default=AUTO,
@@ -292,7 +293,8 @@ class PixArtCanvas(io.ComfyNode):
     @classmethod
     def execute(cls, resolution, shape, width, height, batch_size, model=None, image=None, ratio=0.0) -> io.NodeOutput:
         config = None if model is None else config_of(model)
-        side = pixart_sizes.table_side(config) if resolution == AUTO else int(resolution)
+        side = int(resolution) if resolution != AUTO else (
+            pixart_sizes.small_side(config) or pixart_sizes.table_side(config))
         if image is not None:
             height, width = image.shape[1:3]
         elif ratio:
@@ -302,7 +304,7 @@ class PixArtCanvas(io.ComfyNode):
         if shape == EXACT and image is None and not ratio:
             pixart_sizes.check(height, width)
         else:
-            _, height, width = buckets.nearest(buckets.TABLES[side], height, width)
+            height, width = pixart_sizes.size(side, height, width)
         about = pixart_sizes.about(side, height, width, config)
         latent = torch.zeros(batch_size, 4, height // 8, width // 8, device=mm.intermediate_device())
         return io.NodeOutput({"samples": latent}, width, height, about, ui=ui.PreviewText(about))

@@ -154,8 +154,10 @@ class PixArtModel(comfy.model_base.PixArt):
         width = self.config.context_dim
         if context is None or context.ndim != 3 or context.shape[-1] != width:
             found = "has no text" if context is None else f"has text tokens {context.shape[-1]} wide"
+            encoder = "T5 v1.1 XXL with CLIPLoader (type pixart)" if width == PixArtConfig.context_dim else \
+                "the encoder that it was trained with by 'Load T5 Text Encoder' (type pixelflow, pixart)"
             raise ValueError(f"This PixArt model reads text tokens {width} wide, but its conditioning {found}. Load "
-                             "T5 v1.1 XXL with CLIPLoader (type pixart) and encode the prompt with that CLIP.")
+                             f"{encoder} and encode the prompt with that CLIP.")
         return context
 
     @staticmethod

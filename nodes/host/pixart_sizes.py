@@ -7,11 +7,26 @@ from ...models_impl.pixart.buckets import TABLES, nearest
 from ...models_impl.pixart.config import PixArtConfig
 
 MULTIPLE = 16  # pixels: eight to a latent cell, two cells to a token
+CELL = 8
+
+
+def small_side(config: PixArtConfig | None) -> int | None:
+    """The side in pixels of the squares that a model smaller than the releases' was trained on; None for others."""
+    side = CELL * config.sample_size if config else min(TABLES)
+    return side if side < min(TABLES) else None
+
+
+def size(side: int, height: float, width: float) -> tuple[int, int]:
+    """(height, width) of about side**2 pixels nearest to this shape: of the table, where the releases have one."""
+    if side in TABLES:
+        return nearest(TABLES[side], height, width)[1:]
+    ratio = sqrt(height / width)
+    return tuple(max(1, round(edge / MULTIPLE)) * MULTIPLE for edge in (side * ratio, side / ratio))
 
 
 def table_side(config: PixArtConfig | None, default: int = 1024) -> int:
     """The side in pixels of the square whose table a model was trained on."""
-    wanted = 8 * config.sample_size if config else default
+    wanted = CELL * config.sample_size if config else default
     return min(TABLES, key=lambda side: abs(side - wanted))
 
 
@@ -23,9 +38,13 @@ def only_squares(config: PixArtConfig) -> bool:
 
 def about(side: int, height: int, width: int, config: PixArtConfig | None = None) -> str:
     """One or two sentences on a size of the table of `side`; config: the model that it is for, if it is known."""
-    label, *bucket = nearest(TABLES[side], height, width)
     tokens = (height // MULTIPLE) * (width // MULTIPLE)
     start = f"{width} x {height} pixels, {tokens} tokens: "
+    if own := small_side(config):
+        if height == width == own:
+            return start + "the size of this model's training."
+        return start + f"this model was trained on {own} x {own} pixels. Expect odd shapes, or repeated objects."
+    label, *bucket = nearest(TABLES[side], height, width)
     if bucket == [height, width]:
         listed = f"height/width {label:g} of the {side} table"
         if config is None and side <= 512 and height != width:

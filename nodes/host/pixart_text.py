@@ -1,11 +1,12 @@
-"""Prompts as PixArt was trained on them, with the CLIP object that core's CLIPLoader gives for T5 v1.1 XXL."""
+"""Prompts as PixArt was trained on them, with the CLIP object that core's CLIPLoader gives for T5 v1.1 XXL, or our
+loader for the T5 of a small model."""
 from __future__ import annotations
 
 import logging
 
 import torch
 
-TEXT_WIDTH = 4096
+ENCODERS = ("t5xxl", "t5")  # as their tokens are called: core's, ours
 END_TOKEN = 1
 
 
@@ -15,14 +16,15 @@ def encode(clip, text: str, limit: int, entries: dict | None = None) -> list:
     The releases pad to the limit and mask the padding; without padding the same numbers come out.
     """
     tokens = clip.tokenize(text)
-    if list(tokens) != ["t5xxl"]:
+    name, *others = tokens
+    if others or name not in ENCODERS:
         raise ValueError(f"This CLIP holds {', '.join(tokens)}: PixArt reads T5 v1.1 XXL alone. Load it with "
                          "CLIPLoader, type pixart.")
-    longest = max(map(len, tokens["t5xxl"]))
+    longest = max(map(len, tokens[name]))
     if longest > limit:
         logging.warning(f"PixStack: PixArt reads {limit} tokens, this prompt has {longest}. Its end is left out: "
                         f"...{text[-60:]}")
-    tokens["t5xxl"] = [_cut(row, limit) for row in tokens["t5xxl"]]
+    tokens[name] = [_cut(row, limit) for row in tokens[name]]
     return clip.encode_from_tokens_scheduled(tokens, add_dict=entries or {})
 
 
