@@ -22,11 +22,12 @@ from . import (
 )
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
+EMBEDDED_KINDS = ("diffusion_models", "text_encoders", "vae", "loras", "controlnet")
 
 
 class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        for folder in ("diffusion_models", "text_encoders"):  # the embedded checkpoint shows in the ordinary lists
+        for folder in EMBEDDED_KINDS:  # the embedded checkpoints show in the ordinary lists
             folder_paths.add_model_folder_path(folder, str(ASSETS / folder))
         annotators.register_folder()
         modules = (

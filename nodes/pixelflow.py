@@ -16,6 +16,7 @@ from .host.text import load_t5
 CATEGORY = "pixstack/pixelflow"
 WEIGHTS = ["ema", "model"]
 DEVICES = ["default", "cpu"]
+TEXT_TYPES = {"pixelflow, pixart": False, "flux": True}  # whether texts are filled up
 SOLVERS = ["euler", "dopri5"]
 LAST_STAGE = 7  # more stages than any cascade has: 128 times the size of the first
 SHAPES = {  # width : height
@@ -79,11 +80,10 @@ class PixelFlowTextEncoderLoader(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PixStack_PixelFlowTextEncoderLoader",
-            display_name="Load PixelFlow Text Encoder",
+            display_name="Load T5 Text Encoder",
             category=CATEGORY,
-            description="Loads the T5 encoder that a text-conditional PixelFlow was trained with: flan-t5-xl for the "
-            "release, the small one of PixStack for the emoji model. Core's CLIP loader reads flan-t5-xl with another "
-            "vocabulary.",
+            description="Loads a T5 encoder: flan-t5-xl for the released PixelFlow, the small one of PixStack for the "
+            "emoji models of every family. Core's CLIP loader reads flan-t5-xl with another vocabulary.",
             inputs=[
                 io.Combo.Input(
                     "encoder_name",
@@ -103,21 +103,27 @@ class PixelFlowTextEncoderLoader(io.ComfyNode):
                     default="default",
                     tooltip="cpu: keep the encoder off the GPU; slower, and the GPU's memory stays free.",
                 ),
+                io.Combo.Input(
+                    "type", options=list(TEXT_TYPES), default=next(iter(TEXT_TYPES)), optional=True,
+                    tooltip="Which models the text is for. flux: for a FLUX trained with this encoder; the text is "
+                    "filled up to the encoder's full length, as FLUX attends to all of it.",
+                ),
             ],
             outputs=[io.Clip.Output(tooltip="Goes to core's CLIP Text Encode, once for each prompt.")],
         )
 
     @classmethod
-    def validate_inputs(cls, encoder_name=None, dtype=None, device=None):
+    def validate_inputs(cls, encoder_name=None, dtype=None, device=None, type=None):
         return first_problem(
             known_file("text_encoders", encoder_name), one_of("dtype", dtype, DTYPES),
-            one_of("device", device, DEVICES),
+            one_of("device", device, DEVICES), one_of("type", type, TEXT_TYPES),
         )
 
     @classmethod
-    def execute(cls, encoder_name, dtype, device) -> io.NodeOutput:
+    def execute(cls, encoder_name, dtype, device, type="pixelflow, pixart") -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("text_encoders", encoder_name)
-        return io.NodeOutput(load_t5(path, DTYPES[dtype], torch.device("cpu") if device == "cpu" else None))
+        where = torch.device("cpu") if device == "cpu" else None
+        return io.NodeOutput(load_t5(path, DTYPES[dtype], where, filled=TEXT_TYPES[type]))
 
 
 class PixelFlowClass(io.ComfyNode):

@@ -1,4 +1,5 @@
-"""PixelPonder's nodes: load it, collect conditions, apply them to a prompt, see which condition won where."""
+"""PixelPonder's nodes: load it, collect conditions, apply them to a prompt, see which condition won where. And a loader
+for FLUX networks of another shape than the release's, which core's cannot read."""
 from __future__ import annotations
 
 import folder_paths
@@ -7,7 +8,7 @@ from comfy_api.latest import io
 from ..models_impl.pixelponder.sampling import STRENGTH
 from .checks import first_problem, known_file, one_of, part_of_sampling
 from .host import pixelponder
-from .host.load import DTYPES
+from .host.load import DTYPES, load_flux
 
 CATEGORY = "pixstack/pixelponder"
 KINDS = {"canny": "canny", "depth": "depth", "hed": "hed", "pose": "openpose"}  # menu -> name in the release
@@ -20,6 +21,35 @@ def _part(name: str, default: float, what: str):
                           tooltip=f"Part of the sampling after which {what}.")
 
 
+class FluxLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_FluxLoader",
+            display_name="Load Small FLUX Model",
+            category=CATEGORY,
+            description="Loads a FLUX of any size that PixStack's trainer made, such as the embedded emoji model: its "
+            "file states its shape. Released FLUX.1 files load with core's Load Diffusion Model.",
+            inputs=[
+                io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"),
+                               tooltip="A file in models/diffusion_models that the trainer exported."),
+                io.Combo.Input("dtype", options=list(DTYPES), default="default",
+                               tooltip="How the weights are stored. default: as ComfyUI finds best for this machine."),
+            ],
+            outputs=[io.Model.Output(tooltip="Core's own FLUX model: for LoRA loaders, ModelSamplingFlux and any "
+                                     "sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name=None, dtype=None):
+        return first_problem(known_file("diffusion_models", model_name), one_of("dtype", dtype, DTYPES))
+
+    @classmethod
+    def execute(cls, model_name, dtype) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        return io.NodeOutput(load_flux(path, DTYPES[dtype]))
+
+
 class PixelPonderLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -28,7 +58,7 @@ class PixelPonderLoader(io.ComfyNode):
             display_name="Load PixelPonder",
             category=CATEGORY,
             description="Loads PixelPonder, one ControlNet for FLUX.1 [dev] that takes several kinds of hints at once: "
-            "the released pixelponder-fp32.bin, or one that was trained here.",
+            "the released pixelponder-fp32.bin, or one that was trained here, such as the small one for emoji.",
             inputs=[
                 io.Combo.Input("control_net_name", options=folder_paths.get_filename_list("controlnet"),
                                tooltip="A file in models/controlnet."),
@@ -108,7 +138,7 @@ class PixelPonderApply(io.ComfyNode):
             display_name="Apply PixelPonder",
             category=CATEGORY,
             description="Puts PixelPonder with its conditions on the prompts. Works with FLUX.1 of any loader, LoRAs "
-            "and core's samplers. It was trained with 512 text tokens, guidance 4 and pictures of 512 pixels.",
+            "and core's samplers. The release was trained with 512 text tokens, guidance 4 and pictures of 512 pixels.",
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt; not used at cfg 1, FLUX's usual."),
@@ -148,7 +178,7 @@ class PixelPonderApply(io.ComfyNode):
         if not isinstance(control_net, pixelponder.PixelPonderControl):
             raise ValueError("This CONTROL_NET is not one of 'Load PixelPonder': load it there, or use core's Apply "
                              "ControlNet.")
-        pixelponder.warn_of_length(positive)
+        pixelponder.warn_of_length(positive, control_net)
         node_id = None if cls.hidden is None else cls.hidden.unique_id
         ready = pixelponder.with_conditions(
             control_net, conditions, strength, start_percent, end_percent, strategy, rounds, node_id
@@ -187,4 +217,4 @@ class PixelPonderMap(io.ComfyNode):
         return io.NodeOutput(*pixelponder.picture_of(control, tuple(latent["samples"].shape[-2:]), overlay))
 
 
-NODES = [PixelPonderLoader, PixelPonderCondition, PixelPonderApply, PixelPonderMap]
+NODES = [FluxLoader, PixelPonderLoader, PixelPonderCondition, PixelPonderApply, PixelPonderMap]

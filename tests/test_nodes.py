@@ -70,5 +70,5 @@ def test_a_translation_knows_every_node_and_every_input(ours, language):
 
 def test_the_embedded_models_are_in_the_ordinary_lists(ours):
     folders = import_module("folder_paths")
-    for folder in ("diffusion_models", "text_encoders"):
+    for folder in ("diffusion_models", "text_encoders", "vae", "loras", "controlnet"):
         assert any(Path(p).resolve() == ROOT / "assets" / folder for p in folders.get_folder_paths(folder))

@@ -632,7 +632,7 @@ def test_an_empty_prompt_draws(flow):
 
 def test_text_of_another_width_is_refused_with_both_widths(flow):
     with pytest.raises(ValueError, match="reads text tokens 32 wide, but its conditioning has text tokens 768 wide. "
-                                         "Load .* with 'Load PixelFlow Text Encoder'"):
+                                         "Load .* with 'Load T5 Text Encoder'"):
         draw(flow, flow.text, ([[torch.zeros(1, 77, 768), {}]], prompt(flow, "")))
 
 

@@ -47,8 +47,9 @@ def restore_average(recipe: torch.nn.Module, file: Path):
 
 
 USE = {  # folder of ComfyUI's models/ -> what to do with a file there
-    "diffusion_models": "Load it with the loader of its family ('Load PixArt Model', 'Load PixelFlow Model').",
-    "text_encoders": "Load it with 'Load PixelFlow Text Encoder'.",
+    "diffusion_models": "Load it with the loader of its family ('Load PixArt Model', 'Load PixelFlow Model', "
+    "'Load Small FLUX Model').",
+    "text_encoders": "Load it with 'Load T5 Text Encoder'; type flux for a FLUX.",
     "loras": "Load it with core's LoraLoaderModelOnly, for PixArt with 'Load PixArt LoRA', and a word that was learned "
     "with 'UltraPixel Personalise'. Strength 1 is as trained.",
     "controlnet": "Load it with 'Load PixArt ControlNet', and use it with 'Apply PixArt ControlNet'; one of Stage C "

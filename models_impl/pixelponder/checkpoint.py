@@ -47,7 +47,8 @@ def read(
     stated["trunk"].pop("single_depth", None)  # a pruned file has fewer
     trunk = FluxConfig(**complete(from_shapes(tensors), stated["trunk"]))
     found = PixelPonderConfig(trunk, _types(count(tensors, STEMS), stated.get("types")),
-                              selector=_selector(tensors, stated.get("selector")))
+                              selector=_selector(tensors, stated.get("selector")),
+                              text_tokens=stated.get("text_tokens", PixelPonderConfig.text_tokens))
     if select_net:
         part = {key[len(SELECT):]: value for key, value in tensors.items() if key.startswith(SELECT)}
         if SELECT_MARK not in part:

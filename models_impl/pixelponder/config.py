@@ -89,6 +89,9 @@ class PixelPonderConfig:
     """The released selection network, if it is to be kept."""
     selector: SelectorConfig | None = None
     """Our own, if the file has one."""
+    text_tokens: int = 512
+    """Text tokens that it was trained with. Residuals reach the text by position, so a shorter padding gives another
+    picture."""
 
     def __post_init__(self):
         object.__setattr__(self, "types", tuple(self.types))  # JSON has lists
@@ -109,6 +112,8 @@ class PixelPonderConfig:
             if self.select.types != len(self.types):
                 problems.append(f"The selection network has blocks for {self.select.types} types, there are "
                                 f"{len(self.types)}.")
+        if self.text_tokens < 1:
+            problems.append(f"text_tokens={self.text_tokens} must be at least 1.")
         if self.selector is not None and self.selector.width % trunk.head_dim:
             problems.append(f"The selector's width={self.selector.width} is not a multiple of the head size "
                             f"{trunk.head_dim}.")

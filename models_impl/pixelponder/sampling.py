@@ -6,7 +6,6 @@ from ..flux import sampling as flux
 STEPS = 25
 GUIDANCE = 4.0  # distilled guidance, in training too
 STRENGTH = 0.8  # of the residuals when sampling; training adds them whole
-TEXT_TOKENS = 512  # residuals reach the text by position, so a shorter padding gives another picture
 SCHEDULE_TOKENS = 16  # (64 * 64) // 256: the release shifts its schedule as if a 512-pixel picture had 16 tokens
 
 

@@ -9,11 +9,12 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from ...models_impl.flux import checkpoint as flux_checkpoint
 from ...models_impl.pixart import checkpoint as pixart_checkpoint
 from ...models_impl.pixart.controlnet import PixArtControlNet
 from ...models_impl.pixelflow import checkpoint as pixelflow_checkpoint
-from ...models_impl.state_dict import check_fit, load_into, read_file
-from . import pixart, pixart_control, pixelflow
+from ...models_impl.state_dict import check_fit, load_into, metadata_config, read_file
+from . import flux, pixart, pixart_control, pixelflow
 
 DTYPES = {
     "default": None,
@@ -58,6 +59,21 @@ def load_pixart(path: str, weights: str = "ema", dtype: torch.dtype | None = Non
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
     return _as_model(pixart.ModelConfig(config), tensors, dtype, f"PixArt ({file.name})")
+
+
+def load_flux(path: str, dtype: torch.dtype | None = None):
+    """A FLUX that states its configuration, as the trainer's exports do, as core's own model in a ModelPatcher."""
+    file = Path(path)
+    tensors, metadata = read_file(file)
+    try:
+        config, tensors = flux_checkpoint.read(tensors, metadata)
+        if metadata_config(metadata, flux_checkpoint.FAMILY) is None:
+            raise ValueError("This FLUX does not state its configuration, as exports of PixStack's trainer do. Load "
+                             "released FLUX files with core's 'Load Diffusion Model'.")
+        model_config = flux.model_config(config)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
+    return _as_model(model_config, tensors, dtype, f"FLUX ({file.name})")
 
 
 def _as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str):

@@ -126,13 +126,13 @@ class PixelFlowModel(comfy.model_base.BaseModel):
     def _text(self, context: Tensor | None, labels: Tensor | None) -> Tensor:
         if labels is not None and not self.config.num_classes:
             raise ValueError("This PixelFlow model draws prompts, but its conditioning holds classes. Use CLIP Text "
-                             "Encode with the CLIP of 'Load PixelFlow Text Encoder' instead of 'PixelFlow Class'.")
+                             "Encode with the CLIP of 'Load T5 Text Encoder' instead of 'PixelFlow Class'.")
         width = self.config.context_dim
         if context is None or context.ndim != 3 or context.shape[-1] != width:
             found = "has no text" if context is None else f"has text tokens {context.shape[-1]} wide"
             encoder = "flan-t5-xl" if width == 2048 else "its own T5 encoder"
             raise ValueError(f"This PixelFlow model reads text tokens {width} wide, but its conditioning {found}. Load "
-                             f"{encoder} with 'Load PixelFlow Text Encoder' and encode the prompt with that CLIP.")
+                             f"{encoder} with 'Load T5 Text Encoder' and encode the prompt with that CLIP.")
         return context
 
     def _classes(self, labels: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from comfy_execution.progress import get_progress_state
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...models_impl.flux.config import FluxConfig
 from ...models_impl.flux.model import Residuals, pack, positions, residual_index
 from ...models_impl.pixelponder import checkpoint
 from ...models_impl.pixelponder.model import HINT_CELL, PixelPonder
@@ -29,7 +30,7 @@ from ...models_impl.pixelponder.patch_select import (
     Selection,
     forced_map,
 )
-from ...models_impl.pixelponder.sampling import GUIDANCE, TEXT_TOKENS
+from ...models_impl.pixelponder.sampling import GUIDANCE
 from ...models_impl.state_dict import family_of, load_into, read_file
 from .attention import host_attention
 from .load import patcher
@@ -105,7 +106,7 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
         base, trunk = _uncompiled(model.diffusion_model), self.net_patcher.model.config.trunk
         if not isinstance(base, comfy.ldm.flux.model.Flux):
             raise ValueError(f"PixelPonder cannot guide a {type(model).__name__} ({type(base).__name__}): it controls "
-                             "FLUX.1, loaded by ComfyUI's own node or any that makes the same model.")
+                             "FLUX, loaded by ComfyUI's own node or any that makes the same model.")
         theirs = base.params
         for what, ours, found in (
             ("width", trunk.hidden, theirs.hidden_size),
@@ -114,8 +115,9 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
             ("values per token", trunk.in_channels, base.out_channels),
         ):
             if ours != found:
+                its = "FLUX.1" if trunk.hidden == FluxConfig.hidden else "the small FLUX that it was trained with"
                 raise ValueError(f"This PixelPonder was trained for a FLUX with {what} {ours}, the model has {found}: "
-                                 "it is for FLUX.1.")
+                                 f"it is for {its}.")
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
         before = None
@@ -434,13 +436,18 @@ def with_conditions(
     return made
 
 
-def warn_of_length(conditioning: list):
+def warn_of_length(conditioning: list, control: PixelPonderControl):
     """Say it in ComfyUI's log if the text is not as long as the checkpoint is used to."""
-    lengths = {tokens.shape[1] for tokens, _ in conditioning if tokens is not None} - {TEXT_TOKENS}
-    if lengths:
-        logging.warning(f"PixelPonder was trained with {TEXT_TOKENS} text tokens, this prompt has {min(lengths)}, so "
-                        "part of what it adds lands on other tokens than in training. Put core's T5TokenizerOptions "
-                        f"with min_length {TEXT_TOKENS} between the CLIP loader and the prompt.")
+    config = control.net_patcher.model.config
+    wanted = config.text_tokens
+    lengths = {tokens.shape[1] for tokens, _ in conditioning if tokens is not None} - {wanted}
+    if not lengths:
+        return
+    remedy = f"Put core's T5TokenizerOptions with min_length {wanted} between the CLIP loader and the prompt."
+    if config.trunk.context_dim != FluxConfig.context_dim:
+        remedy = "Load its encoder with 'Load T5 Text Encoder', type flux, which fills every text up."
+    logging.warning(f"PixelPonder was trained with {wanted} text tokens, this prompt has {min(lengths)}, so part of "
+                    f"what it adds lands on other tokens than in training. {remedy}")
 
 
 def apply(conditioning: list, control: PixelPonderControl, made: dict) -> list:

@@ -1,7 +1,8 @@
 """T5 encoders as ComfyUI CLIP objects, each with its own tokenizer.
 
-Core loads a 2048 wide T5 as AuraFlow's, with another vocabulary, so flan-t5-xl needs this loader. The text is encoded
-at its real length: padding it to 512 tokens and masking the padding, as the reference does, gives the same numbers.
+Core loads a 2048 wide T5 as AuraFlow's, with another vocabulary, so flan-t5-xl needs this loader. For PixelFlow and
+PixArt the text is encoded at its real length: padding it and masking the padding, as the references do, gives the same
+numbers. FLUX attends to all of its tokens, so for it the text is filled up and nothing is masked.
 """
 from __future__ import annotations
 
@@ -28,8 +29,11 @@ ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytor
 FIXED_IN_COMFYUI = {"relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6}
 
 
-def load_t5(path: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> comfy.sd.CLIP:
-    """A T5 encoder file as CLIP. dtype None stores the weights as the file does; device None lets ComfyUI choose."""
+def load_t5(
+    path: str, dtype: torch.dtype | None = None, device: torch.device | None = None, filled: bool = False
+) -> comfy.sd.CLIP:
+    """A T5 encoder file as CLIP. dtype None stores the weights as the file does; device None lets ComfyUI choose;
+    filled: texts are as long as the encoder reads at most, the filling is attended to like words, as FLUX has it."""
     file = Path(path)
     tensors, metadata = read_file(file)
     tensors = encoder_weights(tensors, file.name)
@@ -38,7 +42,8 @@ def load_t5(path: str, dtype: torch.dtype | None = None, device: torch.device | 
         if config.get(name, value) != value:
             raise ValueError(f"{file.name}: ComfyUI's T5 knows only {name}={value}, this file was trained with "
                              f"{config[name]}.")
-    options = {"dtype": dtype or comfy.utils.weight_dtype(tensors), "t5_config": t5_config(config)}
+    options = {"dtype": dtype or comfy.utils.weight_dtype(tensors), "t5_config": t5_config(config),
+               "t5_filled": filled}
     if device is not None:
         options.update(load_device=device, offload_device=device)
     clip = comfy.sd.CLIP(
@@ -49,6 +54,7 @@ def load_t5(path: str, dtype: torch.dtype | None = None, device: torch.device | 
             "t5_tokenizer": metadata.get("pixstack.tokenizer"),
             "t5_max_length": config.get("max_length", MAX_LENGTH),
             "t5_width": config["d_model"],
+            "t5_filled": filled,
         },
         model_options=options,
     )
@@ -96,7 +102,8 @@ def t5_config(config: dict) -> dict:
 
 
 class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
-    """One sequence without padding; what exceeds the length that the encoder was trained with is cut, and said so."""
+    """One sequence, without padding unless it is to be filled up; what exceeds the length that the encoder was trained
+    with is cut, and said so."""
 
     def __init__(self, embedding_directory=None, tokenizer_data=None):
         data = tokenizer_data or {}
@@ -113,6 +120,7 @@ class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
             pad_to_max_length=False,
             tokenizer_data=data,
         )
+        self.filled = data.get("t5_filled", False)
 
     def tokenize_with_weights(self, text: str, return_word_ids=False, **kwargs):
         # core breaks a long text into sequences of max_length, each with its own </s>: taken apart again here
@@ -122,6 +130,8 @@ class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
             logging.warning(f"PixStack: the text encoder reads {self.max_length - 1} tokens, this prompt has "
                             f"{len(words)}. Its end is left out: ...{text[-60:]}")
         tokens = [*words[: self.max_length - 1], (self.end_token, 1.0, 0)]
+        if self.filled:
+            self.pad_tokens(tokens, self.max_length - len(tokens))
         return [tokens if return_word_ids else [token[:2] for token in tokens]]
 
 
@@ -146,7 +156,8 @@ class T5Model(comfy.sd1_clip.SDClipModel):
             textmodel_json_config=model_options["t5_config"],
             model_class=comfy.text_encoders.t5.T5,
             special_tokens={"end": 1, "pad": 0},
-            enable_attention_masks=True,  # a weighted prompt is encoded together with a padded empty one
+            # a weighted prompt is encoded together with a padded empty one
+            enable_attention_masks=not model_options["t5_filled"],
             model_options=model_options,
         )
 

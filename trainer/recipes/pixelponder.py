@@ -311,4 +311,5 @@ class Recipe(nn.Module):
 
     def files(self) -> dict[str, tuple[dict, dict]]:
         """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
-        return {"controlnet/{name}.safetensors": (self.net.state_dict(), checkpoint.metadata(self.net.config))}
+        shape = replace(self.net.config, text_tokens=self.text.max_length)
+        return {"controlnet/{name}.safetensors": (self.net.state_dict(), checkpoint.metadata(shape))}
