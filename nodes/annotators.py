@@ -1,4 +1,4 @@
-"""Nodes that turn a picture into the hint of a ControlNet."""
+"""Nodes that turn a picture into the hint of a ControlNet, and pictures to try them on."""
 from __future__ import annotations
 
 import json
@@ -15,6 +15,8 @@ from .host.annotators_pose import BODIES, FOLDER
 
 CATEGORY = "pixstack/annotators"
 DETECTORS = ["opencv", "kornia"]
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+PICTURES = {path.stem: path for path in sorted((ASSETS / "pictures").glob("*.png"))}
 NUMBERS = ["auto", "shrink with distance", "grow with distance"]
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
 
@@ -237,4 +239,26 @@ class DrawPoses(io.ComfyNode):
         return io.NodeOutput(annotators_pose.draw(frames, height, width, resolution, **how))
 
 
-NODES = [HEDEdges, CannyEdges, DepthMap, FindPoses, DrawPoses]
+class ExamplePicture(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PixStack_ExamplePicture",
+            display_name="Example Picture",
+            category=CATEGORY,
+            description="A picture that comes with PixStack: an emoji of 128 pixels, or its soft edges (hed), the hint "
+            "of the embedded ControlNets. With it a workflow runs before you have a picture, or HED's weights.",
+            inputs=[io.Combo.Input("picture", options=list(PICTURES), tooltip="Names that end in hed are soft edges.")],
+            outputs=[io.Image.Output("shown", display_name="IMAGE", tooltip="128 x 128 pixels.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, picture=None):
+        return one_of("picture", picture, PICTURES)
+
+    @classmethod
+    def execute(cls, picture) -> io.NodeOutput:
+        return io.NodeOutput(annotators.picture(PICTURES[picture]))
+
+
+NODES = [ExamplePicture, HEDEdges, CannyEdges, DepthMap, FindPoses, DrawPoses]

@@ -39,6 +39,20 @@ POSES = dict(body="full", hands=True, face=True, most=10, confidence=0.5, search
 LINES = dict(body=True, hands=True, face=True, stick=4.0, confidence=0.3, width=0, height=0, openpose_json="")
 
 
+def test_every_example_picture_has_its_soft_edges(nodes):
+    node = nodes["ExamplePicture"]
+    (menu,) = (part.options for part in node.define_schema().inputs)
+    plain = [name for name in menu if not name.endswith("_hed")]
+    assert sorted(menu) == sorted([*plain, *(f"{name}_hed" for name in plain)])
+    for name in plain:
+        picture, edges = (run(node, picture=one)[0] for one in (name, f"{name}_hed"))
+        assert picture.shape == edges.shape == (1, 128, 128, 3)
+        assert torch.equal(edges[..., 0], edges[..., 1]) and edges.max() > 0.9 and edges.mean() < 0.3
+        thin = run(nodes["CannyEdges"], image=picture, detector="opencv", low=100.0, high=200.0)[0]
+        assert edges[thin > 0.5].mean() > 2 * edges.mean(), f"{name}: the edges are not those of the picture"
+    assert node.validate_inputs(picture="unicorn").startswith("picture='unicorn' is not one of cat_face, cat_face_hed")
+
+
 @pytest.mark.parametrize("resolution", [0, -1, 64])
 @pytest.mark.parametrize("name, inputs", [
     ("HEDEdges", dict(hed_name="ControlNetHED_nodes.pth", strength=1.0)),

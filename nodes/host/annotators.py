@@ -6,7 +6,9 @@ from pathlib import Path
 
 import comfy.model_management as mm
 import comfy.utils
+import numpy
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...models_impl.annotators import canny, depth, hed
@@ -16,6 +18,12 @@ from .load import patcher
 MOST = 16  # pictures in one call of a network
 HED_BYTES = 3 * 64 * 4  # of its widest layer, for a pixel: in, out and room to compute
 DEPTH_BYTES = 4096  # generous: what a large ViT with its decoder holds for a pixel
+
+
+def picture(path: Path) -> Tensor:
+    """A picture file as an IMAGE, (1, H, W, 3) in [0, 1]."""
+    with Image.open(path) as opened:
+        return torch.from_numpy(numpy.array(opened.convert("RGB"))).float()[None] / 255
 
 
 def hed_edges(path: str, image: Tensor, strength: float = 1.0, resolution: int = 0) -> Tensor:
