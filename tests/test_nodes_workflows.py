@@ -15,6 +15,7 @@ FILES = {  # loader, whose first widgets name its files -> the folder of models/
     "PixStack_PixArtLoader": "diffusion_models",
     "PixStack_PixArtControlNetLoader": "controlnet",
     "PixStack_PixArtLoraLoader": "loras",
+    "PixStack_FluxLoader": "diffusion_models",
     "PixStack_PixelPonderLoader": "controlnet",
     "PixStack_HEDEdges": "annotators",
     "PixStack_UltraPixelGuideLoader": "model_patches",

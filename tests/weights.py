@@ -1,6 +1,7 @@
 """Tiny random weights under the names that the shipped workflows use, so that each of them can run anywhere."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from pixstack.models_impl.annotators import pose
 from pixstack.models_impl.annotators.hed import HED
+from pixstack.models_impl.flux import checkpoint as flux_checkpoint
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
 from pixstack.models_impl.pixart import checkpoint as pixart_checkpoint
@@ -21,7 +23,8 @@ from pixstack.models_impl.pixart.model import PixArt, axis_table, position_table
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
-from pixstack.models_impl.pixelponder.config import PixelPonderConfig
+from pixstack.models_impl.pixelponder import checkpoint as ponder_checkpoint
+from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectorConfig
 from pixstack.models_impl.pixelponder.model import PixelPonder
 from pixstack.models_impl.state_dict import write_file
 from pixstack.models_impl.text.t5 import TextEncoder
@@ -29,7 +32,13 @@ from pixstack.trainer import tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 32  # of the text tokens
-EMBEDDED = (("diffusion_models", "pixelflow_emoji_64.safetensors"), ("text_encoders", "pixelflow_emoji_t5.safetensors"))
+EMBEDDED = (
+    ("diffusion_models", "pixelflow_emoji_64.safetensors"), ("text_encoders", "pixelflow_emoji_t5.safetensors"),
+    ("diffusion_models", "pixart_emoji_128.safetensors"), ("vae", "pixart_emoji_vae.safetensors"),
+    ("loras", "pixart_emoji_fluent.safetensors"), ("controlnet", "pixart_emoji_hed.safetensors"),
+    ("diffusion_models", "flux_emoji_128.safetensors"), ("vae", "flux_emoji_vae.safetensors"),
+    ("controlnet", "pixelponder_emoji.safetensors"),
+)  # fmt: skip
 OWN = (("loras", "your_pixart_lora.safetensors"), ("loras", "your_flux_lora.safetensors"))
 """What no release has, and the user is asked for."""
 DATA_SET = "dataset"  # in input/, for workflows that walk one
@@ -213,6 +222,34 @@ def tiny_flux(path: Path):
     write_file(path, one_norms(random_state(Flux(FluxConfig(**FLUX, depth=3, single_depth=5)), scale=0.08)))
 
 
+EMOJI = dict(context_dim=192, depth=3, hidden=64, heads=4, sample_size=16, latent_scale=0.18215, token_limit=32)
+"""Of the embedded PixArt, as far as its T5 and its pictures of 128 pixels ask for it."""
+EMOJI_FLUX = FluxConfig(hidden=64, heads=2, axes=(8, 12, 12), mlp_hidden=256, depth=2, single_depth=2, pooled_dim=8,
+                        context_dim=192, guidance=False)
+
+
+def tiny_emoji(path: Path):
+    """In the place of an embedded file of PixArt or FLUX, as the trainer exports it."""
+    config, metadata = PixArtConfig(**EMOJI), {}
+    if path.name.startswith("flux"):
+        weights = one_norms(random_state(Flux(EMOJI_FLUX)))
+        metadata = flux_checkpoint.metadata(EMOJI_FLUX)
+    elif path.name.startswith("pixelponder"):
+        config = PixelPonderConfig(replace(EMOJI_FLUX, depth=1, single_depth=1), selector=SelectorConfig(32),
+                                   text_tokens=32)
+        weights, metadata = one_norms(random_state(PixelPonder(config))), ponder_checkpoint.metadata(config)
+    elif path.parent.name == "controlnet":
+        weights = pixart_checkpoint.to_released_controlnet(random_state(PixArtControlNet(config, 2)))
+        metadata = pixart_checkpoint.metadata_controlnet(config)
+    elif path.parent.name == "loras":
+        weights = random_state(torch.nn.ModuleDict({
+            f"lora_{part}": torch.nn.Linear(*sides, bias=False) for part, sides in (("A", (64, 2)), ("B", (2, 192)))}))
+        weights = {f"diffusion_model.blocks.1.attn.qkv.{key}": value for key, value in weights.items()}
+    else:
+        weights, metadata = random_state(PixArt(config)), pixart_checkpoint.metadata(config)
+    write_file(path, weights, metadata)
+
+
 def tiny_pixelponder(path: Path):
     """As the release stores it: every single-stream block, though FLUX takes half of them."""
     net = PixelPonder(PixelPonderConfig(FluxConfig(**FLUX, depth=2, single_depth=4)))
@@ -279,6 +316,7 @@ def _pixart(path: Path):
 
 STAND_INS = (  # folder, beginning of a name, what makes a file that loads in its place
     *cascade_weights.STAND_INS,
+    *((folder, name, tiny_emoji) for folder, name in EMBEDDED if folder != "vae" and "pixelflow" not in name),
     ("diffusion_models", "pixelflow", _pixelflow),
     ("diffusion_models", "PixArt", _pixart),
     ("diffusion_models", "flux1", tiny_flux),
@@ -289,7 +327,7 @@ STAND_INS = (  # folder, beginning of a name, what makes a file that loads in it
     ("text_encoders", "t5xxl", tiny_t5xxl),
     ("text_encoders", "clip_l", tiny_clip_l),
     ("text_encoders", "", tiny_t5),
-    ("vae", "ae.", partial(tiny_vae, latent_channels=16)),  # FLUX's
+    *(("vae", name, partial(tiny_vae, latent_channels=16)) for name in ("ae.", "flux_emoji")),
     ("vae", "", tiny_vae),
     ("annotators", "ControlNetHED", tiny_hed),
     ("annotators", "Depth-Anything", tiny_depth),
