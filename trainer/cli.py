@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("assets"), help="gets diffusion_models/ and text_encoders/")
     one.add_argument("--name", help="of the files; without it, the run's")
     one.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp8"], default="bf16",
-                     help="fp8: float8_e4m3fn for matrices and kernels, bf16 for the rest (default: %(default)s)")
+                     help="fp8: float8_e4m3fn for the matrices of blocks, bf16 for the rest (default: %(default)s)")
     one.add_argument("--card", action="store_true", help="a model card beside them, with the newest sample pictures")
 
     one = command(convert, "convert", "Write a model, ControlNet or LoRA file in another program's format.")
