@@ -1,12 +1,14 @@
 """The small models of every family in ComfyUI: with core's nodes around them they draw what the trainer draws."""
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import tiny_family
 import torch
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
-from pixstack.models_impl.state_dict import write_file
+from pixstack.models_impl.state_dict import read_file, write_file
+from pixstack.trainer import export
 from pixstack.trainer.recipes.pixart_controlnet import shaped
 from tiny_family import SIDE
 
@@ -208,6 +210,30 @@ def test_the_storage_of_a_small_flux_may_be_chosen(family, dtype, kind):
     assert model.model.diffusion_model.img_in.weight.dtype == kind
     exact, rough = (flux_latent(family, m, *told) for m in (flux_model(family), model))
     assert 0 < (rough - exact).norm() < 0.3 * exact.norm()
+
+
+@pytest.mark.parametrize("name, folder", [("pixart", "diffusion_models"), ("flux", "diffusion_models"),
+                                          ("edges", "controlnet"), ("ponder", "controlnet"), ("vae", "vae")])
+def test_an_export_in_fp8_loads_as_what_it_holds(family, name, folder):
+    tensors, metadata = read_file(Path(getattr(family, name).path))
+    file = f"tiny_family_{name}_fp8.safetensors"
+    rounded = {key: export.stored(value, "fp8") for key, value in tensors.items()}
+    write_file(family.models / folder / file, rounded, metadata)
+    key, wanted = next((k, v) for k, v in rounded.items() if v.dtype == torch.float8_e4m3fn)
+    if name == "pixart":
+        net = run(family, "PixArtLoader", model_name=file, variant="auto", prediction="auto", positions="auto",
+                  weights="ema", dtype="default")[0].model.diffusion_model
+    elif name == "flux":
+        net = run(family, "FluxLoader", model_name=file, dtype="default")[0].model.diffusion_model
+    elif name == "edges":
+        net = run(family, "PixArtControlNetLoader", control_net_name=file, dtype="default")[0].net_patcher.model
+        key = key.removeprefix("controlnet.")
+    elif name == "ponder":
+        net = run(family, "PixelPonderLoader", control_net_name=file, selection_network="leave out",
+                  dtype="default")[0].net_patcher.model
+    else:
+        net = run(family, "VAELoader", vae_name=file)[0].first_stage_model
+    assert torch.equal(net.state_dict()[key].float(), wanted.float())
 
 
 def test_a_flux_that_does_not_say_its_shape_is_sent_to_core_s_loader(family):

@@ -14,7 +14,8 @@ from pixstack.trainer import config
 
 T5 = weights.ROOT / "assets/text_encoders/pixelflow_emoji_t5.safetensors"
 TEXT = {"encoder": str(T5), "learn": False, "max_length": 32}
-PIXART = {"depth": 3, "hidden": 64, "heads": 4, "variant": "alpha", "token_limit": 32}
+PIXART = {"depth": 3, "hidden": 64, "heads": 4, "variant": "alpha", "token_limit": 32, "prediction": "v",
+          "variance": False}
 FLUX = {"hidden": 64, "heads": 2, "axes": [8, 12, 12], "mlp_hidden": 200, "depth": 2, "single_depth": 3,
         "pooled_dim": 8}
 SIDE = 64  # pixels
