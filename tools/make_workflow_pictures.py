@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..models_impl.annotators import canny, openpose
 from ..models_impl.pixart.sampling import lcm_timesteps, time_uniform
@@ -115,7 +115,8 @@ def sheet(rows: list[list[Image.Image]]) -> Image.Image:
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             how = Image.Resampling.NEAREST if side > 3 * picture.width else Image.Resampling.LANCZOS
-            result.paste(picture.resize((side, side), how), (GAP + x * (side + GAP), GAP + y * (side + GAP)))
+            small = ImageOps.contain(picture, (side, side), how)  # a map has its legend below
+            result.paste(small, (GAP + x * (side + GAP), GAP + y * (side + GAP)))
     return result
 
 
