@@ -111,9 +111,9 @@ def write_card(folder: Path, out: Path, files: list[Path], step: int | None = No
 
 
 def stored(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """As it is written. A LoRA's alpha, one number, stays as it is: rounded it would be another strength. In fp8 are the
-    matrices of blocks and the kernels of a VAE's encoder alone, the rest in bf16: on the small FLUX of emoji that costs
-    less than a third of what it costs to round everything."""
+    """As it is written. A LoRA's alpha, one number, stays as it is: rounded it would be another strength. In fp8 are
+    the matrices of blocks and the kernels of a VAE's encoder alone, the rest in bf16: on the small FLUX of emoji that
+    costs less than a third of what it costs to round everything."""
     if not tensor.is_floating_point() or not tensor.ndim:
         return tensor
     if dtype == "fp8" and (tensor.ndim == 1 or not any(part in name for part in IN_FP8)):
