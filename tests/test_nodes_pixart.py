@@ -350,6 +350,21 @@ def test_a_schedule_cut_in_two_ends_as_the_whole_one(art, algorithm):
     close(second, whole, 1e-3)
 
 
+@pytest.mark.parametrize("algorithm", ["dpm-solver++", "sa-solver", "iddpm"])
+def test_an_interrupt_stops_between_steps_which_each_show_a_preview(art, algorithm):
+    heard, management = [], art.comfy.model_management
+
+    def stop(step, denoised, x, steps):
+        heard.append((step, steps, tuple(denoised.shape)))
+        if step == 1:
+            management.interrupt_current_processing()
+
+    fall = sigmas(art, art.sigma, ALGORITHMS[algorithm][0], steps=5)
+    with pytest.raises(management.InterruptProcessingException):
+        draw(art, art.sigma, tokens(4), tokens(4, 1), sampler(art, algorithm), fall, callback=stop)
+    assert heard == [(step, 5, (1, 4, 8, 12)) for step in (0, 1)]
+
+
 def test_part_of_a_schedule_changes_a_picture_instead_of_drawing_a_new_one(art):
     latent = 5 * noise_of(1, 4, 8, 8, seed=9)
     text = tokens(4)
