@@ -487,7 +487,7 @@ def test_classes_are_taken_in_turn_over_a_batch(flow):
 @pytest.mark.parametrize(
     "text, expected",
     [("207, otter", [207, 360]), ("Golden Retriever; 5\n6", [207, 5, 6]), ("207: golden retriever", [207]),
-     ("1203", [1203])],
+     ("1203", [1203]), ("Cardigan, cardigan", [264, 474])],
 )
 def test_classes_are_read_as_indices_or_names(flow, text, expected):
     assert classes(flow, text)[0][0][1]["pixelflow_class_labels"].tolist() == expected
@@ -499,6 +499,12 @@ def test_a_misspelled_class_is_refused_with_the_nearest(flow):
              "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}}
     assert "neither a class index nor one of ImageNet's names. Near it are 207: golden retriever" in str(
         flow.host.check(wrong)[0])
+
+
+def test_every_class_of_the_menu_is_found_by_its_name(flow):
+    options = flow.nodes["PixStack_PixelFlowClass"].define_schema().inputs[0].options
+    names = ", ".join(option.split(": ", 1)[1] for option in options)
+    assert classes(flow, names)[0][0][1]["pixelflow_class_labels"].tolist() == list(range(1000))
 
 
 def test_the_menu_of_classes_has_all_of_imagenet(flow):

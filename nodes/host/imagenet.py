@@ -29,6 +29,8 @@ def _index(entry: str) -> int:
     number = entry.split(":", 1)[0].strip()
     if number.isdecimal():
         return int(number)
+    if entry in class_names():  # as written first: Cardigan is a dog, cardigan a garment
+        return class_names().index(entry)
     names = {name.lower(): index for index, name in enumerate(class_names())}
     name = entry.lower()
     if name in names:
