@@ -118,3 +118,8 @@ def test_a_shipped_recipe_lacks_nothing_but_files(name):
 def test_a_recipe_file_that_is_not_there_names_those_that_are():
     with pytest.raises(ValueError, match="recipes/pixelflow_emoji.toml"):
         config.load("recipes/gone.toml")
+
+
+def test_a_package_that_is_missing_is_named(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    assert "pip install bitsandbytes" in refusal(path, tmp_path, "optimizer.name=adamw8bit")

@@ -32,7 +32,8 @@ def interrupt(one, step):
 
 @pytest.mark.parametrize("words", [
     ("precision=bf16",), ("optimizer.name=muon", "micro_batch_size=3", "recipe.packing=packed"),
-], ids=["adamw-bf16", "muon-accumulated-packed"])
+    ("optimizer.name=adamw8bit", "text.hidden=300"),  # with matrices large enough for 8 bits
+], ids=["adamw-bf16", "muon-accumulated-packed", "adamw8bit"])
 def test_a_resumed_run_repeats_the_unbroken_run(path, tmp_path, words):
     words = (*words, "data.tag_share=0.5", "validation.every=2", "save_every=5")
     unbroken = tiny_run.settings(path, tmp_path / "unbroken", *words)
@@ -187,3 +188,19 @@ def test_a_run_opens_without_its_data(path, tmp_path):
     assert step == 2
     for key, value in recipe.state_dict().items():
         assert torch.equal(value, opened.state_dict()[key]), key
+
+
+def test_moments_in_8_bits_take_a_quarter_and_learn_like_the_whole_ones(path, tmp_path):
+    sizes, losses = [], []
+    for name in ("adamw", "adamw8bit"):
+        settings = tiny_run.settings(path, tmp_path / name, f"optimizer.name={name}", "text.hidden=300", "steps=12",
+                                     "save_every=12", "ema.decay=0.0")
+        recipe, _ = tiny_run.train(settings)
+        saved = run.read_tensors(tmp_path / name / "checkpoints/00000012/optimizer.safetensors")
+        large = [i for i, p in enumerate(p for g in recipe.groups(settings) for _, p in g["params"])
+                 if p.numel() >= 4096]
+        moments = ("exp_avg", "exp_avg_sq", "state1", "state2")
+        sizes.append(sum(saved[f"0.{i}.{m}"].nbytes for i in large for m in moments if f"0.{i}.{m}" in saved))
+        losses.append(log(tmp_path / name)[-1]["loss"])
+    assert large and sizes[0] == 4 * sizes[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

@@ -86,7 +86,7 @@ def words(root, name):
 def test_a_shipped_recipe_plans_its_run(files, name, capsys):
     cli.main(["train", f"recipes/{name}", "--dry-run", *words(files, name)])
     said = capsys.readouterr().out
-    for part in ("parameters ", "memory     about", "first batch"):
+    for part in ("parameters ", "memory     about", "time       about", "first batch"):
         assert part in said, said
     assert not (files / "runs" / name).exists()
 

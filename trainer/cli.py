@@ -175,8 +175,7 @@ def train(args):
 
         batches = data.Batches(found.train, config.data, config.seed, config.batch_size)
         recipe = plan.on_meta(lambda: build.recipe(config, found))
-        lines = plan.describe(config, found, recipe, batches, parts, accelerator.num_processes,
-                              cpu=accelerator.device.type == "cpu")
+        lines = plan.describe(config, found, recipe, batches, parts, accelerator.num_processes, accelerator.device)
         return accelerator.print("\n".join(lines))
 
     run = Run(config, accelerator, found.held_out)

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import typing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -215,8 +216,8 @@ class Adapter:
 @dataclass(frozen=True)
 class Optimizer:
     name: str = "adamw"
-    """adamw; muon: Muon for the hidden matrices, AdamW for everything else; came: CAME (PixArt-Sigma), which keeps of a
-    matrix's second moment only a row and a column."""
+    """adamw; adamw8bit: with its moments in 8 bits, by bitsandbytes; muon: Muon for the hidden matrices, AdamW for
+    everything else; came: CAME (PixArt-Sigma), which keeps of a matrix's second moment only a row and a column."""
     rate: float = 1e-4
     scale_rate: str = "none"
     """The rate is for a batch of 256, and for another one it is scaled: sqrt (PixArt's rule) or linear. none."""
@@ -329,7 +330,9 @@ class Config:
         def one_of(name, value, *choices):
             need(value in choices, f"{name}={value!r} is none of {', '.join(choices)}{nearest(value, choices)}.")
 
-        one_of("optimizer.name", self.optimizer.name, "adamw", "muon", "came")
+        one_of("optimizer.name", self.optimizer.name, "adamw", "adamw8bit", "muon", "came")
+        need(self.optimizer.name != "adamw8bit" or find_spec("bitsandbytes"),
+             "optimizer.name='adamw8bit' needs bitsandbytes: pip install bitsandbytes, or use adamw or came.")
         one_of("optimizer.scale_rate", self.optimizer.scale_rate, "none", "sqrt", "linear")
         one_of("text.precision", self.text.precision, "fp32", "bf16")
         one_of("vae.precision", self.vae.precision, "fp32", "bf16")

@@ -1,4 +1,5 @@
-"""AdamW, CAME, or Muon for hidden matrices and convolutions beside AdamW for the rest, at rates of the step."""
+"""AdamW (in 8 bits by bitsandbytes), CAME, or Muon for hidden matrices and convolutions beside AdamW for the rest, at
+rates that are functions of the step."""
 from __future__ import annotations
 
 import math
@@ -8,6 +9,8 @@ import torch
 from .config import Optimizer
 
 RATE_BATCH = 256  # the batch that scaled rates are given for
+WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes puts what is quantised, in a state_dict
+SMALL_8BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller parameters in 32 bits
 
 
 def rate_at(step: int, steps: int, settings: Optimizer) -> float:
@@ -24,6 +27,24 @@ def scaled_rate(settings: Optimizer, batch_size: int) -> float:
     """The full rate for this batch (diffusion/utils/optimizer.py of PixArt-sigma@1ce521a, auto_scale_lr)."""
     share = batch_size / RATE_BATCH
     return settings.rate * {"none": 1.0, "sqrt": share**0.5, "linear": share}[settings.scale_rate]
+
+
+def adamw_of(settings: Optimizer) -> type[torch.optim.Optimizer]:
+    if settings.name != "adamw8bit":
+        return torch.optim.AdamW
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
+
+
+def moment_bytes(part: torch.optim.Optimizer) -> float:
+    """What an optimizer will remember, reckoned."""
+    def of(p):
+        if type(part).__name__ == "AdamW8bit" and p.numel() >= SMALL_8BIT:
+            return p.numel() * 2 * (1 + 4 / 256)  # and a scale for each 256
+        return p.numel() * (4 if isinstance(part, (Came, torch.optim.Muon)) else 8)
+
+    return sum(of(p) for group in part.param_groups for p in group["params"])
 
 
 class Came(torch.optim.Optimizer):
@@ -128,8 +149,8 @@ class Optimizers:
             self.parts.append(Came(adamw, self.rate, settings.betas or (0.9, 0.999, 0.9999),
                                    weight_decay=settings.weight_decay))
         elif adamw:
-            self.parts.append(torch.optim.AdamW(adamw, betas=tuple(settings.betas or (0.9, 0.999)),
-                                                eps=settings.eps or 1e-8, weight_decay=settings.weight_decay))
+            self.parts.append(adamw_of(settings)(adamw, lr=self.rate, betas=tuple(settings.betas or (0.9, 0.999)),
+                                                 eps=settings.eps or 1e-8, weight_decay=settings.weight_decay))
         if muon:
             self.parts.append(Muon(
                 muon, momentum=settings.muon_momentum, weight_decay=settings.weight_decay, adjust_lr_fn="original"))
@@ -154,13 +175,14 @@ class Optimizers:
         return {f"{i}.{j}.{name}": value if torch.is_tensor(value) else torch.tensor(value)
                 for i, part in enumerate(self.parts)
                 for j, state in part.state_dict()["state"].items()
-                for name, value in state.items()}
+                for name, value in (state | state.get(WRAPPED, {})).items() if name != WRAPPED}
 
     def load(self, tensors: dict[str, torch.Tensor]):
         for i, part in enumerate(self.parts):
             state = {}
             for key, value in tensors.items():
                 which, parameter, name = key.split(".", 2)
-                if int(which) == i:
-                    state.setdefault(int(parameter), {})[name] = value
+                if int(which) == i:  # bitsandbytes counts steps as a plain number
+                    whole = value.ndim == 0 and not value.is_floating_point()
+                    state.setdefault(int(parameter), {})[name] = value.item() if whole else value
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import build, data
+from . import build, cost, data
 from .config import Config
-from .optim import Optimizers
+from .optim import Optimizers, moment_bytes
 
 
 def describe(config: Config, found: data.Collection, recipe, batches: data.Batches, parts: list[range], processes: int,
-             cpu: bool):
-    """The plan in lines of text. recipe: with its weights on the meta device."""
+             device: torch.device):
+    """The plan in lines of text. recipe: with its weights on the meta device; it cannot be used afterwards."""
     learns = [(n, p) for n, p in recipe.named_parameters() if p.requires_grad]
     count = sum(p.numel() for _, p in learns)
     lines = [f"run        {config.folder} ({config.recipe.name}, {config.precision}, seed {config.seed})",
@@ -38,15 +38,12 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
         lines.append("sizes      " + ", ".join(f"{w}x{h}: {len(some):,}" for (h, w), some in batches.buckets.items()))
     lines += [("buckets    " if i == 0 else "           ") + line for i, line in enumerate(recipe.buckets(0))]
 
-    per_parameter = {"Muon": 4, "Came": 4}  # bytes of one moment; AdamW has two
-    state = sum(p.numel() * per_parameter.get(type(part).__name__, 8) for part in optimizers.parts
-                for g in part.param_groups for p in g["params"])
     memory = {
         "weights": sum(p.nbytes for net in (recipe, *getattr(recipe, "teacher", ())) for p in net.parameters()),
         "gradients": 4 * count,
-        "optimizer": state,
+        "optimizer": sum(map(moment_bytes, optimizers.parts)),
         "average": 4 * count if config.ema.decay else 0,
-        "activations": recipe.activation_bytes(len(parts[0]), cpu),
+        "activations": recipe.activation_bytes(len(parts[0]), device.type == "cpu"),
     }
     lines.append(f"memory     about {sum(memory.values()) / 2**30:.2f} GiB a process: "
                  + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()))
@@ -60,7 +57,31 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
                      f"{batch.pictures[i].float().mean() / 255:.2f}")
     if config.batch_size > 8:
         lines.append(f"  ... {config.batch_size - 8} more")
-    return lines
+    where = next(i for i, line in enumerate(lines) if line.startswith("memory"))
+    return lines[:where + 1] + duration(config, found, recipe, parts, device) + lines[where + 1:]
+
+
+def duration(config: Config, found: data.Collection, recipe, parts: list[range], device: torch.device) -> list[str]:
+    """How long a step and the run would take on this device, and how that is known."""
+    rates = cost.Rates(device)
+    try:
+        step = cost.of_a_step(config, found, recipe, parts, rates)
+    except (RuntimeError, NotImplementedError) as error:  # of operations that look at values, which are not there
+        return [f"time       cannot be estimated for these settings: {str(error).splitlines()[0]}"]
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    encoded = "a cache of all features" if config.cache.folder else "the pictures encoded at every step"
+    return [f"time       about {spoken(step.seconds)} a step on this {device.type}, {spoken(config.steps * step.seconds)} "
+            f"in all; not measured, but reckoned:",
+            f"           {step.flops / 1e12:,.3g} TFLOP a step and process, and what it reads and writes, at "
+            f"{rates.flops(dtype) / 1e12:,.2g} TFLOP/s and",
+            f"           {rates.bytes / 1e9:,.0f} GB/s that products and copies reach here now; with {encoded if recipe.encoders else 'no encoder'}, "
+            "without samples,", "           validation and what processes tell each other. A run says its own time left."]
+
+
+def spoken(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1)):
+        if seconds >= 1.5 * size or unit == "s":
+            return f"{seconds / size:.3g} {unit}"
 
 
 def on_meta(make):
