@@ -10,6 +10,7 @@ from torch import nn
 from ..models_impl import lora
 from .config import Adapter
 from .encoders import hide_broken_torchvision
+from .quantised import FewBits
 
 NAME = "default"  # of the one adapter, in peft's names
 
@@ -89,5 +90,7 @@ def tensors(net: nn.Module, names: lora.Names, format: str = "comfyui") -> dict[
 
 def shapes(net: nn.Module) -> dict[str, torch.Size]:
     """Of the network's own parameters, under its own names: what `lora.names` of a family reads."""
-    return {key.replace(".base_layer.", "."): value.shape for key, value in net.state_dict().items()
-            if ".lora_" not in key}
+    found = {key.replace(".base_layer.", "."): value.shape for key, value in net.state_dict().items()
+             if ".lora_" not in key}
+    few = {name.replace(".base_layer", ""): m for name, m in net.named_modules() if isinstance(m, FewBits)}
+    return found | {f"{name}.weight": torch.Size((m.out_features, m.in_features)) for name, m in few.items()}

@@ -248,6 +248,13 @@ class Ema:
 
 
 @dataclass(frozen=True)
+class Memory:
+    base: str = ""
+    """How the blocks of a network that stays as it is are kept, under an adapter or a ControlNet: empty, in the run's
+    precision; fp8, a byte a weight; nf4, half a byte, by bitsandbytes. They are made whole as they are used."""
+
+
+@dataclass(frozen=True)
 class Samples:
     every: int = 0
     """Steps between sample grids; 0 = none."""
@@ -285,6 +292,7 @@ class Config:
     adapter: Adapter = Adapter()
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
+    memory: Memory = Memory()
     samples: Samples = Samples()
     validation: Validation = Validation()
 
@@ -431,6 +439,9 @@ def parse(raw: dict, words=(), origin="the settings", check: bool = True) -> Con
             for section, plain in (("vae", Vae()), ("adapter", Adapter())):  # that not every recipe reads
                 if section not in find(name).sections and getattr(config, section) != plain:
                     problems.append(f"[{section}] is not read by recipe.name={name!r}: take it out.")
+            from .quantised import problems as of_memory
+
+            problems += of_memory(config, find(name).sections)
         if kinds and not any(p.startswith("model.") for p in problems):
             problems += find(name).problems(config)
     if problems:

@@ -1,6 +1,6 @@
-"""How long a step takes, said before there are weights. A step of the recipe itself runs on tensors without memory; every
-operation takes as long as its products or its reading and writing would on this device, whichever is more (roofline).
-Of blocks that are alike one is looked at.
+"""How long a step takes, said before there are weights. A step of the recipe itself runs on tensors without memory;
+every operation takes as long as its products or its reading and writing would on this device, whichever is more
+(roofline). Of blocks that are alike one is looked at.
 """
 from __future__ import annotations
 

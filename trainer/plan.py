@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import build, cost, data
+from . import build, cost, data, quantised
 from .config import Config
 from .optim import Optimizers, moment_bytes
 
@@ -19,7 +19,7 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
     count = sum(p.numel() for _, p in learns)
     lines = [f"run        {config.folder} ({config.recipe.name}, {config.precision}, seed {config.seed})",
              f"data       {data.summary(found)}",
-             f"parameters {count:,} learn, {sum(p.numel() for p in recipe.parameters()) - count:,} frozen"]
+             f"parameters {count:,} learn, {quantised.size(recipe) - count:,} frozen"]
     parents: dict[str, int] = {}
     for name, p in learns:
         parents[name.split(".")[0]] = parents.get(name.split(".")[0], 0) + p.numel()
@@ -69,13 +69,15 @@ def duration(config: Config, found: data.Collection, recipe, parts: list[range],
     except (RuntimeError, NotImplementedError) as error:  # of operations that look at values, which are not there
         return [f"time       cannot be estimated for these settings: {str(error).splitlines()[0]}"]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    encoded = "a cache of all features" if config.cache.folder else "the pictures encoded at every step"
-    return [f"time       about {spoken(step.seconds)} a step on this {device.type}, {spoken(config.steps * step.seconds)} "
-            f"in all; not measured, but reckoned:",
-            f"           {step.flops / 1e12:,.3g} TFLOP a step and process, and what it reads and writes, at "
-            f"{rates.flops(dtype) / 1e12:,.2g} TFLOP/s and",
-            f"           {rates.bytes / 1e9:,.0f} GB/s that products and copies reach here now; with {encoded if recipe.encoders else 'no encoder'}, "
-            "without samples,", "           validation and what processes tell each other. A run says its own time left."]
+    encoded = "no encoder of pictures" if not recipe.encoders else "all features cached" if config.cache.folder \
+        else "pictures encoded at every step"
+    rest = " " * 11
+    return [f"time       about {spoken(step.seconds)} a step, {spoken(config.steps * step.seconds)} in all on this "
+            f"{device.type}: not measured, but reckoned",
+            f"{rest}from {step.flops / 1e12:,.3g} TFLOP a step and process, and what it reads and writes, at",
+            f"{rest}{rates.flops(dtype) / 1e12:,.2g} TFLOP/s and {rates.bytes / 1e9:,.0f} GB/s that a product and a "
+            "copy reach here now;",
+            f"{rest}{encoded}; without samples, validation and what processes tell each other"]
 
 
 def spoken(seconds: float) -> str:

@@ -17,7 +17,7 @@ from ..models_impl.ultrapixel.guidance import Guide
 from ..models_impl.ultrapixel.model import StageC
 from ..models_impl.ultrapixel.stage_a import StageA
 from ..models_impl.ultrapixel.stage_b import StageB
-from . import buckets, encoders, plan
+from . import buckets, encoders, plan, quantised
 from .cache import Store, fingerprint
 from .config import Config, nearest
 from .noise import batch_noise, generator, spread
@@ -102,7 +102,7 @@ def base(config: Config, reopened: bool = False) -> StageC | None:
         return None
     net = loaded(StageC, config.model.stage_c, checkpoint.read_stage_c, dtype_of(config))
     net.gradient_checkpointing = config.checkpoint_activations
-    return net
+    return quantised.frozen(net, config)
 
 
 def guide_of(config: Config) -> Guide | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...models_impl import state_dict
 from ...models_impl.pixart import checkpoint, controlnet
-from .. import pixart
+from .. import pixart, quantised
 from ..config import Config
 from ..pictures import decode, plan, tensor
 
@@ -41,7 +41,7 @@ class Settings:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, pixart.Model, ("vae",)
+    Settings, Model, sections = Settings, pixart.Model, ("vae", "memory.base")
     described, buckets, compile_blocks = pixart.described, pixart.bucket_lines, pixart.compile_blocks
     network = pixart.network
 
@@ -53,7 +53,7 @@ class Recipe(nn.Module):
         if file := self.settings.control_from:
             _, _, tensors = checkpoint.read_controlnet(*state_dict.read_file(file), config=base.config.as_dict())
             state_dict.load_into(self.control, tensors, f"the ControlNet of recipe.blocks={self.settings.blocks}")
-        self.net = pixart.frozen(base, config)
+        self.net = quantised.frozen(pixart.frozen(base, config), config)
         self.net.gradient_checkpointing = config.checkpoint_activations
         self.encoders = self.make_encoders(config)
         vae, self.hint = self.encoders

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, data, pixart
+from .. import adapters, data, pixart, quantised
 from ..config import Config
 
 
@@ -32,7 +32,7 @@ class Settings:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, pixart.Model, ("vae", "adapter")
+    Settings, Model, sections = Settings, pixart.Model, ("vae", "adapter", "memory.base")
     groups, described, buckets = pixart.groups, pixart.described, pixart.bucket_lines
     compile_blocks, activation_bytes = pixart.compile_blocks, pixart.activations
     sample, network = pixart.sample, pixart.network
@@ -42,7 +42,7 @@ class Recipe(nn.Module):
         self.settings, self.config, self.text = config.recipe, config, text
         if self.settings.lora:
             base = pixart.frozen(pixart.opened(config, text), config)
-            self.net = adapters.attach(base, config.adapter, pixart.TARGETS)
+            self.net = quantised.frozen(adapters.attach(base, config.adapter, pixart.TARGETS), config)
         else:
             self.net = pixart.opened(config, text, network)
         self.net.gradient_checkpointing = config.checkpoint_activations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models_impl.pixart import sampling
-from .. import adapters, pixart
+from .. import adapters, pixart, quantised
 from ..config import Config
 from ..noise import VALIDATION, batch_noise, generator, spread
 
@@ -35,7 +35,7 @@ class Settings:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, pixart.Model, ("vae", "adapter")
+    Settings, Model, sections = Settings, pixart.Model, ("vae", "adapter", "memory.base")
     groups, buckets, compile_blocks = pixart.groups, pixart.bucket_lines, pixart.compile_blocks
     activation_bytes, network = pixart.activations, pixart.network
 
@@ -45,7 +45,7 @@ class Recipe(nn.Module):
         self.average = None  # the loop's, of which the target is made
         if self.settings.lora:
             base = pixart.frozen(pixart.opened(config, text), config)
-            self.net = adapters.attach(base, config.adapter, pixart.TARGETS)
+            self.net = quantised.frozen(adapters.attach(base, config.adapter, pixart.TARGETS), config)
         else:
             self.net = pixart.opened(config, text, network)
             # A run that is opened again only draws. In a list: no part of what is trained, saved or averaged.

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .. import adapters, pixart
+from .. import adapters, pixart, quantised
 from ..config import Config
 
 
@@ -25,7 +25,7 @@ class Settings:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, pixart.Model, ("vae", "adapter")
+    Settings, Model, sections = Settings, pixart.Model, ("vae", "adapter", "memory.base")
     groups, described, buckets = pixart.groups, pixart.described, pixart.bucket_lines
     compile_blocks, activation_bytes = pixart.compile_blocks, pixart.activations
     sample, network = pixart.sample, pixart.network
@@ -34,7 +34,7 @@ class Recipe(nn.Module):
         super().__init__()
         self.settings, self.config, self.text = config.recipe, config, text
         base = pixart.frozen(pixart.opened(config, text), config)
-        self.net = adapters.attach(base, config.adapter, pixart.TARGETS)
+        self.net = quantised.frozen(adapters.attach(base, config.adapter, pixart.TARGETS), config)
         self.net.gradient_checkpointing = config.checkpoint_activations
         self.encoders = self.make_encoders(config)
         self.denoising = pixart.Denoising(config, self.net, text, *self.encoders)

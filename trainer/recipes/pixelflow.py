@@ -17,7 +17,7 @@ from ...models_impl.attention import SHORT, packed_attention
 from ...models_impl.pixelflow import checkpoint, sampling
 from ...models_impl.pixelflow.config import PRESETS, PixelFlowConfig
 from ...models_impl.pixelflow.model import PixelFlow
-from .. import adapters, buckets, encoders, plan
+from .. import adapters, buckets, encoders, plan, quantised
 from ..config import Adapter, Config, nearest
 from ..data import Batch
 from ..noise import generator, picture_noise, spread
@@ -73,11 +73,11 @@ class Recipe(nn.Module):
                 tensors = {**tensors, **prefixed(self.diffusion, "class_embedder.")}  # other classes: a new table
             state_dict.load_into(self.diffusion, tensors, f"the network of [model] ({config.init_from})")
         if self.settings.lora:
-            self.diffusion = adapters.attach(self.diffusion, config.adapter, TARGETS)
+            self.diffusion = quantised.frozen(adapters.attach(self.diffusion, config.adapter, TARGETS), config)
         self.bf16 = config.precision == "bf16"
         self.batch_size = config.batch_size
 
-    sections, encoders = ("adapter",), ()
+    sections, encoders = ("adapter", "memory.base"), ()
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:

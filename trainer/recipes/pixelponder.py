@@ -21,7 +21,7 @@ from ...models_impl.pixelponder.config import TYPES, PixelPonderConfig, Selector
 from ...models_impl.pixelponder.model import Control, PixelPonder
 from ...models_impl.pixelponder.patch_select import Accumulate, Released
 from ...models_impl.pixelponder.sampling import GUIDANCE
-from .. import flux, pictures
+from .. import flux, pictures, quantised
 from ..config import Config
 from ..pixelponder import ANNOTATORS, Hints, chosen, seen
 
@@ -91,7 +91,7 @@ def start(config: Config) -> tuple[PixelPonderConfig, dict[str, Tensor], dict[st
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, Model, ("vae",)
+    Settings, Model, sections = Settings, Model, ("vae", "memory.base")
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         """network: what `network()` said of a run that is opened again; without it, [model] and files say it."""
@@ -114,7 +114,7 @@ class Recipe(nn.Module):
 
     def load_base(self):
         c = self.config
-        self.base = flux.frozen(c.recipe.base, c.precision == "bf16", c.checkpoint_activations)
+        self.base = quantised.frozen(flux.frozen(c.recipe.base, c.precision == "bf16", c.checkpoint_activations), c)
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:

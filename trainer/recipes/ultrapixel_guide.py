@@ -59,7 +59,7 @@ def shape_of(config: Config, stage_c) -> GuideConfig:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, ultrapixel.Model, ("vae",)
+    Settings, Model, sections = Settings, ultrapixel.Model, ("vae", "memory.base")
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""

@@ -81,7 +81,7 @@ def start(config: Config, shape: StageCConfig) -> lora.Personalisation:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, ultrapixel.Model, ("vae",)
+    Settings, Model, sections = Settings, ultrapixel.Model, ("vae", "memory.base")
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""

@@ -1,0 +1,128 @@
+"""What saves memory leaves what is learned as it was: frozen blocks in few bits."""
+from importlib.util import find_spec
+
+import pytest
+import tiny_pixart
+import tiny_ponder
+import tiny_run
+import torch
+from pixstack.models_impl import lora, state_dict
+from pixstack.models_impl.pixart.lora import names
+from pixstack.trainer import cli, plan, quantised
+from pixstack.trainer.export import open_run
+from pixstack.trainer.run import module_tensors
+from tiny_pixart import recipe_of
+from torch import nn
+
+FP8 = pytest.param("fp8")
+NF4 = pytest.param("nf4", marks=pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes"))
+KINDS = [FP8, NF4]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return tiny_pixart.parts(tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny_run.pictures(tmp_path_factory.mktemp("data") / "set", size=64)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    file = tmp_path_factory.mktemp("base") / "base.safetensors"
+    tiny_pixart.released(file)
+    return file
+
+
+@pytest.fixture
+def made(path, parts, base, tmp_path):
+    def settings(*words, recipe="pixart_lora", **more):
+        return tiny_pixart.settings(path, tmp_path / "run", parts, f"init_from={base}", *words, recipe=recipe,
+                                    **{"model": {}, **more})
+    return settings
+
+
+@pytest.mark.parametrize("kind, far, bytes", [(*FP8.values, 0.03, 96 * 64 + 4 * 96),
+                                              pytest.param("nf4", 0.12, 96 * 32 + 4 * 96 + 64, marks=NF4.marks)])
+def test_a_layer_in_few_bits_says_nearly_the_same_and_lets_its_gradient_through(kind, far, bytes):
+    torch.manual_seed(0)
+    whole = nn.Linear(64, 96).requires_grad_(False)
+    few = quantised.FewBits(whole, kind)
+    assert sum(p.nbytes for n, p in few.named_parameters() if n != "bias") == bytes
+    kept, x = [], torch.randn(5, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = few(x)
+    assert kept == []  # no whole weight waits for the backward pass
+    assert (y - whole(x)).norm() / whole(x).norm() < far
+    grad = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], grad @ few.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert few(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_learns_on_blocks_in_few_bits_and_is_exported_as_ever(made, base, tmp_path, kind):
+    words = ("steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=60", "ema.decay=0.0")
+    recipe, _ = tiny_run.train(made(*words, f"memory.base={kind}"))
+    assert sum(isinstance(m, quantised.FewBits) for m in recipe.modules()) == 7 * 2  # of each block
+    losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
+    assert all("lora_" in name or "y_embedding" in name for name in module_tensors(recipe))
+    plain, _ = recipe_of(made())
+    tensors, metadata = recipe.files()["loras/{name}.safetensors"]
+    expected = plain.files()["loras/{name}.safetensors"][0]
+    assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in expected.items()}
+    weights = state_dict.read_file(base)[0]
+    assert not lora.read(tensors, names({k: v.shape for k, v in weights.items()}), metadata).unmatched
+    again, _, _ = open_run(tmp_path / "run")
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([3.0]), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        assert torch.equal(again.net(x, t, context), recipe.net.eval()(x, t, context))
+
+
+def test_dora_learns_on_blocks_in_few_bits(made):
+    recipe, batches = recipe_of(made("memory.base=fp8", "adapter.dora=true"))
+    recipe(batches(0, range(6))).mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in recipe.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dry_run_counts_what_few_bits_take(made, tmp_path, capsys, kind):
+    said, weights = [], []
+    for number, words in enumerate(((), (f"memory.base={kind}",))):
+        (tmp_path / str(number)).mkdir()
+        cli.main(["train", str(tiny_pixart.toml(tmp_path / str(number), made(*words))), "--dry-run"])
+        said.append(capsys.readouterr().out)
+        planned = plan.on_meta(lambda words=words: recipe_of(made(*words))[0])
+        weights.append(sum(p.nbytes for p in planned.parameters() if not p.requires_grad))
+    lines = [[line for line in one.splitlines() if line.startswith(word)][0] for one in said
+             for word in ("parameters",)]
+    assert lines[0] == lines[1] and weights[1] < 0.6 * weights[0]
+    assert "time       about" in said[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_a_controlnet_through_blocks_in_few_bits(tmp_path, kind):
+    pictures, parts = tiny_ponder.pictures(tmp_path / "set"), tiny_ponder.parts(tmp_path)
+    found = {}
+    for base in ("", kind):
+        recipe, batches = recipe_of(tiny_ponder.settings(pictures, tmp_path / "run", parts, f"memory.base={base}"))
+        recipe(batches(0, range(6))).mean().backward()
+        found[base] = torch.cat([p.grad.flatten() for p in recipe.net.parameters() if p.grad is not None])
+    assert any(isinstance(m, quantised.FewBits) for m in recipe.base.modules())
+    assert not any(isinstance(m, quantised.FewBits) for m in recipe.net.modules())
+    assert torch.cosine_similarity(found[""], found[kind], dim=0) > 0.9
+
+
+@pytest.mark.parametrize("words, part", [
+    (("recipe.name=pixart", "memory.base=fp8"), "memory.base='fp8': recipe.name='pixart' trains all weights"),
+    (("recipe.name=pixart_dreambooth", "recipe.lora=false", "memory.base=fp8"), "recipe.lora=true"),
+    (("memory.base=fp4",), "memory.base='fp4' is none of fp8, nf4; did you mean"),
+    (("memory.bse=fp8",), "memory.bse is not a setting; did you mean base"),
+])
+def test_few_bits_that_cannot_work_are_refused(made, words, part):
+    with pytest.raises(ValueError) as caught:
+        made(*words)
+    assert part in str(caught.value)
