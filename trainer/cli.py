@@ -160,7 +160,7 @@ def train(args):
     import torch
     from accelerate import Accelerator
 
-    from . import build, cache, data, encoders, loop
+    from . import build, cache, data, encoders, loop, swap
     from .run import Run
 
     if config.threads:
@@ -181,7 +181,8 @@ def train(args):
     run = Run(config, accelerator, found.held_out)
     with accelerator.main_process_first():  # it clears the folder and makes the tokenizer that the others read
         run.open()
-        recipe = build.recipe(config, found, run.folder).to(accelerator.device)
+        recipe = build.recipe(config, found, run.folder)
+        swap.place(recipe, config, accelerator.device)
     if isinstance(recipe.text, encoders.FROZEN):
         captions = [c for i in found.train + found.held_out for c in i.texts]
         with accelerator.main_process_first():

@@ -200,6 +200,12 @@ class Cache:
 
 @dataclass(frozen=True)
 class Adapter:
+    kind: str = "lora"
+    """lora; loha: the product, place by place, of two of them (arXiv 2108.06098); lokr: a Kronecker product (LyCORIS,
+    arXiv 2309.14859), small files of high rank."""
+    factor: int = -1
+    """Of lokr: the side of the small one of its two matrices, or what comes nearest to it; -1 = about the root of the
+    layer's."""
     rank: int = 16
     alpha: float = 0.0
     """The change counts alpha / rank times; 0 = the rank, so once. peft's own scripts for PixArt mean 8 by silence."""
@@ -252,6 +258,18 @@ class Memory:
     base: str = ""
     """How the blocks of a network that stays as it is are kept, under an adapter or a ControlNet: empty, in the run's
     precision; fp8, a byte a weight; nf4, half a byte, by bitsandbytes. They are made whole as they are used."""
+    swap_blocks: int = 0
+    """So many of those blocks are kept in host memory and copied to the device around their forward and backward
+    passes, one ahead; needs checkpoint_activations."""
+
+
+@dataclass(frozen=True)
+class Log:
+    wandb: str = ""
+    """Tell Weights & Biases too what tensorboard is told: online, or offline, into RUN/wandb, which `wandb sync` sends
+    later. A run that goes on goes on there. Empty: do not."""
+    project: str = "pixstack"
+    """Of Weights & Biases; the run has the name of this one."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +311,7 @@ class Config:
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
     memory: Memory = Memory()
+    log: Log = Log()
     samples: Samples = Samples()
     validation: Validation = Validation()
 
@@ -336,11 +355,14 @@ class Config:
                 found.append(sentence)
 
         def one_of(name, value, *choices):
-            need(value in choices, f"{name}={value!r} is none of {', '.join(choices)}{nearest(value, choices)}.")
+            need(value in choices, f"{name}={value!r} is none of {', '.join(filter(None, choices))}"
+                                   f"{nearest(value, choices)}.")
 
         one_of("optimizer.name", self.optimizer.name, "adamw", "adamw8bit", "muon", "came")
         need(self.optimizer.name != "adamw8bit" or find_spec("bitsandbytes"),
              "optimizer.name='adamw8bit' needs bitsandbytes: pip install bitsandbytes, or use adamw or came.")
+        one_of("log.wandb", self.log.wandb, "", "offline", "online")
+        need(not self.log.wandb or find_spec("wandb"), f"log.wandb={self.log.wandb!r} needs wandb: pip install wandb.")
         one_of("optimizer.scale_rate", self.optimizer.scale_rate, "none", "sqrt", "linear")
         one_of("text.precision", self.text.precision, "fp32", "bf16")
         one_of("vae.precision", self.vae.precision, "fp32", "bf16")
@@ -439,9 +461,9 @@ def parse(raw: dict, words=(), origin="the settings", check: bool = True) -> Con
             for section, plain in (("vae", Vae()), ("adapter", Adapter())):  # that not every recipe reads
                 if section not in find(name).sections and getattr(config, section) != plain:
                     problems.append(f"[{section}] is not read by recipe.name={name!r}: take it out.")
-            from .quantised import problems as of_memory
+            from . import quantised, swap
 
-            problems += of_memory(config, find(name).sections)
+            problems += quantised.problems(config, find(name).sections) + swap.problems(config, find(name).sections)
         if kinds and not any(p.startswith("model.") for p in problems):
             problems += find(name).problems(config)
     if problems:

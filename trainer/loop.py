@@ -14,7 +14,7 @@ def train(recipe, batches, config: Config, run, accelerator):
     optimizer = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
     ema = recipe.average = Ema(recipe, config.ema.decay, config.ema.warm_up)  # LCM's target is made of it
     step = run.restore(recipe, ema, optimizer)
-    model = accelerator.prepare(recipe)
+    model = accelerator.prepare(recipe, device_placement=[not config.memory.swap_blocks])  # `swap` has placed those
     parts = parts_of(config, accelerator.process_index, accelerator.num_processes)
 
     while step < config.steps and not run.asked_to_stop():

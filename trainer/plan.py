@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import build, cost, data, quantised
+from . import build, cost, data, quantised, swap
 from .config import Config
 from .optim import Optimizers, moment_bytes
 
@@ -38,15 +38,18 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
         lines.append("sizes      " + ", ".join(f"{w}x{h}: {len(some):,}" for (h, w), some in batches.buckets.items()))
     lines += [("buckets    " if i == 0 else "           ") + line for i, line in enumerate(recipe.buckets(0))]
 
+    swapped = swap.spared(recipe, config)
     memory = {
-        "weights": sum(p.nbytes for net in (recipe, *getattr(recipe, "teacher", ())) for p in net.parameters()),
+        "weights": sum(p.nbytes for net in (recipe, *getattr(recipe, "teacher", ())) for p in net.parameters())
+        - swapped,
         "gradients": 4 * count,
         "optimizer": sum(map(moment_bytes, optimizers.parts)),
         "average": 4 * count if config.ema.decay else 0,
         "activations": recipe.activation_bytes(len(parts[0]), device.type == "cpu"),
     }
     lines.append(f"memory     about {sum(memory.values()) / 2**30:.2f} GiB a process: "
-                 + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()))
+                 + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+                 + (f"; {swapped / 2**30:.2f} more in host memory" if swapped else ""))
     lines.append("first batch")
     need = build.need(config)
     batch = batches(0, range(min(8, config.batch_size)))

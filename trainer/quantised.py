@@ -63,19 +63,19 @@ class FewBits(nn.Module):
         self.packed, self.scale, self.table = (
             t if t is None else nn.Parameter(t, requires_grad=False) for t in (packed, scale, table))
 
-    def whole(self, dtype: torch.dtype) -> Tensor:
+    def whole(self, dtype: torch.dtype, packed: Tensor, scale: Tensor, table: Tensor | None) -> Tensor:
         """(out, in)"""
         if self.kind == "fp8":
-            return (self.packed.to(self.scale.dtype) * self.scale).to(dtype)
+            return (packed.to(scale.dtype) * scale).to(dtype)
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = QuantState(absmax=self.scale, shape=torch.Size((self.out_features, self.in_features)), dtype=dtype,
-                           blocksize=BLOCK, code=self.table, quant_type="nf4")
-        return dequantize_4bit(self.packed, state)
+        state = QuantState(absmax=scale, shape=torch.Size((self.out_features, self.in_features)), dtype=dtype,
+                           blocksize=BLOCK, code=table, quant_type="nf4")
+        return dequantize_4bit(packed, state)
 
     @property
     def weight(self) -> Tensor:
-        return self.whole(self.dtype)
+        return self.whole(self.dtype, self.packed, self.scale, self.table)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -85,12 +85,14 @@ class FewBits(nn.Module):
 class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: FewBits) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, layer.whole(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+        # Detached, for the layer's own may be elsewhere by then (`swap`).
+        ctx.layer, kept = layer, [None if t is None else t.detach() for t in (layer.packed, layer.scale, layer.table)]
+        ctx.save_for_backward(*kept)
+        return F.linear(x, layer.whole(x.dtype, *kept), None if layer.bias is None else layer.bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad @ ctx.layer.whole(grad.dtype), None
+        return grad @ ctx.layer.whole(grad.dtype, *ctx.saved_tensors), None
 
 
 def pack8(weight: Tensor) -> tuple[Tensor, Tensor, None]:

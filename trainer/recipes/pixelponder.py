@@ -287,7 +287,7 @@ class Recipe(nn.Module):
         recipe.hints, where they are for as many prompts. cfg: see `flux.Flow.sample`; shift is not read."""
         if self.base is None:
             self.load_base()
-        self.base.to(self.device)
+            self.base.to(self.device)
         hints = [(kind, seen(conditions[kind].to(self.device))) for kind in self.kinds if kind in (conditions or {})]
         if not hints and len(self.settings.hints) == len(what):
             hints = self.named_hints(height, width)
