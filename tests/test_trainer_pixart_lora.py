@@ -61,13 +61,18 @@ def test_it_begins_as_the_base_was(made, base):
             assert torch.equal(ours, recipe.net(x, t, context))
 
 
-@pytest.mark.parametrize("words", [(), ("adapter.dora=true",), ("adapter.rslora=true", "adapter.alpha=3")],
-                         ids=["lora", "dora", "rslora"])
+@pytest.mark.parametrize("words", [
+    (), ("adapter.dora=true",), ("adapter.rslora=true", "adapter.alpha=3"), ("adapter.kind=loha", "adapter.alpha=3"),
+    ("adapter.kind=lokr", "adapter.alpha=3"), ("adapter.kind=lokr", "adapter.factor=3", "adapter.alpha=3"),
+    ("adapter.kind=lokr", "adapter.rank=64", "adapter.alpha=3"),
+], ids=["lora", "dora", "rslora", "loha", "lokr", "lokr-factor", "lokr-whole"])
 def test_what_is_exported_makes_of_the_base_what_the_trainer_had(made, base, words):
     recipe, _ = recipe_of(made("adapter.rank=4", *words))
     for name, p in recipe.net.named_parameters():
         if "magnitude" in name:
             p.data *= 1.2
+        if "lokr_" in name or "hada_" in name:
+            p.data *= 4
     tensors, metadata = recipe.files()["loras/{name}.safetensors"]
     weights = state_dict.read_file(base)[0]
     found = lora.read(tensors, names({k: v.shape for k, v in weights.items()}), metadata)
@@ -87,13 +92,20 @@ def test_what_is_exported_makes_of_the_base_what_the_trainer_had(made, base, wor
 
 @pytest.fixture(scope="module")
 def trained(path, parts, base, tmp_path_factory):
-    """A run whose LoRA has learned enough to show."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    settings = tiny_pixart.settings(path, folder, parts, f"init_from={base}", "steps=8", "save_every=8",
-                                    "optimizer.rate=3e-2", "optimizer.warm_up=0", "ema.decay=0.0", "adapter.rank=4",
-                                    "adapter.alpha=2", recipe="pixart_lora", model={})
-    tiny_run.train(settings)
-    return folder
+    """Of a kind of adapter, a run whose change has learned enough to show."""
+    made = {}
+
+    def of(kind):
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("trained") / "run"
+            settings = tiny_pixart.settings(path, made[kind], parts, f"init_from={base}", "steps=8", "save_every=8",
+                                            "optimizer.rate=3e-2", "optimizer.warm_up=0", "ema.decay=0.0",
+                                            "adapter.rank=4", "adapter.alpha=2", f"adapter.kind={kind}",
+                                            recipe="pixart_lora", model={})
+            tiny_run.train(settings)
+        return made[kind]
+
+    return of
 
 
 def predicted(model):
@@ -115,9 +127,12 @@ def trainers(recipe):
         return recipe.net(x, torch.tensor([321.0]), context)[:, :4]
 
 
-@pytest.mark.parametrize("loader, to", [("ours", ""), ("ours", "kohya"), ("ours", "diffusers"), ("core", "")])
-def test_comfyui_applies_an_export_at_the_scale_it_was_trained_with(trained, base, host, tmp_path, loader, to):
-    models = Path(host.models)
+@pytest.mark.parametrize("kind, loader, to", [
+    ("lora", "ours", ""), ("lora", "ours", "kohya"), ("lora", "ours", "diffusers"), ("lora", "core", ""),
+    ("loha", "ours", ""), ("loha", "core", ""), ("lokr", "ours", ""), ("lokr", "core", ""), ("lokr", "core", "kohya"),
+])
+def test_comfyui_applies_an_export_at_the_scale_it_was_trained_with(trained, base, host, tmp_path, kind, loader, to):
+    models, trained = Path(host.models), trained(kind)
     (file,) = export.export(trained, models, "tiny_trained", dtype="fp32")
     if to:
         cli.main(["convert", str(file), str(models / "loras/tiny_converted.safetensors"), "--to", to, "--overwrite",
@@ -149,6 +164,9 @@ def test_a_lora_trains_on_a_base_in_half_precision(made):
 
 @pytest.mark.parametrize("words, part", [
     (("adapter.rank=0",), "adapter.rank=0 must be at least 1"),
+    (("adapter.kind=lokr", "adapter.dora=true"), "adapter.dora=true is for adapter.kind='lora'"),
+    (("adapter.kind=loca",), "adapter.kind='loca' is none of lora, loha, lokr; did you mean"),
+    (("adapter.factor=4",), "is for adapter.kind='lokr'"),
     (("adapter.rnk=4",), "adapter.rnk is not a setting; did you mean rank"),
     (("init_from=",), "init_from is empty"),
     (("recipe.name=pixart", "adapter.rank=4"), "[adapter] is not read by recipe.name='pixart'"),
