@@ -122,4 +122,5 @@ def test_a_recipe_file_that_is_not_there_names_those_that_are():
 
 def test_a_package_that_is_missing_is_named(path, tmp_path, monkeypatch):
     monkeypatch.setattr(config, "find_spec", lambda name: None)
-    assert "pip install bitsandbytes" in refusal(path, tmp_path, "optimizer.name=adamw8bit")
+    said = refusal(path, tmp_path, "optimizer.name=adamw8bit", "log.wandb=offline")
+    assert "pip install bitsandbytes" in said and "pip install wandb" in said

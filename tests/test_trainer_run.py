@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+from importlib.util import find_spec
 
 import pytest
 import tiny_run
@@ -204,3 +205,22 @@ def test_moments_in_8_bits_take_a_quarter_and_learn_like_the_whole_ones(path, tm
         losses.append(log(tmp_path / name)[-1]["loss"])
     assert large and sizes[0] == 4 * sizes[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.skipif(not find_spec("wandb"), reason="needs wandb")
+def test_a_resumed_run_goes_on_in_weights_and_biases(path, tmp_path, monkeypatch):
+    import wandb
+
+    logged = []
+    log = wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda self, values, step: (logged.append((step, self.id, *values)),
+                                                                      log(self, values, step=step)))
+    settings = tiny_run.settings(path, tmp_path / "run", "log.wandb=offline", "samples.every=3",
+                                 samples={"prompts": ["red card"], "steps": 1})
+    tiny_run.train(settings, interrupt)
+    tiny_run.train(settings)
+    assert [(step, what[0]) for step, _, *what in logged] == [
+        (1, "loss"), (2, "loss"), (3, "loss"), (3, "samples"), (4, "loss"), (5, "loss"), (6, "loss"), (6, "samples")]
+    assert len({name for _, name, *_ in logged}) == 1
+    runs = [p.name for p in (tmp_path / "run/wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and all(name.endswith(logged[0][1]) for name in runs)

@@ -1,6 +1,6 @@
 """The run folder: settings, log, sample grids, and checkpoints that are whole or absent.
 
-    config.json  tokenizer.json  log.jsonl  tensorboard/  samples/<step>.png
+    config.json  tokenizer.json  log.jsonl  tensorboard/  wandb/  samples/<step>.png
     checkpoints/<step>/{model,ema,optimizer}.safetensors, state.json
 """
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 from functools import cached_property
 from pathlib import Path
 
@@ -27,9 +28,9 @@ from .config import Config, as_dict, differences, parse
 from .pictures import Pictures
 
 MAY_CHANGE = {"name", "out", "resume", "init_from", "device", "threads", "compile", "checkpoint_activations",
-              "micro_batch_size", "save_every", "keep", "log_every", "samples", "validation",
+              "micro_batch_size", "save_every", "keep", "log_every", "log", "samples", "validation",
               "data.path", "data.held_out_path", "data.prior_path", "data.cache", "data.workers", "text.cache",
-              "text.tokenizer", "cache", "model.previewer", "model.stage_a", "model.stage_b"}
+              "text.tokenizer", "cache", "memory.swap_blocks", "model.previewer", "model.stage_a", "model.stage_b"}
 """Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
 
 
@@ -39,7 +40,7 @@ class Run:
         self.config, self.accelerator, self.folder = config, accelerator, config.folder
         self.main = accelerator.is_main_process
         self.items, self.load = list(held_out)[: config.validation.items], Pictures
-        self.stop, self.saved_at, self.writer, self.bar = False, None, None, None
+        self.stop, self.saved_at, self.writer, self.bar, self.wandb = False, None, None, None, None
         self.losses, self.clock = [], None
 
     @cached_property
@@ -96,9 +97,24 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        if self.config.log.wandb:
+            self.wandb = self.start_wandb()
         self.bar = tqdm(total=self.config.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
                         mininterval=0.1 if sys.stderr.isatty() else 60)  # a log file needs no line a step
         self.clock = (time.perf_counter(), step)
+
+    def start_wandb(self):
+        """The run of Weights & Biases, known by a name that stays in the folder. Of steps that are done again, because
+        they came after the last checkpoint, the first account stays there; it is the same."""
+        import wandb
+
+        name = self.folder / "wandb" / "id"
+        if not name.exists():
+            name.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(name, uuid.uuid4().hex[:12])
+        return wandb.init(project=self.config.log.project, name=self.config.name, id=name.read_text(), resume="allow",
+                          dir=str(self.folder), mode=self.config.log.wandb, config=as_dict(self.config),
+                          settings=wandb.Settings(silent=True))
 
     def listen(self):
         """Ctrl-C and SIGTERM end the run after the step in work, in every process; a later second Ctrl-C at once."""
@@ -145,6 +161,8 @@ class Run:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.writer.add_scalar(name.replace("validation_", "validation/"), value, step)
+        if self.wandb:
+            self.wandb.log({name.replace("validation_", "validation/"): v for name, v in values.items()}, step=step)
 
     def after(self, step: int, recipe, ema, optimizer):
         """What is due after this step: validation, samples, a checkpoint. The clock of images/s stands still."""
@@ -168,6 +186,10 @@ class Run:
         (self.folder / "samples").mkdir(exist_ok=True)
         sheet(pictures).save(self.folder / "samples" / f"{step:08d}.png")
         self.writer.add_images("samples", (pictures + 1) / 2, step)
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Image(sheet(pictures))}, step=step)
 
     def save(self, step: int, recipe, ema, optimizer):
         if self.main:
@@ -197,6 +219,8 @@ class Run:
         if self.main:
             self.bar.close()
             self.writer.close()
+            if self.wandb:
+                self.wandb.finish()
 
 
 def checkpoints(folder: Path) -> list[Path]:
