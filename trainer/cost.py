@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from . import data, encoders
 from .config import Config
+from .optim import is_matrix
 from .pictures import Picture
 from .pixelponder import Hints
 
@@ -227,8 +228,8 @@ def of_the_optimizer(recipe: nn.Module, config: Config, rates: Rates) -> Cost:
         for name, p in group["params"]:
             numbers = 9 + 3 * bool(config.ema.decay)  # weight, gradient, two moments: read and written, and the norm
             found.add(0, p.numel() * 4 * numbers / rates.bytes + 12 * rates.call)
-            if config.optimizer.name == "muon" and p.ndim == 2 and name in group["matrices"]:
-                small, large = sorted(p.shape)
+            if config.optimizer.name == "muon" and name in group["matrices"] and is_matrix(p):
+                small, large = sorted(p.flatten(1).shape)
                 flops = 5 * (4 * small**2 * large + 2 * small**3)  # five rounds of Newton and Schulz
                 found.add(flops, flops / rates.flops(torch.bfloat16))
     return found

@@ -90,7 +90,7 @@ def _inverse_root(state: dict, name: str, value: torch.Tensor, beta: float, fact
     return (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
 
 
-def _is_matrix(p: torch.Tensor) -> bool:
+def is_matrix(p: torch.Tensor) -> bool:
     """Or the kernel of a convolution, but not of a depthwise one, whose channels know nothing of each other."""
     return p.ndim == 2 or (p.ndim == 4 and p.shape[1] > 1)
 
@@ -137,7 +137,7 @@ class Optimizers:
         adamw, muon, self.clipped = [], [], {}
         for group in groups:
             self.clipped.setdefault(group.get("clipped", ""), []).extend(p for _, p in group["params"])
-            hidden = [p for n, p in group["params"] if n in group["matrices"] and _is_matrix(p)]
+            hidden = [p for n, p in group["params"] if n in group["matrices"] and is_matrix(p)]
             hidden = hidden if settings.name == "muon" else []
             ids = {id(p) for p in hidden}
             rest = [p for _, p in group["params"] if id(p) not in ids]
