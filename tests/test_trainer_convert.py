@@ -1,6 +1,7 @@
 """python -m trainer convert: what it writes, and what it says."""
 import json
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -12,6 +13,7 @@ from pixstack.models_impl.pixart import lora as pixart_lora
 from pixstack.models_impl.pixart.config import PixArtConfig
 from pixstack.models_impl.pixart.controlnet import PixArtControlNet
 from pixstack.models_impl.pixart.model import PixArt
+from pixstack.models_impl.pixart.sampling import NoiseSchedule
 from pixstack.models_impl.pixelflow import checkpoint as pixelflow_checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
@@ -148,6 +150,24 @@ def test_a_diffusers_folder_is_a_source(tmp_path):
     convert(source, tmp_path / "pipe" / "transformer", "--to", "diffusers")
     convert(tmp_path / "pipe", tmp_path / "b.safetensors")
     assert "blocks.1.attn.qkv.weight" in read_file(tmp_path / "b.safetensors")[0]
+
+
+def test_the_noise_that_a_model_was_trained_on_goes_to_diffusers_and_comes_back(tmp_path):
+    needed(find_spec("diffusers") and "diffusers", "diffusers is not installed")
+    from diffusers import DPMSolverMultistepScheduler
+
+    config = replace(CONFIG, prediction="v", schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                     zero_terminal_snr=True, null_caption=False)
+    convert(stored(tmp_path / "a.safetensors", model_weights(config), checkpoint.metadata(config)), tmp_path / "made",
+            "--to", "diffusers")
+    theirs = DPMSolverMultistepScheduler.from_pretrained(tmp_path / "made")
+    assert theirs.config.prediction_type == "v_prediction" and theirs.config.rescale_betas_zero_snr
+    wanted = NoiseSchedule.of(config).alphas_cumprod[:-1].double()
+    torch.testing.assert_close(theirs.alphas_cumprod[:-1].double(), wanted, rtol=1e-3, atol=0)
+    (file,) = (tmp_path / "made").glob("*.safetensors")
+    read, _ = checkpoint.read(read_file(file)[0], {}, beside=checkpoint.beside(file))
+    names = ("prediction", "schedule", "beta_start", "beta_end", "zero_terminal_snr")
+    assert [getattr(read, name) for name in names] == [getattr(config, name) for name in names]
 
 
 def test_a_model_that_diffusers_cannot_have_is_refused(tmp_path):

@@ -26,6 +26,7 @@ KINDS = ("auto", "model", "controlnet", "lora")
 FORMATS = ("original", "diffusers", "comfyui", "kohya")
 IN_A_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors",
                "transformer/diffusion_pytorch_model.safetensors")
+WRITTEN = (IN_A_FOLDER[2], "config.json", "scheduler_config.json")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -50,8 +51,8 @@ class Result:
     metadata: dict[str, str]
     found: list[str]
     """What the source turned out to be, in sentences."""
-    diffusers_config: dict | None = None
-    """The config.json that diffusers wants beside the weights."""
+    beside: dict[str, dict] | None = None
+    """Files of JSON that diffusers wants beside the weights: name -> content."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def convert(
         made = converter.convert(Source(path, tensors, metadata, to, weights, dict(config or {}), base, alpha))
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
-    if not dest.suffix and made.diffusers_config is None:
+    if not dest.suffix and made.beside is None:
         raise ValueError(f"{dest} is a folder, which only a model in the diffusers format is written to. Name a "
                          ".safetensors file.")
     written = {key: _cast(value, dtype) for key, value in made.tensors.items()}
@@ -110,8 +111,8 @@ def convert(
     origin = {"format": "pt", "pixstack.converted": json.dumps({"from": path.name, "to": to})}
     state_dict.write_file(file, written, {**made.metadata, **origin})
     if not dest.suffix:
-        text = json.dumps(made.diffusers_config, indent=2)
-        (dest / "config.json").write_text(text + "\n", encoding="utf-8")
+        for name, content in made.beside.items():
+            (dest / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return [f"{path}: {converter.family} {kind}", *(f"  {line}" for line in made.found),
             f"{file}: {to} names, {_summary(written)}, {file.stat().st_size / 1e6:.1f} MB"]
 
@@ -129,7 +130,7 @@ def _file(source: Path) -> Path:
 def _check_dest(path: Path, dest: Path, to: str, overwrite: bool):
     if dest.suffix not in (".safetensors", "") or (not dest.suffix and to != "diffusers"):
         raise ValueError(f"{dest} must end in .safetensors: nothing else is written.")
-    there = [file for file in ([dest] if dest.suffix else [dest / n for n in (IN_A_FOLDER[2], "config.json")])
+    there = [file for file in ([dest] if dest.suffix else [dest / n for n in WRITTEN])
              if file.exists()]
     if any(path.exists() and file.samefile(path) for file in there):
         raise ValueError(f"{path} is the source itself. Name another file to write.")
@@ -176,7 +177,7 @@ def _pixart_model(source: Source) -> Result:
         found.append("left out: y_embedder.y_embedding, the null caption of training, which diffusers has no place for")
         config = replace(config, null_caption=False)
     return Result(pixart_checkpoint.to_diffusers(tensors), pixart_checkpoint.metadata(config), found,
-                  _diffusers_config(config))
+                  {"config.json": _diffusers_config(config), "scheduler_config.json": _diffusers_scheduler(config)})
 
 
 def _diffusers_config(config: PixArtConfig) -> dict:
@@ -204,6 +205,21 @@ def _diffusers_config(config: PixArtConfig) -> dict:
         "patch_size": config.patch_size,
         "sample_size": config.sample_size,
         "use_additional_conditions": config.micro_conditions,
+    }
+
+
+def _diffusers_scheduler(config: PixArtConfig) -> dict:
+    """scheduler_config.json of the noise that it was trained on, which diffusers has in a folder `scheduler`."""
+    return {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "beta_end": config.beta_end,
+        "beta_schedule": config.schedule,
+        "beta_start": config.beta_start,
+        "num_train_timesteps": 1000,
+        "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[config.prediction],
+        "rescale_betas_zero_snr": config.zero_terminal_snr,
+        "solver_order": 2,
     }
 
 
