@@ -127,6 +127,11 @@ def test_only_the_newest_checkpoints_are_kept(path, tmp_path):
     assert [p.name for p in run.checkpoints(tmp_path / "run")] == ["00000005", "00000006"]
 
 
+def test_keep_0_keeps_every_checkpoint(path, tmp_path):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "save_every=2", "keep=0"))
+    assert [p.name for p in run.checkpoints(tmp_path / "run")] == ["00000002", "00000004", "00000006"]
+
+
 def test_a_run_folder_holds_what_its_page_says(path, tmp_path):
     words = ("samples.every=3", "samples.prompts=[\"red card\", \"blue square\"]", "samples.steps=1")
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "validation.every=3", *words))

@@ -206,7 +206,7 @@ class Run:
             if final.exists():
                 shutil.rmtree(final)
             os.replace(unfinished, final)
-            for old in checkpoints(self.folder)[: -self.config.keep or None]:
+            for old in checkpoints(self.folder)[: -self.config.keep] if self.config.keep else ():
                 shutil.rmtree(old)
         self.saved_at = step
         self.accelerator.wait_for_everyone()
