@@ -261,6 +261,8 @@ class Memory:
     swap_blocks: int = 0
     """So many of those blocks are kept in host memory and copied to the device around their forward and backward
     passes, one ahead; needs checkpoint_activations."""
+    shard: bool = False
+    """Of several processes, each keeps only its part of the blocks' weights, gradients and moments (FSDP2)."""
 
 
 @dataclass(frozen=True)
@@ -461,9 +463,10 @@ def parse(raw: dict, words=(), origin="the settings", check: bool = True) -> Con
             for section, plain in (("vae", Vae()), ("adapter", Adapter())):  # that not every recipe reads
                 if section not in find(name).sections and getattr(config, section) != plain:
                     problems.append(f"[{section}] is not read by recipe.name={name!r}: take it out.")
-            from . import quantised, swap
+            from . import quantised, shard, swap
 
             problems += quantised.problems(config, find(name).sections) + swap.problems(config, find(name).sections)
+            problems += shard.problems(config)
         if kinds and not any(p.startswith("model.") for p in problems):
             problems += find(name).problems(config)
     if problems:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from . import shard
+
 
 class Ema:
     def __init__(self, module: nn.Module, decay: float, warm_up: bool = False):
@@ -17,23 +19,34 @@ class Ema:
     def update(self, step: int):
         if self.average:
             decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
-            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.live.values()], 1 - decay)
+            torch._foreach_lerp_([shard.local(a) for a in self.average.values()],
+                                 [shard.local(p.detach()) for p in self.live.values()], 1 - decay)
 
     @contextmanager
     def applied(self):
         """Inside, the module carries the average; outside, it never did."""
-        for name, value in self.average.items():
-            self.live[name].data, self.average[name] = value, self.live[name].data
+        self.swap()
         try:
             yield
         finally:
-            for name, value in self.average.items():
-                self.live[name].data, self.average[name] = value, self.live[name].data
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self):
+        for name, value in self.average.items():
+            live = self.live[name]
+            if shard.is_part(live):  # whose memory is known to what gathers it
+                here, there = shard.local(live), shard.local(value)
+                kept = here.clone()
+                here.copy_(there)
+                there.copy_(kept)
+            else:
+                live.data, self.average[name] = value, live.data
 
     def state_dict(self):
-        return self.average
+        return {name: shard.whole(value) for name, value in self.average.items()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors):
         for name, value in self.average.items():
-            value.copy_(tensors[name])
+            shard.local(value).copy_(shard.local(shard.part(tensors[name], value)))

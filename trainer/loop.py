@@ -5,16 +5,19 @@ from contextlib import nullcontext
 
 import torch
 
+from . import shard
 from .config import Config
 from .ema import Ema
 from .optim import Optimizers
 
 
 def train(recipe, batches, config: Config, run, accelerator):
+    spread = shard.spread(recipe, config, accelerator)
     optimizer = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
     ema = recipe.average = Ema(recipe, config.ema.decay, config.ema.warm_up)  # LCM's target is made of it
     step = run.restore(recipe, ema, optimizer)
-    model = accelerator.prepare(recipe, device_placement=[not config.memory.swap_blocks])  # `swap` has placed those
+    placed = bool(config.memory.swap_blocks)  # by `swap`
+    model = recipe if spread else accelerator.prepare(recipe, device_placement=[not placed])
     parts = parts_of(config, accelerator.process_index, accelerator.num_processes)
 
     while step < config.steps and not run.asked_to_stop():
@@ -28,6 +31,8 @@ def train(recipe, batches, config: Config, run, accelerator):
                 loss = model(batch).mean() / len(parts)
                 accelerator.backward(loss)
             total += loss.detach()
+        if spread:
+            shard.join_gradients(optimizer.parameters)
         norm = optimizer.clip()
         if not norm.isfinite():
             raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}. Lower optimizer.rate="

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from . import shard
 from .config import Optimizer
 
 RATE_BATCH = 256  # the batch that scaled rates are given for
@@ -145,12 +146,15 @@ class Optimizers:
                 muon.append({"params": hidden, "lr": settings.muon_rate * group["rate"]})
             if rest:
                 adamw.append({"params": rest, "lr": self.rate * group["rate"]})
+        self.parameters = [p for some in self.clipped.values() for p in some]
         if adamw and settings.name == "came":
             self.parts.append(Came(adamw, self.rate, settings.betas or (0.9, 0.999, 0.9999),
                                    weight_decay=settings.weight_decay))
         elif adamw:
+            # What is spread over processes and what is not are not taken together.
+            apart = {"foreach": False} if any(shard.is_part(p) for p in self.parameters) else {}
             self.parts.append(adamw_of(settings)(adamw, lr=self.rate, betas=tuple(settings.betas or (0.9, 0.999)),
-                                                 eps=settings.eps or 1e-8, weight_decay=settings.weight_decay))
+                                                 eps=settings.eps or 1e-8, weight_decay=settings.weight_decay, **apart))
         if muon:
             self.parts.append(Muon(
                 muon, momentum=settings.muon_momentum, weight_decay=settings.weight_decay, adjust_lr_fn="original"))
@@ -159,7 +163,8 @@ class Optimizers:
     def clip(self) -> torch.Tensor:
         """Limits the norm of the gradients, of each network by itself; the largest norm there was."""
         limit = self.settings.clip or float("inf")
-        return torch.stack([torch.nn.utils.clip_grad_norm_(some, limit) for some in self.clipped.values()]).max()
+        one = shard.clip if any(map(shard.is_part, self.parameters)) else torch.nn.utils.clip_grad_norm_
+        return torch.stack([one(some, limit) for some in self.clipped.values()]).max()
 
     def step(self, step: int):
         share = rate_at(step, self.steps, self.settings)
@@ -172,17 +177,18 @@ class Optimizers:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything the optimizers remember, flat, for safetensors: part.parameter.name."""
-        return {f"{i}.{j}.{name}": value if torch.is_tensor(value) else torch.tensor(value)
+        return {f"{i}.{j}.{name}": shard.whole(value) if torch.is_tensor(value) else torch.tensor(value)
                 for i, part in enumerate(self.parts)
                 for j, state in part.state_dict()["state"].items()
                 for name, value in (state | state.get(WRAPPED, {})).items() if name != WRAPPED}
 
     def load(self, tensors: dict[str, torch.Tensor]):
         for i, part in enumerate(self.parts):
-            state = {}
+            state, own = {}, [p for group in part.param_groups for p in group["params"]]
             for key, value in tensors.items():
                 which, parameter, name = key.split(".", 2)
                 if int(which) == i:  # bitsandbytes counts steps as a plain number
                     whole = value.ndim == 0 and not value.is_floating_point()
-                    state.setdefault(int(parameter), {})[name] = value.item() if whole else value
+                    state.setdefault(int(parameter), {})[name] = \
+                        value.item() if whole else shard.part(value, own[int(parameter)])
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})

@@ -23,14 +23,15 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from . import data
+from . import data, shard
 from .config import Config, as_dict, differences, parse
 from .pictures import Pictures
 
 MAY_CHANGE = {"name", "out", "resume", "init_from", "device", "threads", "compile", "checkpoint_activations",
               "micro_batch_size", "save_every", "keep", "log_every", "log", "samples", "validation",
               "data.path", "data.held_out_path", "data.prior_path", "data.cache", "data.workers", "text.cache",
-              "text.tokenizer", "cache", "memory.swap_blocks", "model.previewer", "model.stage_a", "model.stage_b"}
+              "text.tokenizer", "cache", "memory.swap_blocks", "memory.shard", "model.previewer", "model.stage_a",
+              "model.stage_b"}
 """Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
 
 
@@ -39,14 +40,15 @@ class Run:
         """`load` may be replaced before the first validation: what loads held-out pictures (`cache.loader`)."""
         self.config, self.accelerator, self.folder = config, accelerator, config.folder
         self.main = accelerator.is_main_process
+        self.measures = self.main or config.memory.shard
         self.items, self.load = list(held_out)[: config.validation.items], Pictures
         self.stop, self.saved_at, self.writer, self.bar, self.wandb = False, None, None, None, None
         self.losses, self.clock = [], None
 
     @cached_property
     def held_out(self) -> list[data.Batch]:
-        """What is measured on, in the main process alone."""
-        if not (self.config.validation.every and self.main):
+        """What is measured on, in the main process alone, or in all where they need each other for it."""
+        if not (self.config.validation.every and self.measures):
             return []
         return data.fixed(self.items, self.config.data, self.config.micro_batch_size or 64, self.load)
 
@@ -167,10 +169,12 @@ class Run:
     def after(self, step: int, recipe, ema, optimizer):
         """What is due after this step: validation, samples, a checkpoint. The clock of images/s stands still."""
         config, begin = self.config, time.perf_counter()
-        if self.main and self.held_out and step % config.validation.every == 0:
+        if self.held_out and step % config.validation.every == 0:
             with ema.applied():
-                self.write(step, **{f"validation_{k}": v for k, v in recipe.validate(self.held_out).items()})
-        if self.main and config.samples.every and step % config.samples.every == 0:
+                found = recipe.validate(self.held_out)
+            if self.main:
+                self.write(step, **{f"validation_{k}": v for k, v in found.items()})
+        if self.measures and config.samples.every and step % config.samples.every == 0:
             self.sample(step, recipe, ema)
         if step % config.save_every == 0 and step < config.steps:
             self.save(step, recipe, ema, optimizer)
@@ -183,6 +187,8 @@ class Run:
         with ema.applied():
             pictures = recipe.sample(s.prompts or s.classes, s.height or side, s.width or side, s.steps, s.shift, s.cfg,
                                      s.seed)
+        if not self.main:
+            return
         (self.folder / "samples").mkdir(exist_ok=True)
         sheet(pictures).save(self.folder / "samples" / f"{step:08d}.png")
         self.writer.add_images("samples", (pictures + 1) / 2, step)
@@ -192,14 +198,18 @@ class Run:
             self.wandb.log({"samples": wandb.Image(sheet(pictures))}, step=step)
 
     def save(self, step: int, recipe, ema, optimizer):
+        tensors = {}
+        if self.measures:  # those of all processes are needed where each has a part
+            tensors["model"] = module_tensors(recipe)
+            if ema.average:
+                tensors["ema"] = ema.state_dict()
+            tensors["optimizer"] = optimizer.tensors()
         if self.main:
             final = self.folder / "checkpoints" / f"{step:08d}"
             unfinished = final.with_name(final.name + ".unfinished")
             unfinished.mkdir(parents=True, exist_ok=True)
-            write_tensors(unfinished / "model.safetensors", module_tensors(recipe))
-            if ema.average:
-                write_tensors(unfinished / "ema.safetensors", ema.state_dict())
-            write_tensors(unfinished / "optimizer.safetensors", optimizer.tensors())
+            for name, some in tensors.items():
+                write_tensors(unfinished / f"{name}.safetensors", some)
             (unfinished / "state.json").write_text(json.dumps({"step": step}))
             for file in unfinished.iterdir():
                 flush(file)
@@ -237,17 +247,18 @@ def read_log(folder: Path) -> list[dict]:
 def module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """What learns, and what is counted along with it; frozen weights stay where they came from."""
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    return {name: value for name, value in module.state_dict().items() if name not in frozen}
+    return {name: shard.whole(value) for name, value in module.state_dict().items() if name not in frozen}
 
 
 def restore_module(module: nn.Module, tensors: dict[str, torch.Tensor]):
-    own = module_tensors(module)
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    own = {name: value for name, value in module.state_dict().items() if name not in frozen}
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise ValueError(f"The checkpoint is of another model: {len(odd)} names differ ({', '.join(odd[:3])} ...).")
     with torch.no_grad():
         for name, value in own.items():
-            value.copy_(tensors[name])
+            shard.local(value).copy_(shard.local(shard.part(tensors[name], value)))
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
