@@ -8,6 +8,7 @@ import pytest
 import tiny_pixart
 import tiny_run
 import torch
+from pixstack.trainer import optim, plan
 from pixstack.trainer.run import read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +81,16 @@ def test_a_run_with_parts_goes_on_to_the_bit(path, parts, tmp_path):
         one, two = (read_tensors(tmp_path / run / f"checkpoints/00000004/{name}.safetensors")
                     for run in ("whole", "broken"))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+
+
+def test_a_dry_run_counts_a_part_of_the_blocks(path, parts, tmp_path):
+    made = tiny_pixart.settings(path, tmp_path / "run", parts, "memory.shard=true")
+    recipe, _ = tiny_pixart.recipe_of(made)
+    optimizers = optim.Optimizers(recipe.groups(made), made.optimizer, made.steps)
+    one, four = (plan.memory(made, recipe, optimizers, 6, processes, cpu=True) for processes in (1, 4))
+    block = sum(p.numel() for p in recipe.net.blocks.parameters())
+    for name, size in (("weights", 4), ("gradients", 4), ("optimizer", 8), ("average", 4), ("activations", 0)):
+        assert one[name] - four[name] == pytest.approx(0.75 * size * block), name
 
 
 @pytest.mark.parametrize("words, part", [

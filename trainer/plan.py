@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import build, cost, data, quantised, swap
+from . import build, cost, data, quantised, shard, swap
 from .config import Config
 from .optim import Optimizers, moment_bytes
 
@@ -38,17 +38,10 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
         lines.append("sizes      " + ", ".join(f"{w}x{h}: {len(some):,}" for (h, w), some in batches.buckets.items()))
     lines += [("buckets    " if i == 0 else "           ") + line for i, line in enumerate(recipe.buckets(0))]
 
+    sizes = memory(config, recipe, optimizers, len(parts[0]), processes, device.type == "cpu")
     swapped = swap.spared(recipe, config)
-    memory = {
-        "weights": sum(p.nbytes for net in (recipe, *getattr(recipe, "teacher", ())) for p in net.parameters())
-        - swapped,
-        "gradients": 4 * count,
-        "optimizer": sum(map(moment_bytes, optimizers.parts)),
-        "average": 4 * count if config.ema.decay else 0,
-        "activations": recipe.activation_bytes(len(parts[0]), device.type == "cpu"),
-    }
-    lines.append(f"memory     about {sum(memory.values()) / 2**30:.2f} GiB a process: "
-                 + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+    lines.append(f"memory     about {sum(sizes.values()) / 2**30:.2f} GiB a process: "
+                 + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
                  + (f"; {swapped / 2**30:.2f} more in host memory" if swapped else ""))
     lines.append("first batch")
     need = build.need(config)
@@ -64,6 +57,26 @@ def describe(config: Config, found: data.Collection, recipe, batches: data.Batch
     return lines[:where + 1] + duration(config, found, recipe, parts, device) + lines[where + 1:]
 
 
+def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, processes: int,
+           cpu: bool) -> dict[str, float]:
+    """Bytes that a process holds in a step, by what they are."""
+    count = sum(p.numel() for p in recipe.parameters() if p.requires_grad)
+    elsewhere = [p for block in shard.blocks(recipe) for p in block.parameters()] if config.memory.shard else []
+    other = 1 - 1 / processes  # of these, the part in other processes
+    less = other * sum(p.numel() for p in elsewhere if p.requires_grad)
+    return {
+        "weights": sum(p.nbytes for net in (recipe, *getattr(recipe, "teacher", ())) for p in net.parameters())
+        - swap.spared(recipe, config) - other * sum(p.nbytes for p in elsewhere),
+        "gradients": 4 * (count - less),
+        "optimizer": sum(map(moment_bytes, optimizers.parts)) - 8 * less,
+        "average": 4 * (count - less) if config.ema.decay else 0,
+        "activations": recipe.activation_bytes(pictures, cpu),
+    }
+
+
+SLOWER = 2  # than reckoned were real steps of pixelflow_emoji (2.1 times) and flux_emoji (1.9), on one CPU core
+
+
 def duration(config: Config, found: data.Collection, recipe, parts: list[range], device: torch.device) -> list[str]:
     """How long a step and the run would take on this device, and how that is known."""
     rates = cost.Rates(device)
@@ -75,8 +88,9 @@ def duration(config: Config, found: data.Collection, recipe, parts: list[range],
     encoded = "no encoder of pictures" if not recipe.encoders else "all features cached" if config.cache.folder \
         else "pictures encoded at every step"
     rest = " " * 11
-    return [f"time       about {spoken(step.seconds)} a step, {spoken(config.steps * step.seconds)} in all on this "
-            f"{device.type}: not measured, but reckoned",
+    least, most = step.seconds, SLOWER * step.seconds
+    return [f"time       about {spoken(least)} to {spoken(most)} a step, {spoken(config.steps * least)} to "
+            f"{spoken(config.steps * most)} in all on this {device.type}: not measured, but reckoned",
             f"{rest}from {step.flops / 1e12:,.3g} TFLOP a step and process, and what it reads and writes, at",
             f"{rest}{rates.flops(dtype) / 1e12:,.2g} TFLOP/s and {rates.bytes / 1e9:,.0f} GB/s that a product and a "
             "copy reach here now;",

@@ -44,11 +44,15 @@ def spread(recipe: nn.Module, config: Config, accelerator) -> bool:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    small = set(recipe.text.modules()) if recipe.text is not None else set()
-    for some in [m for m in recipe.modules() if isinstance(m, nn.ModuleList) and m not in small]:
-        for block in some:
-            fully_shard(block, mesh=mesh)
+    for block in blocks(recipe):
+        fully_shard(block, mesh=mesh)
     return True
+
+
+def blocks(recipe: nn.Module) -> list[nn.Module]:
+    small = set(recipe.text.modules()) if recipe.text is not None else set()
+    return [block for some in recipe.modules() if isinstance(some, nn.ModuleList) and some not in small
+            for block in some]
 
 
 def is_part(tensor: Tensor) -> bool:
