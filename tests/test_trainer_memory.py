@@ -6,6 +6,7 @@ import pytest
 import tiny_pixart
 import tiny_ponder
 import tiny_run
+import tiny_ultrapixel
 import torch
 from pixstack.models_impl import lora, state_dict
 from pixstack.models_impl.pixart.lora import names
@@ -14,6 +15,7 @@ from pixstack.trainer.export import open_run
 from pixstack.trainer.run import module_tensors, read_tensors
 from tiny_pixart import recipe_of
 from torch import nn
+from weights import tiny_hed
 
 FP8 = pytest.param("fp8")
 NF4 = pytest.param("nf4", marks=pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes"))
@@ -103,6 +105,35 @@ def test_a_dry_run_counts_what_few_bits_take(made, tmp_path, capsys, kind):
              for word in ("parameters",)]
     assert lines[0] == lines[1] and weights[1] < 0.6 * weights[0]
     assert "time       about" in said[1]
+
+
+def alike(settings) -> tuple[float, int]:
+    """How alike the gradients are with and without fp8 (cosine), and how many layers are in few bits."""
+    found, few = [], 0
+    for word in ("memory.base=", "memory.base=fp8"):
+        recipe, batches = recipe_of(settings(word))
+        recipe(batches(0, range(4))).mean().backward()
+        found.append(torch.cat([p.grad.flatten().float() for p in recipe.parameters() if p.grad is not None]))
+        few = sum(isinstance(m, quantised.FewBits) for m in recipe.modules())
+    return torch.cosine_similarity(*found, dim=0).item(), few
+
+
+@pytest.mark.parametrize("recipe", [
+    {"name": "ultrapixel_lora"}, {"name": "ultrapixel_guide", "low_side": 2},
+    {"name": "ultrapixel_controlnet", "blocks": [0, 3], "backbone": "simple"}], ids=lambda r: r["name"])
+def test_gradients_of_ultrapixel_on_a_stage_c_in_fp8_are_nearly_the_same(tmp_path_factory, tmp_path, recipe):
+    folder = tmp_path_factory.mktemp("networks")
+    pictures, parts = tiny_run.pictures(folder / "set", size=128), tiny_ultrapixel.parts(folder / "parts")
+    near, few = alike(lambda word: tiny_ultrapixel.settings(pictures, tmp_path / "run", parts, recipe, word))
+    assert few and near > 0.9
+
+
+@pytest.mark.parametrize("recipe", ["pixart_controlnet", "pixart_lora", "pixart_lcm"])
+def test_gradients_of_pixart_on_blocks_in_fp8_are_nearly_the_same(made, tmp_path, recipe):
+    more = {"pixart_controlnet": ("recipe.blocks=1", f"recipe.annotator={tmp_path / 'hed.pth'}")}.get(recipe, ())
+    tiny_hed(tmp_path / "hed.pth")
+    near, few = alike(lambda word: made(word, *more, recipe=recipe))
+    assert few and near > 0.9
 
 
 @pytest.mark.parametrize("kind", KINDS)
