@@ -200,6 +200,16 @@ def test_a_caption_file_that_is_no_utf8_is_named(tmp_path):
         doctor.examine(Data(path=str(tmp_path)), "")
 
 
+def test_all_caption_files_that_cannot_be_read_are_named_at_once(tmp_path):
+    for name in "abc":
+        scene(0).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_bytes("Gemälde".encode("latin-1"))
+    (tmp_path / "b.txt").write_text("good")
+    (tmp_path / "c.json").write_text("{")
+    with pytest.raises(ValueError, match=r"(?s)2 caption files.*a.txt is not UTF-8.*c.json is not valid JSON"):
+        doctor.examine(Data(path=str(tmp_path)), "")
+
+
 def test_class_folders_need_no_captions(tmp_path):
     for i, name in enumerate(("ant", "bee")):
         (tmp_path / name).mkdir()

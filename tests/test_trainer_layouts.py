@@ -250,3 +250,21 @@ def test_an_exif_turned_picture_measures_as_it_stands(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert pictures.measure(tmp_path / "a.jpg") == (40, 20) == pictures.decode(tmp_path / "a.jpg").size[::-1]
+
+
+def test_the_mark_that_windows_editors_put_first_is_no_part_of_a_caption(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa card")
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"caption": "a cup"}).encode())
+    assert [i.captions for i in read(tmp_path).train] == [("a card",), ("a cup",)]
+    (tmp_path / "set.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"file": "a.png", "caption": "a hat"}).encode())
+    assert read(tmp_path / "set.jsonl").train[0].captions == ("a hat",)
+
+
+def test_a_caption_inside_a_tar_that_is_no_utf8_is_named(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        add(archive, "a.png", png((1, 2, 3)))
+        add(archive, "a.txt", "Gemälde".encode("latin-1"))
+    with pytest.raises(ValueError, match="0.tar: the .txt, .json or .cls of a.png cannot be read"):
+        read(tmp_path / "0.tar")

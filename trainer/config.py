@@ -425,8 +425,8 @@ def read_toml(path) -> dict:
         shipped = ", ".join(sorted(f"recipes/{p.name}" for p in (HERE / "recipes").glob("*.toml")))
         raise ValueError(f"{path}: there is no such recipe file. Shipped with the trainer: {shipped}.")
     try:
-        return tomllib.loads(found.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(found.read_text(encoding="utf-8-sig"))  # Windows' editors put a mark first
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{found} is not valid TOML: {error}") from None
 
 

@@ -292,8 +292,6 @@ def conditions(report: Report, settings: Data, items, looked):
 def words(report: Report, items, need: str, tokens: Tokens):
     if need == "pictures":
         return None
-    if need == "pictures":
-        return None
     if need == "classes":
         return report.add(True, [i.file for i in items if i.label < 0], "pictures have no class",
                           "put them into folders of classes, or write \"class\" into the jsonl.")

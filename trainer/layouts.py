@@ -122,8 +122,9 @@ def item_of(entry: dict, place: Callable[[str], Path], conditions: list[str]) ->
 
 
 def read_text(path: Path) -> str:
+    """With or without the mark that Windows' editors put first."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from None
 
@@ -189,15 +190,20 @@ def beside(folder: Path, file: Path, conditions: list[str]) -> dict[str, Path]:
 def read_folder(folder: Path, settings: Data, classes: list[str] | None = None) -> Found:
     """Pictures, each with a .txt (a caption a line) or a .json ({"caption": ...}) of its name, in folders of any depth:
     UltraPixel's path/*/*.jpg too."""
-    items = []
+    items, wrong = [], []
     for file in pictures_in(folder):
         text, facts = file.with_suffix(".txt"), file.with_suffix(".json")
         captions = ()
-        if text.is_file():
-            captions = tuple(line.strip() for line in read_text(text).splitlines() if line.strip())
-        elif facts.is_file():
-            captions = texts(read_json(facts))
+        try:
+            if text.is_file():
+                captions = tuple(line.strip() for line in read_text(text).splitlines() if line.strip())
+            elif facts.is_file():
+                captions = texts(read_json(facts))
+        except ValueError as error:
+            wrong.append(error)
         items.append(Item(file, captions, conditions=beside(folder, file, settings.conditions)))
+    if wrong:
+        raise ValueError(f"{folder} cannot be read:\n  " + "\n  ".join(listed(wrong, "caption files are not readable")))
     return Found(items)
 
 
@@ -267,16 +273,16 @@ def in_tar(tar: Path, archive: tarfile.TarFile, sample: dict[str, tarfile.TarInf
         return member and InTar(tar, member.name, member.offset_data, member.size)
 
     def text(kind: str) -> str:
-        return archive.extractfile(sample[kind]).read().decode("utf-8") if kind in sample else ""
+        return archive.extractfile(sample[kind]).read().decode("utf-8-sig") if kind in sample else ""
 
     if not (file := picture("")):
         return None
     try:
         facts = json.loads(text("json") or "[]")
         label = int(text("cls") or -1)
+        captions = tuple(line.strip() for line in text("txt").splitlines() if line.strip()) or texts(facts)
     except ValueError as error:
-        raise ValueError(f"{tar}: the .json or .cls of {file.name} cannot be read ({error}).") from None
-    captions = tuple(line.strip() for line in text("txt").splitlines() if line.strip()) or texts(facts)
+        raise ValueError(f"{tar}: the .txt, .json or .cls of {file.name} cannot be read ({error}).") from None
     described = texts(facts.get("sharegpt4v") or []) if isinstance(facts, dict) else ()
     conditions = {name: where for name in settings.conditions if (where := picture(f"{name}."))}
     return Item(file, captions, (), label, described, conditions or NOTHING)
