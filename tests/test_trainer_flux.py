@@ -121,6 +121,11 @@ def test_a_setting_that_cannot_work_is_refused(path, vae, tmp_path, words, part)
     assert part in str(caught.value)
 
 
+def test_a_vae_of_other_latents_is_refused(path, vae, tmp_path):
+    with pytest.raises(ValueError, match="makes latents of 4 channels, and this FLUX reads 16"):
+        settings(path, tmp_path, str(tiny_pixart.vae(tmp_path / "vae")))
+
+
 def test_a_sample_without_distillation_is_guided_by_the_empty_caption(path, vae, tmp_path):
     recipe, _ = recipe_of(settings(path, tmp_path, vae))
     recipe.requires_grad_(False)

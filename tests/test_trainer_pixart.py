@@ -9,7 +9,7 @@ import tiny_run
 import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixart import checkpoint, sampling
-from pixstack.trainer import export, optim, run
+from pixstack.trainer import autoencoder, export, optim, run
 from pixstack.trainer.noise import batch_noise
 from pixstack.trainer.pixart import Noising
 from tiny_pixart import recipe_of
@@ -192,6 +192,23 @@ def test_a_start_without_sizes_gets_embedders_for_them(made, tmp_path):
 ])
 def test_a_setting_that_cannot_work_is_refused(made, words, part):
     assert part in refusal(made, *words)
+
+
+def test_a_vae_of_other_latents_is_refused_before_anything_is_read(made, tmp_path):
+    folder = tiny_pixart.vae(tmp_path / "vae", 16)
+    words = "makes latents of 16 channels, and this PixArt reads 4: name the VAE that belongs to it"
+    assert words in refusal(made, f"vae.path={folder}")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    assert words in refusal(made, f"vae.path={file}")
+    tensors = autoencoder.to_core(autoencoder.Taesd(16).net, 1.0, 0.0)
+    state_dict.write_file(tmp_path / "taesd.safetensors", tensors)
+    assert words in refusal(made, f"vae.path={tmp_path / 'taesd.safetensors'}")
+
+
+def test_what_is_no_vae_is_refused_before_anything_is_read(made, tmp_path):
+    assert "is not a VAE: its first keys are " in refusal(
+        made, f"vae.path={tiny_pixart.released(tmp_path / 'start.safetensors')}")
+    assert "is not a VAE's folder: its config.json should name one of" in refusal(made, f"vae.path={tmp_path}")
 
 
 def test_a_start_that_does_not_fit_is_refused_with_both_values(made, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ from .run import write_whole
 AT_ONCE = 32  # captions in one pass of the frozen encoder
 PICTURES_AT_ONCE = 4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+VAE_KINDS = ("AutoencoderKL", "AutoencoderTiny")
+LAST_OF_ENCODER = "encoder.conv_out.weight"  # mean and deviation, so twice the latent's channels
 POSTERIOR = 1  # the kind of `noise.picture_noise` that samples a latent
 
 
@@ -133,7 +136,7 @@ class FrozenT5(nn.Module):
             self.tokens = AutoTokenizer.from_pretrained(tokens, local_files_only=True)
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"text.encoder={name!r} cannot be read as a T5: {str(error).splitlines()[0]} Nothing is "
+                f"text.encoder={name!r} cannot be read as a T5: {str(error).splitlines()[0].rstrip('. ')}. Nothing is "
                 "downloaded: name a folder that holds one, or a model that is in Hugging Face's cache."
             ) from error
         self.padded, self.clip = padded, Path(clip).expanduser() if clip else None
@@ -405,6 +408,45 @@ class FrozenVae(nn.Module):
         return mean + std * batch_noise(seed, batch.step, batch.positions, mean.shape[1:], device, POSTERIOR)
 
 
+def vae_problems(path: str, channels: int, reader: str) -> list[str]:
+    """What is wrong with a vae.path that is there, for a network that reads latents of so many channels; the weights
+    are not loaded. reader: the network, as a person knows it. A torch file is looked at when it is read."""
+    place = Path(path).expanduser()
+    if not path or not place.exists():
+        return []  # said already
+    if place.is_dir():
+        folder = place / "vae" if (place / "vae" / "config.json").is_file() else place
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        if found.get("_class_name") not in VAE_KINDS:
+            return [f"vae.path={path!r} is not a VAE's folder: its config.json should name one of "
+                    f"{', '.join(VAE_KINDS)}."]
+        told = found.get("latent_channels", 4)  # diffusers' own default
+    else:
+        try:
+            with safe_open(place, framework="pt") as file:
+                names = {plain_vae_name(key): key for key in file.keys()}
+                shapes = {name: file.get_slice(names[name]).get_shape() for name in (autoencoder.MARK, LAST_OF_ENCODER)
+                          if name in names}
+        except SafetensorError:
+            return []
+        if not shapes:
+            return [not_a_vae(path, names)]
+        told = shapes[autoencoder.MARK][1] if autoencoder.MARK in shapes else shapes[LAST_OF_ENCODER][0] // 2
+    return [] if told == channels else [f"vae.path={path!r} makes latents of {told} channels, and {reader} reads "
+                                        f"{channels}: name the VAE that belongs to it."]
+
+
+def plain_vae_name(key: str) -> str:
+    return key.removeprefix("first_stage_model.").removeprefix("vae.")
+
+
+def not_a_vae(path: str, names) -> str:
+    return f"vae.path={path!r} is not a VAE: its first keys are {', '.join(list(names)[:3])}."
+
+
 def read_vae(path: Path) -> nn.Module:
     """A VAE from a folder of diffusers, or from one file under the names of diffusers or of the original LDM, its sizes
     found from the shapes, or of TAESD as core knows it (`autoencoder`). Raises ValueError for anything else."""
@@ -418,20 +460,20 @@ def read_vae(path: Path) -> nn.Module:
     if path.is_dir():
         config = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() \
             else {}
-        kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-        if config.get("_class_name") not in kinds:
+        kinds = dict(zip(VAE_KINDS, (AutoencoderKL, AutoencoderTiny), strict=True))
+        if config.get("_class_name") not in VAE_KINDS:
             raise ValueError(f"vae.path={str(path)!r} is not a VAE's folder: its config.json should name one of "
-                             f"{', '.join(kinds)}.")
+                             f"{', '.join(VAE_KINDS)}.")
         return kinds[config["_class_name"]].from_pretrained(path, local_files_only=True)
     tensors = state_dict.read_file(path)[0]
     tensors = tensors.get("state_dict", tensors)
-    tensors = {k.removeprefix("first_stage_model.").removeprefix("vae."): v for k, v in tensors.items()}
+    tensors = {plain_vae_name(k): v for k, v in tensors.items()}
     first = "encoder.down_blocks.{}.resnets.0.conv1.weight", "encoder.down.{}.block.0.conv1.weight"
     if autoencoder.MARK in tensors:
         return autoencoder.from_core(tensors, f"the VAE of {path.name}")
     there = next((pattern for pattern in first if pattern.format(0) in tensors), None)
-    if there is None or "encoder.conv_out.weight" not in tensors:
-        raise ValueError(f"vae.path={str(path)!r} is not a VAE: its first keys are {', '.join(list(tensors)[:3])}.")
+    if there is None or LAST_OF_ENCODER not in tensors:
+        raise ValueError(not_a_vae(str(path), tensors))
     widths = []
     while (key := there.format(len(widths))) in tensors:
         widths.append(tensors[key].shape[0])
@@ -441,7 +483,7 @@ def read_vae(path: Path) -> nn.Module:
     quant = "quant_conv.weight" in tensors
     vae = AutoencoderKL(
         block_out_channels=tuple(widths), layers_per_block=layers, norm_num_groups=32 if widths[0] % 32 == 0 else 4,
-        latent_channels=tensors["encoder.conv_out.weight"].shape[0] // 2, use_quant_conv=quant,
+        latent_channels=tensors[LAST_OF_ENCODER].shape[0] // 2, use_quant_conv=quant,
         use_post_quant_conv="post_quant_conv.weight" in tensors,
         down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
     )

@@ -56,6 +56,8 @@ def problems(config: Config, shape: FluxConfig | None) -> list[str]:
                      "text.padded=true.")
     if not config.vae.path:
         found.append("vae.path is empty: FLUX draws latents. Name its VAE, a folder or a .safetensors file.")
+    if shape:
+        found += encoders.vae_problems(config.vae.path, shape.in_channels // 4, "this FLUX")
     if config.samples.classes:
         found.append("samples.classes is for class-conditional runs: use samples.prompts.")
     sizes = {"data.resolution": config.data.resolution, "samples.height": config.samples.height,

@@ -142,6 +142,7 @@ def problems(config: Config) -> list[str]:
     if config.samples.classes:
         found.append("samples.classes is for class-conditional runs: use samples.prompts.")
     if shape:
+        found += encoders.vae_problems(config.vae.path, shape.in_channels, "this PixArt")
         if config.text.max_length > shape.token_limit:
             found.append(f"text.max_length={config.text.max_length} is more than the {shape.token_limit} tokens that "
                          "this PixArt takes.")
