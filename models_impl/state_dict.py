@@ -111,6 +111,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def save(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None):
+    """safetensors' save_file, whose own error names no file. Raises OSError, for a full disk among others."""
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata or {}))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
 def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None):
     """Write safetensors under `path` at once or not at all. One tensor under several names is written under each."""
     path = Path(path)
@@ -122,7 +130,7 @@ def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata:
         whole[key] = value.clone() if value.data_ptr() in seen else value  # safetensors refuses shared memory
         seen.add(value.data_ptr())
     try:
-        save_file(whole, unfinished, metadata=dict(metadata or {}))
+        save(whole, unfinished, metadata)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -126,6 +126,43 @@ def test_a_word_that_is_no_setting_is_refused(capsys):
     assert "not understood: --fast" in refusal(capsys, "train", "recipes/pixelflow_emoji.toml", "--fast")
 
 
+def test_what_the_system_refuses_is_said_in_a_sentence(trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    said = refusal(capsys, "export", trained, "--out", tmp_path / "file")
+    assert said.startswith("error: ") and str(tmp_path / "file") in said
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_named(tmp_path):
+    with pytest.raises(OSError, match="nowhere/model.safetensors cannot be written"):
+        run.write_tensors(tmp_path / "nowhere/model.safetensors", {"x": torch.zeros(1)})
+
+
+def test_a_command_that_is_interrupted_ends_without_a_trace(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "settings", interrupted)
+    said = refusal(capsys, "settings")
+    assert said.startswith("130") and "stopped" in said and "Traceback" not in said
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    command = subprocess.Popen([sys.executable, "-m", "trainer", "settings"], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    command.stdout.close()
+    assert command.stderr.read() == b""
+    command.wait()
+
+
+def test_an_error_while_training_has_a_line_of_its_own(tmp_path, capsys):
+    path = tiny_run.toml(tmp_path, tiny_run.pictures(tmp_path / "set"), tmp_path / "run")
+    for file in (tmp_path / "set").rglob("*.png"):
+        file.write_bytes(b"")
+    said = refusal(capsys, "train", path)
+    shown = said.split("\n", 1)
+    assert "cannot be read as a picture" in shown[0] and said.endswith("\n")
+
+
 def test_every_setting_is_listed_with_its_default(capsys):
     cli.main(["settings"])
     said = capsys.readouterr().out

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..models_impl import state_dict
 from . import data
 from .config import Config, Data
 from .layouts import Item, listed
@@ -135,8 +135,8 @@ class Store:
         mine = [int(p.stem.split("-")[1]) for p in self.folder.glob(f"{self.writer:03d}-*.safetensors")]
         shard = self.folder / f"{self.writer:03d}-{max(mine, default=-1) + 1:06d}.safetensors"
         unfinished = shard.with_suffix(".unfinished")
-        save_file({f"{key}/{part}": value for key, parts in self.new.items() for part, value in parts.items()},
-                  unfinished)
+        state_dict.save({f"{key}/{part}": value for key, parts in self.new.items() for part, value in parts.items()},
+                        unfinished)
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, shard)

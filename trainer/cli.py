@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
 
 
@@ -17,10 +20,17 @@ def main(words: list[str] | None = None):
         top.error(f"not understood: {' '.join(rest)}")
     # Said once per process by every bf16 run on a CPU; it is about speed, and there is nothing to do about it.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    # peft imports bitsandbytes where it is installed, which warns that kernels are absent that nothing here calls.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         args.run(args)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except BrokenPipeError:  # `settings | head`: who reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; what was written is whole, and the same command goes on or begins anew.", file=sys.stderr)
+        sys.exit(130)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -195,7 +205,8 @@ def train(args):
     if accelerator.is_main_process:
         build.write_facts(run.folder, recipe, found)
         print(f"{config.folder}: {data.summary(found)}; {sum(p.numel() for p in recipe.parameters()):,} parameters")
-    step = loop.train(recipe, batches, config, run, accelerator)
+    with closing(run):
+        step = loop.train(recipe, batches, config, run, accelerator)
     if accelerator.is_main_process:
         print(f"step {step} of {config.steps}: {config.folder}")
     accelerator.end_training()
@@ -379,7 +390,8 @@ def export(args):
     if args.card:
         written += export.write_card(args.run_folder, args.out, written, args.step)
     for path in written:
-        print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+        size = path.stat().st_size
+        print(f"{path}  {size / 1e6:.1f} MB" if size >= 1e5 else f"{path}  {size / 1e3:.1f} kB")
 
 
 def convert(args):

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from ..models_impl import state_dict
 from . import data, shard
 from .config import Config, as_dict, differences, parse
 from .pictures import Pictures
@@ -226,11 +226,14 @@ class Run:
             self.save(step, recipe, ema, optimizer)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self.main:
-            self.bar.close()
-            self.writer.close()
-            if self.wandb:
-                self.wandb.finish()
+
+    def close(self):
+        """Ends the line of the progress bar, so that what is said next, an error perhaps, has its own."""
+        for one in (self.bar, self.writer):
+            if one is not None:
+                one.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -269,8 +272,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
             continue
         seen[place] = name
         whole[name] = value.detach().contiguous()
-    save_file(whole, path, metadata={"tied": json.dumps({n: seen[(v.data_ptr(), v.shape)] for n, v in tensors.items()
-                                                         if n not in whole})})
+    tied = {n: seen[(v.data_ptr(), v.shape)] for n, v in tensors.items() if n not in whole}
+    state_dict.save(whole, path, {"tied": json.dumps(tied)})
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
