@@ -126,6 +126,18 @@ def test_a_word_that_is_no_setting_is_refused(capsys):
     assert "not understood: --fast" in refusal(capsys, "train", "recipes/pixelflow_emoji.toml", "--fast")
 
 
+def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, capsys):
+    path = tiny_run.pictures(tmp_path / "set")
+    words = ["train", str(tiny_run.toml(tmp_path, path, tmp_path / "run")), "steps=2"]
+    cli.main(words)
+    cli.main([*words, "steps=3", "resume=changed"])
+    assert "the data are not those" not in capsys.readouterr().out
+    entries = path.read_text().splitlines()
+    path.write_text("\n".join(entries[1:]))
+    cli.main([*words, "steps=4", "resume=changed"])
+    assert "8 training pictures then, 7 now" in capsys.readouterr().out
+
+
 def test_what_the_system_refuses_is_said_in_a_sentence(trained, tmp_path, capsys):
     (tmp_path / "file").touch()
     said = refusal(capsys, "export", trained, "--out", tmp_path / "file")

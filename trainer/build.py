@@ -10,7 +10,7 @@ from torch import nn
 from . import data, encoders
 from .config import Config
 from .recipes import PICTURES_ALONE, find
-from .run import write_whole
+from .run import checkpoints, write_whole
 
 TOKENIZER, FACTS = "tokenizer.json", "facts.json"
 
@@ -36,12 +36,22 @@ def recipe(config: Config, found: data.Collection, folder: Path | None = None) -
 
 
 def write_facts(folder: Path, recipe: nn.Module, found: data.Collection):
-    """What a run must know to be opened without its data."""
-    facts = {"network": recipe.network(), "classes": found.classes}
+    """What a run must know to be opened without its data, and of those whether they are still the same."""
+    facts = {"network": recipe.network(), "classes": found.classes, "data": data.identity(found)}
     if recipe.text is not None and not isinstance(recipe.text, encoders.FROZEN):
         facts["text"] = {**recipe.text.config, "max_length": recipe.text.max_length}
         write_whole(folder / TOKENIZER, recipe.text.tokenizer.to_str(pretty=True))
     write_whole(folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
+
+
+def other_data(folder: Path, found: data.Collection) -> str:
+    """What to say where a run goes on with other pictures or captions than it had, else nothing."""
+    if not checkpoints(folder):
+        return ""
+    old, now = json.loads((folder / FACTS).read_text(encoding="utf-8")).get("data"), data.identity(found)
+    return "" if old in (None, now) else (
+        f"the data are not those that this run had: {old['pictures']:,} training pictures then, {now['pictures']:,} "
+        "now, or other captions. It goes on with these, and is no repetition of an unbroken run.")
 
 
 def reopened(config: Config, folder: Path) -> nn.Module:

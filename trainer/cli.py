@@ -203,6 +203,8 @@ def train(args):
     if config.compile:
         recipe.compile_blocks()
     if accelerator.is_main_process:
+        if said := build.other_data(run.folder, found):
+            print(said)
         build.write_facts(run.folder, recipe, found)
         print(f"{config.folder}: {data.summary(found)}; {sum(p.numel() for p in recipe.parameters()):,} parameters")
     with closing(run):

@@ -4,6 +4,7 @@ A batch is named by its step, not by an iterator's past, so a run that resumes n
 """
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections import Counter
@@ -98,6 +99,14 @@ def complain(path: Path, items: list[Item], settings: Data, need: str):
                              "Use data.kind = \"classes\" (one folder per class), or a jsonl with \"class\".")
     if complaints:
         raise ValueError(f"{path} cannot be trained on:\n  " + "\n  ".join(complaints))
+
+
+def identity(found: Collection) -> dict:
+    """What tells the training pictures and captions from others, wherever they lie; not what the pictures show."""
+    digest = hashlib.sha256()
+    for i in found.train:
+        digest.update(repr((i.file.name, i.texts, i.tags, i.label, i.prior)).encode())
+    return {"pictures": len(found.train), "digest": digest.hexdigest()[:40]}
 
 
 def words(caption: str) -> tuple[str, ...]:
