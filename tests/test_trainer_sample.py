@@ -144,6 +144,45 @@ def test_nothing_to_draw_is_refused(trained, tmp_path):
     assert "give prompts or class indices, or --data" in str(stopped.value.code)
 
 
+@pytest.mark.parametrize("word", ["--count", "--height", "--width", "--steps"])
+def test_none_is_not_taken_for_unsaid(trained, tmp_path, word):
+    with pytest.raises(SystemExit) as stopped:
+        drawn(trained, tmp_path / "s", "red card", word, 0)
+    assert f"{word}=0 must be at least 1" in str(stopped.value.code)
+
+
+class Rounding:
+    """A recipe that draws multiples of 16."""
+
+    def sample(self, what, height, width, steps, shift, cfg, seed):
+        return torch.zeros(len(what), 3, height // 16 * 16, width // 16 * 16)
+
+
+def test_a_size_that_the_model_does_not_draw_is_refused_and_leaves_nothing_in_the_way(tmp_path):
+    wrong, right = (sample.Request("run", 1, "ema", ["x"], 1, 1, side, 32, 1, 1.0, 1.0, 0) for side in (40, 32))
+    sample.begin(tmp_path / "out", wrong)
+    with pytest.raises(ValueError, match="--height=40 --width=32 is no size of this model, which draws 32 and 32"):
+        sample.draw(Rounding(), wrong, [], tmp_path / "out")
+    sample.begin(tmp_path / "out", right)
+    sample.draw(Rounding(), right, [], tmp_path / "out")
+    assert Image.open(tmp_path / "out/000000.png").size == (32, 32)
+
+
+class Pair:
+    """A recipe that draws two pictures side by side, as the autoencoder's."""
+
+    def sample(self, what, height, width, steps, shift, cfg, seed):
+        return torch.zeros(len(what), 3, height, 2 * width)
+
+
+def test_the_npz_has_the_size_of_its_pictures(tmp_path):
+    request = sample.Request("run", 1, "ema", ["x"], 2, 1, 16, 16, 1, 1.0, 1.0, 0)
+    sample.begin(tmp_path / "out", request)
+    sample.draw(Pair(), request, [], tmp_path / "out")
+    with np.load(sample.pack(tmp_path / "out", request)) as archive:
+        assert archive["arr_0"].shape == (2, 16, 32, 3)
+
+
 def test_a_sheet_shows_all_of_many_groups(trained, tmp_path):
     cli.main(["sample", str(trained / "run"), "red card", "--count", "5", "--batch", "2", "--out",
               str(tmp_path / "s.png"), "--device", "cpu"])

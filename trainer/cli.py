@@ -345,12 +345,13 @@ def sample(args):
     if config.data.conditions and not items:
         raise ValueError(f"{args.run_folder} draws after conditions ({', '.join(config.data.conditions)}): name a data "
                          "set that has them, --data.")
-    s, side, count = config.samples, config.data.resolution, args.count or len(what)
+    s, side, count = config.samples, config.data.resolution, len(what) if args.count is None else args.count
+    height, width = (given if given is not None else own or side
+                     for given, own in ((args.height, s.height), (args.width, s.width)))
     request = sample.Request(
         run=args.run_folder.resolve().name, step=step, weights=args.weights, what=what, count=count,
-        batch=min(args.batch, max(count, 1)), height=args.height or s.height or side,
-        width=args.width or s.width or side, data=str(args.data.resolve()) if args.data else "",
-        conditions=config.data.conditions, **sampling(args, s))
+        batch=min(args.batch, max(count, 1)), height=height, width=width,
+        data=str(args.data.resolve()) if args.data else "", conditions=config.data.conditions, **sampling(args, s))
     if args.out.suffix in (".png", ".jpg"):
         if main:
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -101,6 +101,10 @@ def made(recipe, request: Request, items: list[Item], group: int) -> Tensor:
     what = [request.what[n % len(request.what)] for n in numbers]
     pictures = recipe.sample(what, request.height, request.width, steps=request.steps, shift=request.shift,
                              cfg=request.cfg, seed=request.seed + group * 1_000_003, **given)
+    height, width = pictures.shape[-2:]
+    if height != request.height or width % request.width:  # an autoencoder's show two pictures side by side
+        raise ValueError(f"--height={request.height} --width={request.width} is no size of this model, which draws "
+                         f"{height} and {width} for it: give those.")
     return pictures[:request.count - first]
 
 
@@ -124,7 +128,7 @@ def paths(out: Path, request: Request, group: int) -> list[Path]:
 def begin(out: Path, request: Request):
     """Makes the folder, or checks that the pictures in it are made as these will be."""
     notes, new = out / NOTES, asdict(request)
-    if notes.is_file():
+    if notes.is_file() and any(out.glob("*.png")):
         old = json.loads(notes.read_text(encoding="utf-8"))
         if other := [f"{key} was {old.get(key)!r:.80}, now {value!r:.80}" for key, value in new.items()
                      if key != "count" and old.get(key) != value]:
@@ -140,7 +144,8 @@ def pack(out: Path, request: Request) -> Path:
     """The pictures as arr_0 of an .npz, one after the other, so that 50,000 need no memory."""
     path = out.with_name(out.name + ".npz")
     unfinished = path.with_name(path.name + ".unfinished")
-    shape = (request.count, request.height, request.width, 3)
+    with Image.open(out / f"{0:06d}.png") as first:
+        shape = (request.count, first.height, first.width, 3)
     with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive, \
             archive.open("arr_0.npy", "w", force_zip64=True) as file:
         npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
