@@ -92,7 +92,7 @@ def _read_torch_file(path: Path) -> dict:
 
 
 def _cut(path: Path, error: BaseException) -> str:
-    return (f"{path.name} is not a whole torch file ({_first_line(error).partition('. ')[0]}): "
+    return (f"{path.name} is not a whole torch file ({first_line(error).partition('. ')[0]}): "
             f"{path.stat().st_size:,} bytes are there. Compare its size with the original and download it again.")
 
 
@@ -104,11 +104,12 @@ def _is_zip(path: Path) -> bool:
 def _found_in(error: BaseException) -> str:
     """What torch met that is no weight, without its advice on how to load the file all the same."""
     found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"WeightsUnpickler error: (.+)", str(error))
-    return found[1] if found else _first_line(error)
+    return found[1] if found else first_line(error)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def first_line(error: BaseException) -> str:
+    """Of what another library says, as much as fits into a sentence, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
 
 
 def save(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None):

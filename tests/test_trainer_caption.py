@@ -201,4 +201,7 @@ def test_what_cannot_be_captioned_is_said_before_a_model_is_loaded(tmp_path, fol
     assert "name a new jsonl with --out" in refusal(tmp_path / "data.jsonl", "--model", tmp_path)
     assert "is what is read" in refusal(tmp_path / "data.jsonl", "--model", tmp_path, "--out", tmp_path / "data.jsonl")
     assert "cannot be read as a vision-language model" in refusal(folder, "--model", tmp_path)
+    assert "nowhere: there is no such folder" in refusal(folder, "--model", tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "none that is known"}))
+    assert len(refusal(folder, "--model", tmp_path)) < 400  # transformers lists all of its models
     assert "no such file or folder" in refusal(tmp_path / "gone", "--model", tmp_path)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..models_impl import state_dict
 from .layouts import Found, Item, listed
 from .pictures import decode
 from .run import write_whole
@@ -33,6 +34,8 @@ class Captioner:
 
     def __init__(self, folder: Path, device="cpu", max_tokens: int = 120):
         """Raises ValueError if transformers reads no vision-language model there. Nothing is downloaded."""
+        if not Path(folder).is_dir():
+            raise ValueError(f"--model {folder}: there is no such folder.")
         from .encoders import hide_broken_torchvision
 
         hide_broken_torchvision()
@@ -43,7 +46,7 @@ class Captioner:
             net = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto")
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise ValueError(f"--model {folder} cannot be read as a vision-language model: "
-                             f"{str(error).strip().splitlines()[0]}") from None
+                             f"{state_dict.first_line(error)}.") from None
         self.net, self.device, self.max_tokens = net.to(device).eval(), device, max_tokens
         self.tokens = getattr(self.processor, "tokenizer", None)
         if self.tokens is None:

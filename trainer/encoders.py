@@ -136,8 +136,8 @@ class FrozenT5(nn.Module):
             self.tokens = AutoTokenizer.from_pretrained(tokens, local_files_only=True)
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"text.encoder={name!r} cannot be read as a T5: {str(error).splitlines()[0].rstrip('. ')}. Nothing is "
-                "downloaded: name a folder that holds one, or a model that is in Hugging Face's cache."
+                f"text.encoder={name!r} cannot be read as a T5: {state_dict.first_line(error)}. Nothing is downloaded: "
+                "name a folder that holds one, or a model that is in Hugging Face's cache."
             ) from error
         self.padded, self.clip = padded, Path(clip).expanduser() if clip else None
         identity = {"encoder": fingerprint(folder), "max_length": max_length, "clean": clean, "precision": precision}
@@ -176,12 +176,12 @@ class FrozenT5(nn.Module):
             beside = self.clip.parent / "tokenizer"
             tokens = self.clip if any(self.clip.glob("*token*")) or not beside.is_dir() else beside
             try:
-                model = CLIPTextModel.from_pretrained(self.clip, local_files_only=True, torch_dtype=self.dtype)
+                model = CLIPTextModel.from_pretrained(self.clip, local_files_only=True, dtype=self.dtype)
                 self.pooler += [AutoTokenizer.from_pretrained(tokens, local_files_only=True),
                                 model.to(device).eval()]
             except (OSError, ValueError) as error:
                 raise ValueError(f"text.clip={str(self.clip)!r} cannot be read as a CLIP: "
-                                 f"{str(error).splitlines()[0]}") from error
+                                 f"{state_dict.first_line(error)}.") from error
         tokens, model = self.pooler
         limit = model.config.max_position_embeddings
         ids = tokens(captions, padding="max_length", truncation=True, max_length=limit, return_tensors="pt").input_ids
@@ -192,7 +192,7 @@ class FrozenT5(nn.Module):
         if not self.encoder:
             from transformers import T5EncoderModel
 
-            encoder = T5EncoderModel.from_pretrained(self.name, local_files_only=True, torch_dtype=self.dtype)
+            encoder = T5EncoderModel.from_pretrained(self.name, local_files_only=True, dtype=self.dtype)
             self.encoder.append(encoder.to(device).eval())
         texts = [cleaning.clean_caption(c) for c in captions] if self.clean else captions
         read = self.tokens(texts, padding="max_length" if self.padded else True, truncation=True,
@@ -241,7 +241,7 @@ class FrozenClip(nn.Module):
             self.tokens = CLIPTokenizerFast.from_pretrained(tokens, local_files_only=True)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"text.encoder={name!r} cannot be read as a CLIP text encoder: "
-                             f"{str(error).splitlines()[0]} Its tokenizer belongs beside it.") from error
+                             f"{state_dict.first_line(error)}. Its tokenizer belongs beside it.") from error
         self.width, self.pooled_width, self.places = shape.hidden_size, shape.projection_dim, \
             shape.max_position_embeddings
         self.store = Store(cache, "clip", {"encoder": fingerprint(folder), "precision": precision}, writer)
@@ -283,8 +283,7 @@ class FrozenClip(nn.Module):
         if not self.encoder:
             from transformers import CLIPTextModelWithProjection
 
-            encoder = CLIPTextModelWithProjection.from_pretrained(self.name, local_files_only=True,
-                                                                  torch_dtype=self.dtype)
+            encoder = CLIPTextModelWithProjection.from_pretrained(self.name, local_files_only=True, dtype=self.dtype)
             self.encoder.append(encoder.to(device).eval().requires_grad_(False))
         return self.encoder[0]
 

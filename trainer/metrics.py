@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..models_impl import state_dict
+
 PCK = 0.1  # of the longer side of the person's box
 SIDE = 16  # of the pictures that retrieval compares
 
@@ -79,7 +81,7 @@ def inception(path: Path, device):
         net = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is no TorchScript file: take inception-2015-12-05.pt of StyleGAN3. "
-                         f"({str(error).splitlines()[0]})") from None
+                         f"({state_dict.first_line(error)})") from None
     return (lambda pictures: net(pictures, return_features=True).float(),
             lambda pictures: net(pictures, no_output_bias=True).float())
 
@@ -96,7 +98,7 @@ def clip_scores(folder: Path, device):
         net = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be read as a CLIP: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{folder} cannot be read as a CLIP: {state_dict.first_line(error)}.") from None
 
     def score(pictures: Tensor, captions: list[str]) -> Tensor:
         images = [p.permute(1, 2, 0).numpy() for p in pictures.cpu()]

@@ -267,7 +267,7 @@ class FrozenVision:
                 net = CLIPVisionModelWithProjection.from_pretrained(self.folder, local_files_only=True)
             except (OSError, ValueError) as error:
                 raise ValueError(f"model.image_encoder={str(self.folder)!r} cannot be read as CLIP's image tower: "
-                                 f"{str(error).splitlines()[0]}") from error
+                                 f"{state_dict.first_line(error)}.") from error
             self.net.append(net.to(device).eval().requires_grad_(False))
         return self.net[0]
 
