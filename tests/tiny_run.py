@@ -1,5 +1,6 @@
 """A trainer run so small that it takes a second: pictures, settings, and the pieces of a run around them."""
 import json
+from contextlib import closing
 
 from accelerate import Accelerator
 from PIL import Image
@@ -53,8 +54,9 @@ def train(settings, interrupt=None):
     if interrupt:
         log = run.log
         run.log = lambda step, **values: (log(step, **values), interrupt(run, step))
-    loop.train(recipe, data.Batches(found.train, settings.data, settings.seed, settings.batch_size), settings, run,
-               accelerator)
+    with closing(run):
+        loop.train(recipe, data.Batches(found.train, settings.data, settings.seed, settings.batch_size), settings, run,
+                   accelerator)
     return recipe, run
 
 

@@ -226,14 +226,14 @@ class Run:
             self.save(step, recipe, ema, optimizer)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.wandb:
+            self.wandb.finish()
 
     def close(self):
         """Ends the line of the progress bar, so that what is said next, an error perhaps, has its own."""
         for one in (self.bar, self.writer):
             if one is not None:
                 one.close()
-        if self.wandb:
-            self.wandb.finish()
 
 
 def checkpoints(folder: Path) -> list[Path]:
