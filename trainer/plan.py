@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..models_impl.state_dict import first_line
 from . import build, cost, data, quantised, shard, swap
 from .config import Config
 from .optim import Optimizers, moment_bytes
@@ -83,7 +84,7 @@ def duration(config: Config, found: data.Collection, recipe, parts: list[range],
     try:
         step = cost.of_a_step(config, found, recipe, parts, rates)
     except (RuntimeError, NotImplementedError) as error:  # of operations that look at values, which are not there
-        return [f"time       cannot be estimated for these settings: {str(error).splitlines()[0]}"]
+        return [f"time       cannot be estimated for these settings: {first_line(error)}"]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     encoded = "no encoder of pictures" if not recipe.encoders else "all features cached" if config.cache.folder \
         else "pictures encoded at every step"

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..state_dict import first_line
+
 METRIC = ("depth_pro", "glpn", "zoedepth", "prompt_depth_anything")  # model types whose numbers grow with distance
 FLAT = 1e-6  # the range of a picture without any depth
 
@@ -45,9 +47,8 @@ def load(folder: str | os.PathLike) -> Depth:
         network = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True)
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
     except (ValueError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder.name} (model type {kind}) cannot be read as a depth model: {first} The folder needs "
-                         "config.json, preprocessor_config.json and model.safetensors.") from error
+        raise ValueError(f"{folder.name} (model type {kind}) cannot be read as a depth model: {first_line(error)}. The "
+                         "folder needs config.json, preprocessor_config.json and model.safetensors.") from error
     return Depth(network, processor).eval().requires_grad_(False)
 
 
