@@ -1,0 +1,58 @@
+"""The small models of emoji that come with the repository do what their names say, with their own weights."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+HERE = Path(__file__).parent
+SHOWN = ("PixStack_PixelPonderMap", "PreviewImage")
+
+
+def drawn(host, name: str, changes: dict) -> np.ndarray:
+    """Pictures (B, H, W, 3) in [0, 1] that a workflow saves. changes: (class of nodes, input) -> value."""
+    graph = json.loads((HERE / f"prompts/{name}.json").read_text(encoding="utf-8"))
+    graph = {i: node for i, node in graph.items() if node["class_type"] not in SHOWN}
+    for (kind, part), value in changes.items():
+        some = [node["inputs"] for node in graph.values() if node["class_type"] == kind and node["inputs"][part] != ""]
+        assert some, kind
+        for inputs in some:
+            inputs[part] = value
+    done = host.run(graph)
+    assert done.error is None, done.error
+    return np.stack([np.asarray(Image.open(file).convert("RGB")) / 255 for file in done.images])
+
+
+@pytest.mark.parametrize("text, strongest", [("red heart", 0), ("green heart", 1), ("blue heart", 2)])
+def test_pixart_draws_a_heart_in_the_colour_that_is_asked_for(host, text, strongest):
+    pictures = drawn(host, "pixart_emoji", {("CLIPTextEncode", "text"): text})
+    inked = pictures[pictures.min(-1) < 0.8]
+    assert 0.1 < inked.size / pictures.size < 0.9
+    colour = inked.mean(0)
+    assert colour.argmax() == strongest and colour[strongest] > 1.3 * np.delete(colour, strongest).mean()
+
+
+def edges(picture: np.ndarray) -> np.ndarray:
+    gray = picture.mean(-1)
+    return np.hypot(*np.gradient(gray))
+
+
+def follows(pictures: np.ndarray, hint: str) -> float:
+    """The mean correlation between the edges that are drawn and those of a hint."""
+    wanted = np.asarray(Image.open(HERE.parent / f"assets/pictures/{hint}.png").convert("L")) / 255
+    return float(np.mean([np.corrcoef(edges(p).ravel(), wanted.ravel())[0, 1] for p in pictures]))
+
+
+@pytest.mark.parametrize("name, apply", [("pixart_emoji_controlnet", "ControlNetApplyAdvanced"),
+                                         ("pixelponder_emoji", "PixStack_PixelPonderApply")])
+def test_edges_lie_where_the_hint_has_them(host, name, apply):
+    with_hint, without = (drawn(host, name, {(apply, "strength"): strength}) for strength in (1.0, 0.0))
+    assert follows(with_hint, "lion_hed") > follows(without, "lion_hed") + 0.1
+
+
+def test_the_lora_draws_the_apple_in_the_colours_of_its_style(host):
+    """Fluent 3D's red apple is pinker than Noto's: more blue beside its red."""
+    noto, between, fluent = drawn(host, "pixart_emoji_lora", {("CLIPTextEncode", "text"): "red apple"})
+    red = [p[(p[..., 0] > 0.6) & (p[..., 1] < 0.4)].mean(0) for p in (noto, between, fluent)]
+    assert red[0][2] < red[1][2] < red[2][2] and red[2][2] > red[0][2] + 0.1
