@@ -2,10 +2,10 @@
 
 The same random weights in all three, in one ComfyUI process, prompts of 17 and 3 tokens. Ours runs both prompts in one
 masked pass with the text's keys and values kept, through ComfyUI's attention; core runs one pass for each, as its
-sampler does with prompts of unequal length; diffusers runs one pass padded to 300 tokens, as its pipeline does. They
-take turns; printed are the greatest difference of their predictions, and peer / ours (above 1 = ours is faster) as
-median (least to most). Core divides by zero at 256 px and is left out there; between the trained sizes it places tokens
-elsewhere, so that its predictions differ.
+sampler does with prompts of unequal length; diffusers runs one pass padded to 300 tokens, as its pipeline does. All use
+PyTorch's attention and take turns; printed are the greatest difference of their predictions, and peer / ours (above 1 =
+ours is faster) as median (least to most). Core divides by zero at 256 px and is left out there; between trained sizes
+it places tokens elsewhere, so that its predictions differ.
 
     python benchmarks/pixart.py [--size 512 1024] [--batch 1 4] [--depth N] [--repeats N]
 """
@@ -127,7 +127,7 @@ def main():
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
     args = parser.parse_args()
-    Host().start()
+    Host().start("--use-pytorch-cross-attention")  # as diffusers, and as ComfyUI does by itself on NVIDIA
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}")
     for size in args.size:

@@ -165,12 +165,13 @@ class Host:
         self.output = (output or self.base / "output").resolve()
         self._current, self._on_event = Run(), None
 
-    def start(self) -> Host:
+    def start(self, *arguments: str) -> Host:
+        """arguments: of ComfyUI's command line, beside those that every host gets."""
         comfyui = find_comfyui()
         enter(comfyui)
         argv = sys.argv
         sys.argv = ["main.py", "--base-directory", str(self.base), "--disable-api-nodes", "--preview-method", "auto"]
-        sys.argv += prepare_torch()
+        sys.argv += [*prepare_torch(), *arguments]
         try:
             import_module("comfy.options").enable_args_parsing()
             import_module("comfy.cli_args")
