@@ -118,7 +118,8 @@ def parser() -> argparse.ArgumentParser:
 
     one = command(export, "export", "Write the files that ComfyUI loads.")
     with_run(one)
-    one.add_argument("--out", type=Path, default=Path("assets"), help="gets diffusion_models/ and text_encoders/")
+    one.add_argument("--out", type=Path, default=Path("assets"), help="gets diffusion_models/, loras/, "
+                     "vae/ ... as ComfyUI's models/ has them (default: %(default)s)")
     one.add_argument("--name", help="of the files; without it, the run's")
     one.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp8"], default="bf16",
                      help="fp8: float8_e4m3fn for the matrices of blocks, bf16 for the rest (default: %(default)s)")

@@ -4,15 +4,14 @@ from __future__ import annotations
 from math import sqrt
 
 from ...models_impl.pixart.buckets import TABLES, nearest
-from ...models_impl.pixart.config import PixArtConfig
+from ...models_impl.pixart.config import VAE_FACTOR, PixArtConfig
 
 MULTIPLE = 16  # pixels: eight to a latent cell, two cells to a token
-CELL = 8
 
 
 def small_side(config: PixArtConfig | None) -> int | None:
     """The side in pixels of the squares that a model smaller than the releases' was trained on; None for others."""
-    side = CELL * config.sample_size if config else min(TABLES)
+    side = VAE_FACTOR * config.sample_size if config else min(TABLES)
     return side if side < min(TABLES) else None
 
 
@@ -26,7 +25,7 @@ def size(side: int, height: float, width: float) -> tuple[int, int]:
 
 def table_side(config: PixArtConfig | None, default: int = 1024) -> int:
     """The side in pixels of the square whose table a model was trained on."""
-    wanted = CELL * config.sample_size if config else default
+    wanted = VAE_FACTOR * config.sample_size if config else default
     return min(TABLES, key=lambda side: abs(side - wanted))
 
 
