@@ -175,6 +175,21 @@ def test_prompts_of_different_lengths_run_in_one_pass_and_do_not_mix(art, length
     close(ours * 0.13025, reference)
 
 
+def test_on_a_cpu_prompts_of_different_lengths_share_only_a_small_pass(art, monkeypatch):
+    conds = sys.modules[sys.modules[type(art.sigma.model).__module__].Text.__module__]
+    calls, pictures = [], []
+    model = art.sigma.clone()
+    model.set_model_unet_function_wrapper(
+        lambda apply, args: calls.append(len(args["input"])) or apply(args["input"], args["timestep"], **args["c"])
+    )
+    for few, second, rows in ((24, 3, [2]), (23, 3, [1, 1]), (23, 9, [2])):  # 8 x 12 latents are 24 patch tokens
+        monkeypatch.setattr(conds, "FEW", few)
+        calls.clear()
+        pictures.append(draw(art, model, tokens(9), tokens(second, 1), sampler(art), sigmas(art, model)))
+        assert calls == rows * 4
+    close(*pictures[:2])
+
+
 def test_padding_behind_an_attention_mask_changes_nothing(art):
     short = tokens(5)
     padded = torch.cat([short[0][0], torch.full((1, 7, 4096), 9.0)], dim=1)

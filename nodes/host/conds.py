@@ -6,13 +6,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+FEW = 512
+"""Patch tokens. With more of them, a CPU is sooner done with two passes than with one of twice the rows."""
+
+
+def one_pass_is_faster(tokens: int, device: torch.device) -> bool:
+    """Whether prompts of different lengths should share a masked pass over so many patch tokens for each prompt: where
+    a pass costs more by being one than by its arithmetic (figures: benchmarks/pixart.py)."""
+    return device.type != "cpu" or tokens <= FEW
+
 
 class Text(comfy.conds.CONDRegular):
-    """Text tokens (B, L, C). Prompts of different lengths share a batch: the shorter one is filled with zeros."""
+    """Text tokens (B, L, C). Prompts of different lengths share a batch, if they may: the shorter one is filled with
+    zeros."""
+
+    def __init__(self, cond: Tensor, fill: bool = True):
+        super().__init__(cond)
+        self.fill = fill
+
+    def _copy_with(self, cond):
+        return type(self)(cond, self.fill)
 
     def can_concat(self, other) -> bool:
         ours, theirs = self.cond.shape, other.cond.shape
-        return ours[0] == theirs[0] and ours[2:] == theirs[2:] and self.cond.device == other.cond.device
+        alike = ours[0] == theirs[0] and ours[2:] == theirs[2:] and self.cond.device == other.cond.device
+        return alike and (self.fill or ours == theirs)
 
     def concat(self, others) -> Tensor:
         rows = [self.cond, *(o.cond for o in others)]

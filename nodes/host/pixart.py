@@ -15,7 +15,7 @@ from ...models_impl.pixart.config import PixArtConfig
 from ...models_impl.pixart.model import PixArt, TextTokens
 from ...models_impl.pixart.sampling import NoiseSchedule
 from .attention import host_attention
-from .conds import Exact, Prompt, PromptKey, Text, TextMask
+from .conds import Exact, Prompt, PromptKey, Text, TextMask, one_pass_is_faster
 
 INFERENCE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CONTROL = "pixart"  # key of a control dictionary: what our ControlNets hand to the network
@@ -128,7 +128,8 @@ class PixArtModel(comfy.model_base.PixArt):
         """What the network is told, from one entry of a conditioning; refuses one that was made for another model."""
         self._check_latent(noise)
         context, mask = self._trim(self._context(cross_attn), attention_mask)
-        conds = {"c_crossattn": Text(context), "mask": TextMask(mask)}
+        fill = noise is None or one_pass_is_faster(self._patches(noise), noise.device)
+        conds = {"c_crossattn": Text(context, fill), "mask": TextMask(mask, fill)}
         if hooks is None:  # hooks may change the weights during the run
             conds["prompts"] = PromptKey(Prompt())
         if self.config.micro_conditions:
@@ -137,6 +138,9 @@ class PixArtModel(comfy.model_base.PixArt):
             conds["size"] = Exact(torch.tensor([[height, width]], dtype=torch.float32))
             conds["aspect_ratio"] = Exact(torch.tensor([[ratio]], dtype=torch.float32))
         return conds
+
+    def _patches(self, noise: Tensor) -> int:
+        return noise[:, 0].numel() // self.config.patch_size**2
 
     def _check_latent(self, noise: Tensor | None):
         if noise is None:
