@@ -104,3 +104,12 @@ def perceived(hed: HED, one: Tensor, other: Tensor) -> Tensor:
         a, b = nn.functional.normalize(x, dim=1).chunk(2)
         total = total + (a - b).square().sum(1).flatten(1).mean(1)
     return total
+
+
+def mean_of_processes(value: Tensor) -> Tensor:
+    """Of a number that each process has of its equal part of a batch."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    value = value.clone()
+    torch.distributed.all_reduce(value)
+    return value / torch.distributed.get_world_size()

@@ -124,7 +124,7 @@ class Recipe(nn.Module):
             noise = batch_noise(self.config.seed, batch.step, batch.positions, latent.shape[1:], device)
             again = self.net.decode(latent + s.noise * noise).sample.float()
             with torch.no_grad():
-                self.square.lerp_(latent.square().mean(), MEMORY)
+                self.square.lerp_(autoencoder.mean_of_processes(latent.square().mean()), MEMORY)
             loss = (again - shown).abs().flatten(1).mean(1) + s.kl / 2 * latent.square().flatten(1).mean(1)
             if s.features and s.feature_weight:
                 seen = autoencoder.perceived(self.judge(device), (shown + 1) / 2, (again + 1) / 2)
