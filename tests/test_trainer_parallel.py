@@ -1,18 +1,48 @@
-"""Blocks spread over two processes (FSDP2 on gloo) learn, save and resume what one process does."""
+"""Two processes on gloo, each with a whole network (DDP), parts of its blocks (FSDP2), or parts of gradients and
+moments (DeepSpeed), learn, save and resume what one process does."""
+import dataclasses
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree, rmtree
 
 import pytest
 import tiny_pixart
+import tiny_recipes
 import tiny_run
 import torch
-from pixstack.trainer import optim, plan
+from pixstack.trainer import config, optim, parallel, plan
+from pixstack.trainer.recipes import RECIPES
 from pixstack.trainer.run import read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
-TWO = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+TWO = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TOLD = {  # what `accelerate launch` tells by
+    parallel.DDP: {},
+    parallel.FSDP2: {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    parallel.DEEPSPEED: {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+}
+WAYS = [pytest.param(way, marks=pytest.mark.skipif(way == parallel.DEEPSPEED and find_spec("deepspeed") is None,
+                                                   reason="DeepSpeed is not installed")) for way in TOLD]
+
+
+REFUSED = {
+    (parallel.DEEPSPEED, "pixart_dmd"): "DeepSpeed clips all gradients as one",
+    (parallel.DEEPSPEED, "pixelponder choices"): "DeepSpeed needs recipe.choices=1",
+    (parallel.FSDP2, "pixelponder choices"): "accelerate's FSDP needs recipe.choices=1",
+}
+
+
+def launched(way: str, *words) -> str:
+    told = {**os.environ, "PYTHONPATH": str(ROOT / "package"), "OMP_NUM_THREADS": "1", **TOLD[way]}
+    done = subprocess.run([sys.executable, "-m", *TWO, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          env=told)
+    assert done.returncode == 0, "\n".join(
+        line for line in done.stderr.splitlines() if "Error" in line or "/trainer/" in line)
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -25,80 +55,136 @@ def path(tmp_path_factory):
     return tiny_run.pictures(tmp_path_factory.mktemp("data") / "set", size=64)
 
 
-def launched(folder, made, *words, launcher=TWO):
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run([sys.executable, "-m", *launcher, "trainer", "train", str(tiny_pixart.toml(folder, made)),
-                           *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:6000]
+# --- Every recipe
 
 
-@pytest.mark.parametrize("recipe, words", [
-    ("pixart", ("checkpoint_activations=true", "validation.every=2")), ("pixart_lora", ("adapter.rank=4",)),
-    ("pixelflow", ("init_from=", "micro_batch_size=1")),
-], ids=["pixart", "lora", "pixelflow-accumulated"])
-def test_two_processes_with_parts_learn_what_one_learns(path, parts, tmp_path, recipe, words):
-    base = tmp_path / "base.safetensors"
-    tiny_pixart.released(base)
-    more, sections = {"model": {}}, parts
-    if recipe == "pixelflow":
-        more, sections = {"model": tiny_run.SETTINGS["model"]}, {"text": tiny_run.SETTINGS["text"]}
-
-    def made(name, *extra):
-        return tiny_pixart.settings(path, tmp_path / name, sections, f"init_from={base}", "steps=4", "save_every=2",
-                                    "threads=1", "optimizer.clip=0.01", *words, *extra, recipe=recipe, **more)
-
-    tiny_run.train(made("one"))
-    launched(tmp_path / "of_two", made("two", "memory.shard=true"), "steps=4")
-    for name in ("model", "ema", "optimizer"):
-        one, two = (read_tensors(tmp_path / run / f"checkpoints/00000004/{name}.safetensors") for run in ("one", "two"))
-        assert one.keys() == two.keys()
-        for key in one:
-            assert one[key].shape == two[key].shape, key
-            if name != "optimizer":
-                torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
-    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
-            for run in ("one", "two")]
-    for one, two in zip(*logs, strict=True):
-        assert one.keys() == two.keys()
-        for key in one.keys() - {"images_per_second"}:
-            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-6), key
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Settings of a run of every recipe, which one process has done."""
+    folder = tmp_path_factory.mktemp("every")
+    found = tiny_recipes.every(folder / "files", folder / "one")
+    assert {name.split()[0] for name in found} == RECIPES.keys()
+    for settings in found.values():
+        tiny_run.train(settings)
+    return found
 
 
-def test_a_run_with_parts_goes_on_to_the_bit(path, parts, tmp_path):
+@pytest.fixture(scope="module", params=WAYS)
+def two(one, request, tmp_path_factory):
+    """The same runs by two processes: (how they shared them, settings)."""
+    way, folder = request.param, tmp_path_factory.mktemp("two")
+    found = {name: dataclasses.replace(settings, out=str(folder / name)) for name, settings in one.items()
+             if (way, name) not in REFUSED}
+    (folder / "list.json").write_text(json.dumps([config.as_dict(settings) for settings in found.values()]))
+    said = launched(way, ROOT / "tests/tiny_run.py", folder / "list.json")
+    assert said.count(f"{way} of 2 processes") == len(found)
+    return way, found
+
+
+@pytest.mark.parametrize("name", tiny_recipes.NAMES)
+def test_two_processes_learn_what_one_learns(one, two, name, monkeypatch):
+    """Weights, averages, moments, loss and gradient norm."""
+    way, found = two
+    if (way, name) in REFUSED:
+        monkeypatch.setattr(os, "environ", {**os.environ, **TOLD[way]})
+        with pytest.raises(ValueError, match=REFUSED[way, name]):
+            config.parse(config.as_dict(one[name]))
+        return
+    folders = one[name].folder, found[name].folder
+    for file in ("model", "ema", "optimizer"):
+        whole, some = (read_tensors(folder / f"checkpoints/00000003/{file}.safetensors") for folder in folders)
+        assert whole.keys() == some.keys()
+        for key in whole:
+            torch.testing.assert_close(some[key], whole[key], rtol=1e-3, atol=2e-5,
+                                       msg=lambda m, k=key: f"{k}: {m}")
+    for whole, some in zip(*map(tiny_pixart.log, folders), strict=True):
+        assert whole == pytest.approx(some, rel=1e-3, abs=1e-6)
+
+
+# --- A run
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_a_run_with_parts_goes_on_to_the_bit_and_in_one_process(path, parts, tmp_path, monkeypatch, way):
     def made(name):
         return tiny_pixart.settings(path, tmp_path / name, parts, "threads=1", "steps=4", "save_every=2", "keep=0",
-                                    "memory.shard=true", recipe="pixart")
+                                    "validation.every=2", "optimizer.eps=1e-3", recipe="pixart")
 
-    launched(tmp_path / "of_whole", made("whole"))
-    from shutil import copytree, rmtree
+    def train(name):
+        return launched(way, "-m", "trainer", "train", tiny_pixart.toml(tmp_path, made(name)))
 
-    copytree(tmp_path / "whole", tmp_path / "broken")
-    rmtree(tmp_path / "broken/checkpoints/00000004")
-    settings = json.loads((tmp_path / "broken/config.json").read_text())
-    (tmp_path / "broken/config.json").write_text(json.dumps({**settings, "out": str(tmp_path / "broken")}))
-    launched(tmp_path / "of_broken", made("broken"))
-    for name in ("model", "ema", "optimizer"):
-        one, two = (read_tensors(tmp_path / run / f"checkpoints/00000004/{name}.safetensors")
-                    for run in ("whole", "broken"))
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+    def written(name, file):
+        return read_tensors(tmp_path / name / f"checkpoints/00000004/{file}.safetensors")
+
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # as `accelerate launch --use_fsdp` says unasked
+    assert parallel.SAID[way] in train("whole")
+    for name in ("broken", "alone"):
+        copytree(tmp_path / "whole", tmp_path / name)
+        rmtree(tmp_path / name / "checkpoints/00000004")
+        settings = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({**settings, "out": str(tmp_path / name)}))
+    train("broken")
+    assert tiny_pixart.log(tmp_path / "broken") == tiny_pixart.log(tmp_path / "whole")
+    tiny_run.train(made("alone"))
+    for file in ("model", "ema", "optimizer"):
+        whole, broken, alone = (written(name, file) for name in ("whole", "broken", "alone"))
+        assert whole.keys() == broken.keys() == alone.keys()
+        for key, value in whole.items():
+            assert torch.equal(value, broken[key]), (file, key)
+            torch.testing.assert_close(alone[key], value, rtol=1e-3, atol=1e-5)
 
 
-def test_a_dry_run_counts_a_part_of_the_blocks(path, parts, tmp_path):
-    made = tiny_pixart.settings(path, tmp_path / "run", parts, "memory.shard=true")
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_a_dry_run_counts_the_parts(path, parts, tmp_path, monkeypatch, way):
+    for name, value in TOLD[way].items():
+        monkeypatch.setenv(name, value)
+    made = tiny_pixart.settings(path, tmp_path / "run", parts)
     recipe, _ = tiny_pixart.recipe_of(made)
     optimizers = optim.Optimizers(recipe.groups(made), made.optimizer, made.steps)
     one, four = (plan.memory(made, recipe, optimizers, 6, processes, cpu=True) for processes in (1, 4))
-    block = sum(p.numel() for p in recipe.net.blocks.parameters())
-    for name, size in (("weights", 4), ("gradients", 4), ("optimizer", 8), ("average", 4), ("activations", 0)):
-        assert one[name] - four[name] == pytest.approx(0.75 * size * block), name
+    every, block = (sum(p.numel() for p in module.parameters()) for module in (recipe.net, recipe.net.blocks))
+    fewer = {"weights": 4 * block, "gradients": 4 * block, "optimizer": 8 * block, "average": 4 * block}
+    if way == parallel.DEEPSPEED:  # and its own copy of the weights
+        fewer = {"weights": 0, "gradients": 4 * every, "optimizer": 12 * every, "average": 0}
+    assert one["optimizer"] >= fewer["optimizer"]
+    for name, size in {**fewer, "activations": 0}.items():
+        assert one[name] - four[name] == pytest.approx(0.75 * size), name
 
 
-@pytest.mark.parametrize("words, part", [
-    (("recipe.name=pixart_dmd",), "memory.shard=true is for recipe.name = pixart"),
-    (("optimizer.name=came",), "goes with optimizer.name='adamw', not 'came'"),
-    (("compile=true",), "does not go with compile=True"),
+@pytest.mark.parametrize("told, words, part", [
+    ({}, ["memory.shard=true", "optimizer.name=came"], "memory.shard=true goes with optimizer.name='adamw'"),
+    ({}, ["memory.shard=true", "compile=true"], "memory.shard=true does not go with compile=True"),
+    ({"ACCELERATE_USE_FSDP": "true"}, [], "accelerate was told to use FSDP 1"),
+    (TOLD[parallel.FSDP2], ["optimizer.name=muon"], "accelerate's FSDP goes with optimizer.name='adamw'"),
+    ({"ACCELERATE_USE_MEGATRON_LM": "true"}, [], "Megatron-LM"),
 ])
-def test_what_does_not_go_with_parts_is_refused(path, parts, tmp_path, words, part):
+def test_what_does_not_go_with_parts_is_refused(path, parts, tmp_path, monkeypatch, told, words, part):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError) as caught:
-        tiny_pixart.settings(path, tmp_path / "run", parts, "memory.shard=true", *words)
+        tiny_pixart.settings(path, tmp_path / "run", parts, *words)
     assert part in str(caught.value)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("file, words, part", [
+    ({"zero_optimization": {"stage": 3}}, [], "zero_stage 3, and this trainer uses 1 and 2; memory.shard=true"),
+    ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, [], "the recipe's precision decides"),
+    ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, [], "names its own optimizer: take it out"),
+    ({"zero_optimization": {"stage": 2}}, ["optimizer.name=came"], "DeepSpeed goes with optimizer.name='adamw'"),
+    ({"zero_optimization": {"stage": 2}}, ["memory.shard=true"], "memory.shard=true is FSDP2"),
+])
+def test_what_does_not_go_with_deepspeed_is_refused(path, parts, tmp_path, monkeypatch, file, words, part):
+    (tmp_path / "deepspeed.json").write_text(json.dumps(file))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed.json"))
+    with pytest.raises(ValueError) as caught:
+        tiny_pixart.settings(path, tmp_path / "run", parts, *words)
+    assert part in str(caught.value)
+
+
+def test_deepspeed_that_is_missing_is_named(path, parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ValueError, match="not installed: pip install deepspeed"):
+        tiny_pixart.settings(path, tmp_path / "run", parts)

@@ -316,29 +316,6 @@ RECIPES = {
 }
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compares processes on the CPU")
-@pytest.mark.parametrize("name", ["pixart_lcm", "pixart_dmd"])
-def test_two_processes_have_the_gradients_of_one(path, parts, base, tmp_path, name):
-    """By AdamW's first moments after one step, a tenth of the gradients."""
-    found = []
-    for count in (1, 2):
-        settings = tiny_pixart.settings(path, tmp_path / str(count), parts, f"init_from={base}", "steps=1",
-                                        "optimizer.clip=0.0", "device=auto", recipe=name, model={})
-        if count == 1:
-            tiny_run.train(settings)
-        else:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-                       "trainer", "train", tiny_pixart.toml(tmp_path, settings)]
-            done = subprocess.run(command, cwd=ROOT, timeout=300, capture_output=True, text=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
-            assert done.returncode == 0, done.stderr[-2000:]
-        found.append(run.read_tensors(tmp_path / str(count) / "checkpoints/00000001/optimizer.safetensors"))
-    one, two = found
-    assert one.keys() == two.keys()
-    for key in (k for k in one if k.endswith("exp_avg")):
-        assert (one[key] - two[key]).abs().max() <= 1e-4 * one[key].abs().max() + 1e-9, key
-
-
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(path, parts, base, tmp_path):
     """SIGKILL while it trains and saves at every step; the newest checkpoint is whole, and leads to the same end."""
     words = (f"init_from={base}", "steps=40", "save_every=1", "ema.decay=0.95")

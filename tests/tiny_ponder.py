@@ -1,9 +1,6 @@
 """A PixelPonder run so small that it takes a second: its FLUX, T5, CLIP and VAE, pictures with hints."""
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import tiny_pixart
 import tiny_run
@@ -73,16 +70,3 @@ def settings(path, out, sections, *words, **more):
     raw = {**tiny_run.SETTINGS, "precision": "fp32", "model": MODEL, "data": {"path": str(path), **IMAGE},
            "out": str(out), **sections, "recipe": {"name": "pixelponder", **sections["recipe"]}, **more}
     return config.parse(raw, words)
-
-
-def launched(folder, raw):
-    """Two steps of a run by one process in folder/one and by two in folder/two."""
-    for name, launcher in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"])):
-        lines = ["steps = 2", "batch_size = 6", 'device = "cpu"', "threads = 1", 'precision = "fp32"', "save_every = 2",
-                 f'out = "{folder / name}"']
-        for section, values in raw.items():
-            lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
-        (folder / f"{name}.toml").write_text("\n".join(lines))
-        done = subprocess.run([sys.executable, "-m", *launcher, "trainer", "train", str(folder / f"{name}.toml")],
-                              cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]

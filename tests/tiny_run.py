@@ -1,10 +1,12 @@
 """A trainer run so small that it takes a second: pictures, settings, and the pieces of a run around them."""
 import json
+import sys
 from contextlib import closing
+from pathlib import Path
 
 from accelerate import Accelerator
 from PIL import Image
-from pixstack.trainer import build, config, data, loop
+from pixstack.trainer import build, config, data, loop, parallel
 from pixstack.trainer.run import Run
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "black": (0, 0, 0),
@@ -48,9 +50,11 @@ def train(settings, interrupt=None):
     accelerator = Accelerator(cpu=True)
     found = build.collection(settings)
     run = Run(settings, accelerator, found.held_out)
-    run.open()
-    recipe = build.recipe(settings, found, run.folder)
-    build.write_facts(run.folder, recipe, found)
+    with accelerator.main_process_first():
+        run.open()
+        recipe = build.recipe(settings, found, run.folder)
+    if accelerator.is_main_process:
+        build.write_facts(run.folder, recipe, found)
     if interrupt:
         log = run.log
         run.log = lambda step, **values: (log(step, **values), interrupt(run, step))
@@ -70,3 +74,11 @@ def toml(folder, path, out):
     file = folder / "tiny.toml"
     file.write_text("\n".join(lines) + "\n")
     return file
+
+
+if __name__ == "__main__":  # every run of a JSON list of settings, in this process and in those launched with it
+    for raw in json.loads(Path(sys.argv[1]).read_text()):
+        made = config.parse(raw)
+        train(made)
+        if Accelerator().is_main_process:
+            print(f"{parallel.way(made)} of {Accelerator().num_processes} processes")

@@ -1,8 +1,5 @@
 """An UltraPixel run so small that it takes seconds: Stage C, the guide, CLIP-G, the semantic encoder, the decoders."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cascade_weights as cascade
@@ -19,7 +16,6 @@ from pixstack.models_impl.ultrapixel.stage_b import StageB
 from pixstack.trainer import build, config, data, encoders, run
 from pixstack.trainer.ultrapixel import FrozenEffnet
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 IMAGE = {"resolution": 128, "crop": "none"}
@@ -185,48 +181,6 @@ def recipe_of(made):
     """(the recipe of settings, its batches)"""
     found = build.collection(made)
     return build.recipe(made, found), data.Batches(found.train, made.data, made.seed, made.batch_size)
-
-
-GRADIENTS = """
-import os
-import sys
-from accelerate import Accelerator
-from safetensors.torch import save_file
-from pixstack.trainer import build, config, data, loop
-made = config.load(sys.argv[1])
-accelerator = Accelerator(cpu=True)
-found = build.collection(made)
-recipe = build.recipe(made, found)
-model = accelerator.prepare(recipe)
-batches = data.Batches(found.train, made.data, made.seed, made.batch_size)
-(part,) = loop.parts_of(made, accelerator.process_index, accelerator.num_processes)
-assert accelerator.num_processes == 2 and len(part) == 2
-for step in range(2):
-    recipe.zero_grad()
-    accelerator.backward(model(batches(step, part)).mean())
-if accelerator.is_main_process:
-    tensors = {n: p.grad for n, p in recipe.named_parameters() if p.requires_grad}
-    save_file({**tensors, **dict(recipe.weight.named_buffers())}, sys.argv[2])
-accelerator.wait_for_everyone()
-os._exit(0)  # torch's threads have been seen to abort a process that ends while the other one still writes
-"""
-
-
-def gradients(made, folder):
-    """Of the second step of a run, in this process and in two gloo processes; with the weights of the loss, which the
-    first step has changed."""
-    script, out = folder / "gradients.py", folder / "gradients.safetensors"
-    script.write_text(GRADIENTS)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script),
-                    toml(folder, made), str(out)], check=True, timeout=300, env={
-        **os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "package"), "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true"})
-    recipe, batches = recipe_of(made)
-    for step in range(2):
-        recipe.zero_grad()
-        recipe(batches(step, range(made.batch_size))).mean().backward()
-    return {**{n: p.grad for n, p in recipe.named_parameters() if p.requires_grad},
-            **dict(recipe.weight.named_buffers())}, load_file(out)
 
 
 def log(folder: Path):

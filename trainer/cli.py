@@ -22,6 +22,9 @@ def main(words: list[str] | None = None):
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     # peft imports bitsandbytes where it is installed, which warns that kernels are absent that nothing here calls.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Where accelerate's launcher asks for FSDP, transformers reads a file in one process alone and leaves nonsense in
+    # the others: accelerate's FSDP would mend that, this trainer's does not.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     try:
         args.run(args)
     except BrokenPipeError:  # `settings | head`: who reads has had enough
@@ -171,7 +174,7 @@ def train(args):
     import torch
     from accelerate import Accelerator
 
-    from . import build, cache, data, encoders, loop, swap
+    from . import build, cache, data, encoders, loop, parallel, swap
     from .run import Run
 
     if config.threads:
@@ -208,6 +211,8 @@ def train(args):
             print(said)
         build.write_facts(run.folder, recipe, found)
         print(f"{config.folder}: {data.summary(found)}; {sum(p.numel() for p in recipe.parameters()):,} parameters")
+        if accelerator.num_processes > 1:
+            print(f"{accelerator.num_processes} processes, {parallel.SAID[parallel.way(config)]}")
     with closing(run):
         step = loop.train(recipe, batches, config, run, accelerator)
     if accelerator.is_main_process:

@@ -262,7 +262,8 @@ class Memory:
     """So many of those blocks are kept in host memory and copied to the device around their forward and backward
     passes, one ahead; needs checkpoint_activations."""
     shard: bool = False
-    """Of several processes, each keeps only its part of the blocks' weights, gradients and moments (FSDP2)."""
+    """Of several processes, each keeps only its part of the blocks' weights, gradients and moments (FSDP2). The same as
+    `accelerate launch --use_fsdp --fsdp_version 2`."""
 
 
 @dataclass(frozen=True)
@@ -463,10 +464,10 @@ def parse(raw: dict, words=(), origin="the settings", check: bool = True) -> Con
             for section, plain in (("vae", Vae()), ("adapter", Adapter())):  # that not every recipe reads
                 if section not in find(name).sections and getattr(config, section) != plain:
                     problems.append(f"[{section}] is not read by recipe.name={name!r}: take it out.")
-            from . import quantised, shard, swap
+            from . import parallel, quantised, swap
 
             problems += quantised.problems(config, find(name).sections) + swap.problems(config, find(name).sections)
-            problems += shard.problems(config)
+            problems += parallel.problems(config)
         if kinds and not any(p.startswith("model.") for p in problems):
             problems += find(name).problems(config)
     if problems:

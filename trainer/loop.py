@@ -1,24 +1,21 @@
 """The whole of training. A recipe says what the loss is, a run says where things are written."""
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 
-from . import shard
+from . import parallel
 from .config import Config
 from .ema import Ema
 from .optim import Optimizers
 
 
 def train(recipe, batches, config: Config, run, accelerator):
-    spread = shard.spread(recipe, config, accelerator)
+    together = parallel.of(recipe, config, accelerator)
     optimizer = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
     ema = recipe.average = Ema(recipe, config.ema.decay, config.ema.warm_up)  # LCM's target is made of it
     step = run.restore(recipe, ema, optimizer)
-    placed = bool(config.memory.swap_blocks)  # by `swap`
-    model = recipe if spread else accelerator.prepare(recipe, device_placement=[not placed])
     parts = parts_of(config, accelerator.process_index, accelerator.num_processes)
+    together.start(optimizer, len(parts), len(parts[0]))
 
     while step < config.steps and not run.asked_to_stop():
         # Chance depends on (seed, step) alone, so a resumed run repeats the unbroken one.
@@ -27,17 +24,8 @@ def train(recipe, batches, config: Config, run, accelerator):
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             batch = batches(step, part, following=(step + 1, parts[0]) if last else (step, parts[i + 1]))
-            with nullcontext() if last else accelerator.no_sync(model):
-                loss = model(batch).mean() / len(parts)
-                accelerator.backward(loss)
-            total += loss.detach()
-        if spread:
-            shard.join_gradients(optimizer.parameters)
-        norm = optimizer.clip()
-        if not norm.isfinite():
-            raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}. Lower optimizer.rate="
-                                     f"{config.optimizer.rate} or raise optimizer.warm_up={config.optimizer.warm_up}.")
-        share = optimizer.step(step)
+            total += together.backward(batch, len(parts), last)
+        norm, share = together.update(optimizer, step)
         ema.update(step)
         step += 1
         run.log(step, loss=total, grad_norm=norm, rate=share * optimizer.rate)

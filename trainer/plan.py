@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models_impl.state_dict import first_line
-from . import build, cost, data, quantised, shard, swap
+from . import build, cost, data, parallel, quantised, shard, swap, zero
 from .config import Config
 from .optim import Optimizers, moment_bytes
 
@@ -62,17 +62,27 @@ def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, proces
            cpu: bool) -> dict[str, float]:
     """Bytes that a process holds in a step, by what they are."""
     count = sum(p.numel() for p in recipe.parameters() if p.requires_grad)
-    elsewhere = [p for block in shard.blocks(recipe) for p in block.parameters()] if config.memory.shard else []
-    other = 1 - 1 / processes  # of these, the part in other processes
-    less = other * sum(p.numel() for p in elsewhere if p.requires_grad)
-    return {
-        "weights": sum(p.nbytes for net in (recipe, *getattr(recipe, "teacher", ())) for p in net.parameters())
-        - swap.spared(recipe, config) - other * sum(p.nbytes for p in elsewhere),
-        "gradients": 4 * (count - less),
-        "optimizer": sum(map(moment_bytes, optimizers.parts)) - 8 * less,
-        "average": 4 * (count - less) if config.ema.decay else 0,
+    weights = sum(p.nbytes for net in (recipe, *getattr(recipe, "teacher", ())) for p in net.parameters())
+    sizes = {
+        "weights": weights - swap.spared(recipe, config),
+        "gradients": 4 * count,
+        "optimizer": sum(map(moment_bytes, optimizers.parts)),
+        "average": 4 * count if config.ema.decay else 0,
         "activations": recipe.activation_bytes(pictures, cpu),
     }
+    way = parallel.way(config)
+    if way == parallel.FSDP2:
+        blocks = [p for block in shard.blocks(recipe) for p in block.parameters()]
+        learning = sum(p.numel() for p in blocks if p.requires_grad)
+        elsewhere = {"weights": sum(p.nbytes for p in blocks), "gradients": 4 * learning, "optimizer": 8 * learning,
+                     "average": 4 * learning if config.ema.decay else 0}
+        for name, size in elsewhere.items():
+            sizes[name] -= (1 - 1 / processes) * size
+    if way == parallel.DEEPSPEED:
+        gradients, moments = zero.shares(processes)
+        sizes["gradients"] *= gradients
+        sizes["optimizer"] = moments * (sizes["optimizer"] + 4 * count)  # and a copy of the weights
+    return sizes
 
 
 SLOWER = 2  # than reckoned were real steps of pixelflow_emoji (2.1 times) and flux_emoji (1.9), on one CPU core

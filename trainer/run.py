@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..models_impl import state_dict
-from . import data, shard
+from . import data, parallel, shard
 from .config import Config, as_dict, differences, parse
 from .pictures import Pictures
 
@@ -40,7 +40,7 @@ class Run:
         """`load` may be replaced before the first validation: what loads held-out pictures (`cache.loader`)."""
         self.config, self.accelerator, self.folder = config, accelerator, config.folder
         self.main = accelerator.is_main_process
-        self.measures = self.main or config.memory.shard
+        self.measures = self.main or parallel.way(config) != parallel.DDP
         self.items, self.load = list(held_out)[: config.validation.items], Pictures
         self.stop, self.saved_at, self.writer, self.bar, self.wandb = False, None, None, None, None
         self.losses, self.clock = [], None

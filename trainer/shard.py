@@ -4,55 +4,53 @@ whole in every process. Checkpoints have whole tensors, whatever the number of p
 """
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import Config
 
-RECIPES = "pixart", "pixart_lora", "pixelflow"
-"""Those whose blocks are called as they are, and which were tried."""
 
-
-def problems(config: Config) -> list[str]:
-    if not config.memory.shard:
+def problems(config: Config, told: str) -> list[str]:
+    """told: what asks for it."""
+    if config.optimizer.name == "adamw":
         return []
-    found = []
-    if config.recipe.name not in RECIPES:
-        found.append(f"memory.shard=true is for recipe.name = {', '.join(RECIPES)}, not {config.recipe.name!r}: leave "
-                     "it out, and each process keeps a whole network.")
-    if config.optimizer.name != "adamw":
-        found.append(f"memory.shard=true goes with optimizer.name='adamw', not {config.optimizer.name!r}, which looks "
-                     "at whole matrices.")
-    for name, value in (("compile", config.compile), ("memory.base", config.memory.base),
-                        ("memory.swap_blocks", config.memory.swap_blocks)):
-        if value:
-            found.append(f"memory.shard=true does not go with {name}={value!r}: leave one of them out.")
-    return found
+    return [f"{told} goes with optimizer.name='adamw', not {config.optimizer.name!r}, which looks at whole matrices."]
 
 
-def spread(recipe: nn.Module, config: Config, accelerator) -> bool:
-    """Spreads the blocks of a recipe, but of its text encoder, if it is to be and there are several processes. Raises
-    ValueError where accelerate was told to do it in its own way."""
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(f"accelerate was told to use {kind}, which this trainer does not: launch plainly (torchrun, "
-                         "or accelerate launch --multi_gpu), and set memory.shard=true to spread the weights.")
-    if not config.memory.shard or accelerator.num_processes == 1:
-        return False
+def spread(recipe: nn.Module, accelerator):
+    """Spreads the blocks of a recipe over the processes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in blocks(recipe):
-        fully_shard(block, mesh=mesh)
-    return True
+    spread = blocks(recipe)
+    parts = {p for block in spread for p in block.parameters()}
+    for block in spread:
+        # A block that says nothing of this keeps its weights until the backward pass, if it is called by itself.
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    # What gathers the next block while one is at work, and tells when the last gradient is there.
+    fully_shard(recipe, mesh=mesh, ignored_params={p for p in recipe.parameters() if p not in parts})
 
 
 def blocks(recipe: nn.Module) -> list[nn.Module]:
-    small = set(recipe.text.modules()) if recipe.text is not None else set()
-    return [block for some in recipe.modules() if isinstance(some, nn.ModuleList) and some not in small
-            for block in some]
+    """The innermost members of module lists, but for those of the text encoder and of what a recipe names as `whole`;
+    and what such a member is made of, where its parts are called instead of it."""
+    apart = {m for name in ("text", *getattr(recipe, "whole", ())) if (some := dotted(recipe, name)) is not None
+             for m in some.modules()}
+    members = [block for some in recipe.modules() if isinstance(some, nn.ModuleList) and some not in apart
+               for block in some if not any(isinstance(m, nn.ModuleList) for m in block.modules())]
+    return [part for block in members for part in ([block] if has_forward(block) else block.children())]
+
+
+def dotted(recipe: nn.Module, name: str) -> nn.Module | None:
+    return operator.attrgetter(name)(recipe)
+
+
+def has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
 
 
 def is_part(tensor: Tensor) -> bool:

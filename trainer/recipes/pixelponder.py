@@ -112,6 +112,12 @@ class Recipe(nn.Module):
         vae, *self.hints = self.encoders
         self.flow = flux.Flow(config, self.net.config.trunk, text, vae, self.settings.guidance)
 
+    @property
+    def whole(self) -> list[str]:
+        """The selectors' parts are called one by one, and of the stems not all have a picture."""
+        selectors = (name for name in ("select_net", "selector") if hasattr(self.net, name))
+        return [f"net.{name}" for name in ("input_hint_block_list_moe", *selectors)]
+
     def load_base(self):
         c = self.config
         self.base = quantised.frozen(flux.frozen(c.recipe.base, c.precision == "bf16", c.checkpoint_activations), c)
