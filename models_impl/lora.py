@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .state_dict import family_of
+from .known_files import whose
 
 PEFT_ALPHA = 8  # peft's LoraConfig.lora_alpha, LoHaConfig.alpha and LoKrConfig.alpha when a script sets only r
 METADATA_KEY = "lora_adapter_metadata"  # diffusers: loaders/lora_base.py
@@ -339,9 +339,7 @@ def _why_nothing(tensors, modules, wrong, text_encoder) -> str:
         for what, marks in UNSUPPORTED.items():
             if any(mark in key for key in tensors for mark in marks):
                 return f"This is an {what} file, which PixStack does not read. Get it as LoRA, DoRA, LoHa or LoKr."
-        found = family_of(tensors)
-        what = f"it holds the weights of {found}" if found else f"its first keys are {', '.join(list(tensors)[:3])}"
-        return f"This is no LoRA file: {what}."
+        return f"This is no LoRA file. {whose(tensors)}"
     if all(TEXT_ENCODER.search(m) for m in modules):
         return start + f"all its {len(text_encoder)} keys belong to the text encoder."
     first = next(m for m in modules if not TEXT_ENCODER.search(m))

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,28 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 PREFIXES = ("module.", "model.diffusion_model.", "_orig_mod.", "diffusion_model.")
-
-MARKS = {  # family, as a person knows it -> keys of which one is enough to know it by, any prefix removed
-    "a personalisation of UltraPixel": ("0.lora_up",),
-    "a LoRA": ("*.lora_A.weight", "*.lora_down.weight", "*.lora_A.default.weight", "*.lokr_w1", "*.hada_w1_a"),
-    "a PixArt ControlNet": ("controlnet.0.copied_block.scale_shift_table", "0.copied_block.scale_shift_table",
-                            "controlnet_blocks.0.transformer_block.scale_shift_table"),
-    "LTX-Video": ("patchify_proj.weight",),  # before PixArt, whose adaLN it has too
-    "PixArt": ("blocks.0.scale_shift_table", "adaln_single.emb.timestep_embedder.linear_1.weight"),
-    "PixelPonder": ("input_hint_block_list_moe.0.0.weight", "select_net.attn_block.0.img_attn.qkv.weight"),
-    "a ControlNet for FLUX": ("controlnet_blocks.0.weight", "controlnet_x_embedder.weight"),
-    "FLUX": ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
-    "Stable Cascade Stage C": ("clip_txt_pooled_mapper.weight",),
-    "Stable Cascade Stage B": ("clip_mapper.weight",),
-    "UltraPixel": ("*.wtoken_postfc.wb0.1.weight",),
-    "Stable Diffusion": ("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight"),
-    "Stable Diffusion 3": ("joint_blocks.0.context_block.attn.qkv.weight",),
-    "DiT": ("blocks.0.adaLN_modulation.1.weight",),
-    "a T5 text encoder": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
-    "a CLIP text encoder": ("text_model.encoder.layers.0.self_attn.q_proj.weight",),
-    "a VAE": ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight"),
-    "PixelFlow": ("latent_size_embedder.linear_1.weight",),
-}
 
 
 def read_file(path: str | os.PathLike) -> tuple[dict, dict[str, str]]:
@@ -148,19 +126,6 @@ def without_prefix(tensors: Mapping) -> dict:
                 tensors = {key[len(prefix):]: value for key, value in tensors.items()}
                 stripped = True
     return tensors
-
-
-def family_of(keys: Iterable[str]) -> str | None:
-    """The family whose mark the keys carry, in words for an error message; None when none is known."""
-    keys = list(keys)
-    names = set(keys)
-    for prefix in PREFIXES:
-        names |= {key[len(prefix):] for key in keys if key.startswith(prefix)}
-    for family, marks in MARKS.items():
-        for mark in marks:
-            if mark in names or (mark.startswith("*") and any(key.endswith(mark[1:]) for key in keys)):
-                return family
-    return None
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], what: str):

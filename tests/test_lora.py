@@ -451,8 +451,8 @@ def test_a_lora_for_something_else_is_refused_with_the_reason(module, size, reas
 
 @pytest.mark.parametrize("keys, reason", [
     (["transformer_blocks.0.attn1.to_q.oft_R.weight"], "OFT or BOFT"),
-    (["blocks.0.scale_shift_table", "blocks.0.attn.qkv.weight"], "no LoRA file: it holds the weights of PixArt"),
-    (["something.weight"], "no LoRA file: its first keys are something.weight"),
+    (["blocks.0.scale_shift_table", "blocks.0.attn.qkv.weight"], "no LoRA file. The keys are those of PixArt"),
+    (["something.weight"], "no LoRA file. Its first keys are something.weight"),
 ])  # fmt: skip
 def test_a_file_that_is_no_lora_is_refused(keys, reason):
     with pytest.raises(ValueError, match=reason):

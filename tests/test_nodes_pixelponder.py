@@ -710,16 +710,15 @@ def pixart() -> dict:
     return {"controlnet.0.copied_block.scale_shift_table": torch.zeros(6, 4)}
 
 
-@pytest.mark.parametrize("make, whose", [
-    (xlabs, "an XLabs ControlNet for FLUX"),
-    (instantx, "a ControlNet for FLUX in diffusers' format"),
-    (pixart, "a PixArt ControlNet"),
+@pytest.mark.parametrize("make, whose, loader", [
+    (xlabs, "an XLabs ControlNet for FLUX", "core's 'Load ControlNet Model'"),
+    (instantx, "a ControlNet for FLUX in diffusers' format", "core's 'Load ControlNet Model'"),
+    (pixart, "a PixArt ControlNet", "'Load PixArt ControlNet'"),
 ])
-def test_another_familys_controlnet_is_refused_by_name_and_where_it_belongs_is_said(flux, host, make, whose):
+def test_another_familys_controlnet_is_refused_by_name_and_what_loads_it_is_said(flux, host, make, whose, loader):
     name = f"{make.__name__}.safetensors"
     write_file(host.models / "controlnet" / name, make())
-    with pytest.raises(ValueError, match=rf"{name}: This is not a PixelPonder checkpoint. .*{whose}.*'Load ControlNet "
-                                         "Model'.*'Load PixArt ControlNet'"):
+    with pytest.raises(ValueError, match=f"{name}: This is not a PixelPonder checkpoint. .*{whose}.*{loader}"):
         load(flux, name)
 
 

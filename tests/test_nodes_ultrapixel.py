@@ -890,6 +890,10 @@ def test_a_personalisation_that_does_not_fit_is_refused(ultra, clip):
                {f"lora_prior_unet_x.lora_{part}.weight": torch.zeros(1) for part in ("down", "up")})
     with pytest.raises(ValueError, match="^kohya.safetensors: 2 keys are no attention's.*core's LoRA loader"):
         personal(ultra, clip, name="kohya.safetensors")
+    guide = (ultra.host.models / "model_patches" / GUIDE).read_bytes()
+    (ultra.host.models / "loras" / "a_guide.safetensors").write_bytes(guide)
+    with pytest.raises(ValueError, match="^a_guide.safetensors: .*not a personalisation.*'Load UltraPixel Guide'"):
+        personal(ultra, clip, name="a_guide.safetensors")
     few = {k: v for k, v in read_file(_cat(ultra))[0].items() if int(k.split(".")[1]) < 8}
     torch.save(few, ultra.host.models / "loras" / "few.safetensors")
     with pytest.raises(ValueError, match="changes 8 layers, this Stage C has 12 to change"):

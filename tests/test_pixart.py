@@ -372,13 +372,13 @@ def test_a_controlnet_for_another_width_is_refused_with_both():
 
 
 def test_a_controlnet_without_its_base_is_no_model():
-    with pytest.raises(ValueError, match="ControlNet without its base model"):
+    with pytest.raises(ValueError, match="not a PixArt checkpoint. The keys are those of a PixArt ControlNet"):
         checkpoint.read(checkpoint.to_released_controlnet(control_network().state_dict()), config=STATED)
 
 
 @pytest.mark.parametrize("names", [dict, checkpoint.to_diffusers], ids=["released", "diffusers"])
 def test_a_model_is_no_controlnet(names):
-    with pytest.raises(ValueError, match="a PixArt model, not a ControlNet"):
+    with pytest.raises(ValueError, match="not a PixArt ControlNet. The keys are those of PixArt"):
         checkpoint.read_controlnet(names(network().state_dict()), config=STATED)
 
 

@@ -144,7 +144,7 @@ def test_a_file_saved_without_its_selection_network_still_opens_for_other_select
       "double_blocks.0.img_attn.norm.query_norm.scale"), "XLabs"),
     (("controlnet_x_embedder.weight", "controlnet_blocks.0.weight", "transformer_blocks.0.attn.to_q.weight"),
      "diffusers"),
-    (("double_blocks.0.img_attn.norm.query_norm.scale", "final_layer.linear.weight"), "FLUX itself"),
+    (("double_blocks.0.img_attn.qkv.weight", "final_layer.linear.weight"), "FLUX"),
     (("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",), "LoRA"),
     (("blocks.0.scale_shift_table",), "PixArt"),
 ])
@@ -154,7 +154,7 @@ def test_another_file_is_refused_by_name(keys, what):
 
 
 def test_a_controlnet_is_refused_as_a_base():
-    with pytest.raises(ValueError, match="ControlNet for FLUX .PixelPonder"):
+    with pytest.raises(ValueError, match="not a FLUX checkpoint. The keys are those of PixelPonder"):
         flux_checkpoint.read(PixelPonder(CONTROL).state_dict())
 
 

@@ -331,7 +331,7 @@ def test_the_source_is_never_overwritten(tmp_path):
     (["b.ckpt"], "must end in .safetensors"),
     (["b"], "must end in .safetensors"),
     (["b.safetensors", "--to", "kohya"], "PixArt model files have no kohya format"),
-    (["b.safetensors", "--kind", "controlnet"], "is not converted as a controlnet. Its keys are those of PixArt"),
+    (["b.safetensors", "--kind", "controlnet"], "is not converted as a controlnet. The keys are those of PixArt"),
     (["b.safetensors", "hidden=144"], "hidden=144, the weights say 72"),
     (["b.safetensors", "alpha"], "entries are written key=value"),
 ])  # fmt: skip
@@ -343,7 +343,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, capsys, words, reason):
 
 
 @pytest.mark.parametrize("keys, reason", [
-    (["double_blocks.0.img_attn.qkv.weight"], "Its keys are those of FLUX"),
+    (["double_blocks.0.img_attn.qkv.weight"], "The keys are those of FLUX"),
     (["a", "b"], "Its first keys are a, b"),
 ])  # fmt: skip
 def test_a_file_of_another_family_is_refused(tmp_path, keys, reason):

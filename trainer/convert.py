@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..models_impl import lora, state_dict
+from ..models_impl import known_files, lora, state_dict
 from ..models_impl.pixart import checkpoint as pixart_checkpoint
 from ..models_impl.pixart import lora as pixart_lora
 from ..models_impl.pixart.config import PixArtConfig
@@ -88,14 +88,13 @@ def convert(
     path = _file(source)
     _check_dest(path, dest, to, overwrite)
     tensors, metadata = state_dict.read_file(path)
-    keys = _keys(tensors)
+    keys = set(known_files.names(tensors))
     kind = _kind(keys) if kind == "auto" else kind
     converter = next((c for c in CONVERTERS if c.kind == kind and c.matches(keys)), None)
     if converter is None:
-        found = state_dict.family_of(keys)
-        what = f"Its keys are those of {found}." if found else f"Its first keys are {', '.join(list(tensors)[:3])}."
         known = ", ".join(f"{c.family} {c.kind}" for c in CONVERTERS)
-        raise ValueError(f"{path.name} is not converted as a {kind}. {what} There are converters for: {known}.")
+        raise ValueError(f"{path.name} is not converted as a {kind}. {known_files.whose(tensors)} There are converters "
+                         f"for: {known}.")
     if to not in converter.formats:
         raise ValueError(f"{converter.family} {kind} files have no {to} format; they have "
                          f"{', '.join(converter.formats)}.")
@@ -136,12 +135,6 @@ def _check_dest(path: Path, dest: Path, to: str, overwrite: bool):
         raise ValueError(f"{path} is the source itself. Name another file to write.")
     if there and not overwrite:
         raise ValueError(f"{there[0]} exists. Name another file to write, or give --overwrite.")
-
-
-def _keys(tensors: Mapping) -> set[str]:
-    """The names of the weights, out of the tables that training files wrap them in."""
-    inner = [key for value in tensors.values() if isinstance(value, Mapping) for key in value]
-    return {str(key) for key in inner or tensors}
 
 
 def _kind(keys: set[str]) -> str:
@@ -231,7 +224,7 @@ def _pixart_controlnet(source: Source) -> Result:
     entries = {**(base[0].as_dict() if base else {}), **source.config}
     config, blocks, net = pixart_checkpoint.read_controlnet(source.tensors, source.metadata, source.weights, entries)
     found = [f"{blocks} blocks for {config.variant}: {_described(config)}"]
-    bundled = sum("base_model." in key for key in _keys(source.tensors))
+    bundled = sum("base_model." in key for key in known_files.names(source.tensors))
     if bundled:
         found.append(f"its base model ({bundled} tensors) " + ("is replaced by --base" if base else "is left out"))
     if source.to == "diffusers":
@@ -267,7 +260,7 @@ def _pixart_lora(source: Source) -> Result:
 def _is_pixart(keys: set[str]) -> bool:
     keys = {key.removeprefix("module.") for key in keys}
     base = {key.removeprefix("base_model.") for key in keys if key.startswith("base_model.")}  # of a ControlNet bundle
-    return state_dict.family_of(base or keys) == "PixArt"
+    return known_files.family_of(base or keys) == "PixArt"
 
 
 def _is_pixart_controlnet(keys: set[str]) -> bool:
@@ -284,7 +277,7 @@ def _pixelflow_model(source: Source) -> Result:
 
 
 def _is_pixelflow(keys: set[str]) -> bool:
-    return state_dict.family_of(keys) == "PixelFlow"
+    return known_files.family_of(keys) == "PixelFlow"
 
 
 # UltraPixel
@@ -294,7 +287,7 @@ def _cascade_model(source: Source) -> Result:
     """The guide, or Stage C, B or A of Stable Cascade."""
     config, tensors = ultrapixel_checkpoint.read(source.tensors, source.metadata, source.config)
     given = ultrapixel_checkpoint.unwrap(source.tensors)
-    what = ultrapixel_checkpoint.WORDS[ultrapixel_checkpoint.kind(given)]
+    what = known_files.family_of(given)
     found = [f"{what}: {_described(config)}"]
     if isinstance(config, GuideConfig):
         if source.to == "original":

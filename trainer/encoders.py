@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..models_impl import state_dict
 from ..models_impl.annotators import hed
+from ..models_impl.known_files import whose
 from ..models_impl.text import captions as cleaning
 from . import autoencoder, tokenizer
 from .cache import Store, digest, fingerprint
@@ -443,7 +444,7 @@ def plain_vae_name(key: str) -> str:
 
 
 def not_a_vae(path: str, names) -> str:
-    return f"vae.path={path!r} is not a VAE: its first keys are {', '.join(list(names)[:3])}."
+    return f"vae.path={path!r} is not a VAE. {whose(names)}"
 
 
 def read_vae(path: Path) -> nn.Module:

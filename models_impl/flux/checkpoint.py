@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..state_dict import family_of, metadata_config, without_prefix
+from ..known_files import family_of, whose
+from ..state_dict import metadata_config, without_prefix
 from .config import HEAD_AXES, FluxConfig
 
 FAMILY = "flux"
@@ -16,12 +17,6 @@ HEAD_KEY = "double_blocks.0.img_attn.norm.query_norm.scale"
 NEEDED = (
     "img_in.weight", "vector_in.in_layer.weight", "txt_in.weight", "double_blocks.0.img_mlp.0.weight", HEAD_KEY,
 )  # fmt: skip
-CONTROLNETS = {  # key -> whose ControlNet for FLUX has it
-    "input_hint_block_list_moe.0.0.weight": "PixelPonder",
-    "controlnet_blocks.0.weight": "XLabs or diffusers",
-    "controlnet_x_embedder.weight": "diffusers",
-    "controlnet_double_blocks.0.weight": "diffusers (joined)",
-}
 # diffusers' names, in the order in which several are stacked into one of the release
 _STREAMS = {
     "img": ("norm1.linear", ("attn.to_q", "attn.to_k", "attn.to_v"), "attn.to_out.0", "norm_q", "norm_k", "ff"),
@@ -50,16 +45,10 @@ def read(
     family, or of a FLUX with more inputs than a latent (Fill, Canny, Depth).
     """
     tensors = without_prefix(tensors)
-    if "transformer_blocks.0.attn.add_q_proj.weight" in tensors and "x_embedder.weight" in tensors:
-        if not tensors.keys() & CONTROLNETS.keys():
-            tensors = from_diffusers(tensors)
-    whose = next((whose for key, whose in CONTROLNETS.items() if key in tensors), None)
-    if whose is not None:
-        raise ValueError(f"This is not a FLUX checkpoint but a ControlNet for FLUX ({whose}).")
-    if HEAD_KEY not in tensors:
-        found = family_of(tensors)
-        what = f"The keys are those of {found}." if found else f"Its first keys are {', '.join(list(tensors)[:3])}."
-        raise ValueError(f"This is not a FLUX checkpoint. {what}")
+    if family_of(tensors) != "FLUX":
+        raise ValueError(f"This is not a FLUX checkpoint. {whose(tensors)}")
+    if "transformer_blocks.0.attn.add_q_proj.weight" in tensors:
+        tensors = from_diffusers(tensors)
     refuse_incomplete(tensors, (*NEEDED, "final_layer.linear.weight"), "FLUX checkpoint")
     shapes = from_shapes(tensors)
     out = tensors["final_layer.linear.weight"].shape[0]

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..state_dict import family_of, metadata_config, without_prefix
+from ..known_files import family_of, whose
+from ..state_dict import metadata_config, without_prefix
 from .config import LATENT_SCALES, PRESETS, TOKEN_LIMITS, KVCompression, PixArtConfig
 from .model import axis_table, position_table
 
@@ -92,9 +93,6 @@ def read(
     if any(key.startswith("base_model.") for key in tensors):
         base = {k.removeprefix("base_model."): v for k, v in tensors.items() if k.startswith("base_model.")}
         tensors = without_prefix(base)
-    if _controlnet_layout(tensors):
-        raise ValueError("This is a PixArt ControlNet without its base model. Load it as a ControlNet, and a PixArt "
-                         "model beside it.")
     _refuse_others(tensors)
     tensors = to_original(tensors)
     if missing := [key for key in NEEDED if key not in tensors]:
@@ -126,9 +124,7 @@ def read_controlnet(
     tensors = _unwrap(tensors, weights)
     layout = _controlnet_layout(tensors)
     if layout is None:
-        if family_of(tensors) == "PixArt":
-            raise ValueError("This is a PixArt model, not a ControlNet for one. Load it as a diffusion model.")
-        raise ValueError(f"This is not a PixArt ControlNet. {_what(tensors)}")
+        raise ValueError(f"This is not a PixArt ControlNet. {whose(tensors)}")
     own = metadata_config(metadata or {}, CONTROLNET_FAMILY)
     net = {m[1]: value for key, value in tensors.items() if (m := layout.fullmatch(key))}
     net = to_original_controlnet(net)
@@ -315,14 +311,12 @@ def _controlnet_layout(tensors: Mapping) -> re.Pattern | None:
 
 
 def _refuse_others(tensors: Mapping):
+    if family_of(tensors) != "PixArt":
+        raise ValueError(f"This is not a PixArt checkpoint. {whose(tensors)}")
     patch = tensors.get("x_embedder.proj.weight", tensors.get("pos_embed.proj.weight"))
-    if family_of(tensors) != "PixArt" or (patch is not None and patch.ndim != 4):
-        raise ValueError(f"This is not a PixArt checkpoint. {_what(tensors)}")
-
-
-def _what(tensors: Mapping) -> str:
-    found = family_of(tensors)
-    return f"The keys are those of {found}." if found else f"Its first keys are {', '.join(list(tensors)[:3])}."
+    if patch is not None and patch.ndim != 4:
+        raise ValueError("This is not a PixArt checkpoint: it has PixArt's keys, but its patches are "
+                         f"{list(patch.shape)}, those of a video have one axis more.")
 
 
 def _from_shapes(tensors: Mapping[str, Tensor], stated: Mapping) -> dict:

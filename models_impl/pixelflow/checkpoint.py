@@ -9,11 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..state_dict import family_of, metadata_config, without_prefix
+from ..known_files import family_of, whose
+from ..state_dict import metadata_config, without_prefix
 from .config import PixelFlowConfig
 
 FAMILY = "pixelflow"
 RELEASED_HEAD_DIM = 72  # keys and shapes do not tell it: the query norm spans all heads
+NEEDED = ("patch_embed.proj.weight", "proj_out_2.weight", "transformer_blocks.0.attn1.q_proj.weight")
 RELEASED_RESOLUTION = {"class": 256, "text": 1024}
 
 
@@ -34,12 +36,9 @@ def read(
     if weights not in ("ema", "model"):
         raise ValueError(f"weights={weights!r} must be 'ema' or 'model'.")
     tensors = without_prefix(_unwrap(tensors, weights))
-    patch = tensors.get("patch_embed.proj.weight")
-    if patch is None or patch.ndim != 4 or "latent_size_embedder.linear_1.weight" not in tensors:
-        found = family_of(tensors)
-        what = f"The keys are those of {found}." if found else f"Its first keys are {', '.join(list(tensors)[:3])}."
-        raise ValueError(f"This is not a PixelFlow checkpoint. {what}")
-    missing = [key for key in ("proj_out_2.weight", "transformer_blocks.0.attn1.q_proj.weight") if key not in tensors]
+    if family_of(tensors) != "PixelFlow":
+        raise ValueError(f"This is not a PixelFlow checkpoint. {whose(tensors)}")
+    missing = [key for key in NEEDED if key not in tensors]
     if missing:
         raise ValueError(f"This PixelFlow checkpoint is not whole: it has no {', '.join(missing)}.")
     stated = {**(metadata_config(metadata or {}, FAMILY) or {}), **PixelFlowConfig.entries_of(config or {})}

@@ -7,21 +7,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..flux.checkpoint import HEAD_KEY, NEEDED, complete, count, from_shapes, refuse_incomplete
+from ..flux.checkpoint import NEEDED, complete, count, from_shapes, refuse_incomplete
 from ..flux.config import FluxConfig
-from ..state_dict import family_of, metadata_config, without_prefix
+from ..known_files import family_of, whose
+from ..state_dict import metadata_config, without_prefix
 from .config import TYPES, PixelPonderConfig, SelectConfig, SelectorConfig
 
 FAMILY = "pixelponder"
 STEMS, TOWER, SELECT = "input_hint_block_list_moe", "input_hint_block_share", "select_net."
 SELECT_MARK = "attn_block.0.img_attn.qkv.weight"
-OTHERS = {  # key -> whose ControlNet for FLUX has it; PixelPonder's trunk has the same keys as XLabs'
-    "controlnet_x_embedder.weight": "a ControlNet for FLUX in diffusers' format",
-    "controlnet_blocks.0.weight": "an XLabs ControlNet for FLUX",
-    "controlnet_double_blocks.0.weight": "a ControlNet for FLUX with joined blocks",
-    "pos_embed_input.weight": "a ControlNet for FLUX with one hint encoder (XLabs)",
-    "final_layer.linear.weight": "FLUX itself, the base that PixelPonder controls",
-}
 
 
 def read(
@@ -38,9 +32,10 @@ def read(
     shapes say. Raises ValueError for a file of another family, XLabs' ControlNets among them.
     """
     tensors = without_prefix(_unwrap(tensors))
-    if f"{STEMS}.0.0.weight" not in tensors or "pos_embed_input.weight" not in tensors:
-        raise ValueError(f"This is not a PixelPonder checkpoint. {_what_it_is(tensors)}")
-    refuse_incomplete(tensors, (*NEEDED, f"{TOWER}.8.weight"), "PixelPonder checkpoint")
+    if family_of(tensors) != "PixelPonder":
+        raise ValueError(f"This is not a PixelPonder checkpoint. {whose(tensors)}")
+    refuse_incomplete(tensors, (f"{STEMS}.0.0.weight", "pos_embed_input.weight", *NEEDED, f"{TOWER}.8.weight"),
+                      "PixelPonder checkpoint")
     ours = metadata_config(metadata or {}, FAMILY) or {}
     given = PixelPonderConfig.entries_of(config or {})
     stated = {**ours, **given, "trunk": {**ours.get("trunk", {}), **given["trunk"]}}
@@ -119,16 +114,6 @@ def _unwrap(tensors: Mapping) -> Mapping:
         if isinstance(tensors.get(name), Mapping):
             return tensors[name]
     return tensors
-
-
-def _what_it_is(tensors: Mapping) -> str:
-    for key, what in OTHERS.items():
-        if key in tensors:
-            return f"It is {what}."
-    found = family_of(tensors)
-    if found is not None and HEAD_KEY not in tensors:
-        return f"The keys are those of {found}."
-    return f"Its first keys are {', '.join(list(tensors)[:3])}."
 
 
 def _types(stems: int, names) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..state_dict import family_of, metadata_config, without_prefix
+from ..known_files import whose
+from ..state_dict import metadata_config, without_prefix
 from .config import (
     ControlNetConfig,
     GuideConfig,
@@ -58,9 +59,7 @@ def _checked(cls: type, stated: dict, shapes: dict):
 
 
 def _refuse(tensors: Mapping, what: str):
-    found = WORDS.get(kind(tensors)) or family_of(tensors)
-    raise ValueError(f"This is not {what}. " + (f"The keys are those of {found}." if found else
-                                                f"Its first keys are {', '.join(list(tensors)[:3])}."))
+    raise ValueError(f"This is not {what}. {whose(tensors)}")
 
 
 def unwrap(tensors: Mapping) -> dict:
@@ -317,11 +316,7 @@ KINDS: tuple[tuple[str, Callable[[Mapping], bool]], ...] = (
     ("stage_b", lambda keys: "effnet_mapper.0.weight" in keys),
     ("stage_a", lambda keys: "in_block.1.weight" in keys),
     ("controlnet", lambda keys: "projections.0.0.weight" in keys),
-    ("effnet", lambda keys: "mapper.1.running_mean" in keys and "backbone.0.0.weight" in keys),
 )
-WORDS = {"guide": "the guide of UltraPixel", **{name: f"Stable Cascade's {words}" for name, words in {
-    "stage_c": "Stage C", "stage_b": "Stage B", "stage_a": "Stage A", "controlnet": "ControlNets",
-    "effnet": "semantic encoder"}.items()}}
 READERS = {"guide": read_guide, "stage_c": read_stage_c, "stage_b": read_stage_b, "stage_a": read_stage_a,
            "controlnet": read_controlnet}
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..state_dict import family_of, without_prefix
+from ..known_files import whose
+from ..state_dict import without_prefix
 
 PIXELS = 8  # along a side of a cell
 
@@ -40,7 +41,5 @@ def read(tensors: Mapping) -> tuple[dict[str, int], dict[str, Tensor]]:
     tensors = without_prefix(tensors)
     first = tensors.get("blocks.0.weight")
     if first is None or "blocks.24.weight" not in tensors:
-        found = family_of(tensors)
-        raise ValueError("This is not Stable Cascade's previewer." + (f" The keys are those of {found}." if found
-                                                                     else ""))
+        raise ValueError(f"This is not Stable Cascade's previewer. {whose(tensors)}")
     return {"latent_channels": first.shape[1], "hidden": first.shape[0]}, tensors

@@ -8,7 +8,8 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
-from ...models_impl.state_dict import family_of, load_into, read_file
+from ...models_impl.known_files import whose
+from ...models_impl.state_dict import load_into, read_file
 from .load import patcher
 
 # 16 GB at 1024 x 1024 in float16 (huggingface/diffusers#5761), 1.3 GB of which are weights
@@ -42,10 +43,7 @@ def load(path: str) -> comfy.sd.VAE:
     file = Path(path)
     tensors, _ = read_file(file)
     if not any(key.startswith("decoder_unet.") for key in tensors):
-        found = family_of(tensors)
-        raise ValueError(f"{file.name} is not the consistency decoder in diffusers' format"
-                         + (f": its keys are those of {found}." if found else
-                            ". Its decoder.pt is a program, not weights, and cannot be used."))
+        raise ValueError(f"{file.name} is not the consistency decoder in diffusers' format. {whose(tensors)}")
     net = ConsistencyDecoderVAE(**sizes(tensors))
     load_into(net, tensors, f"the consistency decoder ({file.name})")
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})

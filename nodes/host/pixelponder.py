@@ -31,7 +31,7 @@ from ...models_impl.pixelponder.patch_select import (
     forced_map,
 )
 from ...models_impl.pixelponder.sampling import GUIDANCE
-from ...models_impl.state_dict import family_of, load_into, read_file
+from ...models_impl.state_dict import load_into, read_file
 from .attention import host_attention
 from .load import patcher
 from .pixelponder_map import draw, masks_of, preview
@@ -39,8 +39,6 @@ from .pixelponder_map import draw, masks_of, preview
 STRATEGIES = ("released", "as run", "accumulate", "blend")
 INFERENCE_DTYPES = (torch.bfloat16, torch.float32)  # residuals are whole hidden states: float16 may not hold them
 CROP_UNSAID = 0.02  # of a hint's side that may be cut off without a word
-NOT_OURS = (" Other ControlNets for FLUX load with core's 'Load ControlNet Model', PixArt's with 'Load PixArt "
-            "ControlNet'; PixelPonder's file is pixelponder-fp32.bin.")
 
 
 @dataclass(frozen=True)
@@ -471,8 +469,7 @@ def load(path: str, select_net: bool = False, dtype: torch.dtype | None = None) 
     try:
         config, tensors = checkpoint.read(tensors, metadata, select_net=select_net)
     except ValueError as error:
-        elsewhere = "" if family_of(tensors) == "PixelPonder" else NOT_OURS
-        raise ValueError(f"{file.name}: {error}{elsewhere}") from error
+        raise ValueError(f"{file.name}: {error}") from error
     if select_net and checkpoint.select_net_is_untrained(tensors):
         logging.warning(f"{file.name}: the selection network is as it was initialised, before any training, so what it "
                         "selects means nothing. It costs time and memory; 'released' gives nearly the same picture.")

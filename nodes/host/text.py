@@ -21,7 +21,8 @@ from comfy.supported_models_base import ClipTarget
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 
-from ...models_impl.state_dict import family_of, metadata_config, read_file, without_prefix
+from ...models_impl.known_files import whose
+from ...models_impl.state_dict import metadata_config, read_file, without_prefix
 from ...models_impl.text import MAX_LENGTH, T5_FAMILY
 
 STANDARD_TOKENIZER = Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_tokenizer"  # T5 v1.1's and flan-T5's
@@ -68,10 +69,10 @@ def load_t5(
 def encoder_weights(tensors: dict, name: str) -> dict:
     """The encoder of a T5 file under Hugging Face's names; a whole T5 may come along, its decoder is left out."""
     tensors = without_prefix(tensors)
-    if "encoder.block.0.layer.0.SelfAttention.q.weight" not in tensors or "shared.weight" not in tensors:
-        found = family_of(tensors)
-        what = f"The keys are those of {found}." if found else f"Its first keys are {', '.join(list(tensors)[:3])}."
-        raise ValueError(f"{name} is not a T5 text encoder. {what}")
+    if "encoder.block.0.layer.0.SelfAttention.q.weight" not in tensors:
+        raise ValueError(f"{name} is not a T5 text encoder. {whose(tensors)}")
+    if "shared.weight" not in tensors:
+        raise ValueError(f"{name} is no whole T5 encoder: it has no shared.weight.")
     # encoder.embed_tokens is shared.weight under a second name
     return {k: v for k, v in tensors.items()
             if not k.startswith(("decoder.", "lm_head.")) and k != "encoder.embed_tokens.weight"}

@@ -13,7 +13,8 @@ import torch
 from comfy.ldm.cascade.common import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock
 from torch import Tensor
 
-from ...models_impl.state_dict import family_of, read_file
+from ...models_impl.known_files import PERSONALISATION, family_of, names, whose
+from ...models_impl.state_dict import read_file
 from ...models_impl.ultrapixel import lora
 from ...models_impl.ultrapixel.config import StageCConfig
 from ...models_impl.ultrapixel.lora import Personalisation
@@ -41,9 +42,7 @@ def read(path: str, model) -> Personalisation:
     try:
         return lora.read(tensors, metadata, layout_of(stage_c_of(model).diffusion_model))
     except ValueError as error:
-        found = family_of(tensors)
-        also = (" An ordinary LoRA of Stage C loads with core's Load LoRA." if found == "a LoRA" else
-                f" The keys are those of {found}." if found and "UltraPixel" not in found else "")
+        also = f" {whose(tensors)}" if family_of(names(tensors)) not in (None, PERSONALISATION) else ""
         raise ValueError(f"{file.name}: {error}{also}") from error
 
 

@@ -1,0 +1,107 @@
+"""Whose file it is, known by its keys, and what loads it in ComfyUI: the second half of every refusal of a file."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .state_dict import PREFIXES
+
+PERSONALISATION = "a personalisation of UltraPixel"
+DIFFUSION_MODEL = "core's 'Load Diffusion Model'"
+BESIDE_A_MODEL = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoder.", "text_encoders.")
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    """As a person knows it."""
+    keys: tuple[str, ...]
+    """One of them is enough to know it by, any prefix removed; *.x is a key that ends in .x."""
+    loader: str | None
+    """The node that takes it, as ComfyUI shows its name; None where no node does."""
+    folder: str = ""
+    """Below models/."""
+
+
+KINDS = (  # the first that fits
+    Kind(PERSONALISATION, ("0.lora_up", "retoken.embeddings"), "'UltraPixel Personalise'", "loras"),
+    Kind("a LoRA", ("*.lora_A.weight", "*.lora_down.weight", "*.lora_A.default.weight", "*.lokr_w1", "*.hada_w1_a"),
+         "'Load PixArt LoRA' if it is PixArt's, else core's 'Load LoRA'", "loras"),
+    Kind("a PixArt ControlNet", (
+        "controlnet.0.copied_block.scale_shift_table", "0.copied_block.scale_shift_table",
+        "controlnet_blocks.0.transformer_block.scale_shift_table",
+        "controlnet.controlnet_blocks.0.transformer_block.scale_shift_table",
+    ), "'Load PixArt ControlNet'", "controlnet"),
+    Kind("LTX-Video", ("patchify_proj.weight",), DIFFUSION_MODEL, "diffusion_models"),  # has PixArt's adaLN too
+    Kind("PixArt", ("blocks.0.scale_shift_table", "adaln_single.emb.timestep_embedder.linear_1.weight"),
+         "'Load PixArt Model'", "diffusion_models"),
+    Kind("PixelFlow", ("latent_size_embedder.linear_1.weight",), "'Load PixelFlow Model'", "diffusion_models"),
+    Kind("PixelPonder", ("input_hint_block_list_moe.0.0.weight", "select_net.attn_block.0.img_attn.qkv.weight"),
+         "'Load PixelPonder'", "controlnet"),
+    Kind("a ControlNet for FLUX with joined blocks", ("controlnet_double_blocks.0.weight",), None),
+    Kind("a ControlNet for FLUX in diffusers' format", ("controlnet_x_embedder.weight",),
+         "core's 'Load ControlNet Model'", "controlnet"),
+    Kind("an XLabs ControlNet for FLUX", ("controlnet_blocks.0.weight", "pos_embed_input.weight"),
+         "core's 'Load ControlNet Model'", "controlnet"),
+    Kind("FLUX", ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
+         f"{DIFFUSION_MODEL}, or 'Load Small FLUX Model' if PixStack's trainer made it", "diffusion_models"),
+    Kind("Stable Cascade's Stage C", ("clip_txt_mapper.weight",), DIFFUSION_MODEL, "diffusion_models"),
+    Kind("Stable Cascade's Stage B", ("effnet_mapper.0.weight",), DIFFUSION_MODEL, "diffusion_models"),
+    Kind("Stable Cascade's Stage A", ("in_block.1.weight",), "'Load UltraPixel Stage A'", "vae"),
+    Kind("a ControlNet of Stable Cascade", ("projections.0.0.weight",), "core's 'Load ControlNet Model'", "controlnet"),
+    Kind("Stable Cascade's semantic encoder", ("mapper.1.running_mean", "encoder.mapper.1.running_mean"),
+         "core's 'Load VAE'", "vae"),
+    Kind("Stable Cascade's previewer", ("blocks.11.running_mean",), "core's 'Load VAE'", "vae"),
+    Kind("the guide of UltraPixel", ("*.wtokens",), "'Load UltraPixel Guide'", "model_patches"),
+    Kind("Stable Diffusion", ("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight"), DIFFUSION_MODEL,
+         "diffusion_models"),
+    Kind("Stable Diffusion 3", ("joint_blocks.0.context_block.attn.qkv.weight",), DIFFUSION_MODEL, "diffusion_models"),
+    Kind("DiT", ("blocks.0.adaLN_modulation.1.weight",), None),
+    Kind("a T5 text encoder", ("encoder.block.0.layer.0.SelfAttention.q.weight",),
+         "'Load T5 Text Encoder'; T5-XXL also with core's 'Load CLIP' and 'DualCLIPLoader'", "text_encoders"),
+    Kind("a CLIP text encoder", ("text_model.encoder.layers.0.self_attn.q_proj.weight",),
+         "core's 'Load CLIP' or, for FLUX, 'DualCLIPLoader'", "text_encoders"),
+    Kind("a consistency decoder", ("decoder_unet.conv_in.weight",), "'Load Consistency Decoder'", "vae"),
+    Kind("a VAE", ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight", "taesd_decoder.1.weight"),
+         "core's 'Load VAE'", "vae"),
+    Kind("one half of a TAESD", ("3.conv.0.weight", "1.conv.0.weight"), "core's 'Load VAE', its other half beside it",
+         "vae_approx"),
+    Kind("HED", ("block1.convs.0.weight",), "'HED Edges'", "annotators"),
+    Kind("Depth Anything", ("neck.reassemble_stage.layers.0.projection.weight",),
+         "'Depth Map', its config.json beside it", "annotators"),
+)
+
+
+def names(tensors: Mapping) -> list[str]:
+    """The names of the weights of a file, out of the tables that training files wrap them in."""
+    inner = [key for value in tensors.values() if isinstance(value, Mapping) for key in value]
+    return [str(key) for key in inner or tensors]
+
+
+def family_of(keys: Iterable[str]) -> str | None:
+    """The `name` of the kind of file that has such keys; None when none of KINDS has."""
+    kind = _kind_of(list(keys))
+    return kind and kind.name
+
+
+def whose(tensors: Mapping) -> str:
+    """What the file is, with what and from where ComfyUI loads it; its first keys where that is not known."""
+    keys = names(tensors)
+    kind = _kind_of(keys)
+    if kind is None:
+        return f"Its first keys are {', '.join(keys[:3])}." if keys else "It holds no weights."
+    said, loader, folder = f"The keys are those of {kind.name}.", kind.loader, kind.folder
+    if loader is None:
+        return said
+    if loader.startswith(DIFFUSION_MODEL) and any(key.startswith(BESIDE_A_MODEL) for key in keys):
+        loader, folder = "core's 'Load Checkpoint'", "checkpoints"
+    return f"{said} In ComfyUI it goes into models/{folder} and is loaded with {loader}."
+
+
+def _kind_of(keys: list[str]) -> Kind | None:
+    known = {key[len(prefix):] for prefix in ("", *PREFIXES) for key in keys if key.startswith(prefix)}
+    for kind in KINDS:
+        for mark in kind.keys:
+            if mark in known or (mark.startswith("*") and any(key.endswith(mark[1:]) for key in keys)):
+                return kind
+    return None
