@@ -63,6 +63,9 @@ def _read_torch_file(path: Path) -> dict:
             "code. Get a safetensors file, or convert it where you trust it."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path.name} is a program (TorchScript), not weights, and is not run. Get its weights as "
+                             "safetensors.") from error
         raise ValueError(_cut(path, error)) from error
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{path.name} holds a {type(tensors).__name__}, not a table of weights.")

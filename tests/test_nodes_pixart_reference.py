@@ -111,3 +111,11 @@ def test_an_ordinary_vae_is_not_taken_for_a_consistency_decoder(nodes):
     pytest.importorskip("diffusers")
     with pytest.raises(ValueError, match="tiny_vae.safetensors is not the consistency decoder"):
         run(nodes, "ConsistencyDecoderLoader", vae_name="tiny_vae.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_the_decoder_as_a_program_is_refused_as_one(nodes, host):
+    pytest.importorskip("diffusers")
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(host.models / "vae" / "decoder.pt")
+    with pytest.raises(ValueError, match=r"decoder.pt is a program \(TorchScript\), not weights"):
+        run(nodes, "ConsistencyDecoderLoader", vae_name="decoder.pt")
