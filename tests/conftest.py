@@ -47,6 +47,23 @@ def _take_stand_ins():
     comfy.model_detection.detect_unet_config = lambda *args, **kwargs: narrow_flux(detect(*args, **kwargs))
 
 
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict:
+    """What the trainer's tests of PixArt need beside pictures: a text encoder and a VAE. Other recipes' tests have a
+    fixture of this name of their own, and so for `path`."""
+    import tiny_pixart
+
+    return tiny_pixart.parts(tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    """The list of a data set of pictures of 64 pixels."""
+    import tiny_run
+
+    return tiny_run.pictures(tmp_path_factory.mktemp("data") / "set", size=64)
+
+
 @dataclass(frozen=True)
 class Server:
     address: str

@@ -18,11 +18,6 @@ from pixstack.trainer import build, cache, cli, data, encoders
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return tiny_pixart.parts(tmp_path_factory.mktemp("encoders"))
-
-
 @pytest.fixture
 def path(tmp_path):
     return tiny_run.pictures(tmp_path / "set", size=64)

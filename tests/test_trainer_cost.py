@@ -1,20 +1,9 @@
 """What --dry-run says a step costs is what a step costs."""
 import pytest
 import tiny_pixart
-import tiny_run
 import torch
 from pixstack.trainer import build, cost, data, loop, plan
 from torch.utils.flop_counter import FlopCounterMode
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return tiny_pixart.parts(tmp_path_factory.mktemp("encoders"))
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_run.pictures(tmp_path_factory.mktemp("data") / "set", size=64)
 
 
 def counted(settings):

@@ -45,16 +45,6 @@ def launched(way: str, *words) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return tiny_pixart.parts(tmp_path_factory.mktemp("encoders"))
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_run.pictures(tmp_path_factory.mktemp("data") / "set", size=64)
-
-
 # --- Every recipe
 
 

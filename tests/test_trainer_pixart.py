@@ -17,16 +17,6 @@ from tiny_pixart import recipe_of
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return tiny_pixart.parts(tmp_path_factory.mktemp("encoders"))
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_run.pictures(tmp_path_factory.mktemp("data") / "set", size=64)
-
-
 @pytest.fixture
 def made(path, parts, tmp_path):
     def settings(*words, **more):

@@ -25,16 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return tiny_pixart.parts(tmp_path_factory.mktemp("encoders"))
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_run.pictures(tmp_path_factory.mktemp("data") / "set", size=64)
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory):
     file = tmp_path_factory.mktemp("base") / "base.safetensors"
     tiny_pixart.released(file)

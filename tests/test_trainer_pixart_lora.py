@@ -14,16 +14,6 @@ from tiny_pixart import recipe_of
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return tiny_pixart.parts(tmp_path_factory.mktemp("encoders"))
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_run.pictures(tmp_path_factory.mktemp("data") / "set", size=64)
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory):
     file = tmp_path_factory.mktemp("base") / "base.safetensors"
     tiny_pixart.released(file)
