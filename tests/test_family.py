@@ -43,6 +43,11 @@ def texts(family, kind, *prompts):
     return [run(family, "CLIPTextEncode", clip=clip, text=prompt)[0] for prompt in prompts]
 
 
+def without_type(conditionings: list) -> list:
+    """As core's encoders give text."""
+    return [[[tokens, {"pooled_output": entries["pooled_output"]}]] for ((tokens, entries),) in conditionings]
+
+
 def of_trainer(recipe, sampled) -> torch.Tensor:
     """The latent that `recipe.sample` decodes, in the units of its VAE. sampled: calls it."""
     flow = getattr(recipe, "flow", None) or recipe.denoising
@@ -164,7 +169,7 @@ def test_a_small_flux_draws_what_the_trainer_draws(family):
     positive, negative = texts(family, "flux", PROMPT, "")
     theirs = flux_latent(family, flux_model(family), positive, negative)
     close(theirs, of_trainer(family.flux.recipe, sample))
-    other = flux_latent(family, flux_model(family), *texts(family, "pixelflow, pixart", PROMPT, ""))
+    other = flux_latent(family, flux_model(family), *without_type(texts(family, "pixelflow, pixart", PROMPT, "")))
     assert (other - theirs).abs().max() > 1e-3, "it does not matter whether the text is filled up"
 
 
@@ -246,6 +251,17 @@ def test_a_flux_that_does_not_say_its_shape_is_sent_to_core_s_loader(family):
 def test_a_pixart_is_no_flux(family):
     with pytest.raises(ValueError, match=f"{family.pixart.file}: This is not a FLUX checkpoint. The keys are those of"):
         run(family, "FluxLoader", model_name=family.pixart.file, dtype="default")
+
+
+@pytest.mark.parametrize("draw, model, kind, wanted", [
+    (pixart_latent, pixart_model, "flux", "type 'pixelflow, pixart'"),
+    (flux_latent, flux_model, "pixelflow, pixart", "type flux"),
+])
+def test_text_of_the_other_type_is_refused_and_text_that_says_no_type_is_read(family, draw, model, kind, wanted):
+    told = texts(family, kind, PROMPT, "")
+    with pytest.raises(ValueError, match=f"'Load T5 Text Encoder', {wanted}"):
+        draw(family, model(family), *told)
+    assert draw(family, model(family), *without_type(told)).isfinite().all()
 
 
 def test_text_and_latents_of_another_model_are_refused(family):

@@ -642,6 +642,12 @@ def test_text_of_another_width_is_refused_with_both_widths(flow):
         draw(flow, flow.text, ([[torch.zeros(1, 77, 768), {}]], prompt(flow, "")))
 
 
+def test_text_that_is_filled_up_for_flux_is_refused(flow):
+    (positive, entries), = prompt(flow, "a cat")
+    with pytest.raises(ValueError, match="PixelFlow would read the filling as words"):
+        draw(flow, flow.text, ([[positive, {**entries, "pixstack_filled": True}]], prompt(flow, "")))
+
+
 def test_classes_are_refused_by_a_text_model(flow):
     with pytest.raises(ValueError, match="draws prompts, but its conditioning holds classes"):
         draw(flow, flow.text, classes(flow, "3"))

@@ -8,6 +8,7 @@ import comfy.model_base
 import comfy.supported_models
 
 from ...models_impl.flux.config import FluxConfig
+from .text import check_type
 
 LATENT_CHANNELS = comfy.supported_models.Flux.latent_format.latent_channels
 
@@ -22,6 +23,7 @@ class FluxModel(comfy.model_base.Flux):
             raise ValueError(f"This FLUX reads text tokens {width} wide, but its conditioning {found}. Load the "
                              "encoder that it was trained with ('Load T5 Text Encoder', type flux) and encode the "
                              "prompt with that CLIP.")
+        check_type(entries, filled=True, model="FLUX")
         if noise is not None and noise.shape[1] != LATENT_CHANNELS:
             raise ValueError(f"This latent has {noise.shape[1]} channels, FLUX's have {LATENT_CHANNELS}: take it from "
                              "core's EmptySD3LatentImage, or encode the picture with the VAE of this FLUX.")

@@ -16,6 +16,7 @@ from ...models_impl.pixart.model import PixArt, TextTokens
 from ...models_impl.pixart.sampling import NoiseSchedule
 from .attention import host_attention
 from .conds import Exact, Prompt, PromptKey, Text, TextMask, one_pass_is_faster
+from .text import check_type
 
 INFERENCE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CONTROL = "pixart"  # key of a control dictionary: what our ControlNets hand to the network
@@ -127,6 +128,7 @@ class PixArtModel(comfy.model_base.PixArt):
     def extra_conds(self, cross_attn=None, attention_mask=None, noise=None, hooks=None, **entries) -> dict:
         """What the network is told, from one entry of a conditioning; refuses one that was made for another model."""
         self._check_latent(noise)
+        check_type(entries, filled=False, model="PixArt")
         context, mask = self._trim(self._context(cross_attn), attention_mask)
         fill = noise is None or one_pass_is_faster(self._patches(noise), noise.device)
         conds = {"c_crossattn": Text(context, fill), "mask": TextMask(mask, fill)}

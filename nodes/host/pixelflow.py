@@ -14,6 +14,7 @@ from ...models_impl.pixelflow.model import PixelFlow
 from ...models_impl.pixelflow.sampling import TRAIN_TIMESTEPS, Stages
 from .attention import host_attention
 from .conds import Text, TextMask
+from .text import check_type
 
 CLASS_LABELS = "pixelflow_class_labels"  # where the class node leaves (K,) indices in a conditioning; -1: null class
 
@@ -116,6 +117,7 @@ class PixelFlowModel(comfy.model_base.BaseModel):
         labels, conds = entries.get(CLASS_LABELS), {}
         if self.config.text_conditional:
             context = self._text(cross_attn, labels)
+            check_type(entries, filled=False, model="PixelFlow")
             mask = torch.ones(context.shape[:2]) if attention_mask is None else attention_mask
             conds["c_crossattn"] = Text(context)
             conds["mask"] = TextMask(mask.to(context.device, torch.long))  # ComfyUI would make a bool one floats

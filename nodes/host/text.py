@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.sd
@@ -27,6 +28,7 @@ from ...models_impl.text import MAX_LENGTH, T5_FAMILY
 
 STANDARD_TOKENIZER = Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_tokenizer"  # T5 v1.1's and flan-T5's
 ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+FILLED = "pixstack_filled"  # entry of a conditioning: whether its text is; core's encoders leave none
 FIXED_IN_COMFYUI = {"relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6}
 
 
@@ -166,3 +168,19 @@ class T5Model(comfy.sd1_clip.SDClipModel):
 class Encode(comfy.sd1_clip.SD1ClipModel):
     def __init__(self, device="cpu", dtype=None, model_options=None):
         super().__init__(device=device, dtype=dtype, model_options=model_options, name="t5", clip_model=T5Model)
+        self.filled = model_options["t5_filled"]
+
+    def encode_token_weights(self, token_weight_pairs):
+        tokens, pooled = super().encode_token_weights(token_weight_pairs)
+        return tokens, pooled, {FILLED: self.filled}  # core puts these entries into the conditioning
+
+
+def check_type(entries: Mapping, filled: bool, model: str):
+    """Raises ValueError for the entries of a conditioning from `load_t5` with another `filled` than the model reads."""
+    found = entries.get(FILLED, filled)
+    if found and not filled:
+        raise ValueError(f"This text is filled up as for FLUX, and {model} would read the filling as words. Load the "
+                         "encoder with 'Load T5 Text Encoder', type 'pixelflow, pixart'.")
+    if filled and not found:
+        raise ValueError(f"This text has its own length, as PixelFlow and PixArt read it, and {model} was trained with "
+                         "text that is filled up. Load the encoder with 'Load T5 Text Encoder', type flux.")
