@@ -646,6 +646,18 @@ def test_a_hint_that_is_missing_or_doubled_is_refused(art, inputs, words):
         )
 
 
+@pytest.mark.parametrize("made", ["image", "latent"])
+def test_a_hint_of_another_model_s_vae_is_refused_with_both_numbers_of_channels(art, made):
+    tiny_vae(art.host.models / "vae" / "sixteen.safetensors", latent_channels=16)
+    net = run(art, "ControlNetLoader", control_net_name=CONTROLNET, dtype="fp32")[0]
+    hint = dict(image=torch.rand(1, 64, 96, 3), vae=art.core.VAELoader().load_vae("sixteen.safetensors")[0]) \
+        if made == "image" else dict(latent={"samples": torch.zeros(1, 16, 8, 12)})
+    both = run(art, "ControlNetApply", positive=tokens(6), negative=tokens(3, 1), control_net=net, strength=1.0,
+               start_percent=0.0, end_percent=1.0, **hint)
+    with pytest.raises(ValueError, match="16 channels, this PixArt reads 4: take the VAE of the PixArt model"):
+        draw(art, art.alpha, *both, sampler(art), sigmas(art, art.alpha))
+
+
 def test_core_apply_without_a_vae_says_what_to_connect(art):
     net = run(art, "ControlNetLoader", control_net_name=CONTROLNET, dtype="fp32")[0]
     both = art.core.ControlNetApplyAdvanced().apply_controlnet(

@@ -101,6 +101,8 @@ def test_the_consistency_decoder_decodes_as_diffusers_does_and_repeats_itself(no
         reference = net.decode(latent[:1], generator=torch.Generator().manual_seed(0)).sample
     assert torch.allclose(pictures[:1], (reference.clamp(-1, 1) / 2 + 0.5).movedim(1, -1), atol=2e-2)
     assert torch.equal(pictures, vae.decode(latent))
+    with pytest.raises(ValueError, match="4 channels of PixArt-alpha.* has 16: decode it with the VAE of its own"):
+        vae.decode(torch.zeros(1, 16, 8, 8))
     encoded = vae.encode(pictures)
     with torch.no_grad():
         expected = net.encode(pictures.movedim(-1, 1) * 2 - 1).latent_dist.mode()

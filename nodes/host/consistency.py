@@ -14,6 +14,7 @@ from .load import patcher
 
 # 16 GB at 1024 x 1024 in float16 (huggingface/diffusers#5761), 1.3 GB of which are weights
 BYTES_PER_PIXEL_AND_BYTE = 7000
+CHANNELS = 4
 SEED = 0  # the decoder adds noise; the same latent shall give the same picture
 
 
@@ -28,6 +29,9 @@ class Codec(nn.Module):
         return self.vae.encode(pixels).latent_dist.mode()
 
     def decode(self, latent: Tensor) -> Tensor:
+        if latent.shape[1] != CHANNELS:
+            raise ValueError(f"The consistency decoder reads the {CHANNELS} channels of PixArt-alpha's latents, this "
+                             f"one has {latent.shape[1]}: decode it with the VAE of its own model.")
         noise = torch.Generator("cpu").manual_seed(SEED)
         pictures = [self.vae.decode(row, generator=noise).sample for row in latent.split(1)]
         return torch.cat(pictures).clamp(-1, 1)
@@ -49,7 +53,7 @@ def load(path: str) -> comfy.sd.VAE:
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     vae.first_stage_model = Codec(net).eval().to(vae.vae_dtype)
     vae.patcher = patcher(vae.first_stage_model, load_device=vae.device, offload_device=mm.vae_offload_device())
-    vae.latent_channels, vae.downscale_ratio, vae.upscale_ratio = 4, 8, 8
+    vae.latent_channels, vae.downscale_ratio, vae.upscale_ratio = CHANNELS, 8, 8
     vae.memory_used_decode = lambda shape, dtype: (
         64 * shape[2] * shape[3] * BYTES_PER_PIXEL_AND_BYTE * mm.dtype_size(dtype)
     )

@@ -66,7 +66,7 @@ class PixArtControl(comfy.controlnet.ControlBase):
         """The hint (B, 4, height, width) at the scale that the network sees latents in."""
         if self.hint_latent is not None:
             latent = comfy.utils.common_upscale(self.hint_latent, width, height, UPSCALE, "center")
-            return self.latent_format.process_in(latent)
+            return self._seen(latent, "The hint")
         if self.vae is None:
             raise ValueError("A PixArt ControlNet reads its hint as a latent: connect the VAE of the PixArt model to "
                              "the node that applies it.")
@@ -75,6 +75,13 @@ class PixArtControl(comfy.controlnet.ControlBase):
         loaded = mm.loaded_models(only_currently_used=True)
         latent = self.vae.encode(colours(picture.movedim(1, -1)))
         mm.load_models_gpu(loaded)
+        return self._seen(latent, "What this VAE makes of the hint")
+
+    def _seen(self, latent: Tensor, what: str) -> Tensor:
+        channels = self.latent_format.latent_channels
+        if latent.shape[1] != channels:
+            raise ValueError(f"{what} is a latent of {latent.shape[1]} channels, this PixArt reads {channels}: take "
+                             "the VAE of the PixArt model.")
         return self.latent_format.process_in(latent)
 
     def _tokens(self, height: int, width: int) -> Tensor:
