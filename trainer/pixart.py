@@ -291,28 +291,33 @@ class Denoising:
         walk(eps, x, noise) -> latents: a sampler of models_impl/pixart/sampling.py, eps: (x, timestep) -> guided eps,
         noise: (index of the step, shape) -> noise.
         """
-        device, B, shape = self.device, len(prompts), self.shape
+        device, shape = self.device, self.shape
         size = (shape.in_channels, height // VAE_FACTOR, width // VAE_FACTOR)
-        chances = [torch.Generator().manual_seed(seed + i) for i in range(B)]
+        chances = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
 
         def noise(index=0, whole=None):
             return torch.stack([torch.randn(size, generator=g) for g in chances]).to(device)
 
         with self.autocast():
-            told = [*([""] * B if cfg != 1 else []), *prompts]
-            condition = self.condition(told, None, (height, width))
-
-            def eps(x, timestep):
-                both = x.repeat(len(told) // B, 1, 1, 1)
-                t = torch.full((len(both),), float(timestep), device=device)
-                found = self.eps(predict, both, t, condition)
-                if cfg == 1:
-                    return found
-                uncond, cond = found.chunk(2)
-                return uncond + cfg * (cond - uncond)
-
-            latent = walk(eps, noise(), noise)
+            latent = walk(self.guided(predict, prompts, height, width, cfg), noise(), noise)
         return self.vae.decode(latent / shape.latent_scale)
+
+    def guided(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float) -> sampling.Predict:
+        """(x, timestep) -> eps of pictures of prompts, guided from the empty caption. Under `autocast`."""
+        B = len(prompts)
+        told = [*([""] * B if cfg != 1 else []), *prompts]
+        condition = self.condition(told, None, (height, width))
+
+        def eps(x, timestep):
+            both = x.repeat(len(told) // B, 1, 1, 1)
+            t = torch.full((len(both),), float(timestep), device=self.device)
+            found = self.eps(predict, both, t, condition)
+            if cfg == 1:
+                return found
+            uncond, cond = found.chunk(2)
+            return uncond + cfg * (cond - uncond)
+
+        return eps
 
     def solver(self, steps: int) -> Callable:
         """DPM-Solver++ as the releases run it."""
