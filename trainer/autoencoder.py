@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -86,6 +87,32 @@ def from_core(tensors: Mapping[str, Tensor], what: str) -> Taesd:
     found["scale"], found["shift"] = (tensors.get(f"vae_{name}", default).float()
                                       for name, default in (("scale", module.scale), ("shift", module.shift)))
     state_dict.load_into(module, found, what)
+    return module
+
+
+def read_decoder(path: Path, latent_scale: float) -> Taesd:
+    """The half of a TAESD that draws, from a file of ours or core's, of diffusers (or its folder), or of the decoder
+    alone (madebyollin/taesd: taesd_decoder). latent_scale: of the family that it was made for, whose latents it reads
+    unless the file says otherwise. Raises ValueError for another file."""
+    from ..models_impl import state_dict
+
+    path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    tensors = state_dict.read_file(path)[0]
+    kinds = {MARK: ("taesd_decoder.", 1), "decoder.layers.0.weight": ("decoder.layers.", 0), "1.weight": ("", 1)}
+    mark = next((key for key in kinds if key in tensors), None)
+    if mark is None:
+        raise ValueError(f"{path.name} is no TAESD: its first keys are {', '.join(list(tensors)[:3])}.")
+    prefix, first = kinds[mark]
+    found = {}
+    for key, value in tensors.items():
+        number, _, rest = key.removeprefix(prefix).partition(".")
+        if key.startswith(prefix) and number.isdigit():
+            found[f"{int(number) - first}.{rest}"] = value.float()
+    module = Taesd(tensors[mark].shape[1])
+    module.net.encoder = nn.Identity()
+    state_dict.load_into(module.net.decoder.layers, found, f"TAESD's decoder ({path.name})")
+    for name, default in (("scale", latent_scale), ("shift", 0.0)):
+        getattr(module, name).fill_(float(tensors.get(f"vae_{name}", default)))
     return module
 
 

@@ -32,7 +32,10 @@ def recipe(config: Config, found: data.Collection, folder: Path | None = None) -
     words = [text for i in found.train for text in (*i.texts, *i.tags)]
     text = encoders.make(config, words + [t.replace("{}", "") for t in config.data.templates], folder)
     classes = len(found.classes) or 1 + max(i.label for i in found.train)
-    return find(config.recipe.name)(config, text, classes)
+    made = find(config.recipe.name)(config, text, classes)
+    if hasattr(made, "look_at"):
+        made.look_at(found.train)
+    return made
 
 
 def write_facts(folder: Path, recipe: nn.Module, found: data.Collection):

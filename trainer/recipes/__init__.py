@@ -5,6 +5,7 @@
     problems(config)           everything wrong with the settings, in sentences, before anything is allocated
     make_encoders(config)      the frozen encoders of pictures whose features the cache may keep; `encoders`: its own
     Recipe(config, text, classes, network)   network: what `network()` said, of a run that is opened again
+    look_at(items)             only where a recipe wants to see what it will be trained on, before it is
     groups(config)             what learns: {"params": [(name, parameter)], "rate": multiple, "matrices": names}
     forward(batch)             the loss of each picture, (B,)
     described(step), buckets(step), activation_bytes(pictures, cpu)      for --dry-run
