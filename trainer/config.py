@@ -169,7 +169,8 @@ class Text:
     clean: bool = False
     """Clean captions before a frozen encoder reads them, as PixArt-alpha's were: lower case, no addresses or markup."""
     padded: bool = False
-    """Read captions as FLUX does: filled up to max_length, the filling attended to as if it were words."""
+    """Read captions as FLUX does (recipes flux and pixelponder): filled up to max_length, the filling attended to as if
+    it were words."""
     clip: str = ""
     """Folder of CLIP-L (openai/clip-vit-large-patch14, or FLUX's text_encoder), whose vector FLUX reads beside the
     tokens of a frozen T5. Empty: zeros in its place."""
@@ -464,6 +465,9 @@ def parse(raw: dict, words=(), origin="the settings", check: bool = True) -> Con
             for section, plain in (("vae", Vae()), ("adapter", Adapter())):  # that not every recipe reads
                 if section not in find(name).sections and getattr(config, section) != plain:
                     problems.append(f"[{section}] is not read by recipe.name={name!r}: take it out.")
+            if config.text.padded and "text.padded" not in find(name).sections:
+                problems.append(f"text.padded=true is for networks that read captions as FLUX does, and recipe.name="
+                                f"{name!r} masks what fills them up: take it out.")
             from . import parallel, quantised, swap
 
             problems += quantised.problems(config, find(name).sections) + swap.problems(config, find(name).sections)

@@ -1,7 +1,7 @@
 """What the loss is. A recipe is a small torch module; its file also defines the settings of [recipe] and [model].
 
     Settings, Model            dataclasses of the two sections, the doc under each field
-    sections                   which of [vae], [adapter] and memory.base it reads
+    sections                   which of [vae], [adapter], memory.base and text.padded it reads
     problems(config)           everything wrong with the settings, in sentences, before anything is allocated
     make_encoders(config)      the frozen encoders of pictures whose features the cache may keep; `encoders`: its own
     Recipe(config, text, classes, network)   network: what `network()` said, of a run that is opened again

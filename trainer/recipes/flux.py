@@ -59,7 +59,7 @@ def start(config: Config, text_width: int) -> tuple[FluxConfig, dict[str, Tensor
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, Model, ("vae",)
+    Settings, Model, sections = Settings, Model, ("vae", "text.padded")
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""

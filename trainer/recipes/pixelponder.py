@@ -91,7 +91,7 @@ def start(config: Config) -> tuple[PixelPonderConfig, dict[str, Tensor], dict[st
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, Model, ("vae", "memory.base")
+    Settings, Model, sections = Settings, Model, ("vae", "memory.base", "text.padded")
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         """network: what `network()` said of a run that is opened again; without it, [model] and files say it."""
