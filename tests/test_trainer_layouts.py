@@ -268,3 +268,26 @@ def test_a_caption_inside_a_tar_that_is_no_utf8_is_named(tmp_path):
         add(archive, "a.txt", "Gemälde".encode("latin-1"))
     with pytest.raises(ValueError, match="0.tar: the .txt, .json or .cls of a.png cannot be read"):
         read(tmp_path / "0.tar")
+
+
+def test_a_line_separator_in_a_caption_is_no_end_of_its_entry(tmp_path):
+    entries = [{"file": "a.png", "caption": f"one{sign}two"} for sign in ("\u2028", "\x85", "\x0c")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), "utf-8")
+    found = layouts.read(tmp_path / "data.jsonl", "jsonl", Data()).train
+    assert [i.captions for i in found] == [(e["caption"],) for e in entries]
+
+
+def test_tags_in_one_string_are_split_at_its_commas(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"file": "a.png", "caption": "x", "tags": "red, a card,"}\n')
+    assert layouts.read(tmp_path / "data.jsonl", "jsonl", Data()).train[0].tags == ("red", "a card")
+
+
+@pytest.mark.parametrize("caption", ["5", "[5]", "true"])
+def test_a_caption_that_is_no_text_is_named_with_its_line(tmp_path, caption):
+    (tmp_path / "data.jsonl").write_text(f'{{"file": "a.png", "caption": {caption}}}\n')
+    with pytest.raises(ValueError, match="line 1: .*(5|True) is no caption"):
+        layouts.read(tmp_path / "data.jsonl", "jsonl", Data())
+    picture(tmp_path / "set/a.png")
+    (tmp_path / "set/a.json").write_text(caption)
+    with pytest.raises(ValueError, match="set/a.json: (5|True) is no caption"):
+        layouts.read(tmp_path / "set", "folder", Data())

@@ -104,17 +104,22 @@ def texts(entry) -> tuple[str, ...]:
     if isinstance(entry, str):
         return (entry,) if entry else ()
     if isinstance(entry, list):
-        return tuple(text for text in entry if text)
+        return tuple(text for one in entry if one for text in texts(one))
+    if not isinstance(entry, dict):
+        raise ValueError(f"{entry!r} is no caption")
     return texts(next((entry[key] for key in CAPTION_KEYS if entry.get(key)), []))
 
 
 def item_of(entry: dict, place: Callable[[str], Path], conditions: list[str]) -> Item:
     """An object of a jsonl or a label file. place: where a file lies that it names. Raises KeyError, TypeError."""
     key = next((key for key in FILE_KEYS if key in entry), FILE_KEYS[0])
+    tags = entry.get("tags") or ()
+    if isinstance(tags, str):  # as booru's are written
+        tags = [tag.strip() for tag in tags.split(",") if tag.strip()]
     named = {**entry, **entry.get("conditions", {})}
     height, width = entry.get("height"), entry.get("width")
     return Item(
-        place(entry[key]), texts(entry), tuple(entry.get("tags", ())), entry.get("class", -1),
+        place(entry[key]), texts(entry), tuple(tags), entry.get("class", -1),
         texts(entry.get("sharegpt4v") or []),
         {name: place(named[name]) for name in conditions if named.get(name)} or NOTHING,
         (int(height), int(width)) if height and width else None,
@@ -131,7 +136,7 @@ def read_text(path: Path) -> str:
 
 def condition_names(path: Path) -> list[str]:
     """The keys of a jsonl's first entry that name pictures, but for the picture itself."""
-    first = next((line for line in read_text(path).splitlines() if line.strip()), "{}")
+    first = next((line for line in read_text(path).split("\n") if line.strip()), "{}")
     try:
         entry = json.loads(first)
         entry = {**entry, **entry.get("conditions", {})}
@@ -154,13 +159,13 @@ def read_jsonl(path: Path, settings: Data, classes: list[str] | None = None) -> 
     """One object a line: file (or file_name, image, path), captions (or caption, text, prompt), tags, class, split, and
     a key for every condition, as PixelPonder's (image, text, canny, depth, openpose, hed)."""
     splits, numbers = {"train": [], "held_out": []}, {name: i for i, name in enumerate(classes or ())}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON may hold what else splitlines() splits at
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             item = item_of(entry, lambda name: path.parent / name, settings.conditions)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: not an object with a \"file\" ({error}).") from None
         split = entry.get("split", "train")
         if split not in splits:
@@ -200,7 +205,7 @@ def read_folder(folder: Path, settings: Data, classes: list[str] | None = None) 
             elif facts.is_file():
                 captions = texts(read_json(facts))
         except ValueError as error:
-            wrong.append(error)
+            wrong.append(error if str(file.with_suffix("")) in str(error) else f"{facts}: {error}")
         items.append(Item(file, captions, conditions=beside(folder, file, settings.conditions)))
     if wrong:
         raise ValueError(f"{folder} cannot be read:\n  " + "\n  ".join(listed(wrong, "caption files are not readable")))
@@ -242,7 +247,7 @@ def read_labels(path: Path, settings: Data, classes: list[str] | None = None) ->
         first = next((e[k] for e in entries[:1] for k in FILE_KEYS if k in e), "")
         home = next((h for h in homes if (h / first).is_file()), path.parent)
         return Found([item_of(entry, lambda name: home / name, settings.conditions) for entry in entries])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a list of objects with a \"path\" ({error}).") from None
 
 
