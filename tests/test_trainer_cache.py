@@ -13,7 +13,7 @@ import tiny_pixart
 import tiny_run
 import torch
 from PIL import Image
-from pixstack.trainer import build, cache, cli, data, encoders
+from pixstack.trainer import build, cache, cli, data, encoders, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -175,6 +175,37 @@ def test_a_cache_that_was_killed_goes_on_where_it_was(made, tmp_path, monkeypatc
     seen.append(0)  # from here on nobody kills it
     filled(settings, tmp_path)
     assert sum(seen) == 12 and loaded(settings)[1] == []  # each of the 8 + 4 pictures once
+
+
+def test_what_was_made_before_a_picture_that_cannot_be_read_is_kept(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "AT_ONCE", 2)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a", "b", "c", "d"):
+        Image.new("RGB", (64, 64), (9, ord(name), 9)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("a card")
+    (folder / "d.png").write_text("no picture")
+    settings = tiny_pixart.settings(folder, tmp_path / "run", parts, f"cache.folder={tmp_path / 'cache'}")
+    with pytest.raises(SystemExit, match="d.png cannot be read"):
+        filled(settings, tmp_path)
+    assert [len(e.store) for e in recipes.find("pixart").make_encoders(settings)] == [2]
+
+
+def test_captions_that_were_embedded_before_a_stop_are_kept(path, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoders, "AT_ONCE", 4)
+    embed, seen = encoders.FrozenT5.embed, []
+
+    def stopped(self, captions, device):
+        seen.append(len(captions))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        embed(self, captions, device)
+
+    monkeypatch.setattr(encoders.FrozenT5, "embed", stopped)
+    settings = tiny_pixart.settings(path, tmp_path / "run", parts, f"cache.folder={tmp_path / 'cache'}")
+    with pytest.raises(SystemExit):
+        filled(settings, tmp_path)
+    assert len(encoders.frozen(settings).store) == 8
 
 
 def test_a_random_crop_is_not_taken_from_the_cache(made, tmp_path):

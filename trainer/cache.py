@@ -298,15 +298,17 @@ def fill(items: list[Item], settings: Data, encoders: list, folder: Path, device
     load = Pictures([item for item, _, _ in missing], replace(settings, flip=False, cache=False))
     made, order = 0, sorted(range(len(missing)), key=lambda i: missing[i][1])  # one size after another
     groups = [order[i:i + AT_ONCE] for i in range(0, len(order), AT_ONCE)]
-    for group in progress(groups):
-        futures = [load.submit(i, missing[i][1], random.Random(0)) for i in group]
-        found = [f.result().mirrored() if missing[i][2] else f.result() for i, f in zip(group, futures, strict=True)]
+    try:
+        for group in progress(groups):
+            loads = [load.submit(i, missing[i][1], random.Random(0)) for i in group]
+            found = [f.result().mirrored() if missing[i][2] else f.result() for i, f in zip(group, loads, strict=True)]
+            for e in encoders:
+                for size in dict.fromkeys(missing[i][1] for i in group):
+                    made += _encode(e, [(missing[i], picture) for i, picture in zip(group, found, strict=True)
+                                        if missing[i][1] == size], settings, digests, device)
+    finally:  # a picture that cannot be read, or Ctrl-C, costs nothing that was made before
         for e in encoders:
-            for size in dict.fromkeys(missing[i][1] for i in group):
-                made += _encode(e, [(missing[i], picture) for i, picture in zip(group, found, strict=True)
-                                    if missing[i][1] == size], settings, digests, device)
-    for e in encoders:
-        e.store.write()
+            e.store.write()
     return made
 
 

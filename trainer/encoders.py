@@ -154,9 +154,11 @@ class FrozenT5(nn.Module):
         """Embed what is missing and write it down, then let the encoder go."""
         self.store.refresh()  # another process may have been first
         missing = [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
-        for start in progress(range(0, len(missing), AT_ONCE)):
-            self.embed(missing[start:start + AT_ONCE], device)
-        self.store.write()
+        try:
+            for start in progress(range(0, len(missing), AT_ONCE)):
+                self.embed(missing[start:start + AT_ONCE], device)
+        finally:
+            self.store.write()
         self.release()
 
     def release(self):
@@ -272,9 +274,11 @@ class FrozenClip(nn.Module):
             return
         self.store.refresh()  # another process may have been first
         missing = [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
-        for start in progress(range(0, len(missing), AT_ONCE)):
-            self.embed(missing[start:start + AT_ONCE], device)
-        self.store.write()
+        try:
+            for start in progress(range(0, len(missing), AT_ONCE)):
+                self.embed(missing[start:start + AT_ONCE], device)
+        finally:
+            self.store.write()
         self.release()
 
     def release(self):
