@@ -9,7 +9,7 @@ from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.annotators.canny import canny
 from pixstack.models_impl.annotators.hed import HED, HEDConfig
-from pixstack.trainer import cli, metrics
+from pixstack.trainer import cli, config, evaluate, metrics
 from torch import nn
 
 
@@ -246,3 +246,32 @@ def test_joints_of_folders_are_counted_together(tmp_path):
             (tmp_path / name / f"{i}.json").write_text(json.dumps(frame))
     report = measured(tmp_path / "out", made, "--keypoints", tmp_path / "found", tmp_path / "wanted")
     assert report["pck@0.1"] == {"share": 0.5, "joints": 6}
+
+
+class Painter:
+    """A recipe that paints the condition, or the mean colour of the prompt's number."""
+
+    def sample(self, what, height, width, steps, shift, cfg, seed, conditions=None):
+        if conditions:
+            return conditions["depth"].float() / 127.5 - 1
+        return torch.stack([torch.full((3, height, width), int(w) / 127.5 - 1) for w in what])
+
+
+def of_a_run(folder, sizes, **settings):
+    for i, size in enumerate(sizes):
+        for name in ("picture", "depth"):
+            Image.new("RGB", size, (40 * i, 40 * i, 40 * i)).save(folder / f"{name}{i}.png")
+    entries = [{"image": f"picture{i}.png", "text": str(40 * i), "depth": f"depth{i}.png",
+                "split": ("held_out", "train")[i % 2]} for i in range(len(sizes))]
+    (folder / "data.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    made = config.Config(data=config.Data(path=str(folder / "data.jsonl"), resolution=32, crop="centre", **settings))
+    return evaluate.evaluate(Painter(), made, folder / "data.jsonl")
+
+
+@pytest.mark.parametrize("settings", [{}, {"buckets": "area", "bucket_multiple": 8}, {"conditions": ["depth"]}])
+def test_a_run_is_evaluated_on_whatever_its_jsonl_holds(tmp_path, settings):
+    results, rows = of_a_run(tmp_path, [(32, 32), (64, 32), (32, 64), (32, 32)], **settings)
+    assert {split: found["prompts"] for split, found in results.items()} == {"train": 2, "held_out": 2}
+    for prompt, _, picture, _, reference in rows:
+        assert torch.allclose(reference, torch.full((3, 32, 32), int(prompt) / 127.5 - 1))
+        assert torch.allclose(picture, reference)

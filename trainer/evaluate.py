@@ -17,7 +17,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -182,24 +182,31 @@ def joints(found: Path, wanted: Path) -> dict:
 
 def evaluate(recipe, config: Config, path: Path, seen: int = 256, steps: int = 10, cfg: float = 4.0, shift: float = 1.0,
              seed: int = 0, progress=lambda items: items) -> tuple[dict, list]:
-    """(numbers per split, [(prompt, split, picture, place, reference)]) for the jsonl at `path`."""
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    items = [data.Item(path.parent / e["file"], layouts.texts(e)) for e in entries]
-    batches = data.fixed(items, config.data)
-    references = torch.cat([b.pictures for b in batches]).float() / 127.5 - 1
-    known = metrics.colours(references)
+    """(numbers per split, [(prompt, split, picture, place, reference)]) for the jsonl at `path`. References are the
+    pictures as squares; a run with conditions draws each item after its own."""
+    found, side, results, rows = layouts.read(path, "jsonl", config.data), config.data.resolution, {}, []
+    items, names = found.train + found.held_out, config.data.conditions
+    data.complain(path, items, config.data, "captions")
+    entries = [json.loads(line) for line in layouts.read_text(path).split("\n") if line.strip()]
+    entries = sorted(entries, key=lambda e: e.get("split", "train") != "train")  # as `items` are
+    files = [next(e[key] for key in layouts.FILE_KEYS if key in e) for e in entries]
     kinds = [e.get("subcategory", "") for e in entries]
-    side, results, rows = config.data.resolution, {}, []
+    batches = data.fixed(items, replace(config.data, buckets="", resolutions=[]))
+    references = torch.cat([b.pictures for b in batches]).float() / 127.5 - 1
+    conditions = {name: torch.cat([b.conditions[name] for b in batches]) for name in names}
+    known = metrics.colours(references)
     for split in ("train", "held_out"):
-        chosen = [i for i, e in enumerate(entries) if e.get("split", "train") == split]
+        chosen = range(len(found.train)) if split == "train" else range(len(found.train), len(items))
         if split == "train":  # a fixed selection that nobody chose
-            chosen = sorted(sorted(chosen, key=lambda i: hashlib.sha256(entries[i]["file"].encode()).digest())[:seen])
+            chosen = sorted(sorted(chosen, key=lambda i: hashlib.sha256(files[i].encode()).digest())[:seen])
         if not chosen:
             continue
         pictures = []
         for start in progress(range(0, len(chosen), AT_ONCE)):
-            prompts = [items[i].captions[0] for i in chosen[start:start + AT_ONCE]]
-            pictures.append(recipe.sample(prompts, side, side, steps, shift, cfg, seed + start).cpu())
+            some = list(chosen[start:start + AT_ONCE])
+            given = {"conditions": {name: c[some] for name, c in conditions.items()}} if names else {}
+            prompts = [items[i].texts[0] for i in some]
+            pictures.append(recipe.sample(prompts, side, side, steps, shift, cfg, seed + start, **given).cpu())
         pictures = torch.cat(pictures)
         place, nearest = metrics.ranks(metrics.colours(pictures), known, torch.tensor(chosen))
         same = torch.tensor([kinds[i] == kinds[n] for i, n in zip(chosen, nearest.tolist(), strict=True)])
@@ -211,7 +218,7 @@ def evaluate(recipe, config: Config, path: Path, seen: int = 256, steps: int = 1
             "chance": {"top1": 1 / len(items), "top10": 10 / len(items),
                        "subcategory": sum(count[kinds[i]] for i in chosen) / len(chosen) / len(items)},
         }
-        rows += [(items[i].captions[0], split, p, int(r), references[i])
+        rows += [(items[i].texts[0], split, p, int(r), references[i])
                  for i, p, r in zip(chosen, pictures, place, strict=True)]
     return results, rows
 
