@@ -3,6 +3,7 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny_run
 import tiny_ultrapixel
@@ -273,6 +274,12 @@ def test_a_run_writes_sample_pictures_by_the_previewer(trained):
     from PIL import Image
 
     assert Image.open(trained / "samples/00000004.png").size == (24, 24)  # 8 pixels to each of 3 cells
+
+
+def test_sample_writes_the_previewers_pictures_in_their_own_size(trained, tmp_path):
+    cli.main(["sample", str(trained), "red card", "--out", str(tmp_path / "out"), "--npz", "--device", "cpu"])
+    with np.load(tmp_path / "out.npz") as archive:
+        assert archive["arr_0"].shape == (1, 24, 24, 3)
 
 
 def test_a_sample_in_two_passes_is_decoded_by_stages_b_and_a_where_they_are_named(made, tmp_path):

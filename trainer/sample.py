@@ -102,7 +102,8 @@ def made(recipe, request: Request, items: list[Item], group: int) -> Tensor:
     pictures = recipe.sample(what, request.height, request.width, steps=request.steps, shift=request.shift,
                              cfg=request.cfg, seed=request.seed + group * 1_000_003, **given)
     height, width = pictures.shape[-2:]
-    if height != request.height or width % request.width:  # an autoencoder's show two pictures side by side
+    # an autoencoder's show two pictures side by side, and a previewer's are small
+    if not getattr(recipe, "previews", False) and (height != request.height or width % request.width):
         raise ValueError(f"--height={request.height} --width={request.width} is no size of this model, which draws "
                          f"{height} and {width} for it: give those.")
     return pictures[:request.count - first]

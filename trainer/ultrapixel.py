@@ -584,6 +584,11 @@ class Decoder:
         return torch.cat([2 * stage_a.decode(one) - 1 for one in found.split(1)]).clamp(-1, 1)
 
 
+def previews(recipe) -> bool:
+    """Whether its pictures are the previewer's, of 8 pixels a cell, and so smaller than what was asked for."""
+    return not recipe.config.model.stage_a
+
+
 # --- What --dry-run says
 
 def sizes(config: Config, low: Low | None) -> list[str]:

@@ -10,6 +10,7 @@
     forward(batch)             the loss of each picture, (B,)
     described(step), buckets(step), activation_bytes(pictures, cpu)      for --dry-run
     validate(batches), sample(what, height, width, steps, shift, cfg, seed)
+    previews                   where there is one: whether samples may be smaller than what was asked for
     network(), files()         for the run folder, and what export writes: path -> (tensors, metadata)
 
 Recipes are not made of one another: what several need has a module of its own (`pixart.py`, `adapters.py`).

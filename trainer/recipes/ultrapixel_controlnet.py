@@ -194,6 +194,8 @@ class Recipe(nn.Module):
         return self.denoising.validate(batches, lambda batch, chance: {
             "loss": self.losses(batch, chance, VALIDATION)})
 
+    previews = property(ultrapixel.previews)
+
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
                conditions: dict[str, Tensor] | None = None) -> Tensor:

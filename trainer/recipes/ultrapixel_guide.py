@@ -127,6 +127,8 @@ class Recipe(nn.Module):
         return d.validate(batches, lambda batch, chance: {"loss": d.guided(
             self.guide, d.latents(batch, VALIDATION), chance.t, d.told(batch, chance))})
 
+    previews = property(ultrapixel.previews)
+
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
         """Pictures of prompts, (B, 3, H, W) in [-1, 1], in two passes. shift is 1 for the release."""
         return self.denoising.sample(what, height, width, steps, shift, cfg, seed, self.guide)

@@ -203,6 +203,8 @@ class Recipe(nn.Module):
 
         return d.validate(batches, losses)
 
+    previews = property(ultrapixel.previews)
+
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
         """Pictures of prompts, (B, 3, H, W) in [-1, 1], in two passes where there is a guide. shift is 1 for the
         release."""
