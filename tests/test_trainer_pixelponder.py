@@ -443,3 +443,11 @@ def test_comfyui_makes_of_an_export_what_the_trainer_makes(trained, host, path):
     assert torch.equal(shown, shares[-1])
     alone = sampling.sample(lambda x, t: recipe.predict(x, t, condition, None)[0].detach(), noise, node.sigmas(there))
     node.differ(theirs, alone)
+
+
+def test_a_card_names_the_base_and_the_nodes_of_its_family(trained, tmp_path):
+    export.write_card(trained, tmp_path, export.export(trained, tmp_path, "tiny"))
+    card = (tmp_path / "tiny.md").read_text()
+    assert "It stands on `flux.safetensors`, whose licence applies." in card
+    assert "Load it with 'Load PixelPonder'" in card and "PixArt" not in card
+    assert "| model.selector_width | 128 |" in card and "| text.max_length | 12 |" in card

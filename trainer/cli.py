@@ -423,8 +423,7 @@ def export(args):
     if args.card:
         written += export.write_card(args.run_folder, args.out, written, args.step)
     for path in written:
-        size = path.stat().st_size
-        print(f"{path}  {size / 1e6:.1f} MB" if size >= 1e5 else f"{path}  {size / 1e3:.1f} kB")
+        print(f"{path}  {export.size_of(path)}")
 
 
 def convert_words(one):

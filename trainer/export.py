@@ -11,7 +11,7 @@ from torch import Tensor
 from ..models_impl import state_dict
 from . import build, config
 from .recipes import find
-from .run import checkpoints, read_log, read_tensors, restore_module, write_whole
+from .run import MAY_CHANGE, checkpoints, read_log, read_tensors, restore_module, write_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 IN_FP8 = ("block", "taesd_encoder.")  # parts of names
@@ -47,17 +47,21 @@ def restore_average(recipe: torch.nn.Module, file: Path):
         own[name].copy_(value)
 
 
-USE = {  # folder of ComfyUI's models/ -> what to do with a file there
+USE = {  # folder of ComfyUI's models/, or before it a recipe -> what to do with a file there
     "diffusion_models": "Load it with the loader of its family ('Load PixArt Model', 'Load PixelFlow Model', "
     "'Load Small FLUX Model').",
     "text_encoders": "Load it with 'Load T5 Text Encoder'; type flux for a FLUX.",
     "loras": "Load it with core's LoraLoaderModelOnly, for PixArt with 'Load PixArt LoRA', and a word that was learned "
     "with 'UltraPixel Personalise'. Strength 1 is as trained.",
-    "controlnet": "Load it with 'Load PixArt ControlNet', and use it with 'Apply PixArt ControlNet'; one of Stage C "
-    "with core's 'Load ControlNet' and 'Apply ControlNet'.",
+    "controlnet": "Load it with core's 'Load ControlNet', and use it with core's 'Apply ControlNet'.",
     "vae": "Load it with core's 'Load VAE'.",
     "model_patches": "Load it with 'Load UltraPixel Guide'.",
+    "pixart_controlnet": "Load it with 'Load PixArt ControlNet', and use it with 'Apply PixArt ControlNet'.",
+    "pixelponder": "Load it with 'Load PixelPonder', and use it with 'PixelPonder Condition' and 'Apply PixelPonder'.",
 }
+
+
+BASES = (("recipe", "base"), ("recipe", "control_from"), ("model", "stage_c"), ("model", "guide"))
 
 
 def card(folder: Path, settings: config.Config, step: int, files: list[Path]) -> str:
@@ -66,10 +70,13 @@ def card(folder: Path, settings: config.Config, step: int, files: list[Path]) ->
     s, name = settings, settings.name
     losses = [one for one in read_log(folder) if "validation_loss" in one and one["step"] <= step]
     lines = [f"# {name}", "", f"Trained with PixStack's recipe `{s.recipe.name}`, step {step} of {s.steps}."]
-    if s.init_from:
-        lines[-1] += f" It began with `{Path(s.init_from).name}`, whose licence applies."
-    lines += ["", "## Files", "", *(f"- `{f.parent.name}/{f.name}`, {f.stat().st_size / 1e6:.1f} MB. "
-                                    f"{USE.get(f.parent.name, '')}" for f in files)]
+    stands_on = [path for path in (s.init_from, *(getattr(getattr(s, section), key, "")
+                                                   for section, key in BASES)) if path]
+    if stands_on := list(dict.fromkeys(f"`{Path(path).name}`" for path in stands_on)):
+        lines[-1] += (f" It stands on {' and '.join(stands_on)}, whose licence"
+                      f"{'s apply' if len(stands_on) > 1 else ' applies'}.")
+    lines += ["", "## Files", "", *(f"- `{f.parent.name}/{f.name}`, {size_of(f)}. "
+                                    f"{USE.get(s.recipe.name, USE.get(f.parent.name, ''))}" for f in files)]
     if (sheet := samples(folder, step)) is not None:
         prompts = [f"{i + 1}. {unplaced(prompt)}" for i, prompt in enumerate(s.samples.prompts)]
         lines += ["", "## Samples", "", f"![samples]({files[0].stem}.png)", "", *prompts, "",
@@ -79,10 +86,29 @@ def card(folder: Path, settings: config.Config, step: int, files: list[Path]) ->
              "average": s.ema.decay or "none", **{k: unplaced(v) for k, v in vars(s.recipe).items()}}
     if losses:
         facts["validation loss"] = f"{losses[-1]['validation_loss']:.5f} at step {losses[-1]['step']}"
-    if "adapter" in find(s.recipe.name).sections:
+    if "adapter" in find(s.recipe.name).sections and getattr(s.recipe, "lora", True):
         facts |= {f"adapter {k}": v for k, v in vars(s.adapter).items()}
+    facts |= chosen(s)
     lines += ["", "## Training", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())]
     return "\n".join(lines) + "\n"
+
+
+def chosen(settings: config.Config) -> dict[str, object]:
+    """What else shaped the result and is not as it is by default: "section.key" -> value."""
+    told = {"data.path", "data.resolution", "optimizer.name", "optimizer.rate", "ema.decay", "model.stage_c",
+            "model.guide"}
+    found = {}
+    for section in ("model", "data", "text", "vae", "optimizer", "ema", "memory"):
+        part = getattr(settings, section)
+        plain = vars(type(part)())
+        found |= {name: unplaced(value) for key, value in vars(part).items() if value != plain[key]
+                  and (name := f"{section}.{key}") not in told | MAY_CHANGE}
+    return found
+
+
+def size_of(file: Path) -> str:
+    size = file.stat().st_size
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def unplaced(value):
