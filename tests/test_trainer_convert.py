@@ -357,9 +357,46 @@ def test_a_folder_without_a_known_file_is_refused(tmp_path):
     assert re.search("is a folder with none of adapter_model", refusal(tmp_path / "folder", tmp_path / "b.safetensors"))
 
 
-def test_a_lora_is_not_written_to_a_folder(tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_opens_the_folder_of_a_lora_and_changes_what_it_changes_here(tmp_path, dora):
+    needed(find_spec("diffusers") and find_spec("peft") and "diffusers", "diffusers or peft is not installed")
+    from diffusers import PixArtTransformer2DModel
+    from peft import PeftModel
+
+    config = replace(CONFIG, micro_conditions=False, null_caption=False)
+    weights = {key: 0.2 * value for key, value in model_weights(config).items()}
+    names, chance, file = pixart_lora.names({k: v.shape for k, v in weights.items()}), torch.Generator(), {}
+    for module, rank in (("blocks.0.attn.qkv", 4), ("blocks.1.mlp.fc2", 2)):
+        rows, columns = weights[f"{module}.weight"].shape
+        file |= {f"{module}.lora_A.weight": torch.randn(rank, columns, generator=chance), f"{module}.alpha":
+                 torch.tensor(1.0), f"{module}.lora_B.weight": torch.randn(rows, rank, generator=chance)}
+        file |= {f"{module}.dora_scale": torch.rand(rows, 1, generator=chance) + 0.5} if dora else {}
+    file = {f"diffusion_model.{key}": value for key, value in file.items()}
+    convert(stored(tmp_path / "lora.safetensors", file), tmp_path / "peft", "--to", "diffusers")
+    nets = []
+    for name, tensors in (("plain", weights), ("merged", lora.merge(weights, lora.read(file, names)))):
+        convert(stored(tmp_path / f"{name}.safetensors", tensors, checkpoint.metadata(config)), tmp_path / name, "--to",
+                "diffusers")
+        nets.append(PixArtTransformer2DModel.from_pretrained(tmp_path / name))
+    given = dict(encoder_hidden_states=torch.randn(1, 5, 16), timestep=torch.tensor([500]),
+                 added_cond_kwargs={"resolution": None, "aspect_ratio": None})
+    x = torch.randn(1, 4, 32, 32)
+    with torch.no_grad():
+        plain, wanted = (net(x, **given).sample for net in nets)
+        found = PeftModel.from_pretrained(nets[0], tmp_path / "peft")(x, **given).sample
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    assert (wanted - plain).abs().max() > 0.01 * wanted.abs().max()
+
+
+def test_layers_that_peft_has_no_folder_for_are_refused(tmp_path):
+    file = {"diffusion_model.blocks.0.attn.proj.diff": torch.ones(WIDTH, WIDTH)}
+    said = refusal(stored(tmp_path / "a.safetensors", file), tmp_path / "b", "--to", "diffusers")
+    assert "a folder of peft holds one LoRA or DoRA" in said and not (tmp_path / "b").exists()
+
+
+def test_a_lora_in_our_names_is_not_written_to_a_folder(tmp_path):
     peft_folder(tmp_path / "peft")
-    assert "only a model in the diffusers format" in refusal(tmp_path / "peft", tmp_path / "b", "--to", "diffusers")
+    assert "b must end in .safetensors" in refusal(tmp_path / "peft", tmp_path / "b", "--to", "kohya")
 
 
 # UltraPixel

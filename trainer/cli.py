@@ -428,8 +428,9 @@ def export(args):
 
 def convert_words(one):
     one.add_argument("source", type=Path, help="a .safetensors, .pth or .pt file, or a folder of PEFT or diffusers")
-    one.add_argument("dest", type=Path, help="a .safetensors file; for a model to diffusers a folder too, which gets a "
-                     "config.json, and the scheduler_config.json that belongs into the pipeline's scheduler/")
+    one.add_argument("dest", type=Path, help="a .safetensors file; to diffusers a folder too: of a model with its "
+                     "config.json, and the scheduler_config.json that belongs into the pipeline's scheduler/, of a "
+                     "LoRA as peft has it, PeftModel.from_pretrained(pipeline.transformer, folder)")
     one.add_argument("settings", nargs="*", metavar="key=value", help="an entry of the model's configuration that the "
                      "file does not tell: variant=alpha, token=[cat]")
     one.add_argument("--to", choices=["original", "diffusers", "comfyui", "kohya"], default="comfyui",

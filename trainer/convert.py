@@ -26,7 +26,7 @@ KINDS = ("auto", "model", "controlnet", "lora")
 FORMATS = ("original", "diffusers", "comfyui", "kohya")
 IN_A_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors",
                "transformer/diffusion_pytorch_model.safetensors")
-WRITTEN = (IN_A_FOLDER[2], "config.json", "scheduler_config.json")
+WRITTEN = (IN_A_FOLDER[2], "config.json", "scheduler_config.json", IN_A_FOLDER[0], "adapter_config.json")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -43,6 +43,8 @@ class Source:
     """Entries of the configuration that the file does not tell."""
     base: Path | None = None
     alpha: float | None = None
+    folder: bool = False
+    """Whether what is written is a folder."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Result:
     found: list[str]
     """What the source turned out to be, in sentences."""
     beside: dict[str, dict] | None = None
-    """Files of JSON that diffusers wants beside the weights: name -> content."""
+    """Files of JSON that diffusers or peft wants beside the weights: name -> content."""
+    file: str = IN_A_FOLDER[2]
+    """What the weights are called in a folder."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def convert(
     base: Path | None = None,
     alpha: float | None = None,
 ) -> list[str]:
-    """Writes `dest` (a .safetensors file; for a model to diffusers a folder too) and returns what was done, in lines.
+    """Writes `dest` (a .safetensors file; to diffusers a folder too, of models and LoRAs) and returns what was done.
 
     source: a file, or a folder of PEFT or diffusers. kind: one of KINDS; "model" takes the base out of a ControlNet
     bundle. to: one of FORMATS. dtype: "keep" or a name of `export.DTYPES`. weights: "ema" or "model", of a training
@@ -99,14 +103,15 @@ def convert(
         raise ValueError(f"{converter.family} {kind} files have no {to} format; they have "
                          f"{', '.join(converter.formats)}.")
     try:
-        made = converter.convert(Source(path, tensors, metadata, to, weights, dict(config or {}), base, alpha))
+        made = converter.convert(Source(path, tensors, metadata, to, weights, dict(config or {}), base, alpha,
+                                        not dest.suffix))
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
     if not dest.suffix and made.beside is None:
-        raise ValueError(f"{dest} is a folder, which only a model in the diffusers format is written to. Name a "
-                         ".safetensors file.")
+        raise ValueError(f"{dest} is a folder, which only a PixArt model or LoRA in the diffusers format is "
+                         "written to. Name a .safetensors file.")
     written = {key: _cast(value, dtype) for key, value in made.tensors.items()}
-    file = dest if dest.suffix else dest / "diffusion_pytorch_model.safetensors"
+    file = dest if dest.suffix else dest / made.file
     origin = {"format": "pt", "pixstack.converted": json.dumps({"from": path.name, "to": to})}
     state_dict.write_file(file, written, {**made.metadata, **origin})
     if not dest.suffix:
@@ -249,12 +254,36 @@ def _pixart_lora(source: Source) -> Result:
         names = pixart_lora.guessed_names(source.tensors)
     read = lora.read(source.tensors, names, source.metadata, lora.beside(source.path), source.alpha)
     tensors = lora.write(read, names, source.to)
+    if source.folder:
+        return Result(_in_peft(tensors), {}, [f"{len(read.layers)} layers", *read.notes],
+                      {"adapter_config.json": _peft_config(tensors)}, IN_A_FOLDER[0])
     tensors |= {key: source.tensors[key] for key in read.text_encoder}
     kept = {k: v for k, v in source.metadata.items() if k not in ("format", lora.METADATA_KEY)}
     found = [f"{len(read.layers)} layers", *read.notes]
     if read.text_encoder:
         found.append(f"{len(read.text_encoder)} keys of the text encoder are copied as they are")
     return Result(tensors, {**kept, "pixstack.family": "pixart_lora"}, found)
+
+
+def _in_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"base_model.model.{key.removeprefix('transformer.')}": value for key, value in tensors.items()}
+
+
+def _peft_config(tensors: dict[str, Tensor]) -> dict:
+    """adapter_config.json of peft's LoraConfig, under which the tensors of the diffusers format count once."""
+    down, dora = ".lora_A.weight", ".lora_magnitude_vector"
+    ranks = {key.removeprefix("transformer.").removesuffix(down): value.shape[0]
+             for key, value in tensors.items() if key.endswith(down)}
+    other = [key for key in tensors if not key.endswith((down, ".lora_B.weight", dora))]
+    lengths = sum(key.endswith(dora) for key in tensors)
+    if other or lengths not in (0, len(ranks)):
+        raise ValueError(f"a folder of peft holds one LoRA or DoRA, and this file has other layers ("
+                         f"{other[0] if other else 'some are DoRA, some not'}). Name a .safetensors file.")
+    return {
+        "peft_type": "LORA", "r": max(ranks.values()), "lora_alpha": max(ranks.values()), "rank_pattern": ranks,
+        "alpha_pattern": ranks, "target_modules": sorted(ranks), "use_dora": bool(lengths), "lora_dropout": 0.0,
+        "bias": "none", "base_model_name_or_path": None, "task_type": None, "inference_mode": True,
+    }
 
 
 def _is_pixart(keys: set[str]) -> bool:
