@@ -16,8 +16,10 @@ from adapters.pixart_sampling import toy
 from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixart import checkpoint, sampling
-from pixstack.trainer import cache, data, export, optim, run
+from pixstack.trainer import build, cache, cli, data, export, optim, run
 from pixstack.trainer.ema import Ema
+from pixstack.trainer.pictures import tensor
+from pixstack.trainer.recipes.pixart_controlnet import shaped
 from tiny_pixart import recipe_of
 from weights import tiny_hed
 
@@ -254,6 +256,19 @@ def test_a_controlnet_run_draws_after_its_hint(trained):
     with_hint = recipe.sample(["red card"], 64, 64, 2, 1.0, 4.5, 0)
     without = recipe.sample(["red card", "red card"], 64, 64, 2, 1.0, 4.5, 0)[:1]
     assert (with_hint - without).abs().max() > 1e-3 and (trained / "samples/00000008.png").exists()
+
+
+def test_sample_draws_after_the_edges_of_a_data_sets_pictures(trained, path, tmp_path):
+    cli.main(["sample", str(trained), "--data", str(path), "--count", "3", "--out", str(tmp_path / "out"), "--device",
+              "cpu"])
+    recipe, config, _ = export.open_run(trained)
+    items = build.collection(config).train[:3]
+    pictures = torch.stack([shaped(i.file, (64, 64)) for i in items])
+    given = [i.texts[0] for i in items], 64, 64, config.samples.steps, config.samples.shift, config.samples.cfg, 0
+    wanted, free = recipe.sample(*given, conditions={"": pictures}), recipe.sample(*given)
+    drawn = [tensor(Image.open(tmp_path / f"out/{i:06d}.png")) for i in range(3)]
+    assert all(torch.equal(d, tensor(w)) for d, w in zip(drawn, run.to_images(wanted), strict=True))
+    assert not torch.equal(wanted, free)
 
 
 def test_an_exported_controlnet_is_read_as_it_was_trained(trained, tmp_path):

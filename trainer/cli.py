@@ -365,13 +365,17 @@ def sample(args):
     if config.data.conditions and not items:
         raise ValueError(f"{args.run_folder} draws after conditions ({', '.join(config.data.conditions)}): name a data "
                          "set that has them, --data.")
+    names = [*config.data.conditions, *([""] if items and getattr(recipe, "of_pictures", False) else [])]
     s, side, count = config.samples, config.data.resolution, len(what) if args.count is None else args.count
     height, width = (given if given is not None else own or side
                      for given, own in ((args.height, s.height), (args.width, s.width)))
     request = sample.Request(
         run=args.run_folder.resolve().name, step=step, weights=args.weights, what=what, count=count,
         batch=min(args.batch, max(count, 1)), height=height, width=width,
-        data=str(args.data.resolve()) if args.data else "", conditions=config.data.conditions, **sampling(args, s))
+        data=str(args.data.resolve()) if args.data else "", conditions=names, **sampling(args, s))
+    if main and not names and len(getattr(config.recipe, "hints", what)) not in (len(what), request.batch):
+        print("recipe.hints are not as many as the prompts: drawn without any. --data draws after the pictures of a "
+              "data set.", file=sys.stderr)
     if args.out.suffix in (".png", ".jpg"):
         if main:
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,8 @@ def drawn_from(notes: dict) -> list[Item]:
     """The items of the data set that pictures were drawn from, in the order in which they were."""
     if not notes.get("data") or Path(notes["data"]).suffix == ".txt":
         return []
-    found = layouts.read(Path(notes["data"]), "auto", Data(path=notes["data"], conditions=notes["conditions"]))
+    names = list(filter(None, notes["conditions"]))  # "" is the picture itself
+    found = layouts.read(Path(notes["data"]), "auto", Data(path=notes["data"], conditions=names))
     return found.train + found.held_out
 
 
@@ -192,8 +193,11 @@ def evaluate(recipe, config: Config, path: Path, seen: int = 256, steps: int = 1
     files = [next(e[key] for key in layouts.FILE_KEYS if key in e) for e in entries]
     kinds = [e.get("subcategory", "") for e in entries]
     batches = data.fixed(items, replace(config.data, buckets="", resolutions=[]))
-    references = torch.cat([b.pictures for b in batches]).float() / 127.5 - 1
+    pixels = torch.cat([b.pictures for b in batches])
+    references = pixels.float() / 127.5 - 1
     conditions = {name: torch.cat([b.conditions[name] for b in batches]) for name in names}
+    if getattr(recipe, "of_pictures", False):
+        conditions[""] = pixels
     known = metrics.colours(references)
     for split in ("train", "held_out"):
         chosen = range(len(found.train)) if split == "train" else range(len(found.train), len(items))
@@ -204,7 +208,7 @@ def evaluate(recipe, config: Config, path: Path, seen: int = 256, steps: int = 1
         pictures = []
         for start in progress(range(0, len(chosen), AT_ONCE)):
             some = list(chosen[start:start + AT_ONCE])
-            given = {"conditions": {name: c[some] for name, c in conditions.items()}} if names else {}
+            given = {"conditions": {name: c[some] for name, c in conditions.items()}} if conditions else {}
             prompts = [items[i].texts[0] for i in some]
             pictures.append(recipe.sample(prompts, side, side, steps, shift, cfg, seed + start, **given).cpu())
         pictures = torch.cat(pictures)

@@ -48,6 +48,7 @@ class Request:
     data: str = ""
     """Where prompts, classes and conditions came from, if they did not stand on the command line."""
     conditions: list[str] = field(default_factory=list)
+    """Names of the items' conditions; "" for the picture, of which the recipe makes the hint."""
 
     def __post_init__(self):
         if not self.what:
@@ -86,8 +87,9 @@ def source(path: Path, config: Config, need: str) -> tuple[list, list[Item]]:
 
 
 def conditions_of(item: Item, names: list[str], height: int, width: int) -> dict[str, Tensor]:
-    """Each (3, height, width) uint8, the middle of the condition picture. The picture itself need not be there."""
-    return {name: shown(item.conditions[name], height, width) for name in names}
+    """Each (3, height, width) uint8, the middle of the condition picture; "" is the picture itself, which need not be
+    there otherwise."""
+    return {name: shown(item.conditions[name] if name else item.file, height, width) for name in names}
 
 
 def made(recipe, request: Request, items: list[Item], group: int) -> Tensor:

@@ -11,6 +11,7 @@
     described(step), buckets(step), activation_bytes(pictures, cpu)      for --dry-run
     validate(batches), sample(what, height, width, steps, shift, cfg, seed)
     previews                   where there is one: whether samples may be smaller than what was asked for
+    of_pictures                where there are hints: whether `sample` makes them of pictures, conditions[""]
     network(), files()         for the run folder, and what export writes: path -> (tensors, metadata)
 
 Recipes are not made of one another: what several need has a module of its own (`pixart.py`, `adapters.py`).

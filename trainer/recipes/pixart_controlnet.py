@@ -114,12 +114,16 @@ class Recipe(nn.Module):
     def validate(self, batches: list) -> dict[str, float]:
         return self.denoising.validate(self.losses, batches)
 
+    @property
+    def of_pictures(self) -> bool:
+        return not self.hint.of
+
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
                conditions: dict[str, Tensor] | None = None) -> Tensor:
-        """Pictures of prompts: (B, 3, H, W) in [-1, 1]. conditions: the hints by the name in data.conditions, (B, 3, H,
-        W) uint8; without them recipe.hints, of which the annotator takes the edges, if they are as many as the prompts;
-        else no ControlNet."""
+        """Pictures of prompts: (B, 3, H, W) in [-1, 1]. conditions: (B, 3, H, W) uint8, the hints by the name in
+        data.conditions, or by the name "" pictures of which the annotator takes the edges; without them recipe.hints,
+        of which it takes them too, if they are as many as the prompts; else no ControlNet."""
         d, hints = self.denoising, (conditions or {}).get(self.hint.of)
         if hints is None and len(self.settings.hints) == len(what):
             hints = torch.stack([shaped(Path(file).expanduser(), (height, width)) for file in self.settings.hints])

@@ -286,15 +286,25 @@ class Recipe(nn.Module):
         share = torch.cat(shares).mean(0).tolist()
         return found | {f"share_{kind}": value for kind, value in zip(self.kinds, share, strict=True)}
 
+    @property
+    def of_pictures(self) -> bool:
+        return bool(self.settings.made)
+
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
                conditions: dict[str, Tensor] | None = None) -> Tensor:
-        """Pictures of prompts: (B, 3, H, W) in [-1, 1]. conditions: kind -> (B, 3, H, W) uint8; without them those of
-        recipe.hints, where they are for as many prompts. cfg: see `flux.Flow.sample`; shift is not read."""
+        """Pictures of prompts: (B, 3, H, W) in [-1, 1]. conditions: kind -> (B, 3, H, W) uint8, and "" -> pictures, of
+        which recipe.made are drawn; without them those of recipe.hints, where they are for as many prompts. cfg: see
+        `flux.Flow.sample`; shift is not read."""
         if self.base is None:
             self.load_base()
             self.base.to(self.device)
-        hints = [(kind, seen(conditions[kind].to(self.device))) for kind in self.kinds if kind in (conditions or {})]
+        hints, given = [], conditions or {}
+        for kind, h in zip(self.kinds, self.hints, strict=True):
+            if kind in given:
+                hints.append((kind, seen(given[kind].to(self.device))))
+            elif "" in given and kind in self.settings.made:
+                hints.append((kind, seen(h.encode(given[""], self.device)["pixels"].to(self.device))))
         if not hints and len(self.settings.hints) == len(what):
             hints = self.named_hints(height, width)
         select = self.select(hints) if hints else None

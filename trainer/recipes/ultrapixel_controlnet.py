@@ -196,17 +196,21 @@ class Recipe(nn.Module):
 
     previews = property(ultrapixel.previews)
 
+    @property
+    def of_pictures(self) -> bool:
+        return not self.hints.of
+
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
                conditions: dict[str, Tensor] | None = None) -> Tensor:
         """Pictures of prompts, (B, 3, H, W) in [-1, 1], in two passes where there is a guide; the hints act on the
-        first. The release draws with shift 2 and cfg 1. conditions: (B, 3, H, W) uint8 by name; without them,
-        recipe.sample_hints."""
+        first. The release draws with shift 2 and cfg 1. conditions: (B, 3, H, W) uint8 by name, pictures whose edges
+        are taken by "canny" or ""; without them, recipe.sample_hints."""
         d = self.denoising
         sizes = sampling.sizes(height, width)
         cells = sizes.stage_c if self.guide is None else sizes.low
         size = tuple(ultrapixel.PIXELS * n for n in cells)  # a cell of the hint is one of the latent, as in training
-        given = (conditions or {}).get(self.settings.hint)
+        given = next((conditions[name] for name in (self.settings.hint, "") if name in (conditions or {})), None)
         if given is None:
             files = self.settings.sample_hints
             if not files:
