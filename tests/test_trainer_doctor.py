@@ -242,3 +242,15 @@ def test_a_frozen_encoder_counts_captions_as_it_will_read_them(tmp_path):
 def test_pictures_that_need_no_caption_are_not_asked_for_one(tmp_path):
     scene(0).save(tmp_path / "a.png")
     assert found(doctor.examine(Data(path=str(tmp_path), resolution=64), "pictures")) == {}
+
+
+def test_what_a_folder_holds_beside_its_pictures_is_named(tmp_path):
+    for name in ("a", "b"):
+        scene(ord(name), (80, 80)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"scene {name}")
+    assert found(examined(tmp_path)) == {}
+    for name in ("c.txt", "d.heic", "d.txt", ".e.txt", "README.md"):
+        (tmp_path / name).write_text("x")
+    assert found(examined(tmp_path)) == {
+        "pictures are of a format that is not read, and are left out": (False, [str(tmp_path / "d.heic")]),
+        "captions have no picture of their name": (False, [str(tmp_path / "c.txt")])}

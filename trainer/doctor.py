@@ -26,6 +26,8 @@ from .layouts import LISTED, Item
 LIMITS = (120, 300, 512)  # tokens: PixArt-alpha; PixArt-Sigma; PixelFlow and FLUX
 NEAR_BITS, NEAR_MEAN = 3, 6
 CROPPED = 0.25  # share of a picture that is cropped away, from which on it is worth a remark
+NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".jfif", ".jp2", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef",
+            ".arw", ".raf", ".exr", ".hdr"}  # pictures all the same
 FLAT = 2  # a condition whose values lie no further apart shows nothing
 
 
@@ -234,6 +236,7 @@ def examine(settings: Data, need: str, tokens: Tokens | None = None, batch_size:
         looked = list(progress(pool.map(look, there), len(there)))
     report.summary.append(data.summary(found))
     files(report, settings, items, missing, there, looked)
+    passed_over(report, settings)
     doubles(report, there, looked, held)
     conditions(report, settings, items, looked)
     words(report, items, need, tokens or Tokens(estimated, False))
@@ -253,6 +256,22 @@ def files(report: Report, settings: Data, items, missing, there, looked):
         report.add(True, [f"{i.file} is {one.size[1]}x{one.size[0]}" for i, one in zip(there, looked, strict=True)
                           if not one.why and one.size[0] != one.size[1]],
                    "pictures are not square, and data.crop is none", "crop them, or set data.crop.")
+
+
+def passed_over(report: Report, settings: Data):
+    """What lies in a folder and is not of the set, though somebody may think so."""
+    path = Path(settings.path).expanduser()
+    if (layouts.recognised(path)[0] if settings.kind == "auto" else settings.kind) not in ("folder", "classes"):
+        return
+    shown = {file.with_suffix("") for file in layouts.pictures_in(path)}
+    rest = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in NOT_READ | {".txt", ".json"}
+                  and not any(part.startswith(".") for part in p.relative_to(path).parts))
+    other = [p for p in rest if p.suffix.lower() in NOT_READ]
+    report.add(False, other, "pictures are of a format that is not read, and are left out",
+               "save them as PNG, JPEG or WebP.")
+    known = shown | {file.with_suffix("") for file in other}
+    alone = [p for p in rest if p.suffix.lower() not in NOT_READ and p.with_suffix("") not in known]
+    report.add(False, alone, "captions have no picture of their name", "bring the pictures, or take the files away.")
 
 
 def doubles(report: Report, there, looked, held):
