@@ -7,7 +7,7 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
-from pixstack.trainer import config
+from pixstack.trainer import build, config
 
 
 @pytest.fixture
@@ -125,3 +125,13 @@ def test_a_package_that_is_missing_is_named(path, tmp_path, monkeypatch):
     monkeypatch.setattr(config, "find_spec", lambda name: None)
     said = refusal(path, tmp_path, "optimizer.name=adamw8bit", "log.wandb=offline")
     assert "pip install bitsandbytes" in said and "pip install wandb" in said
+
+
+def test_samples_of_nothing_are_refused(path, tmp_path):
+    assert "samples.every=3 draws pictures, and neither" in refusal(path, tmp_path, "samples.every=3")
+
+
+def test_sample_classes_that_the_data_do_not_have_are_refused_before_training(path, tmp_path):
+    made = tiny_run.settings(path, tmp_path / "run", "samples.every=3", "samples.classes=[1, 207]", text={})
+    with pytest.raises(ValueError, match="samples.classes names 207, and the data have the classes 0 to 5"):
+        build.recipe(made, build.collection(made))

@@ -103,7 +103,8 @@ def test_a_run_goes_on_with_other_settings_when_told_so(path, tmp_path):
 
 def test_settings_that_only_watch_may_change(path, tmp_path):
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2"))
-    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2", "samples.every=1", "keep=1"))
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2", "samples.every=1",
+                                     'samples.prompts=["red card"]', "keep=1"))
 
 
 def test_a_setting_that_an_older_trainer_did_not_know_is_no_difference(path, tmp_path):

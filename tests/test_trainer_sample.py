@@ -101,6 +101,11 @@ def test_a_data_set_gives_its_classes_to_a_run_of_classes(of_classes, tmp_path):
     assert notes["count"] == 12 and notes["what"][:4] == [0, 0, 1, 1]
 
 
+def test_a_class_that_a_run_does_not_know_is_named(of_classes, tmp_path):
+    with pytest.raises(SystemExit, match="knows the classes 0 to 5, not 9"):
+        cli.main(["sample", str(of_classes / "run"), "1", "9", "--out", str(tmp_path / "s"), "--device", "cpu"])
+
+
 def test_a_run_of_classes_refuses_prompts(of_classes, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         drawn(of_classes, tmp_path / "s", "a cat")

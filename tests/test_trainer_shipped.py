@@ -61,6 +61,8 @@ def words(root, name):
     kind, recipe = raw["data"].get("kind", "folder"), raw["recipe"]["name"]
     on_flux = recipe in ("flux", "pixelponder")
     found.append(f"data.path={root}/" + {"jsonl": "set/data.jsonl", "classes": "classes"}.get(kind, "set/images"))
+    if kind == "classes":  # those of ImageNet are not here
+        found.append("samples.classes=[0, 5]")
     if "prior_path" in raw["data"]:
         found += [f"data.path={root}/subject", f"data.prior_path={root}/class"]
     if "vae" in raw:

@@ -32,6 +32,9 @@ def recipe(config: Config, found: data.Collection, folder: Path | None = None) -
     words = [text for i in found.train for text in (*i.texts, *i.tags)]
     text = encoders.make(config, words + [t.replace("{}", "") for t in config.data.templates], folder)
     classes = len(found.classes) or 1 + max(i.label for i in found.train)
+    if need(config) == "classes" and (unknown := [c for c in config.samples.classes if not 0 <= c < classes]):
+        raise ValueError(f"samples.classes names {', '.join(map(str, unknown))}, and the data have the classes 0 to "
+                         f"{classes - 1}.")
     made = find(config.recipe.name)(config, text, classes)
     if hasattr(made, "look_at"):
         made.look_at(found.train)

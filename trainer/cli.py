@@ -354,14 +354,17 @@ def sample(args):
                                     accelerator.device if args.device == "auto" else args.device)
     need, items, what = build.need(config), [], args.what
     classes = need == "classes"
+    known = json.loads((args.run_folder / "facts.json").read_text(encoding="utf-8"))["classes"]
     if args.data:
         what, items = sample.source(args.data, config, need)
     elif args.all_classes and classes:
-        what = list(range(len(json.loads((args.run_folder / "facts.json").read_text())["classes"])))
+        what = list(range(len(known)))
     elif classes and all(w.isdigit() for w in what):
         what = [int(w) for w in what]
     if classes and not all(isinstance(w, int) for w in what):
         raise ValueError(f"{args.run_folder} knows classes, not prompts: give class indices.")
+    if classes and known and (odd := [w for w in what if w >= len(known)]):
+        raise ValueError(f"{args.run_folder} knows the classes 0 to {len(known) - 1}, not {odd[0]}.")
     if config.data.conditions and not items:
         raise ValueError(f"{args.run_folder} draws after conditions ({', '.join(config.data.conditions)}): name a data "
                          "set that has them, --data.")

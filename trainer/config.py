@@ -394,6 +394,9 @@ class Config:
                      "optimizer.weight_decay", "optimizer.clip", "optimizer.eps"):
             value = look_up(self, name)
             need(value >= 0, f"{name}={value} must not be negative.")
+        need(not self.samples.every or self.samples.prompts or self.samples.classes,
+             f"samples.every={self.samples.every} draws pictures, and neither samples.prompts nor samples.classes says "
+             "of what.")
         share = self.optimizer.decay_from
         need(0 <= share <= 1, f"optimizer.decay_from={share} is outside [0, 1].")
         for name in ("optimizer.rate", "optimizer.muon_rate"):
