@@ -179,6 +179,12 @@ def controlled(made, annotator):
     return settings
 
 
+def test_training_a_controlnet_lowers_the_loss(controlled, tmp_path):
+    tiny_run.train(controlled("steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
+    losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
+    assert sum(losses[-15:]) < 0.95 * sum(losses[:15])
+
+
 def test_a_controlnet_begins_by_changing_nothing(controlled):
     from pixstack.trainer import build
 

@@ -216,6 +216,12 @@ def test_a_subject_is_learned_by_a_lora_or_by_all_weights(subject, whole, tmp_pa
     assert file.parent.name == ("diffusion_models" if whole else "loras")
 
 
+def test_training_on_a_subject_lowers_the_loss(subject, tmp_path):
+    tiny_run.train(subject("steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
+    losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
+    assert sum(losses[-15:]) < 0.95 * sum(losses[:15])
+
+
 def test_the_class_pictures_are_cached_with_the_others(subject, tmp_path):
     from pixstack.trainer import build, cache
 
