@@ -208,6 +208,34 @@ def test_captions_that_were_embedded_before_a_stop_are_kept(path, parts, tmp_pat
     assert len(encoders.frozen(settings).store) == 8
 
 
+def test_signals_that_come_again_do_not_interrupt_the_writing_of_what_was_made(path, parts, tmp_path, monkeypatch):
+    """As a launcher sends them, to itself and to its processes."""
+    monkeypatch.setattr(encoders, "AT_ONCE", 4)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    embed, write = encoders.FrozenT5.embed, cache.Store.write
+
+    def stopped(self, captions, device):
+        embed(self, captions, device)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def interrupted(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        write(self)
+
+    monkeypatch.setattr(encoders.FrozenT5, "embed", stopped)
+    monkeypatch.setattr(cache.Store, "write", interrupted)
+    settings = tiny_pixart.settings(path, tmp_path / "run", parts, f"cache.folder={tmp_path / 'cache'}")
+    try:
+        with pytest.raises(SystemExit):
+            filled(settings, tmp_path)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    monkeypatch.undo()
+    assert len(encoders.frozen(settings).store) == 4
+
+
 def test_a_random_crop_is_not_taken_from_the_cache(made, tmp_path):
     settings = made("data.crop=random")
     load, (said,), _, _ = loaded(settings)

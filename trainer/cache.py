@@ -18,7 +18,9 @@ import hashlib
 import json
 import os
 import random
+import signal
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -284,6 +286,22 @@ def loader(config: Config, encoders: list, items: list[Item], settings: Data, sa
     say("Pictures are encoded as they are shown. `python -m trainer cache` with the same recipe would do it once.\n  "
         + "\n  ".join(lines))
     return Pictures
+
+
+def stop_once():
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt once, so that what was made can be written: launchers send a signal
+    several times. A Ctrl-C that comes a second later, or more, ends that too."""
+    asked = None
+
+    def stop(number, frame):
+        nonlocal asked
+        now = time.monotonic()
+        if asked is None or (number == signal.SIGINT and now > asked + 1):
+            asked = now
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def fill(items: list[Item], settings: Data, encoders: list, folder: Path, device,

@@ -5,7 +5,6 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
 import warnings
 from contextlib import closing
@@ -165,7 +164,7 @@ def fill_cache(args):
 
     if not config.cache.folder:
         raise ValueError("cache.folder is empty: name where the features are to be kept.")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a queue's time is up: as Ctrl-C, what is made is kept
+    cache.stop_once()
     accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
     number, count = accelerator.process_index, accelerator.num_processes
     found, root = build.collection(config), Path(config.cache.folder).expanduser()
