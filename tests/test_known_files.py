@@ -112,3 +112,15 @@ def test_a_training_file_is_known_by_the_weights_inside():
 ])  # fmt: skip
 def test_a_file_that_nobody_knows_is_described_by_its_keys(tensors, said):
     assert whose(tensors) == said
+
+
+@pytest.mark.parametrize("keys, name", [
+    (("down_blocks.0.resnets.0.conv1.weight", "controlnet_down_blocks.0.weight"), "a ControlNet for Stable Diffusion"),
+    (("control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"),
+     "a ControlNet for Stable Diffusion"),
+    (("controlnet_blocks.0.weight", "pos_embed_input.proj.weight"), "a ControlNet for Stable Diffusion 3"),
+    (("controlnet_blocks.0.weight", "pos_embed_input.weight"), "an XLabs ControlNet for FLUX"),
+    (("blocks.0.scale_shift_table", "blocks.0.mlp.inverted_conv.conv.weight"), "Sana"),
+])
+def test_what_shares_keys_with_another_kind_is_told_from_it(keys, name):
+    assert whose(zeros(*keys)).startswith(f"The keys are those of {name}.")
