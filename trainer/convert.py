@@ -254,14 +254,14 @@ def _pixart_lora(source: Source) -> Result:
         names = pixart_lora.guessed_names(source.tensors)
     read = lora.read(source.tensors, names, source.metadata, lora.beside(source.path), source.alpha)
     tensors = lora.write(read, names, source.to)
-    if source.folder:
-        return Result(_in_peft(tensors), {}, [f"{len(read.layers)} layers", *read.notes],
-                      {"adapter_config.json": _peft_config(tensors)}, IN_A_FOLDER[0])
-    tensors |= {key: source.tensors[key] for key in read.text_encoder}
-    kept = {k: v for k, v in source.metadata.items() if k not in ("format", lora.METADATA_KEY)}
     found = [f"{len(read.layers)} layers", *read.notes]
     if read.text_encoder:
-        found.append(f"{len(read.text_encoder)} keys of the text encoder are copied as they are")
+        found.append(f"{len(read.text_encoder)} keys of the text encoder are "
+                     + ("left out; a .safetensors file keeps them" if source.folder else "copied as they are"))
+    if source.folder:
+        return Result(_in_peft(tensors), {}, found, {"adapter_config.json": _peft_config(tensors)}, IN_A_FOLDER[0])
+    tensors |= {key: source.tensors[key] for key in read.text_encoder}
+    kept = {k: v for k, v in source.metadata.items() if k not in ("format", lora.METADATA_KEY)}
     return Result(tensors, {**kept, "pixstack.family": "pixart_lora"}, found)
 
 

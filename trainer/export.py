@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -112,10 +113,13 @@ def size_of(file: Path) -> str:
 
 
 def unplaced(value):
-    """A setting without the folders of a file that it names."""
+    """A setting without the folders of a file that it names, here or where the run was."""
     if isinstance(value, list):
         return [unplaced(v) for v in value]
-    return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
+    if not isinstance(value, str) or "/" not in value.replace(os.sep, "/"):
+        return value
+    path = Path(value).expanduser()
+    return path.name if path.is_absolute() or " " not in value or path.exists() else value  # else it is a sentence
 
 
 def samples(folder: Path, step: int) -> Path | None:

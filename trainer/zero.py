@@ -89,7 +89,7 @@ def engine(recipe: nn.Module, optimizer: Optimizers, config: Config, rounds: int
 def shares(processes: int) -> tuple[float, float]:
     """(of gradients, of moments) that a process has on its device."""
     told = plugin().deepspeed_config["zero_optimization"]
-    outside = told.get("offload_optimizer", {}).get("device", "none") != "none"
+    outside = (told.get("offload_optimizer") or {}).get("device", "none") != "none"
     return 1 / processes if told.get("stage") == 2 else 1.0, 0.0 if outside else 1 / processes
 
 
