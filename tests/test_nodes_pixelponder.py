@@ -712,7 +712,7 @@ def pixart() -> dict:
 
 @pytest.mark.parametrize("make, whose, loader", [
     (xlabs, "an XLabs ControlNet for FLUX", "core's 'Load ControlNet Model'"),
-    (instantx, "a ControlNet for FLUX in diffusers' format", "core's 'Load ControlNet Model'"),
+    (instantx, "a ControlNet for FLUX or Qwen-Image in diffusers' format", "core's 'Load ControlNet Model'"),
     (pixart, "a PixArt ControlNet", "'Load PixArt ControlNet'"),
 ])
 def test_another_familys_controlnet_is_refused_by_name_and_what_loads_it_is_said(flux, host, make, whose, loader):
