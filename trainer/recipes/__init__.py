@@ -11,6 +11,7 @@
     described(step), buckets(step), activation_bytes(pictures, cpu)      for --dry-run
     validate(batches), sample(what, height, width, steps, shift, cfg, seed)
     previews                   where there is one: whether samples may be smaller than what was asked for
+    whole                      where parts of it are called one by one: names of what FSDP2 leaves whole (`shard`)
     of_pictures                where there are hints: whether `sample` makes them of pictures, conditions[""]
     network(), files()         for the run folder, and what export writes: path -> (tensors, metadata)
 
