@@ -26,9 +26,9 @@ def spread(recipe: nn.Module, accelerator):
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    spread = blocks(recipe)
-    parts = {p for block in spread for p in block.parameters()}
-    for block in spread:
+    some = blocks(recipe)
+    parts = {p for block in some for p in block.parameters()}
+    for block in some:
         # A block that says nothing of this keeps its weights until the backward pass, if it is called by itself.
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # What gathers the next block while one is at work, and tells when the last gradient is there.
@@ -38,15 +38,11 @@ def spread(recipe: nn.Module, accelerator):
 def blocks(recipe: nn.Module) -> list[nn.Module]:
     """The innermost members of module lists, but for those of the text encoder and of what a recipe names as `whole`;
     and what such a member is made of, where its parts are called instead of it."""
-    apart = {m for name in ("text", *getattr(recipe, "whole", ())) if (some := dotted(recipe, name)) is not None
-             for m in some.modules()}
+    apart = {m for name in ("text", *getattr(recipe, "whole", ()))
+             if (some := operator.attrgetter(name)(recipe)) is not None for m in some.modules()}
     members = [block for some in recipe.modules() if isinstance(some, nn.ModuleList) and some not in apart
                for block in some if not any(isinstance(m, nn.ModuleList) for m in block.modules())]
     return [part for block in members for part in ([block] if has_forward(block) else block.children())]
-
-
-def dotted(recipe: nn.Module, name: str) -> nn.Module | None:
-    return operator.attrgetter(name)(recipe)
 
 
 def has_forward(module: nn.Module) -> bool:

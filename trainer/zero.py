@@ -7,8 +7,6 @@ first group alone after the first step, so it is done here.
 """
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, distributed, nn
 
@@ -45,7 +43,7 @@ def problems(config: Config) -> list[str]:
         if name in told:
             found.append(f"DeepSpeed's file names its own {name}: take it out, the recipe's [optimizer] decides.")
     for name in ("fp16", "bf16"):
-        if told.get(name, {}).get("enabled") is True:
+        if (told.get(name) or {}).get("enabled") is True:
             found.append(f"DeepSpeed's file turns {name} on: take it out, the recipe's precision decides.")
     return found
 
@@ -53,7 +51,7 @@ def problems(config: Config) -> list[str]:
 def settings(config: Config, rounds: int, pictures: int, processes: int) -> dict:
     """DeepSpeed's, of the launcher's and the recipe's; what the launcher left to be decided ("auto") is DeepSpeed's
     default."""
-    told = decided(copy.deepcopy(plugin().deepspeed_config))
+    told = decided(plugin().deepspeed_config)
     return {
         **{k: v for k, v in told.items() if k not in ("optimizer", "scheduler", "fp16", "bf16")},
         "train_batch_size": rounds * pictures * processes,
