@@ -136,6 +136,39 @@ def test_a_comfyui_path_that_is_none_is_refused(tmp_path, monkeypatch):
         comfy_host.find_comfyui()
 
 
+def test_a_newer_executor_that_asks_for_more_is_told_by_version_and_name():
+    arguments = comfy_host.CacheArgs("0.99")
+    assert arguments["ram"] == 0
+    with pytest.raises(RuntimeError, match="ComfyUI 0.99 asks its executor for the cache argument 'disk'"):
+        arguments["disk"]
+
+
+@pytest.mark.parametrize("broken", ["raise OSError('libcudart.so.13: cannot open shared object file')", None])
+def test_comfyui_starts_where_torchaudio_does_not_load(broken, tmp_path):
+    """As it is with the published torchaudio on a CPU torch, and without any."""
+    if broken:
+        (tmp_path / "torchaudio").mkdir()
+        (tmp_path / "torchaudio" / "__init__.py").write_text(broken)
+    program = f"""
+import importlib.util, sys
+sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT / "package")!r}]
+if not {bool(broken)}:
+    sys.modules["torchaudio"] = None  # what an import that fails leaves, and so where it is installed too
+from pixstack.tools.comfy_host import stand_in_for_torchaudio
+stand_in_for_torchaudio()
+import torchaudio.functional, torchaudio.compliance.kaldi
+assert importlib.util.find_spec("torchaudio")  # transformers asks
+try:
+    torchaudio.functional.resample
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "torchaudio has no resample: it could not be imported here (" in done.stdout
+    assert not broken or "libcudart.so.13" in done.stdout
+
+
 def test_a_base_folder_can_be_made_twice(tmp_path):
     base = comfy_host.make_base(tmp_path)
     (base / "user/default/comfy.settings.json").write_text('{"mine": 1}')

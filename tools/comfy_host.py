@@ -33,6 +33,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,9 +116,39 @@ def prepare_torch() -> list[str]:
     return ["--cpu"]
 
 
+TORCHAUDIO = ("torchaudio", *(f"torchaudio.{part}" for part in ("functional", "transforms", "compliance",
+                                                                 "compliance.kaldi")))  # fmt: skip
+"""What ComfyUI imports of torchaudio when it starts, from 0.8 on."""
+
+
+def stand_in_for_torchaudio() -> None:
+    """Empty modules in the place of a torchaudio that is missing or, as its CUDA builds on CPU torch, does not load."""
+    try:
+        import_module("torchaudio")
+        return
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error)
+
+    def lack(name: str):
+        raise AttributeError(f"torchaudio has no {name}: it could not be imported here ({reason})")
+
+    for name in [name for name in sys.modules if name.startswith("torchaudio.")]:  # what half an import left behind
+        del sys.modules[name]
+    for name in TORCHAUDIO:
+        module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None, is_package=True)  # who asks whether there is one, reads it
+        module.__path__, module.__getattr__ = [], lack
+        sys.modules[name] = module
+        parent, _, part = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], part, module)
+
+
 def enter(comfyui: Path) -> None:
-    """ComfyUI's own modules come first; ours leave, for our `nodes` would shadow ComfyUI's."""
+    """ComfyUI's own modules come first; ours leave, for our `nodes` would shadow ComfyUI's. torchaudio can be imported
+    from here on."""
     sys.path[:] = [str(comfyui)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, comfyui)]
+    stand_in_for_torchaudio()
 
 
 # A ComfyUI in this process
@@ -153,6 +184,18 @@ class Run:
         return self.errors[0] if self.errors else None
 
 
+class CacheArgs(dict):
+    """What a PromptExecutor is told about its caches; CacheType.CLASSIC needs none of it, but every one is read."""
+
+    def __init__(self, version: str):
+        super().__init__(lru=0, ram=0, ram_inactive=0)
+        self.version = version
+
+    def __missing__(self, name):
+        raise RuntimeError(f"ComfyUI {self.version} asks its executor for the cache argument {name!r}, which "
+                           "tools/comfy_host.py does not know: add to CacheArgs what main.py gives its PromptExecutor")
+
+
 class Host:
     """A ComfyUI without its server. One per process: ComfyUI reads its arguments once, when it is imported."""
 
@@ -169,6 +212,7 @@ class Host:
         """arguments: of ComfyUI's command line, beside those that every host gets."""
         comfyui = find_comfyui()
         enter(comfyui)
+        self._version = import_module("comfyui_version").__version__
         argv = sys.argv
         sys.argv = ["main.py", "--base-directory", str(self.base), "--disable-api-nodes", "--preview-method", "auto"]
         sys.argv += [*prepare_torch(), *arguments]
@@ -187,7 +231,7 @@ class Host:
         self._folders.set_output_directory(str(self.output))
         asyncio.run(self._load_nodes())
         self._executor = self._execution.PromptExecutor(
-            self, cache_type=self._execution.CacheType.CLASSIC, cache_args={"lru": 0, "ram": 0}
+            self, cache_type=self._execution.CacheType.CLASSIC, cache_args=CacheArgs(self._version)
         )
         utils = import_module("comfy.utils")
         utils.set_progress_bar_global_hook(self._progress)
@@ -314,7 +358,7 @@ def serve(base: Path, arguments: list[str]) -> None:
     enter(comfyui)
     sys.argv = ["main.py", "--base-directory", str(make_base(base)), "--disable-auto-launch", "--disable-api-nodes"]
     sys.argv += ["--database-url", "sqlite:///:memory:", "--preview-method", "auto", *prepare_torch(), *arguments]
-    print("If ComfyUI misses torchaudio or its workflow templates below: nothing here needs them.", file=sys.stderr)
+    print("If ComfyUI misses its workflow templates below: nothing here needs them.", file=sys.stderr)
     runpy.run_path(str(comfyui / "main.py"), run_name="__main__")
 
 
