@@ -32,18 +32,20 @@ def host(tmp_path_factory) -> Host:
 
 def _take_stand_ins():
     """Core's loaders fix T5-XXL's and CLIP-L's sizes at up to billions of parameters, and FLUX at 24 heads; those of
-    the tests' stand-ins fit any machine."""
+    the tests' stand-ins fit any machine. Newer ComfyUIs tell T5-XXL by the size that the stand-in lacks."""
     import comfy.model_detection
     import comfy.sd
-    from weights import CLIP_L_SHRUNK, T5XXL_SHRUNK, narrow_flux
+    from weights import CLIP_L_SHRUNK, T5XXL_SHRUNK, is_tiny_t5xxl, narrow_flux
 
     load_clip, detect = comfy.sd.load_clip, comfy.model_detection.detect_unet_config
+    detect_text = comfy.sd.detect_te_model
 
     def load(*args, model_options=None, **kwargs):
         shrunk = dict(t5xxl_model_config=T5XXL_SHRUNK, model_config=dict(CLIP_L_SHRUNK))  # core adds to the latter
         return load_clip(*args, model_options={**(model_options or {}), **shrunk}, **kwargs)
 
     comfy.sd.load_clip = load
+    comfy.sd.detect_te_model = lambda sd: comfy.sd.TEModel.T5_XXL if is_tiny_t5xxl(sd) else detect_text(sd)
     comfy.model_detection.detect_unet_config = lambda *args, **kwargs: narrow_flux(detect(*args, **kwargs))
 
 

@@ -128,7 +128,7 @@ def tiny_pixart_lora(path: Path, rank: int = 4):
 
 
 T5XXL_SHRUNK = dict(d_ff=16, d_kv=8, num_heads=2)
-"""What the tests make of T5-XXL: as wide and as deep, for core recognises it by that, but nearly empty."""
+"""What the tests make of T5-XXL: as wide and as deep, for ComfyUI 0.3.75 recognises it by that, but nearly empty."""
 
 
 def tiny_t5xxl(path: Path):
@@ -152,6 +152,11 @@ def tiny_t5xxl(path: Path):
         tensors[f"{dense}layer_norm.weight"] = torch.ones(width).bfloat16()
     tensors["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = random(32, 2)
     write_file(path, tensors)
+
+
+def is_tiny_t5xxl(tensors: dict) -> bool:
+    weight = tensors.get("encoder.block.23.layer.1.DenseReluDense.wi_1.weight")
+    return weight is not None and weight.shape[0] == T5XXL_SHRUNK["d_ff"]
 
 
 CLIP_L_SHRUNK = dict(num_hidden_layers=2, intermediate_size=16)
