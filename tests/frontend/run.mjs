@@ -45,7 +45,7 @@ process.stdout.write(JSON.stringify(answer))
 
 async function open(page, job) {
   const prompt = await page.evaluate(async (workflow) => {
-    window.app.extensionManager.toast.removeAll() // of the workflow before
+    window.told = new Set(document.querySelectorAll('.p-toast-message, .p-dialog')) // of the workflow before
     await window.app.loadGraphData(workflow, true, true)
     return (await window.app.graphToPrompt()).output
   }, job.workflow)
@@ -53,7 +53,9 @@ async function open(page, job) {
   await fit(page)
   await page.screenshot({ path: job.screenshot })
   const alerts = await page.evaluate(() =>
-    [...document.querySelectorAll('.p-toast-message, .p-dialog')].map((element) => element.innerText)
+    [...document.querySelectorAll('.p-toast-message, .p-dialog')]
+      .filter((element) => !window.told.has(element))
+      .map((element) => element.innerText)
   )
   return { prompt, alerts, ...shown }
 }
