@@ -6,6 +6,7 @@ import math
 
 import comfy.model_base
 import comfy.supported_models
+from comfy.ldm.flux.model import FluxParams
 
 from ...models_impl.flux.config import FluxConfig
 from .text import check_type
@@ -37,12 +38,14 @@ def model_config(config: FluxConfig):
         raise ValueError(f"This FLUX draws latents of {channels} channels, and ComfyUI knows FLUX's {LATENT_CHANNELS} "
                          "alone.")
     known = comfy.supported_models
+    # Wanted since ComfyUI 0.4: the axes along which text tokens are numbered. FLUX.1 leaves them all at the origin.
+    newer = dict(txt_ids_dims=[]) if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     made = (known.Flux if config.guidance else known.FluxSchnell)(dict(
         image_model="flux", patch_size=2, in_channels=channels, out_channels=channels, vec_in_dim=config.pooled_dim,
         context_in_dim=config.context_dim, hidden_size=config.hidden, num_heads=config.heads,
         mlp_ratio=math.nextafter(config.mlp_hidden / config.hidden, math.inf),  # core cuts what comes of it
         depth=config.depth, depth_single_blocks=config.single_depth, axes_dim=list(config.axes), theta=config.theta,
-        qkv_bias=config.qkv_bias, guidance_embed=config.guidance,
+        qkv_bias=config.qkv_bias, guidance_embed=config.guidance, **newer,
     ))
     kind = comfy.model_base.ModelType.FLUX if config.guidance else comfy.model_base.ModelType.FLOW
     made.get_model = lambda state_dict, prefix="", device=None: FluxModel(made, model_type=kind, device=device)
