@@ -139,16 +139,67 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], what: str):
 
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], what: str):
     """Raise ValueError that counts and names the weights that do not fit, if there are any."""
-    own = module.state_dict()
+    own = expected_shapes(module)
     missing = [key for key in own if key not in tensors]
     unexpected = [key for key in tensors if key not in own]
-    wrong = [f"{key} is {list(tensors[key].shape)}, expected {list(own[key].shape)}"
-             for key in own if key in tensors and tensors[key].shape != own[key].shape]
+    wrong = [f"{key} is {list(tensors[key].shape)}, expected {list(own[key])}"
+             for key in own if key in tensors and tensors[key].shape != own[key]]
     complaints = [f"{len(names)} {kind}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
                   for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
                   if names]
     if complaints:
         raise ValueError(f"The weights do not fit {what}. " + "; ".join(complaints) + ".")
+
+
+# The sizes that a layer keeps -> the shapes of its weight and of its bias.
+LAYER_SHAPES = {
+    ("in_features", "out_features"): lambda m: ((m.out_features, m.in_features), (m.out_features,)),
+    ("in_channels", "out_channels", "kernel_size", "groups"): lambda m: (
+        (m.in_channels, m.out_channels // m.groups, *m.kernel_size) if m.transposed
+        else (m.out_channels, m.in_channels // m.groups, *m.kernel_size), (m.out_channels,)),
+    ("num_embeddings", "embedding_dim"): lambda m: ((m.num_embeddings, m.embedding_dim), None),
+    ("normalized_shape",): lambda m: (m.normalized_shape, m.normalized_shape),
+    ("num_groups", "num_channels"): lambda m: ((m.num_channels,), (m.num_channels,)),
+    ("num_features",): lambda m: ((m.num_features,), (m.num_features,)),
+}
+
+
+def expected_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of the weights of a network by the names that its state dict has, also of those that are not made yet.
+
+    Layers of ComfyUI after 0.3.75 have no weight, or one that is None, until a file is loaded into them, so that the
+    memory is taken once: the shapes of those follow from the layer's own sizes. Raises TypeError for such a layer whose
+    sizes are in no row of LAYER_SHAPES.
+    """
+    shapes = {}
+    for name, layer in module.named_modules(remove_duplicate=False):
+        passing = layer._non_persistent_buffers_set
+        own = {**layer._parameters, **{k: v for k, v in layer._buffers.items() if k not in passing}}
+        found = {key: value.shape for key, value in own.items() if value is not None}
+        if "weight" not in found:
+            found |= _not_made_yet(name, layer)
+        shapes |= {f"{name}.{key}" if name else key: shape for key, shape in found.items()}
+    return shapes
+
+
+def _not_made_yet(name: str, layer: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of the weight and bias that a layer gets when a file is loaded; nothing for a layer without a weight."""
+    if next(layer.children(), None) is not None:
+        return {}
+    if not getattr(layer, "affine", True) or not getattr(layer, "elementwise_affine", True):
+        return {}  # a norm without weights
+    known = (shapes for sizes, shapes in LAYER_SHAPES.items() if all(hasattr(layer, size) for size in sizes))
+    shapes = next(known, None)
+    if shapes is None and getattr(layer, "weight", layer) is None:
+        raise TypeError(f"The layer {name} is a {type(layer).__name__} whose weight is not made before it is loaded, "
+                        "and none of its attributes in LAYER_SHAPES says how large it will be.")
+    if shapes is None:
+        return {}
+    weight, bias = shapes(layer)
+    made = {"weight": torch.Size(weight)}
+    if bias is not None and getattr(layer, "comfy_need_lazy_init_bias", False) and getattr(layer, "bias", None) is None:
+        made["bias"] = torch.Size(bias)
+    return made
 
 
 def metadata_config(metadata: Mapping[str, str], family: str) -> dict | None:

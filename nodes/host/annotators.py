@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...models_impl.annotators import canny, depth, hed
 from ...models_impl.annotators.resize import seen
-from .load import patcher
+from .patcher import patcher
 
 MOST = 16  # pictures in one call of a network
 HED_BYTES = 3 * 64 * 4  # of its widest layer, for a pixel: in, out and room to compute

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...models_impl.known_files import whose
 from ...models_impl.state_dict import load_into, read_file
-from .load import patcher
+from .patcher import patcher, reloadable
 
 # 16 GB at 1024 x 1024 in float16 (huggingface/diffusers#5761), 1.3 GB of which are weights
 BYTES_PER_PIXEL_AND_BYTE = 7000
@@ -37,7 +37,7 @@ class Codec(nn.Module):
         return torch.cat(pictures).clamp(-1, 1)
 
 
-def load(path: str) -> comfy.sd.VAE:
+def load(path: str, disable_dynamic: bool = False) -> comfy.sd.VAE:
     """Raises ValueError where diffusers is missing, or the file is another one."""
     try:
         from diffusers import ConsistencyDecoderVAE
@@ -52,13 +52,20 @@ def load(path: str) -> comfy.sd.VAE:
     load_into(net, tensors, f"the consistency decoder ({file.name})")
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     vae.first_stage_model = Codec(net).eval().to(vae.vae_dtype)
-    vae.patcher = patcher(vae.first_stage_model, load_device=vae.device, offload_device=mm.vae_offload_device())
+    patched = patcher(vae.first_stage_model, load_device=vae.device, offload_device=mm.vae_offload_device(),
+                      disable_dynamic=disable_dynamic)
+    vae.patcher = reloadable(patched, load_patcher, path)
     vae.latent_channels, vae.downscale_ratio, vae.upscale_ratio = CHANNELS, 8, 8
     vae.memory_used_decode = lambda shape, dtype: (
         64 * shape[2] * shape[3] * BYTES_PER_PIXEL_AND_BYTE * mm.dtype_size(dtype)
     )
     vae.memory_used_encode = lambda shape, dtype: 1767 * shape[2] * shape[3] * mm.dtype_size(dtype)  # core's for SD's
     return vae
+
+
+def load_patcher(path: str, disable_dynamic: bool = False):
+    """What `load` puts into the VAE, alone."""
+    return load(path, disable_dynamic).patcher
 
 
 def sizes(tensors: dict[str, Tensor]) -> dict:

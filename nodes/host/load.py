@@ -4,7 +4,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.model_management as mm
-import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
@@ -13,8 +12,9 @@ from ...models_impl.flux import checkpoint as flux_checkpoint
 from ...models_impl.pixart import checkpoint as pixart_checkpoint
 from ...models_impl.pixart.controlnet import PixArtControlNet
 from ...models_impl.pixelflow import checkpoint as pixelflow_checkpoint
-from ...models_impl.state_dict import check_fit, load_into, metadata_config, read_file
+from ...models_impl.state_dict import check_fit, metadata_config, read_file
 from . import flux, pixart, pixart_control, pixelflow
+from .patcher import patcher, put, reloadable, with_weights
 
 DTYPES = {
     "default": None,
@@ -25,17 +25,9 @@ DTYPES = {
 }
 
 
-def patcher(model, load_device=None, offload_device=None):
-    """ComfyUI after 0.3.75 rebinds CoreModelPatcher when it starts, so the name is looked up at each call."""
-    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return kind(
-        model,
-        load_device=load_device or mm.get_torch_device(),
-        offload_device=offload_device or mm.unet_offload_device(),
-    )
-
-
-def load_pixelflow(path: str, weights: str = "ema", dtype: torch.dtype | None = None):
+def load_pixelflow(
+    path: str, weights: str = "ema", dtype: torch.dtype | None = None, disable_dynamic: bool = False
+):
     """A PixelFlow file as a ModelPatcher; dtype None lets ComfyUI choose the storage."""
     file = Path(path)
     tensors, metadata = read_file(file)
@@ -45,10 +37,14 @@ def load_pixelflow(path: str, weights: str = "ema", dtype: torch.dtype | None = 
         )
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
-    return _as_model(pixelflow.ModelConfig(config), tensors, dtype, f"PixelFlow ({file.name})")
+    model = _as_model(pixelflow.ModelConfig(config), tensors, dtype, f"PixelFlow ({file.name})", disable_dynamic)
+    return reloadable(model, load_pixelflow, path, weights, dtype)
 
 
-def load_pixart(path: str, weights: str = "ema", dtype: torch.dtype | None = None, settings: dict | None = None):
+def load_pixart(
+    path: str, weights: str = "ema", dtype: torch.dtype | None = None, settings: dict | None = None,
+    disable_dynamic: bool = False,
+):
     """A PixArt file as a ModelPatcher. settings: entries of PixArtConfig that the user knows better than the file."""
     file = Path(path)
     tensors, metadata = read_file(file)
@@ -58,10 +54,11 @@ def load_pixart(path: str, weights: str = "ema", dtype: torch.dtype | None = Non
         )
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
-    return _as_model(pixart.ModelConfig(config), tensors, dtype, f"PixArt ({file.name})")
+    model = _as_model(pixart.ModelConfig(config), tensors, dtype, f"PixArt ({file.name})", disable_dynamic)
+    return reloadable(model, load_pixart, path, weights, dtype, settings)
 
 
-def load_flux(path: str, dtype: torch.dtype | None = None):
+def load_flux(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
     """A FLUX that states its configuration, as the trainer's exports do, as core's own model in a ModelPatcher."""
     file = Path(path)
     tensors, metadata = read_file(file)
@@ -73,10 +70,11 @@ def load_flux(path: str, dtype: torch.dtype | None = None):
         model_config = flux.model_config(config)
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
-    return _as_model(model_config, tensors, dtype, f"FLUX ({file.name})")
+    return reloadable(_as_model(model_config, tensors, dtype, f"FLUX ({file.name})", disable_dynamic), load_flux, path,
+                      dtype)
 
 
-def _as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str):
+def _as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str, disable_dynamic: bool):
     supported, parameters = model_config.supported_inference_dtypes, comfy.utils.calculate_parameters(tensors)
     if dtype is None:
         stored = comfy.utils.weight_dtype(tensors)
@@ -85,18 +83,21 @@ def _as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str)
     if cast is None and dtype not in supported:  # ComfyUI would compute in float16 where that is stored
         cast = mm.unet_dtype(model_params=parameters, supported_dtypes=supported)
     model_config.set_inference_dtype(dtype, cast)
+    tensors = model_config.process_unet_state_dict(tensors)  # core's FLUX after 0.3.75 has other names
     model = model_config.get_model(tensors, device=mm.unet_inital_load_device(parameters, dtype))
     check_fit(model.diffusion_model, tensors, what)
-    patched = patcher(model)
-    if getattr(patched, "is_dynamic", bool)():  # after 0.3.75: the weights stay in the file's memory map
-        model.load_model_weights(tensors, "", assign=True)
-    else:
-        model.diffusion_model.load_state_dict(tensors)
+    patched = patcher(model, disable_dynamic=disable_dynamic)
+    put(patched, model.diffusion_model, tensors)
     return patched
 
 
 def load_pixart_controlnet(path: str, dtype: torch.dtype | None = None) -> pixart_control.PixArtControl:
     """A PixArt ControlNet file, with or without the base model in it, as CONTROL_NET."""
+    return pixart_control.PixArtControl(pixart_controlnet(path, dtype))
+
+
+def pixart_controlnet(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    """The network of a PixArt ControlNet file as a ModelPatcher."""
     file = Path(path)
     tensors, metadata = read_file(file)
     try:
@@ -110,5 +111,5 @@ def load_pixart_controlnet(path: str, dtype: torch.dtype | None = None) -> pixar
     cast = mm.unet_manual_cast(stored, mm.get_torch_device(), supported)
     operations = comfy.ops.pick_operations(stored, cast)
     net = PixArtControlNet(config, blocks, operations=operations, dtype=stored, device=mm.unet_offload_device())
-    load_into(net, tensors, f"a PixArt ControlNet ({file.name})")
-    return pixart_control.PixArtControl(patcher(net.eval()))
+    patched = with_weights(net.eval(), tensors, f"a PixArt ControlNet ({file.name})", disable_dynamic=disable_dynamic)
+    return reloadable(patched, pixart_controlnet, path, dtype)

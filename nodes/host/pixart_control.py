@@ -2,8 +2,6 @@
 so the network calls them; what is made here says which, with which hint and how strongly."""
 from __future__ import annotations
 
-import copy
-
 import comfy.controlnet
 import comfy.latent_formats
 import comfy.model_management as mm
@@ -99,10 +97,9 @@ class PixArtControl(comfy.controlnet.ControlBase):
     def deepclone_multigpu(self, load_device, autoregister=False):
         """Asked for by ComfyUI after 0.3.75, where a model runs on several GPUs at once: weights of its own there."""
         clone = self.copy()
-        clone.net_patcher = type(self.net_patcher)(
-            copy.deepcopy(self.net_patcher.model), load_device=load_device,
-            offload_device=self.net_patcher.offload_device,
-        )
+        clone.net_patcher = self.net_patcher.deepclone_multigpu(load_device)  # loaded afresh from the file
+        if autoregister:
+            self.multigpu_clones[load_device] = clone
         return clone
 
     def get_models(self):

@@ -1,7 +1,6 @@
 """PixelPonder as a ComfyUI CONTROL_NET: many conditions in one object, residuals that reach FLUX's text tokens too."""
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +30,9 @@ from ...models_impl.pixelponder.patch_select import (
     forced_map,
 )
 from ...models_impl.pixelponder.sampling import GUIDANCE
-from ...models_impl.state_dict import load_into, read_file
+from ...models_impl.state_dict import read_file
 from .attention import host_attention
-from .load import patcher
+from .patcher import reloadable, with_weights
 from .pixelponder_map import draw, masks_of, preview
 
 STRATEGIES = ("released", "as run", "accumulate", "blend")
@@ -169,10 +168,9 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
     def deepclone_multigpu(self, load_device, autoregister=False):
         """Asked for by ComfyUI after 0.3.75, where a model runs on several GPUs at once: weights of its own there."""
         clone = self.copy()
-        clone.net_patcher = type(self.net_patcher)(
-            copy.deepcopy(self.net_patcher.model), load_device=load_device,
-            offload_device=self.net_patcher.offload_device,
-        )
+        clone.net_patcher = self.net_patcher.deepclone_multigpu(load_device)  # loaded afresh from the file
+        if autoregister:
+            self.multigpu_clones[load_device] = clone
         return clone
 
     def get_models(self):
@@ -464,6 +462,16 @@ def apply(conditioning: list, control: PixelPonderControl, made: dict) -> list:
 
 def load(path: str, select_net: bool = False, dtype: torch.dtype | None = None) -> PixelPonderControl:
     """A PixelPonder file as CONTROL_NET. select_net: keep the selection network too; dtype None: ComfyUI chooses."""
+    return PixelPonderControl(*_load(path, select_net, dtype))
+
+
+def load_patcher(path: str, select_net: bool = False, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    """The network of a PixelPonder file as a ModelPatcher."""
+    return _load(path, select_net, dtype, disable_dynamic)[0]
+
+
+def _load(path: str, select_net: bool, dtype: torch.dtype | None, disable_dynamic: bool = False):
+    """(the network as a ModelPatcher, the dtype that it computes in)."""
     file = Path(path)
     tensors, metadata = read_file(file)
     try:
@@ -482,5 +490,6 @@ def load(path: str, select_net: bool = False, dtype: torch.dtype | None = None) 
         cast = mm.unet_dtype(model_params=parameters, supported_dtypes=INFERENCE_DTYPES)
     net = PixelPonder(config, operations=comfy.ops.pick_operations(stored, cast), dtype=stored,
                       device=mm.unet_offload_device())
-    load_into(net, tensors, f"a PixelPonder ControlNet ({file.name})")
-    return PixelPonderControl(patcher(net.eval()), cast or stored)
+    patched = with_weights(net.eval(), tensors, f"a PixelPonder ControlNet ({file.name})",
+                           disable_dynamic=disable_dynamic)
+    return reloadable(patched, load_patcher, path, select_net, dtype), cast or stored

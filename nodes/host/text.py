@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
 import comfy.text_encoders.sd3_clip
@@ -23,17 +24,20 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 
 from ...models_impl.known_files import whose
-from ...models_impl.state_dict import metadata_config, read_file, without_prefix
+from ...models_impl.state_dict import expected_shapes, metadata_config, read_file, without_prefix
 from ...models_impl.text import MAX_LENGTH, T5_FAMILY
+from .patcher import is_dynamic, reloadable, to_own_dtypes
 
 STANDARD_TOKENIZER = Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_tokenizer"  # T5 v1.1's and flan-T5's
 ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 FILLED = "pixstack_filled"  # entry of a conditioning: whether its text is; core's encoders leave none
+HAS_DYNAMIC = hasattr(comfy.model_patcher, "ModelPatcherDynamic")  # ComfyUI 0.3.75 has not
 FIXED_IN_COMFYUI = {"relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6}
 
 
 def load_t5(
-    path: str, dtype: torch.dtype | None = None, device: torch.device | None = None, filled: bool = False
+    path: str, dtype: torch.dtype | None = None, device: torch.device | None = None, filled: bool = False,
+    disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
     """A T5 encoder file as CLIP. dtype None stores the weights as the file does; device None lets ComfyUI choose;
     filled: texts are as long as the encoder reads at most, the filling is attended to like words, as FLUX has it."""
@@ -60,12 +64,26 @@ def load_t5(
             "t5_filled": filled,
         },
         model_options=options,
+        **({"disable_dynamic": disable_dynamic} if HAS_DYNAMIC else {}),
     )
+    expected = expected_shapes(clip.cond_stage_model.t5.transformer)
+    if wrong := [key for key, shape in expected.items() if key in tensors and tensors[key].shape != shape]:
+        raise ValueError(f"{file.name} is no whole T5 encoder: {len(wrong)} weights have other shapes than its first "
+                         f"layer asks for, for example {wrong[0]}: {list(tensors[wrong[0]].shape)}, expected "
+                         f"{list(expected[wrong[0]])}.")
     missing, unexpected = clip.load_sd(tensors)
     if missing or unexpected:
         raise ValueError(f"{file.name} is no whole T5 encoder: {len(missing)} keys are missing "
                          f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}).")
+    if not is_dynamic(clip.patcher):
+        to_own_dtypes(clip.cond_stage_model)
+    reloadable(clip.patcher, load_t5_patcher, path, dtype, device, filled)
     return clip
+
+
+def load_t5_patcher(path: str, *how, disable_dynamic: bool = False):
+    """What `load_t5` puts into the CLIP, alone."""
+    return load_t5(path, *how, disable_dynamic=disable_dynamic).patcher
 
 
 def encoder_weights(tensors: dict, name: str) -> dict:

@@ -18,12 +18,12 @@ from comfy.ldm.cascade.common import AttnBlock
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...models_impl.state_dict import load_into, read_file
+from ...models_impl.state_dict import read_file
 from ...models_impl.ultrapixel import checkpoint
 from ...models_impl.ultrapixel.config import GuideConfig
 from ...models_impl.ultrapixel.guidance import Features, FeatureTap, Guide, GuidedImage
 from ...models_impl.ultrapixel.sampling import guided
-from .load import patcher
+from .patcher import reloadable, with_weights
 
 KEY = "pixstack_ultrapixel"
 COMPILED = "torch.compile"  # how core's TorchCompileModel marks its wrapper
@@ -44,7 +44,7 @@ class Strengths:
         return self.down != 0 or self.up != 0
 
 
-def load_guide(path: str):
+def load_guide(path: str, disable_dynamic: bool = False):
     """A guide file as a ModelPatcher of its own. Computes in whatever the base's features are in."""
     file = Path(path)
     tensors, metadata = read_file(file)
@@ -54,8 +54,9 @@ def load_guide(path: str):
         raise ValueError(f"{file.name}: {error}") from error
     guide = Guide(config, operations=comfy.ops.manual_cast, dtype=comfy.utils.weight_dtype(tensors),
                   device=mm.unet_offload_device())
-    load_into(guide, tensors, f"UltraPixel's guide ({file.name})")
-    return patcher(guide.eval().requires_grad_(False))
+    patched = with_weights(guide.eval().requires_grad_(False), tensors, f"UltraPixel's guide ({file.name})",
+                           disable_dynamic=disable_dynamic)
+    return reloadable(patched, load_guide, path)
 
 
 def stage_c_of(model) -> comfy.model_base.StableCascade_C:

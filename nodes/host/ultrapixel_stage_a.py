@@ -13,10 +13,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...models_impl.state_dict import load_into, read_file
+from ...models_impl.state_dict import read_file
 from ...models_impl.ultrapixel import checkpoint
 from ...models_impl.ultrapixel.stage_a import StageA, decode_bytes
-from .load import patcher
+from .patcher import reloadable, with_weights
 
 TILES = (1024, 768, 512, 384, 256, 192, 128, 96, 64)  # cells a side, four pixels each
 COMFORT = 256
@@ -24,7 +24,7 @@ COMFORT = 256
 HEADROOM = 1.2  # workspaces of the kernels, fragmentation
 
 
-def load(path: str, dtype: torch.dtype | None = None) -> StageAVAE:
+def load(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> StageAVAE:
     """A Stage A file as VAE; dtype None lets ComfyUI choose. Raises ValueError for another file."""
     file = Path(path)
     tensors, metadata = read_file(file)
@@ -36,9 +36,15 @@ def load(path: str, dtype: torch.dtype | None = None) -> StageAVAE:
     config = replace(config, scale_factor=1.0)
     vae = StageAVAE(dtype)
     net = StageA(config, operations=comfy.ops.disable_weight_init, dtype=vae.vae_dtype)
-    load_into(net, tensors, f"a Stage A ({file.name})")
-    vae.take(net.eval())
+    patched = with_weights(net.eval(), tensors, f"a Stage A ({file.name})", load_device=vae.device,
+                           offload_device=mm.vae_offload_device(), disable_dynamic=disable_dynamic)
+    vae.take(reloadable(patched, load_patcher, path, dtype))
     return vae
+
+
+def load_patcher(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    """What `load` puts into the VAE, alone."""
+    return load(path, dtype, disable_dynamic).patcher
 
 
 class StageAVAE(comfy.sd.VAE):
@@ -50,9 +56,9 @@ class StageAVAE(comfy.sd.VAE):
             *(math.ceil(side / self.downscale_ratio) for side in shape[-2:]), dtype
         )
 
-    def take(self, net: StageA):
-        self.first_stage_model, self.size = net, None
-        self.patcher = patcher(net, load_device=self.device, offload_device=mm.vae_offload_device())
+    def take(self, patched):
+        net = patched.model
+        self.first_stage_model, self.patcher, self.size = net, patched, None
         self.latent_channels = net.config.latent_channels
         self.downscale_ratio = self.upscale_ratio = net.config.compression
 
