@@ -23,8 +23,11 @@ def pytest_generate_tests(metafunc):
 def host(tmp_path_factory) -> Host:
     """The one ComfyUI of this process: `host.run(graph)`, weights into `host.models / "diffusion_models"`."""
     import cascade_weights
+    import dynamic_vram
 
     host = Host(_base(tmp_path_factory)).start()
+    if way := dynamic_vram.wanted():
+        dynamic_vram.begin(way)
     _take_stand_ins()
     cascade_weights.shrink_core()
     return host
