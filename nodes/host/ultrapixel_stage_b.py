@@ -14,7 +14,7 @@ import comfy.model_management as mm
 import torch
 from comfy.ldm.cascade.common import ResBlock
 from comfy.model_base import StableCascade_B
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,14 +58,26 @@ def _patched(model, strip: int, tile: int | None = None):
         raise ValueError(f"This MODEL is a {type(inner).__name__}, not a Stage B of Stable Cascade: load "
                          "stage_b_bf16.safetensors or stage_b_lite_bf16.safetensors with Load Diffusion Model.")
     patched = model.clone()
-    for name, module in inner.diffusion_model.named_modules():
+    _by_strips(patched, strip)
+    patched.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
+    patched.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, partial(_follow, strip=strip))
+    if tile is not None or KEY not in patched.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
+        _set_wrapper(patched, WrappersMP.OUTER_SAMPLE, partial(_with_estimate, strip=strip, tile=tile))
+    return patched
+
+
+def _by_strips(patched, strip: int):
+    for name, module in patched.model.diffusion_model.named_modules():
         if isinstance(module, ResBlock):
             patched.add_object_patch(f"diffusion_model.{name}.forward", partial(res_block, module, strip=strip))
         elif name in ("effnet_mapper", "clf"):
             patched.add_object_patch(f"diffusion_model.{name}.forward", partial(pointwise, module, strip=strip))
-    if tile is not None or KEY not in patched.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
-        _set_wrapper(patched, WrappersMP.OUTER_SAMPLE, partial(_with_estimate, strip=strip, tile=tile))
-    return patched
+
+
+def _follow(patched, clone, strip: int):
+    """The patches hold the modules of a network, and some clones have another, for another device for example."""
+    if clone.model is not patched.model:
+        _by_strips(clone, strip)
 
 
 def _set_wrapper(patched, kind: str, wrapper: Callable):
