@@ -305,6 +305,7 @@ class PixArt(nn.Module):
         attention: Callable = dense_attention,
         control: Sequence[Control] = (),
         text: TextTokens | None = None,
+        before_block: Callable[[nn.Module | None], None] = lambda block: None,
     ) -> Tensor:
         """Predicted noise (or velocity) and, where the network has one, the variance.
 
@@ -313,7 +314,9 @@ class PixArt(nn.Module):
         attention then adds nothing but the bias of its projection, as if it read no token; size: (B or 1, 2) (height,
         width) in pixels and aspect_ratio: (B or 1, 1) height/width of the picture, by default those of x, read by
         micro-conditioned networks alone; control: see `controlnet.Control`; text: `encode_text(context)`, in which case
-        context is not read. Returns (B, out_channels, H, W): in_channels of prediction, then as many of variance.
+        context is not read; before_block: called with each of `blocks` before it runs, so that a host can fetch its
+        weights, and with None after the last. Returns (B, out_channels, H, W): in_channels of prediction, then as many
+        of variance.
         """
         p, (B, _, H, W) = self.config.patch_size, x.shape
         if H % p or W % p:
@@ -342,15 +345,19 @@ class PixArt(nn.Module):
         flow = Flow(modulation, text.tokens, keep, has_text, grid, attention)
 
         keys_values = text.keys_values or (None,) * len(self.blocks)
+        before_block(self.blocks[0])
         h = self._run(self.blocks[0], h, flow, keys_values[0])
         # Each control starts from the tokens as the first block left them, and its residuals depend on no other's.
-        streams = [(c.strength, c.net.residuals(h, self._embed_hint(c.hint, x), flow, self._run)) for c in control]
+        streams = [(c.strength, c.net.residuals(h, self._embed_hint(c.hint, x), flow, self._run, c.before_block))
+                   for c in control]
         for block, known in zip(self.blocks[1:], keys_values[1:], strict=True):
             for strength, residuals in streams:
                 residual = next(residuals, None)
                 if residual is not None:
                     h = h + strength * residual
+            before_block(block)
             h = self._run(block, h, flow, known)
+        before_block(None)
 
         h = self.final_layer(h, t.to(h.dtype)).unflatten(1, grid).unflatten(-1, (p, p, -1))  # (B, h, w, p, q, C)
         return h.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, h*p, w*q)

@@ -232,13 +232,15 @@ class PixelFlow(nn.Module):
         latent_size: Tensor | float | None = None,
         rope: Tensor | None = None,
         attention: Callable = dense_attention,
+        before_block: Callable[[nn.Module | None], None] = lambda block: None,
     ) -> Tensor:
         """Velocity of the flow inside a stage.
 
         x: (B, C, H, W) noisy pixels in the range of [-1, 1]; timestep: (B,) in [0, 1000); context: (B, L, context_dim)
         text tokens with mask (B, L), True = keep; class_labels: (B,), `num_classes` is the null class; latent_size:
         tokens per side, by default sqrt(rows*columns), which is what training told it for a square; rope: see
-        `rope_table`, made here when not given. Returns (B, out_channels, H, W).
+        `rope_table`, made here when not given; before_block: called with each of `transformer_blocks` before it runs,
+        so that a host can fetch its weights, and with None after the last. Returns (B, out_channels, H, W).
         """
         self._refuse_wrong_conditions(context, class_labels)
         B, _, H, W = x.shape
@@ -261,7 +263,8 @@ class PixelFlow(nn.Module):
             attend_self=attend,
             attend_text=partial(attend, mask=keep),
         )
-        h = self._transform(self.patch_embed(x), timestep, latent_size, context, class_labels, flow)  # (B, N, p*p*C)
+        h = self._transform(self.patch_embed(x), timestep, latent_size, context, class_labels, flow,
+                            before_block)  # (B, N, p*p*C)
         h = h.unflatten(1, grid).unflatten(-1, (p, p, -1))  # (B, h, w, p, q, C)
         return h.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, h*p, w*q)
 
@@ -293,16 +296,19 @@ class PixelFlow(nn.Module):
         h = self._transform(self.patch_embed.rows(x), timestep, latent_size, context, class_labels, flow)
         return h.unflatten(-1, (-1, self.config.out_channels)).transpose(-1, -2).flatten(-2)  # (p q c) -> (c p q)
 
-    def _transform(self, h, timestep, latent_size, context, class_labels, flow: Flow) -> Tensor:
+    def _transform(self, h, timestep, latent_size, context, class_labels, flow: Flow,
+                   before_block: Callable = lambda block: None) -> Tensor:
         condition = self.timestep_embedder(timestep, h.dtype)  # (B, D)
         if class_labels is not None:
             condition = condition + self.class_embedder(class_labels, h.dtype)
         condition = condition + self.latent_size_embedder(latent_size, h.dtype)
         for block in self.transformer_blocks:
+            before_block(block)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h = torch.utils.checkpoint.checkpoint(block, h, condition, context, flow, use_reentrant=False)
             else:
                 h = block(h, condition, context, flow)
+        before_block(None)
         shift, scale = (flow.spread(m) for m in self.proj_out_1(F.silu(condition)).chunk(2, dim=-1))
         return self.proj_out_2(modulate(F.layer_norm(h, h.shape[-1:], eps=EPS), shift, scale))
 

@@ -143,11 +143,13 @@ class PixelPonder(FluxTrunk):
         img_ids: Tensor,
         txt_ids: Tensor | None = None,
         attention: Callable = dense_attention,
+        before_block: Callable[[nn.Module | None], None] = lambda block: None,
     ) -> Control:
         """Residuals for one step of FLUX; the inputs are those of `flux.model.Flux`.
 
         select: what `strategy.begin(conditions)` of `patch_select` returned, so that all that the step does not change
-        is computed once per picture.
+        is computed once per picture. before_block: called with each of `double_blocks` and `single_blocks` before it
+        runs, so that a host can fetch its weights, and with None after the last.
         """
         img, txt, vec, rope = self.embed(img, timestep, context, pooled, guidance, img_ids, txt_ids)
         selection = select(Guide(txt, vec, rope, attention))
@@ -159,12 +161,15 @@ class PixelPonder(FluxTrunk):
         img = img + self.pos_embed_input(hint.to(img.dtype))
         double, single = [], []
         for block in self.double_blocks:
+            before_block(block)
             img, txt = self.run(block, img, txt, vec, rope, attention)
             double.append(img)
         # Image first here, although the rope has the text first: image tokens turn as text did, and the other way
         # round. The reference's order (controlnet.py:143, 192), which the weights were trained with.
         x = torch.cat((img, txt), dim=1)  # (B, N+L, D)
         for block in self.single_blocks:
+            before_block(block)
             x = self.run(block, x, vec, rope, attention)
             single.append(x)
+        before_block(None)
         return Control(tuple(double), tuple(single), selection)

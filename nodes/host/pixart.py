@@ -16,6 +16,7 @@ from ...models_impl.pixart.model import PixArt, TextTokens
 from ...models_impl.pixart.sampling import NoiseSchedule
 from .attention import host_attention
 from .conds import Exact, Prompt, PromptKey, Text, TextMask, one_pass_is_faster
+from .prefetch import host_prefetch
 from .text import check_type
 
 INFERENCE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -74,6 +75,7 @@ class Network(PixArt):
             attention=host_attention(transformer_options),
             control=(control or {}).get(CONTROL, ()),
             text=self._text(context, prompts),
+            before_block=host_prefetch(self.blocks, x.device, transformer_options.get("prefetch_dynamic_vbars", False)),
         )
         eps, variance = output[:, : self.config.in_channels], output[:, self.config.in_channels :]
         if VARIANCE in transformer_options:

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models_impl.pixart.controlnet import Control
+from .patcher import is_dynamic
 from .pixart import CONTROL, PixArtModel
+from .prefetch import host_prefetch
 
 UPSCALE = "bilinear"
 
@@ -57,7 +59,8 @@ class PixArtControl(comfy.controlnet.ControlBase):
         if self.mask is not None:
             mask = self._tokens(height, width).to(x_noisy)
             strength = strength * comfy.controlnet.broadcast_image_to(mask, len(x_noisy), batched_number)
-        control = Control(self.net_patcher.model, hint, strength)
+        net = self.net_patcher.model
+        control = Control(net, hint, strength, host_prefetch(net, x_noisy.device, is_dynamic(self.net_patcher)))
         return {CONTROL: [*(before or {}).get(CONTROL, []), control]}
 
     def _encode(self, height: int, width: int) -> Tensor:

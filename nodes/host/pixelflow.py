@@ -14,6 +14,7 @@ from ...models_impl.pixelflow.model import PixelFlow
 from ...models_impl.pixelflow.sampling import TRAIN_TIMESTEPS, Stages
 from .attention import host_attention
 from .conds import Text, TextMask
+from .prefetch import host_prefetch
 from .text import check_type
 
 CLASS_LABELS = "pixelflow_class_labels"  # where the class node leaves (K,) indices in a conditioning; -1: null class
@@ -84,8 +85,10 @@ class Network(PixelFlow):
         )
 
     def _forward(self, x, timesteps, context, mask, class_labels, transformer_options):
+        dynamic = transformer_options.get("prefetch_dynamic_vbars", False)
         return super().forward(x, timesteps, context, mask=mask, class_labels=class_labels,
-                               attention=host_attention(transformer_options))
+                               attention=host_attention(transformer_options),
+                               before_block=host_prefetch(self.transformer_blocks, x.device, dynamic))
 
 
 class ModelConfig(comfy.supported_models_base.BASE):

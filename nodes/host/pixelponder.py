@@ -32,8 +32,9 @@ from ...models_impl.pixelponder.patch_select import (
 from ...models_impl.pixelponder.sampling import GUIDANCE
 from ...models_impl.state_dict import read_file
 from .attention import host_attention
-from .patcher import reloadable, with_weights
+from .patcher import is_dynamic, reloadable, with_weights
 from .pixelponder_map import draw, masks_of, preview
+from .prefetch import host_prefetch
 
 STRATEGIES = ("released", "as run", "accumulate", "blend")
 INFERENCE_DTYPES = (torch.bfloat16, torch.float32)  # residuals are whole hidden states: float16 may not hold them
@@ -138,10 +139,13 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
         pooled, guidance = cond.get("y"), cond.get("guidance")
         pooled = x.new_zeros(B, trunk.pooled_dim) if pooled is None else pooled[:, : trunk.pooled_dim].to(x)
         guidance = x.new_full((B,), GUIDANCE) if guidance is None else guidance.to(x.device)
-        control = self.net_patcher.model(
+        net = self.net_patcher.model
+        control = net(
             pack(x), self._sampling.timestep(t).float(), context, pooled, guidance, select=choose,
             img_ids=positions(x.shape[-2] // 2, x.shape[-1] // 2, x.device),
             attention=host_attention(transformer_options),
+            before_block=host_prefetch((*net.double_blocks, *net.single_blocks), x.device,
+                                       is_dynamic(self.net_patcher)),
         )
         residuals = control.residuals(self.strength, self._base_dtype)
         strengths = [self.conditions[i].strength for i in active]
