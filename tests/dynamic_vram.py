@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -166,3 +167,39 @@ def _stand_in_for_aimdo(residents: Residents):
     for module, parts in stand_ins.items():
         for name, part in parts.items():
             setattr(import_module(module), name, part)
+
+
+def main(base: str, *workflows: str):
+    """Run shipped workflows, with stand-ins for what is not embedded, and print their pictures' checksums as JSON."""
+    import hashlib
+    import json
+    from pathlib import Path
+
+    import cascade_weights
+    import conftest
+    import weights
+    from PIL import Image
+    from pixstack.tools.comfy_host import Host, make_base
+    from pixstack.tools.workflow import read
+
+    folder = make_base(Path(base))
+    paths = [conftest.ROOT / "workflows" / f"{name}.json" for name in workflows]
+    for path in paths:
+        weights.place(folder / "models", json.loads(path.read_text(encoding="utf-8")))
+    host = Host(folder).start()
+    if way := wanted():
+        begin(way)
+    conftest._take_stand_ins()
+    cascade_weights.shrink_core()
+    info, found = host.object_info(), {}
+    for path in paths:
+        done = host.run(read(path, info))
+        found[path.stem] = str(done.error) if done.error else sorted(  # nodes may run in another order
+            hashlib.sha256(Image.open(picture).convert("RGB").tobytes()).hexdigest() for picture in done.images)
+    memory = import_module("comfy.model_management")
+    print(json.dumps({"pictures": found,
+                      "patchers": sorted({type(loaded.model).__name__ for loaded in memory.current_loaded_models})}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
