@@ -33,15 +33,19 @@ def drawn(host, tmp_path_factory):
     def run(way: str | None) -> dict:
         if way not in known:
             base = tmp_path_factory.mktemp(f"dynamic_{way}")
-            told = {**os.environ, dynamic_vram.VARIABLE: way or "",
-                    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT / "package"), os.environ.get("PYTHONPATH"))))}
-            done = subprocess.run([sys.executable, dynamic_vram.__file__, str(base), *DRAWN], env=told,
-                                  capture_output=True, text=True)
+            done = python(way, dynamic_vram.__file__, base, *DRAWN)
             assert done.returncode == 0, done.stderr[-2000:]
             known[way] = json.loads(done.stdout.splitlines()[-1])
         return known[way]
 
     return run
+
+
+def python(way: str | None, *arguments) -> subprocess.CompletedProcess:
+    """A Python of its own, whose ComfyUI has DynamicVRAM in this way."""
+    path = os.pathsep.join(filter(None, (str(ROOT / "package"), os.environ.get("PYTHONPATH"))))
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, dynamic_vram.VARIABLE: way or "", "PYTHONPATH": path})
 
 
 @pytest.mark.parametrize("way", dynamic_vram.WAYS)
@@ -50,3 +54,11 @@ def test_pictures_under_dynamic_vram_equal_those_without_it(drawn, way):
     assert plain["patchers"] == ["ModelPatcher"] and dynamic["patchers"] == ["ModelPatcherDynamic"]
     assert all(isinstance(pictures, list) and pictures for pictures in plain["pictures"].values()), plain
     assert dynamic["pictures"] == plain["pictures"]
+
+
+@pytest.mark.parametrize("name", ["test_nodes_host_features.py", "test_lazy_weights.py"])
+def test_what_comfyui_does_with_our_models_works_under_dynamic_vram(host, name):
+    if reason := dynamic_vram.missing():
+        pytest.skip(reason)
+    done = python("evict", "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / name)
+    assert done.returncode == 0, done.stdout[-3000:]
