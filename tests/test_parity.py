@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from adapters import ADAPTERS
+from adapters import ADAPTERS, UNUSED
 from safetensors import safe_open
 from torch import Tensor
 
@@ -44,16 +44,19 @@ def test_parity(parity_file):
             pytest.skip(PENDING[case.family])
         pytest.fail(f"no adapter for ({case.family}, {case.component})")
     results = ADAPTERS[case.family, case.component](case)
-    untold = case.outputs.keys() - results.keys()
-    assert case.outputs and not untold, f"the adapter says nothing of {', '.join(sorted(untold))}"
-    for name, reference in case.outputs.items():
+    used = {name: value for name, value in case.outputs.items() if name not in UNUSED[case.family, case.component]}
+    untold = used.keys() - results.keys()
+    assert used and not untold, f"the adapter says nothing of {', '.join(sorted(untold))}"
+    for name, reference in used.items():
         ours, tolerance = results[name]
         assert ours.shape == reference.shape, f"{name} is {tuple(ours.shape)}, expected {tuple(reference.shape)}"
         if not reference.is_floating_point():
             assert torch.equal(ours.to(reference.dtype), reference), name
             continue
         allowed = tolerance * max(1.0, reference.double().std(correction=0).item())
-        error = (ours.double() - reference.double()).abs().max().item()
+        error = (ours.double() - reference.double()).abs()
+        worst = (error - allowed).argmax()  # a nan too
+        error, allowed = error.flatten()[worst], torch.as_tensor(allowed).expand_as(reference).flatten()[worst]
         assert error <= allowed, f"{name} is {error:.2e} from the reference, allowed {allowed:.2e}"
 
 

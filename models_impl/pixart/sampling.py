@@ -770,14 +770,6 @@ def lcm_distillation(
     return LcmStep(each.mean(), noisy, student_denoised, prediction, denoised, eps, before, goal)
 
 
-def guidance_embedding(guidance: Tensor, width: int = 256) -> Tensor:
-    """Sinusoids of 1000 * guidance, (B,) -> (B, width). For students that are told their guidance; PixArt's is not."""
-    half = width // 2
-    frequencies = torch.exp(torch.arange(half, device=guidance.device) * (-math.log(10000) / (half - 1)))
-    angles = guidance.float()[:, None] * 1000 * frequencies  # up to 1e4: the order of factors shows in the third digit
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
 @dataclass(frozen=True)
 class DmdLoss:
     loss: Tensor

@@ -1,13 +1,15 @@
 """How each (family, component) of a parity case is computed with our code: name of an output -> (ours, tolerance).
 
+A tolerance is a number, or a tensor with one for every value of the output.
+
 An adapter reads shapes and settings from the case alone.
 """
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .registry import ADAPTERS
+from .registry import ADAPTERS, UNUSED
 
 for module in iter_modules(__path__):
     import_module(f"{__name__}.{module.name}")
 
-__all__ = ["ADAPTERS"]
+__all__ = ["ADAPTERS", "UNUSED"]
