@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -14,12 +15,15 @@ from pixstack.models_impl.ultrapixel.checkpoint import released_attention_names
 from pixstack.models_impl.ultrapixel.config import StageAConfig, StageBConfig
 from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.models_impl.ultrapixel.stage_b import StageB
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 RELEASED = "stage_a_random.safetensors"  # the released shapes: core builds no others
 SMALL = "stage_a_small.safetensors"
 SMALL_CONFIG = StageAConfig(bottleneck_blocks=3, hidden=16)
 GIB = 2**30
+PROMISED = 1.2
+"""An estimate has room for every tensor and a fifth more, for the kernels. Measured: 1.24 to 1.55 times the tensors."""
 
 
 def stage_a_file(path, config: StageAConfig):
@@ -119,16 +123,42 @@ def test_half_the_precision_stays_near(up, dtype, tolerance):
 # --- Stage A: memory
 
 
+class Held(TorchDispatchMode):
+    """The most bytes that the tensors made within it held at once: what they are is the same on every processor.
+
+    What a kernel takes for itself while it runs is not in it: oneDNN's reordered weights, for one, which each
+    instruction set wants in another shape. The estimates' HEADROOM is for that.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.most = weakref.WeakSet(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for storage in storages((args, kwargs)):  # what was there before, and is not counted
+            self.known.add(storage)
+        made = func(*args, **(kwargs or {}))
+        for storage in storages(made):
+            if storage not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return made
+
+    def freed(self, size: int):
+        self.now -= size
+
+
+def storages(tree) -> list:
+    return [x.untyped_storage() for x in tree_flatten(tree)[0] if isinstance(x, torch.Tensor)]
+
+
 def peak_bytes(work) -> int:
-    """The most that torch's allocator held at once while `work` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    """The most that the tensors of `work` held at once."""
+    with Held() as held:
         work()
-    held = most = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    return held.most
 
 
 @pytest.mark.parametrize("name, dtype, size", [(RELEASED, "fp32", (130, 140)), (RELEASED, "bf16", (60, 44)),
@@ -137,7 +167,7 @@ def test_the_estimate_is_what_a_decode_takes(up, name, dtype, size):
     vae, latent = load(up, name, dtype), latent_of(1, 4, *size)
     taken = peak_bytes(lambda: vae.decode(latent)) - 4 * 3 * 16 * size[0] * size[1]  # the picture that is handed out
     estimate = vae.memory_used_decode(latent.shape, vae.vae_dtype)
-    assert 0.95 * taken <= estimate <= 1.6 * taken, (taken, estimate)
+    assert PROMISED * taken <= estimate <= 1.6 * taken, (taken, estimate)
 
 
 @pytest.mark.parametrize("size", [(160, 120), (560, 600)])
@@ -146,7 +176,7 @@ def test_the_estimate_is_what_an_encode_takes(up, size):
     with torch.no_grad():
         taken = peak_bytes(lambda: up.vae.encode(pixels))
     estimate = up.vae.memory_used_encode((1, 3, *size), torch.float32)
-    assert 0.95 * taken <= estimate <= 1.6 * taken, (taken, estimate)
+    assert PROMISED * taken <= estimate <= 1.6 * taken, (taken, estimate)
 
 
 @torch.no_grad()
@@ -457,7 +487,7 @@ def test_a_pass_takes_less_than_half_of_cores_memory_within_our_estimate(up, sta
     inner = SimpleNamespace(diffusion_model=wide, manual_cast_dtype=None, get_dtype=lambda: torch.float32)
     estimate = host.memory_required(inner, x.shape, strip=strip, tile=None)
     assert lean < 0.5 * stock
-    assert 0.95 * lean <= estimate <= 1.6 * lean
+    assert PROMISED * lean <= estimate <= 1.6 * lean
 
 
 def test_the_sampler_asks_for_what_stage_b_takes_at_4k(up, stage_b, monkeypatch):

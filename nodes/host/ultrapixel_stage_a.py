@@ -63,7 +63,11 @@ class StageAVAE(comfy.sd.VAE):
         self.downscale_ratio = self.upscale_ratio = net.config.compression
 
     def bytes(self, height: int, width: int, dtype: torch.dtype) -> float:
-        """What the decode of a latent, or a tile and its halo, takes over the weights and the picture."""
+        """Memory of the decode of a latent, or a tile and its halo, over the weights and the picture.
+
+        Every tensor that it makes, times HEADROOM. On a CPU the kernels may take more: oneDNN's scratch memory differs
+        between instruction sets.
+        """
         return HEADROOM * decode_bytes(self.first_stage_model.config, height, width, mm.dtype_size(dtype))
 
     def decode(self, samples_in: Tensor, vae_options: dict | None = None) -> Tensor:
