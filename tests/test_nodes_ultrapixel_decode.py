@@ -220,7 +220,16 @@ def test_short_of_memory_the_picture_is_the_same(up, monkeypatch):
     close(up.small.decode(latent), whole)
 
 
-def test_out_of_memory_is_answered_by_smaller_tiles(up, monkeypatch, caplog):
+def test_weights_that_core_would_give_up_count_as_free(up, monkeypatch):
+    short_of_memory(monkeypatch, up, 0.0001)
+    monkeypatch.setattr(up.small.patcher, "get_free_memory", lambda device: 4 * GIB, raising=False)
+    assert up.small.tile(70, 90) is None
+
+
+@pytest.mark.parametrize("kind", ["OutOfMemoryError", "AcceleratorError"])
+def test_out_of_memory_is_answered_by_smaller_tiles(up, monkeypatch, caplog, kind):
+    if kind == "AcceleratorError" and not hasattr(up.mm, "is_oom"):
+        pytest.skip("this ComfyUI knows one kind of error")
     latent = latent_of(1, 4, 100, 110)
     whole, decode = up.small.decode(latent), StageA.decode
     seen = []
@@ -228,13 +237,22 @@ def test_out_of_memory_is_answered_by_smaller_tiles(up, monkeypatch, caplog):
     def picky(latent, strip=None, callback=None):
         seen.append(latent.shape[-2:])
         if latent.shape[-1] > 95:
-            raise up.mm.OOM_EXCEPTION("no room")
+            raise getattr(torch, kind)("CUDA error: out of memory")
         return decode(up.small.first_stage_model, latent)
 
     monkeypatch.setattr(up.small.first_stage_model, "decode", picky)
     close(up.small.decode(latent), whole)
     assert seen[0] == (100, 110) and max(w for _, w in seen[-4:]) <= 64 + 26
     assert "by tiles of 256 pixels" in caplog.text
+
+
+def test_another_error_is_not_taken_for_want_of_memory(up, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(up.small.first_stage_model, "decode", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        up.small.decode(latent_of(1, 4, 8, 8))
 
 
 def test_without_any_memory_the_error_is_the_devices(up, monkeypatch):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...models_impl.annotators import canny, depth, hed
 from ...models_impl.annotators.resize import seen
+from . import memory
 from .patcher import patcher
 
 MOST = 16  # pictures in one call of a network
@@ -74,7 +75,8 @@ def annotated(image: Tensor, resolution: int, look: Callable[[Tensor], Tensor], 
         needed = pixel_bytes * pictures.shape[-2] * pictures.shape[-1]
         if net:
             mm.load_models_gpu([net], memory_required=needed)
-        count = max(1, min(len(pictures), int(mm.get_free_memory(device) / 2 / needed)))
+        free = memory.free(net, device) if net else mm.get_free_memory(device)
+        count = max(1, min(len(pictures), int(free / 2 / needed)))
         hint = back(look(pictures[:count].to(device, torch.float32)).to("cpu"))
         hint = hint if finish is None else finish(hint)
         found.append(hint.clamp(0, 1).to(mm.intermediate_device()))

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...models_impl.state_dict import read_file
 from ...models_impl.ultrapixel import checkpoint
 from ...models_impl.ultrapixel.stage_a import StageA, decode_bytes
+from . import memory
 from .patcher import reloadable, with_weights
 
 TILES = (1024, 768, 512, 384, 256, 192, 128, 96, 64)  # cells a side, four pixels each
@@ -103,7 +104,9 @@ class StageAVAE(comfy.sd.VAE):
             try:
                 return net.decode(latent, callback=report) if tile is None else net.decode_tiled(
                     latent, tile, callback=report)
-            except mm.OOM_EXCEPTION:
+            except Exception as error:
+                if not memory.is_oom(error):
+                    raise
                 smaller = next((t for t in TILES if t < (tile or max(latent.shape[-2:]))), None)
                 if smaller is None:
                     raise
@@ -115,7 +118,7 @@ class StageAVAE(comfy.sd.VAE):
 
     def tile(self, height: int, width: int) -> int | None:
         """Cells along a side of the largest tiles that fit the free memory; None: the whole picture does."""
-        free = mm.get_free_memory(self.device)
+        free = memory.free(self.patcher, self.device)
         if self.bytes(height, width, self.vae_dtype) <= free:
             return None
         fitting = (t for t in TILES if t < max(height, width) and self._with_tiles(height, width, t) <= free)
