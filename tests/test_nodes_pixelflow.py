@@ -291,6 +291,24 @@ def test_sizes_need_not_be_square(flow):
 # Guidance
 
 
+@pytest.mark.parametrize("how", ["PixelFlow Sample", "SamplerCustom"])
+def test_core_s_empty_latent_is_fitted_to_the_picture_where_core_fits_it(flow, how):
+    empty = flow.nodes["EmptyLatentImage"]().generate(128, 64)[0]
+    if "downscale_ratio_spacial" not in empty:
+        pytest.skip("this ComfyUI's empty latents do not say what they are made for")
+    positive, negative = conditions(flow, flow.text)
+    about = dict(model=flow.text, positive=positive, negative=negative, cfg=1.0)
+    with torch.inference_mode():
+        if how == "SamplerCustom":
+            drawn = flow.nodes[how].execute(**about, add_noise=True, noise_seed=1, sampler=sampler(flow),
+                                            sigmas=sigmas(flow, flow.text, "1"), latent_image=empty)[0]
+        else:
+            drawn = run(flow, "Sample", **about, latent=empty, seed=1, steps=1, shift=1.0, solver="euler",
+                        start_stage=0, end_stage=-1)
+    assert drawn["samples"].shape == (1, 3, 64, 128)
+    assert "downscale_ratio_spacial" not in drawn
+
+
 def test_guidance_1_costs_one_forward_pass_a_step(flow):
     model, seen = watched(flow, flow.text)
     draw(flow, model, cfg=1.0)

@@ -208,7 +208,9 @@ def _at_size(cond: dict, size: torch.Size) -> dict:
 
 def run(model, positive, negative, latent: dict, seed: int, cfg: float, sampler, sigmas: Tensor) -> dict:
     """What core's SamplerCustom does, for the node that has every setting on it."""
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    # Newer empty latents say what they are made for, and core fits those to any model.
+    ratios = {name: latent[name] for name in ("downscale_ratio_spacial", "downscale_ratio_temporal") if name in latent}
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     samples = comfy.sample.sample_custom(
         model, noise, cfg, sampler, sigmas, positive, negative, samples,
@@ -217,4 +219,4 @@ def run(model, positive, negative, latent: dict, seed: int, cfg: float, sampler,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return {**latent, "samples": samples}
+    return {**{name: value for name, value in latent.items() if name not in ratios}, "samples": samples}
