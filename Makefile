@@ -33,7 +33,7 @@ serve: $(READY)
 # One thread in each process, for more would take the other processes' cores; a file's tests stay together, since what
 # they share is made once per process. Eight processes are enough: each holds a ComfyUI of its own.
 test: $(READY) $(FRONTEND)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(READY)
 	$(RUN) benchmarks/pixelflow.py $(ARGS)

@@ -19,6 +19,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("workflow", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
 
 
+def pytest_collection_modifyitems(items):
+    """Long files first, so that no process is left alone with one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session")
 def host(tmp_path_factory) -> Host:
     """The one ComfyUI of this process: `host.run(graph)`, weights into `host.models / "diffusion_models"`."""

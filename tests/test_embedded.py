@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.long
 HERE = Path(__file__).parent
 SHOWN = ("PixStack_PixelPonderMap", "PreviewImage")
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from pixstack.trainer import build, cache, cli, data, encoders, recipes
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -17,6 +17,7 @@ from tiny_pixart import recipe_of
 from torch import nn
 from weights import tiny_hed
 
+pytestmark = pytest.mark.long
 FP8 = pytest.param("fp8")
 NF4 = pytest.param("nf4", marks=pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes"))
 KINDS = [FP8, NF4]

@@ -18,6 +18,7 @@ from pixstack.trainer import config, optim, parallel, plan
 from pixstack.trainer.recipes import RECIPES
 from pixstack.trainer.run import read_tensors
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
 TWO = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TOLD = {  # what `accelerate launch` tells by

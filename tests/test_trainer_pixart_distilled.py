@@ -23,6 +23,7 @@ from pixstack.trainer.recipes.pixart_controlnet import shaped
 from tiny_pixart import recipe_of
 from weights import tiny_hed
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
 
 

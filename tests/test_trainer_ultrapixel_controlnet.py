@@ -19,6 +19,7 @@ from pixstack.models_impl.ultrapixel.model import StageC
 from pixstack.trainer import cache, cli, data, export
 from tiny_ultrapixel import recipe_of
 
+pytestmark = pytest.mark.long
 EIGHT = list(range(8))  # as many as core's loader looks for
 SHAPE = replace(tiny_ultrapixel.C, down=("CTA", "CTA" * 3), up=("CTA" * 3, "CTA"))  # 8 ResBlocks
 SIMPLE = {"name": "ultrapixel_controlnet", "blocks": [0, 3, 7], "backbone": "simple"}

@@ -5,6 +5,7 @@ from conftest import WORKFLOWS
 from PIL import Image
 from pixstack.tools import workflow as conversion
 
+pytestmark = pytest.mark.long
 INFO = {
     "Load": {"input": {"required": {"name": [["a", "b"], {}]}}, "display_name": "Load It"},
     "Sample": {
