@@ -109,7 +109,8 @@ def pixart_controlnet(path: str, dtype: torch.dtype | None = None, disable_dynam
         model_params=parameters, supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(tensors)
     )
     cast = mm.unet_manual_cast(stored, mm.get_torch_device(), supported)
-    operations = comfy.ops.pick_operations(stored, cast)
+    # What it computes in is the base network's to say, at each run: weights of any storage follow their input.
+    operations = comfy.ops.manual_cast if cast is None else comfy.ops.pick_operations(stored, cast)
     net = PixArtControlNet(config, blocks, operations=operations, dtype=stored, device=mm.unet_offload_device())
     patched = with_weights(net.eval(), tensors, f"a PixArt ControlNet ({file.name})", disable_dynamic=disable_dynamic)
     return reloadable(patched, pixart_controlnet, path, dtype)

@@ -27,6 +27,8 @@ class PixArtControl(comfy.controlnet.ControlBase):
         self.latent_format = comfy.latent_formats.SD15()  # core's Apply nodes ask for a VAE only if there is one
         self.hint_latent: Tensor | None = None
         self.mask: Tensor | None = None
+        self._weights: Tensor | None = None  # the mask's, per token
+        self._base_dtype = torch.float32  # that the base network computes in, known when a run begins
         self._patch_size = net_patcher.model.config.patch_size
 
     def pre_run(self, model, percent_to_timestep_function):
@@ -43,25 +45,31 @@ class PixArtControl(comfy.controlnet.ControlBase):
             raise ValueError(f"This ControlNet has {len(self.net_patcher.model)} blocks, the model only "
                              f"{theirs.depth}: one more than the ControlNet's is needed.")
         self.latent_format = model.latent_format
+        self._base_dtype = model.manual_cast_dtype or model.get_dtype()
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
         before = None
         if self.previous_controlnet is not None:
             before = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
         start, end = self.timestep_range or (float("inf"), 0.0)
-        if self.strength == 0 or t[0] > start or t[0] < end:
+        if self.strength == 0 or not end <= float(t[0]) <= start:
             return before
         height, width = x_noisy.shape[-2:]
         if self.cond_hint is None or self.cond_hint.shape[-2:] != (height, width):
-            self.cond_hint = self._encode(height, width).to(x_noisy.device)
+            # x_noisy is float32 whatever the network computes in: ComfyUI casts it on the way in, but nothing of this.
+            self.cond_hint = self._encode(height, width).to(x_noisy.device, self._base_dtype)
+            self._weights = None if self.mask is None else self._tokens(height, width).to(self.cond_hint)
         hint = comfy.controlnet.broadcast_image_to(self.cond_hint, len(x_noisy), batched_number)
         strength = self.strength
-        if self.mask is not None:
-            mask = self._tokens(height, width).to(x_noisy)
-            strength = strength * comfy.controlnet.broadcast_image_to(mask, len(x_noisy), batched_number)
+        if self._weights is not None:
+            strength = strength * comfy.controlnet.broadcast_image_to(self._weights, len(x_noisy), batched_number)
         net = self.net_patcher.model
         control = Control(net, hint, strength, host_prefetch(net, x_noisy.device, is_dynamic(self.net_patcher)))
         return {CONTROL: [*(before or {}).get(CONTROL, []), control]}
+
+    def cleanup(self):
+        super().cleanup()
+        self._weights = None
 
     def _encode(self, height: int, width: int) -> Tensor:
         """The hint (B, 4, height, width) at the scale that the network sees latents in."""
