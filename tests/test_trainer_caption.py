@@ -126,8 +126,8 @@ def llava(path, template=True):
 
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    config = LlavaConfig(CLIPVisionConfig(image_size=16, patch_size=8, **sizes),
-                         LlamaConfig(vocab_size=len(WORDS), bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes),
+    text = LlamaConfig(vocab_size=len(WORDS), bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **sizes), text_config=text,
                          image_token_index=4)
     LlavaForConditionalGeneration(config).save_pretrained(path)
     chat = "USER: {% for c in messages[0]['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}" \
@@ -171,6 +171,24 @@ def test_a_model_of_transformers_captions_alone_as_in_a_batch(tmp_path, make, pr
     assert together == [model([p], [prompt])[0] for p in pictures]
     begun = prompt if make is blip else ""  # what BLIP is given is how its caption begins, others are asked
     assert all(text.startswith(begun) and len(text.split()) <= 5 + len(begun.split()) for text in together)
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_caption_is_the_answer_whether_a_model_repeats_its_prompt_or_not(tmp_path, monkeypatch, repeats):
+    model = caption.Captioner(llava(tmp_path / "model"), max_tokens=5)
+    answer = torch.tensor([[WORDS.index(word) for word in ("red", "wall", "</s>")]])
+    monkeypatch.setattr(model.net, "generate", lambda input_ids, **_: torch.cat([input_ids, answer], 1) if repeats
+                        else answer)
+    assert model([Image.new("RGB", (30, 20), "red")], ["describe this"]) == ["red wall"]
+
+
+def test_a_beginning_stays_where_a_model_of_beginnings_has_nothing_to_add(tmp_path):
+    model = caption.Captioner(blip(tmp_path / "model"), max_tokens=5)
+    with torch.no_grad():
+        for name, weight in model.net.named_parameters():
+            if name.endswith("predictions.bias"):
+                weight[model.tokens.sep_token_id] = 1000.0  # it ends at once
+    assert model([Image.new("RGB", (30, 20), "red")] * 2, ["a red", "a wall"]) == ["a red", "a wall"]
 
 
 def test_prompts_of_other_lengths_do_not_change_an_answer(tmp_path):

@@ -67,8 +67,10 @@ class Captioner:
         given = {"text": [self.asked(p) for p in prompts]} if any(prompts) else {}
         inputs = self.processor(images=pictures, **given, return_tensors="pt", padding=True)
         inputs = inputs.to(self.device, self.net.dtype)
-        out = self.net.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
         asked = inputs.get("input_ids")
+        if asked is not None:
+            asked = asked.clone()  # BLIP's generate writes its own first token into it
+        out = self.net.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
         if asked is not None and out.shape[1] >= asked.shape[1] and torch.equal(out[:, :asked.shape[1]], asked):
             out = out[:, asked.shape[1]:]  # models that decode alone repeat the prompt
         return [" ".join(text.split()) for text in self.tokens.batch_decode(out, skip_special_tokens=True)]
