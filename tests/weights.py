@@ -288,8 +288,8 @@ def tiny_depth(path: Path, **entries):
         backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
         head_hidden_size=4, **entries,
     )  # fmt: skip
-    torch.manual_seed(0)
     model = transformers.DepthAnythingForDepthEstimation(config)
+    torch.manual_seed(0)  # after the model, of whose own random draws the versions of transformers make some or none
     with torch.no_grad():
         for weight in model.parameters():  # as large as trained ones, so that there is something to see
             weight.normal_(std=0.3)
