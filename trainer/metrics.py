@@ -132,7 +132,7 @@ def edge_iou(one: Tensor, other: Tensor) -> Tensor:
     a, b = (m >= 0.5 for m in (one, other))
     near_a, near_b = (F.max_pool2d(m.float(), 2 * reach + 1, 1, reach) > 0 for m in (a, b))
     common, either = (a & near_b) | (b & near_a), a | b
-    found, total = (m.flatten(1).sum(1).double() for m in (common, either))
+    found, total = (m.flatten(1).sum(1).cpu().double() for m in (common, either))
     return torch.where(total > 0, found / total.clamp(min=1), 1.0)
 
 

@@ -162,7 +162,7 @@ class Noising:
     noise: Tensor
     noisy: Tensor
     timestep: Tensor
-    """(B,) whole, int64"""
+    """(B,) whole, int64, on the CPU, where the schedule computes"""
     condition: dict[str, Tensor]
     """context, mask, and for a micro-conditioned network size and aspect_ratio."""
 
@@ -175,7 +175,7 @@ def losses(predict: Predict, step: Noising, shape: PixArtConfig, schedule: sampl
     249; snr_gamma: weigh the error by Min-SNR with this gamma, 0 = not.
     """
     s, C = step, shape.in_channels
-    said = predict(s.noisy, s.timestep, **s.condition).float()
+    said = predict(s.noisy, s.timestep.to(s.noisy.device), **s.condition).float()
     first, logits = said[:, :C], said[:, C:] if variance and said.shape[1] > C else None
     if shape.prediction == "eps":
         found = sampling.iddpm_loss(first, logits, s.latent, s.noise, s.timestep, schedule, snr_switch)
@@ -251,13 +251,12 @@ class Denoising:
     def noising(self, batch, timestep: Tensor, dropped: Tensor | None, seed: int) -> Noising:
         latent = self.latents(batch, seed)
         noise = batch_noise(seed, batch.step, batch.positions, latent.shape[1:], self.device)
-        timestep = timestep.to(self.device)
         condition = self.condition(batch.captions, dropped, batch.size, batch.sizes)
         return Noising(latent, noise, self.schedule.add_noise(latent, noise, timestep), timestep, condition)
 
     def eps(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """What the network says about the noise alone, (B, C, h, w) float32."""
-        said = predict(x, timestep, **condition)[:, : self.shape.in_channels].float()
+        said = predict(x, timestep.to(x.device), **condition)[:, : self.shape.in_channels].float()
         return said if self.shape.prediction == "eps" else self.schedule.eps(x, said, timestep)
 
     def losses(self, predict: Predict, step: Noising, variance: float = 1.0, snr_switch: bool = False,

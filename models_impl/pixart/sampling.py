@@ -177,15 +177,15 @@ class NoiseSchedule:
         if not isinstance(timestep, Tensor):
             return coefficient(float(timestep))
         value = coefficient(timestep.double() if x.dtype == torch.float64 else timestep)
-        return value.to(device=x.device, dtype=_state_dtype(x)).view(-1, *[1] * (x.ndim - 1))
+        return _column(value, x, _state_dtype(x))
 
 
 def _same_kind(formula, value):
     if not isinstance(value, Tensor):
         return formula(torch.tensor(float(value), dtype=torch.float64)).item()
-    # On the CPU, because not every device has float64.
-    result = formula(value.detach().to("cpu", torch.float64))
-    return result.to(value.device, torch.float64 if value.dtype == torch.float64 else torch.float32)
+    # On the CPU, because not every device has float64; cast there as well, for a copy may cast at either end.
+    result = formula(value.detach().cpu().double())
+    return result.to(torch.float64 if value.dtype == torch.float64 else torch.float32).to(value.device)
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
@@ -625,15 +625,16 @@ def variance_bound(
     At timestep 0 the negative log likelihood of the sample, in bins of 1/255 around it with open ends at -1 and 1, as
     if it were pixels: the released weights were trained on that.
     """
-    now = timestep.detach().to("cpu", torch.float64)
+    now = timestep.detach().cpu().double()
     from_sample, from_x, _, high = _posterior(schedule, now, now - 1)
     low = _posterior(schedule, now.clamp(min=1), now.clamp(min=1) - 1)[2]  # at 0 it is 0: the next one stands in
-    low, high, from_sample, from_x = (_column(v, eps).to(eps) for v in (low.log(), high.log(), from_sample, from_x))
+    low, high, from_sample, from_x, scale, sigma = _columns(
+        (low.log(), high.log(), from_sample, from_x, 1 / schedule.alpha(now), schedule.sigma(now)), eps, eps.dtype)
 
     share = (logits + 1) / 2
     log_variance = share * high + (1 - share) * low
     # Not schedule.denoised: the logarithm of a difference of float32 at timestep 0 shows every rounding before it.
-    denoised = _column(1 / schedule.alpha(now), eps).to(eps) * noisy - _column(schedule.sigma(now), eps).to(eps) * eps
+    denoised = scale * noisy - sigma * eps
     off = from_sample * (sample - denoised)  # of the means
     kl = (log_variance - low - 1 + torch.exp(low - log_variance) + off.square() * torch.exp(-log_variance)) / 2
     nll = -_log_likelihood(sample, from_sample * denoised + from_x * noisy, log_variance / 2)
@@ -654,8 +655,14 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
-def _column(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like.device).view(-1, *[1] * (like.ndim - 1))
+def _column(value: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """value (B,) as (B, 1, ...) where `like` is; cast before it is moved, for not every device has float64."""
+    return value.to(dtype or value.dtype).to(like.device).view(-1, *[1] * (like.ndim - 1))
+
+
+def _columns(values: Sequence[Tensor], like: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+    """The same of several, moved together: each move to a GPU is something that it waits for."""
+    return _column(torch.stack(tuple(values)).flatten(), like, dtype).unflatten(0, (len(values), -1)).unbind(0)
 
 
 def consistency(x: Tensor, denoised: Tensor, timestep) -> Tensor:
@@ -710,7 +717,7 @@ class LcmGrid:
 
     def ddim(self, denoised: Tensor, eps: Tensor, index: Tensor) -> Tensor:
         """One DDIM step from the start of each pair to its end."""
-        kept = _column(self.alphas_cumprod_before[index.cpu()], denoised).to(denoised)
+        kept = _column(self.alphas_cumprod_before[index.cpu()], denoised, denoised.dtype)
         return kept.sqrt() * denoised + (1 - kept).sqrt() * eps
 
 

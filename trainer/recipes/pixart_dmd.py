@@ -134,7 +134,7 @@ class Recipe(nn.Module):
     def forward(self, batch) -> Tensor:
         """The loss of the student and that of its follower, summed: neither reaches the other's weights."""
         own = slice(batch.positions.start, batch.positions.stop)
-        judged, followed = (t[own].to(self.denoising.device) for t in self.draw(batch.step))
+        judged, followed = (t[own] for t in self.draw(batch.step))
         rows = self.paired(batch.positions)
         pairs = [self.pairs.of(batch.items[row], batch.size) for row in rows]
         matching, generated, cond = self.matched(batch, judged, self.config.seed, rows, [noise for noise, _ in pairs])
@@ -172,7 +172,7 @@ class Recipe(nn.Module):
                             for kind in (START, RENOISE))
             if rows:
                 start = start.index_copy(0, torch.tensor(rows, device=d.device), torch.stack(noises).to(d.device))
-            first = torch.full((B,), s.timestep, device=d.device)
+            first = torch.full((B,), s.timestep)
             generated = d.schedule.denoised(start, d.eps(self.net, start, first, cond), first)
             noisy = d.schedule.add_noise(generated, noise, timestep)
             with torch.no_grad():
@@ -189,7 +189,7 @@ class Recipe(nn.Module):
         total = 0.0
         for batch in batches:
             low, high = MATCHED
-            timestep = low + spread(batch.positions, high - low).to(self.denoising.device)
+            timestep = low + spread(batch.positions, high - low)
             found, generated, _ = self.matched(batch, timestep, VALIDATION)
             total += (generated - found.real_denoised).abs().flatten(1).mean(1).sum().item()
         return {"loss": total / sum(len(b.positions) for b in batches)}

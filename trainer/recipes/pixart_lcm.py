@@ -93,7 +93,7 @@ class Recipe(nn.Module):
             return sampling.lcm_distillation(
                 lambda x, t: d.eps(self.net, x, t, cond), lambda x, t: self.taught(x, t, cond),
                 lambda x, t: self.taught(x, t, uncond), lambda x, t: self.target(x, t, cond),
-                latent, noise, index.to(d.device), self.grid, s.guidance, s.distance, s.huber_c,
+                latent, noise, index, self.grid, s.guidance, s.distance, s.huber_c,
             )
 
     def taught(self, x: Tensor, timestep: Tensor, condition: dict) -> Tensor:
