@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import tiny_pixart
@@ -382,3 +384,22 @@ def test_the_random_choice_to_mirror_is_the_same_with_and_without_the_cache(made
         ours = cached.load(0, (64, 64), random.Random(seed)).features["latent.mean"]
         theirs = vae.encode(plain.load(0, (64, 64), random.Random(seed)).pixels[None], "cpu")["mean"][0]
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["train", "fill_cache"])
+@pytest.mark.parametrize(("device", "on_cpu"), [("auto", False), ("cpu", True)])
+def test_the_cache_is_filled_on_the_device_that_training_takes(command, device, on_cpu, path, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def accelerator(cpu):
+        raise Stop(cpu)
+
+    monkeypatch.setattr(accelerate, "Accelerator", accelerator)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    words = [f"cache.folder={tmp_path / 'cache'}", f"device={device}"]
+    args = SimpleNamespace(recipe=tiny_run.toml(tmp_path, path, tmp_path / "run"), settings=words, dry_run=False)
+    with pytest.raises(Stop) as stopped:
+        getattr(cli, command)(args)
+    assert stopped.value.args == (on_cpu,)

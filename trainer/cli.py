@@ -94,16 +94,13 @@ def train(args):
     config = load(args.recipe, args.settings)
 
     import torch
-    from accelerate import Accelerator
 
     from . import build, cache, data, encoders, loop, parallel, swap
     from .run import Run
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    # Said outright, because without a GPU accelerate takes the processes of torchrun for separate runs.
-    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    accelerator = Accelerator(cpu=config.device == "cpu" or not gpu)
+    accelerator = accelerator_of(config.device)
     parts = loop.parts_of(config, accelerator.process_index, accelerator.num_processes)
     found = build.collection(config)
     if args.dry_run:
@@ -155,8 +152,6 @@ def fill_cache(args):
 
     config = load(args.recipe, args.settings)
 
-    import torch
-    from accelerate import Accelerator
     from tqdm import tqdm
 
     from . import build, cache, encoders
@@ -165,7 +160,7 @@ def fill_cache(args):
     if not config.cache.folder:
         raise ValueError("cache.folder is empty: name where the features are to be kept.")
     cache.stop_once()
-    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    accelerator = accelerator_of(config.device)
     number, count = accelerator.process_index, accelerator.num_processes
     found, root = build.collection(config), Path(config.cache.folder).expanduser()
     text = encoders.frozen(config, config.folder, number) if config.text.frozen else None
@@ -217,12 +212,11 @@ def make_pairs(args):
     if out is None:
         raise ValueError("name the folder of the pairs: --out, or recipe.pairs.")
 
-    from accelerate import Accelerator
     from tqdm import tqdm
 
     from . import build, pairs
 
-    accelerator = Accelerator(cpu=chosen_device(config.device) == "cpu")
+    accelerator = accelerator_of(config.device)
     pairs.make(config, build.collection(config).train, out, args.steps, args.cfg, args.batch, accelerator,
                lambda groups: tqdm(groups, unit="batch", disable=not accelerator.is_main_process))
     accelerator.print(f"{out}: {sum(1 for _ in (out / pairs.LATENTS).rglob('*.npy')):,} pairs")
@@ -340,14 +334,13 @@ def sample_words(one):
 def sample(args):
     """Make pictures with a run, on several processes too (torchrun, accelerate launch); run it again to go on."""
     import torch
-    from accelerate import Accelerator
     from tqdm import tqdm
 
     from . import build, sample
     from .export import open_run
     from .run import sheet
 
-    accelerator = Accelerator(cpu=chosen_device(args.device) == "cpu")
+    accelerator = accelerator_of(args.device)
     main = accelerator.is_main_process
     recipe, config, step = open_run(args.run_folder, args.step, args.weights,
                                     accelerator.device if args.device == "auto" else args.device)
@@ -403,6 +396,14 @@ def chosen_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def accelerator_of(device: str):
+    """accelerate's Accelerator for a device that a person named, the same in every command."""
+    from accelerate import Accelerator
+
+    # Said outright, because without a GPU accelerate takes the processes of torchrun for separate runs.
+    return Accelerator(cpu=chosen_device(device) == "cpu")
 
 
 def sampling(args, settings) -> dict:

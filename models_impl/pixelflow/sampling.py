@@ -291,9 +291,10 @@ def block_noise(
     """Noise of unit variance whose four values in every 2x2 block have the correlation gamma. (B, C, H, W) float32
 
     Closed form of the reference's draw per block: the deviation from the block's mean and that mean are scaled by the
-    square roots of the two eigenvalues of (1 - gamma + eps) I + gamma J.
+    square roots of the two eigenvalues of (1 - gamma + eps) I + gamma J. It is drawn on the generator's device, so
+    that the numbers do not depend on `device`, where it is wanted.
     """
-    z = torch.randn(shape, generator=generator, device=None if generator is not None else device)
+    z = torch.randn(shape, generator=generator, device=device if generator is None else generator.device)
     mean = double(F.avg_pool2d(z, 2))
     noise = math.sqrt(1 - gamma + NOISE_EPS) * (z - mean) + math.sqrt(1 + 3 * gamma + NOISE_EPS) * mean
     return noise.to(device)
@@ -306,6 +307,9 @@ def block_noise_reference(
 
     Slow (a million draws at 1024 px); for repeating published seeds.
     """
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"The reference draws its noise on the CPU, this generator is one of {generator.device}: give "
+                         "block_noise_reference a torch.Generator() of the CPU, and `device` for where the noise goes.")
     B, C, H, W = shape
     # Fewer than 16 values a call keep torch on its scalar path, whose stream does not depend on the size of the call.
     blocks = B * C * (H // 2) * (W // 2)

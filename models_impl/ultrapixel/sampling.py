@@ -122,11 +122,13 @@ def run(
     predict(x, timestep (B,)) -> eps, guidance inside; logsnrs: rising, `Schedule.steps`; noise(step, shape);
     callback(step, x after it, denoised); after_step(x, logsnr of x) -> x lets a host blend an inpainting mask.
     """
-    clean = None
-    for i, (logsnr, following) in enumerate(zip(logsnrs[:-1], logsnrs[1:], strict=True)):
-        eps = predict(x, schedule.timestep(logsnr).to(x.device).expand(x.shape[0]))
-        clean = denoised(x, eps, logsnr)
-        x = ddpm_step(clean, eps, logsnr, following, noise(i, x.shape).to(x), eta)
+    clean, levels = None, logsnrs.to(x.device)  # moved at once: each move to a GPU is something that it waits for
+    timesteps = [schedule.timestep(logsnr) for logsnr in logsnrs[:-1]]
+    timesteps = torch.stack(timesteps).to(x.device) if timesteps else ()
+    for i, following in enumerate(logsnrs[1:]):
+        eps = predict(x, timesteps[i].expand(x.shape[0]))
+        clean = denoised(x, eps, levels[i])
+        x = ddpm_step(clean, eps, levels[i], levels[i + 1], noise(i, x.shape).to(x), eta)
         if after_step is not None:
             x = after_step(x, following)
         if callback is not None:
@@ -226,8 +228,9 @@ def sizes(
 # --- Training
 
 def training_t(batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """The t that the reference draws: (batch,), uniform in (0, 1], at least 0.001."""
-    return (1 - torch.rand(batch, generator=generator)).add(0.001).clamp(0.001, 1.0)
+    """The t that the reference draws: (batch,), uniform in (0, 1], at least 0.001, on the generator's device."""
+    device = None if generator is None else generator.device
+    return (1 - torch.rand(batch, generator=generator, device=device)).add(0.001).clamp(0.001, 1.0)
 
 
 def noise_loss(eps: Tensor, noise: Tensor) -> Tensor:
