@@ -87,5 +87,6 @@ class EffnetEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, latent_channels, H/32, W/32)."""
-        mean, std = (torch.tensor(v, dtype=image.dtype, device=image.device)[:, None, None] for v in (MEAN, STD))
+        # filled on the device: torch.tensor would be an upload, which waits for a GPU
+        mean, std = (torch.stack([image.new_full((1, 1), v) for v in values]) for values in (MEAN, STD))
         return self.mapper(self.backbone((image - mean) / std))

@@ -184,7 +184,8 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value = math.sqrt(math.log(x.shape[1] * x.shape[2]) / math.log(self.scale_tokens))
-        value, nothing = sinusoids(torch.tensor([value, 0.0], device=x.device), self.embedding).to(x.dtype).split(1)
+        value, nothing = (sinusoids(torch.full((1,), v, device=x.device), self.embedding).to(x.dtype)
+                          for v in (value, 0.0))  # torch.tensor would be an upload, which waits for a GPU
         scale, shift = self.mapping(value, nothing)[:, None, None].chunk(2, dim=-1)
         return torch.addcmul(shift, x, 2 + scale)
 
