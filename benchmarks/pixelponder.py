@@ -22,7 +22,9 @@ from pathlib import Path
 sys.path[:] = [str(Path(__file__).resolve().parents[1] / "package"), *sys.path[1:]]
 
 import torch  # noqa: E402 - the repository gets its name first
-from pixstack.models_impl.flux.model import modulate, norm, pack, positions, rotate, unpack  # noqa: E402
+from pixstack.kernels.modulated_norm import modulate  # noqa: E402
+from pixstack.kernels.rope import rotate  # noqa: E402
+from pixstack.models_impl.flux.model import norm, pack, positions, unpack  # noqa: E402
 from pixstack.models_impl.pixelponder.config import PRESETS, TYPES, SelectConfig  # noqa: E402
 from pixstack.models_impl.pixelponder.model import PixelPonder  # noqa: E402
 from pixstack.models_impl.pixelponder.patch_select import AsRun, Guide, Released, Selection, pick  # noqa: E402

@@ -6,8 +6,9 @@ import pickle
 
 import pytest
 import torch
+from pixstack.kernels.attention import attention
+from pixstack.kernels.varlen_attention import packed_attention, packed_backends
 from pixstack.models_impl import state_dict
-from pixstack.models_impl.attention import attention, packed_attention, packed_backends
 from pixstack.models_impl.pixelflow import checkpoint, sampling
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PackedLayout, PixelFlow

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pixstack.kernels.attention import attention
 from pixstack.models_impl import state_dict
-from pixstack.models_impl.attention import attention
 from pixstack.models_impl.flux import checkpoint as flux_checkpoint
 from pixstack.models_impl.flux import sampling
 from pixstack.models_impl.flux.config import FluxConfig

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention import attention as dense_attention
+from ...kernels.attention import attention as dense_attention
+from ...kernels.modulated_norm import modulated_norm
+from ...kernels.rope import rope_matrices, rotate
 from .config import FluxConfig
 
 EPS = 1e-6
@@ -49,15 +51,7 @@ def rope_table(ids: Tensor, axes: tuple[int, ...], theta: float = 10000.0) -> Te
     for axis, channels in enumerate(axes):
         frequency = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64, device=ids.device) / channels)
         angles.append(ids[..., axis, None].double() * frequency)
-    angle = torch.cat(angles, dim=-1)  # (B, N, D/2)
-    table = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=-1)
-    return table.unflatten(-1, (2, 2))[:, None].float()
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring pairs of channels. x: (B, H, N, D); rope: see `rope_table`."""
-    a, b = x.float().unflatten(-1, (-1, 1, 2)).unbind(-1)  # each (B, H, N, D/2, 1)
-    return torch.addcmul(rope[..., 0] * a, rope[..., 1], b).flatten(-2).to(x.dtype)
+    return rope_matrices(torch.cat(angles, dim=-1))[:, None]
 
 
 def timestep_embedding(timestep: Tensor) -> Tensor:
@@ -66,10 +60,6 @@ def timestep_embedding(timestep: Tensor) -> Tensor:
     frequency = torch.exp(torch.arange(half, device=timestep.device) * (-math.log(10000.0) / half))
     angle = 1000 * timestep.float()[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, 1 + scale)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -154,16 +144,16 @@ class DoubleStreamBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
         streams = zip(
-            self.txt_attn.split(modulate(norm(txt), txt_shift1, txt_scale1)),
-            self.img_attn.split(modulate(norm(img), img_shift1, img_scale1)),
+            self.txt_attn.split(modulated_norm(txt, txt_shift1, txt_scale1)),
+            self.img_attn.split(modulated_norm(img, img_shift1, img_scale1)),
             strict=True,
         )
         q, k, v = (torch.cat(pair, dim=2) for pair in streams)
         h = attention(rotate(q, rope), rotate(k, rope), v).transpose(1, 2).flatten(2)  # (B, L+N, D)
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(h[:, L:]))
-        img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(norm(img), img_shift2, img_scale2)))
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(h[:, :L]))
-        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(norm(txt), txt_shift2, txt_scale2)))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
         return img, txt
 
 
@@ -182,7 +172,7 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, rope: Tensor, attention: Callable) -> Tensor:
         # x: (B, L+N, D)
         shift, scale, gate = self.modulation(vec)
-        qkv, h = self.linear1(modulate(norm(x), shift, scale)).split(self.widths, dim=-1)
+        qkv, h = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L+N, D/heads)
         q, k = rotate(self.norm.query_norm(q), rope), rotate(self.norm.key_norm(k), rope)
         attended = attention(q, k, v).transpose(1, 2).flatten(2)
@@ -198,7 +188,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(norm(x), shift, scale))
+        return self.linear(modulated_norm(x, shift, scale))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import attention as dense_attention
+from ...kernels.attention import attention as dense_attention
+from ...kernels.modulated_norm import modulated_norm
 from .config import VAE_FACTOR, KVCompression, PixArtConfig
 
 if TYPE_CHECKING:
@@ -49,11 +50,6 @@ def sinusoid(value: Tensor, channels: int = 256) -> Tensor:
     frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=value.device) * (-math.log(10000.0) / half))
     angle = value.float()[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x: (B, N, D); shift, scale: (B, 1, D), the scale with its 1 already added."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), scale)
 
 
 @dataclass(frozen=True)
@@ -225,12 +221,12 @@ class Block(nn.Module):
         # x: (B, N, D); keys_values: of the text, if they are known
         modulation = self.scale_shift_table.to(flow.modulation) + flow.modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # each (B, 1, D)
-        h = modulated_norm(x, shift1, 1 + scale1)
+        h = modulated_norm(x, shift1, scale1)
         x = torch.addcmul(x, gate1, self.attn(h, flow.grid, flow.attention))
         if keys_values is None:
             keys_values = self.cross_attn.keys_values(flow.tokens)
         x = x + self.cross_attn(x, keys_values, flow)
-        return torch.addcmul(x, gate2, self.mlp(modulated_norm(x, shift2, 1 + scale2)))
+        return torch.addcmul(x, gate2, self.mlp(modulated_norm(x, shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -242,7 +238,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         # t: (B, D) of the timestep's embedder, not of t_block
         shift, scale = (self.scale_shift_table.to(t) + t[:, None]).chunk(2, dim=1)  # each (B, 1, D)
-        return self.linear(modulated_norm(x, shift, 1 + scale))
+        return self.linear(modulated_norm(x, shift, scale))
 
 
 class PixArt(nn.Module):

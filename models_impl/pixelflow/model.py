@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention import attention as dense_attention
-from ..attention import packed_attention
+from ...kernels.attention import attention as dense_attention
+from ...kernels.varlen_attention import packed_attention
 from .config import PixelFlowConfig
 
 EPS = 1e-6

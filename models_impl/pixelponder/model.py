@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..attention import attention as dense_attention
+from ...kernels.attention import attention as dense_attention
 from ..flux.model import FluxTrunk, Residuals, pack
 from .config import HINT_CHANNELS, PixelPonderConfig
 from .patch_select import Conditions, Guide, Selection, SelectNet, Selector

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..flux.model import Modulation, SelfAttention, mlp, modulate, norm, pack, rotate, unpack
+from ...kernels.modulated_norm import modulate, modulated_norm
+from ...kernels.rope import rotate
+from ..flux.model import Modulation, SelfAttention, mlp, norm, pack, unpack
 from .config import PixelPonderConfig, SelectConfig
 
 FREE = -1  # nobody is forced here
@@ -210,7 +212,7 @@ class ImageStreamBlock(nn.Module):
     def text(self, txt: Tensor, vec: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Keys, turned, and values of the text, (B, heads, L, D/heads) each."""
         shift, scale, *_ = self.txt_mod(vec)
-        _, k, v = self.txt_attn.split(modulate(norm(txt), shift, scale))
+        _, k, v = self.txt_attn.split(modulated_norm(txt, shift, scale))
         return rotate(k, rope), v
 
     def image(self, normed: Tensor, mods: tuple[Tensor, ...], rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +223,7 @@ class ImageStreamBlock(nn.Module):
     def finish(self, x: Tensor, attended: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
         """x: (B, N, D) block input; attended: (B, heads, N, D/heads)."""
         x = torch.addcmul(x, mods[2], self.img_attn.proj(attended.transpose(1, 2).flatten(2)))
-        return torch.addcmul(x, mods[5], self.img_mlp(modulate(norm(x), mods[3], mods[4])))
+        return torch.addcmul(x, mods[5], self.img_mlp(modulated_norm(x, mods[3], mods[4])))
 
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor], vec: Tensor, rope: Tensor, attention: Callable) -> Tensor:
         """x: (B, N, D); text: what `self.text` gave; rope of the image tokens alone."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention import attention as dense_attention
+from ...kernels.attention import attention as dense_attention
 from .blocks import channels_first, channels_last, norm, sinusoids
 from .config import GuideConfig
 

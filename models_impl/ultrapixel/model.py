@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..attention import attention as dense_attention
+from ...kernels.attention import attention as dense_attention
 from .blocks import UNet, Walk, norm
 from .config import StageCConfig
 from .guidance import Features, FeatureTap

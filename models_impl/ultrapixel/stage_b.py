@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from ..attention import attention as dense_attention
+from ...kernels.attention import attention as dense_attention
 from .blocks import Norm2d, UNet, Walk, norm, resize
 from .config import StageBConfig
 

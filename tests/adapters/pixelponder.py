@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import torch
+from pixstack.kernels.attention import attention
 from pixstack.models_impl import state_dict
-from pixstack.models_impl.attention import attention
 from pixstack.models_impl.flux import checkpoint as flux_checkpoint
 from pixstack.models_impl.flux import sampling
 from pixstack.models_impl.flux.model import Flux, rope_table

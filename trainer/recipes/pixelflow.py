@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...kernels.attention import SHORT
+from ...kernels.varlen_attention import packed_attention
 from ...models_impl import lora, state_dict
-from ...models_impl.attention import SHORT, packed_attention
 from ...models_impl.pixelflow import checkpoint, sampling
 from ...models_impl.pixelflow.config import PRESETS, PixelFlowConfig
 from ...models_impl.pixelflow.model import PixelFlow

@@ -1,0 +1,28 @@
+"""Rotary position embedding (arXiv 2104.09864): neighbouring pairs of channels turn by an angle each.
+
+    y[2i], y[2i + 1] = table[i] @ (x[2i], x[2i + 1])        table[i] = ((cos, -sin), (sin, cos)) of angle i
+
+x: (..., D); table: float32, broadcastable to (..., D/2, 2, 2); y: of the shape and dtype of x, computed in float32.
+Behind it comfy-kitchen's `apply_rope1`, which takes tables in the same form.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .runtime import kitchen
+
+
+def rope_matrices(angle: Tensor) -> Tensor:
+    """Rotations (..., 2, 2) float32 by angles (...) in radians, which are computed in the angles' dtype."""
+    return torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=-1).unflatten(-1, (2, 2)).float()
+
+
+def rotate_reference(x: Tensor, table: Tensor) -> Tensor:
+    a, b = x.float().unflatten(-1, (-1, 1, 2)).unbind(-1)  # each (..., D/2, 1)
+    return torch.addcmul(table[..., 0] * a, table[..., 1], b).flatten(-2).to(x.dtype)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    library = kitchen(x, table) if x.ndim == table.ndim - 2 else None
+    return rotate_reference(x, table) if library is None else library.apply_rope1(x, table)

@@ -1,0 +1,35 @@
+"""Which fast implementations this process has, and whether they can take given tensors. Nothing else asks."""
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@cache
+def library(name: str) -> ModuleType | None:
+    """An installed library, imported at its first use; None where it is missing or cannot be loaded."""
+    try:
+        return import_module(name)
+    except (ImportError, OSError):  # OSError: a build for another CUDA
+        return None
+
+
+def kitchen(x: Tensor, *others: Tensor) -> ModuleType | None:
+    """comfy-kitchen, which newer ComfyUIs bring, where its operations can take these tensors: on CUDA and without
+    gradients, which they do not compute. Else None; so too where torch.compile traces: it fuses the reference."""
+    if not all(t.is_cuda for t in (x, *others)) or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)):
+        return None
+    return library("comfy_kitchen")
+
+
+def has_flash_attention(q: Tensor) -> bool:
+    """Whether q is of a device and dtype that FlashAttention 2 takes: 16 bits, on CUDA from Ampere on."""
+    return q.is_cuda and q.dtype in HALF and torch.cuda.get_device_capability(q.device) >= (8, 0)

@@ -1,0 +1,91 @@
+"""Fast operations against their formulas in float64, and against the library that stands behind them elsewhere."""
+import pytest
+import torch
+from pixstack.kernels import modulated_norm as norm_file
+from pixstack.kernels import rope as rope_file
+from pixstack.kernels import runtime
+from pixstack.kernels.modulated_norm import modulated_norm, modulated_norm_reference
+from pixstack.kernels.rope import rope_matrices, rotate, rotate_reference
+
+HALF = (torch.float16, torch.bfloat16)
+SHAPES = [((2, 5, 12), (2, 1, 12)), ((7, 30), (7, 30)), ((1, 3, 4, 8), (8,))]
+
+
+def close_to_exact(ours, exact, reference):
+    """At most twice as far from float64 as the reference is."""
+    allowed = 2 * (reference.double() - exact).abs().max() + 1e-6
+    assert (ours.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("shape, of_shift", SHAPES)
+def test_the_modulated_norm_is_its_formula(shape, of_shift, dtype):
+    x, shift, scale = (torch.randn(s, dtype=torch.float64).to(dtype) for s in (shape, of_shift, of_shift))
+    wide = x.double()
+    exact = (wide - wide.mean(-1, keepdim=True)) / (wide.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+    exact = exact * (1 + scale.double()) + shift.double()
+    ours = modulated_norm(x, shift, scale)
+    assert ours.dtype == dtype
+    close_to_exact(ours, exact, modulated_norm_reference(x, shift, scale))
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol={torch.float32: 1e-5}.get(dtype, 0.1))
+
+
+def angles(rows: int, pairs: int):
+    return torch.rand(rows, pairs, dtype=torch.float64) * 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_pairs_of_channels_turn_by_their_angles(heads_first, dtype):
+    N, H, D = 7, 3, 10
+    angle = angles(N, D // 2)
+    shape, place = ((2, H, N, D), (1, 1, N)) if heads_first else ((2, N, H, D), (1, N, 1))
+    x = torch.randn(shape).to(dtype)
+    turned = rotate(x, rope_matrices(angle).view(*place, D // 2, 2, 2))
+    exact = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    exact = torch.view_as_real(exact * torch.polar(torch.ones_like(angle), angle).view(*place, D // 2)).flatten(-2)
+    assert turned.dtype == dtype
+    torch.testing.assert_close(turned.double(), exact, rtol=0, atol={torch.float32: 2e-6, torch.float16: 4e-3,
+                                                                     torch.bfloat16: 3e-2}[dtype])
+
+
+def test_gradients_reach_what_is_turned_and_modulated():
+    x, shift, scale = (torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradcheck(modulated_norm, (x, shift, scale))
+    angle = angles(3, 4)
+    table = rope_matrices(angle)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    probe = torch.randn(2, 3, 8)
+    (rotate(x, table) * probe).sum().backward()  # the transpose of a rotation turns back
+    torch.testing.assert_close(x.grad, rotate(probe, rope_matrices(-angle)))
+
+
+@pytest.fixture
+def kitchen():
+    library = runtime.library("comfy_kitchen")
+    if library is None:
+        pytest.skip("comfy-kitchen is not installed; ComfyUI 0.3.75 does not bring it")
+    return library
+
+
+@pytest.mark.parametrize("shape, of_shift", SHAPES)
+def test_comfy_kitchen_modulates_as_we_do(kitchen, monkeypatch, shape, of_shift):
+    x, shift, scale = (torch.randn(s) for s in (shape, of_shift, of_shift))
+    monkeypatch.setattr(norm_file, "kitchen", lambda *tensors: kitchen)
+    torch.testing.assert_close(modulated_norm(x, shift, scale, 1e-3), modulated_norm_reference(x, shift, scale, 1e-3))
+
+
+@pytest.mark.parametrize("shape, of_table", [((2, 3, 7, 10), (1, 1, 7)), ((2, 7, 3, 10), (1, 7, 1)),
+                                             ((2, 3, 7, 10), (2, 1, 7))])
+def test_comfy_kitchen_turns_as_we_do(kitchen, monkeypatch, shape, of_table):
+    table = rope_matrices(torch.rand(*of_table, 5, dtype=torch.float64) * 20)
+    x = torch.randn(shape)
+    monkeypatch.setattr(rope_file, "kitchen", lambda *tensors: kitchen)
+    torch.testing.assert_close(rotate(x, table), rotate_reference(x, table))
+
+
+def test_a_library_that_cannot_be_loaded_is_as_if_it_were_not_there(tmp_path, monkeypatch):
+    (tmp_path / "broken_build.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert runtime.library("broken_build") is None
+    assert runtime.library("no_such_library") is None
