@@ -22,6 +22,8 @@ from pathlib import Path
 sys.path[:] = [str(Path(__file__).resolve().parents[1] / "package"), *sys.path[1:]]
 
 import torch  # noqa: E402 - the repository gets its name first
+from pixstack.kernels.rope import rotate  # noqa: E402
+from pixstack.models_impl.pixelflow import model as network_file  # noqa: E402
 from pixstack.models_impl.pixelflow import sampling  # noqa: E402
 from pixstack.models_impl.pixelflow.config import PRESETS  # noqa: E402
 from pixstack.models_impl.pixelflow.model import PixelFlow, rope_table  # noqa: E402
@@ -87,16 +89,6 @@ def ours(model, case, size, steps, batch, device, dtype):
     )
 
 
-class HostRope:
-    """A rope table that stays on the host: whoever uses it gets a copy on the device, every time."""
-
-    def __init__(self, table, device):
-        self.table, self.device = table, device
-
-    def __getitem__(self, index):
-        return self.table.to(self.device)[index]
-
-
 def plain(model, case, size, steps, batch, device, dtype):
     cond, uncond = conditions(model, batch, device, dtype)
     config, stages = model.config, sampling.Stages(model.config.num_stages)
@@ -123,7 +115,7 @@ def plain(model, case, size, steps, batch, device, dtype):
             noise = blocks.view(B, C, H, W, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(B, C, 2 * H, 2 * W).to(device)
             x = sampling.jump(x, k, noise, stages)
         h, w = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
-        rope = HostRope(rope_table(h, w, config.head_dim), device)
+        rope = rope_table(h, w, config.head_dim)  # stays on the host, as the released code has it
         timesteps, times = stages.times(k, steps)
         scale = CASES[case][1]
         if not config.text_conditional:
@@ -143,6 +135,8 @@ def worker(pipe, side, case, args):
     dtype = getattr(torch, args.dtype)
     model = network(case, args.preset, args.device, dtype)
     run = {"ours": ours, "plain": plain}[side]
+    if side == "plain":  # its table is on the host: every attention call gets a copy on the device
+        network_file.rotate = lambda x, table: rotate(x, table.to(x.device))
     while pipe.recv():
         start = time.perf_counter()
         picture = run(model, case, args.size[case], args.steps, args.batch, args.device, dtype)

@@ -13,7 +13,10 @@ SHORT = 256 * 256  # scores per head
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """y: (B, H, N, D), for q: (B, H, N, D); k, v: (B, H, L, D); mask: bool, broadcastable to (B, H, N, L), True = keep."""
+    """y: (B, H, N, D).
+
+    q: (B, H, N, D); k, v: (B, H, L, D); mask: bool, broadcastable to (B, H, N, L), True = keep.
+    """
     if q.requires_grad and q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= SHORT:
         # On a CPU the backward pass of the fused kernel costs more than two plain products for short sequences, most of
         # all in bfloat16: so a training step of the emoji recipe takes 0.85 of the time.

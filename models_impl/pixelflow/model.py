@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.attention import attention as dense_attention
+from ...kernels.modulated_norm import modulate, modulated_norm
+from ...kernels.rope import rope_matrices, rotate
 from ...kernels.varlen_attention import packed_attention
 from .config import PixelFlowConfig
 
@@ -23,7 +25,7 @@ KEPT_ROPES = 16  # tables, one a grid: the stages of two or three picture sizes
 
 
 def rope_table(height: int, width: int, head_dim: int, device=None, theta: float = 10000.0) -> Tensor:
-    """Angles of the two-dimensional rope as (cos, sin): (height*width, head_dim/2, 2) float32, rows first.
+    """Rotations of the two-dimensional rope: (height*width, 1, head_dim/2, 2, 2) float32, rows first, for all heads.
 
     The first half of the channels turns with the column, the second with the row; positions are whole tokens and are
     not rescaled between stages.
@@ -35,14 +37,7 @@ def rope_table(height: int, width: int, head_dim: int, device=None, theta: float
         torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
     )
     angle = torch.cat((column.flatten()[:, None] * frequency, row.flatten()[:, None] * frequency), dim=1)
-    return torch.stack((angle.cos(), angle.sin()), dim=-1).float().to(device)
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring pairs of channels. x: (..., N, H, D); rope: (N, D/2, 2)."""
-    cos, sin = rope[:, None].unbind(-1)  # each (N, 1, D/2)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+    return rope_matrices(angle)[:, None].to(device)
 
 
 def sinusoid(position: Tensor, channels: int = 256) -> Tensor:
@@ -51,10 +46,6 @@ def sinusoid(position: Tensor, channels: int = 256) -> Tensor:
     frequency = torch.exp(torch.arange(half, device=position.device) * (-math.log(10000.0) / (half - 1)))
     angle = position.float()[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
 
 
 class SinusoidEmbedder(nn.Module):
@@ -157,7 +148,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, context: Tensor | None, flow: Flow) -> Tensor:
         # x: (..., N, D); condition: (B, D), spread over the tokens of its picture
         shift1, scale1, gate1, shift2, scale2, gate2 = (flow.spread(m) for m in self.norm1(condition))
-        h = modulate(F.layer_norm(x, x.shape[-1:], eps=EPS), shift1, scale1)
+        h = modulated_norm(x, shift1, scale1)
         x = x + gate1 * self.attn1(h, flow.rope, flow.attend_self)
         if context is not None:
             x = x + self.attn2(self.norm2(x), flow.rope, flow.attend_text, context)
@@ -258,7 +249,7 @@ class PixelFlow(nn.Module):
             return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask).transpose(1, 2)
 
         flow = Flow(
-            rope=self._rope(*grid, x.device) if rope is None else rope,
+            rope=(self._rope(*grid, x.device) if rope is None else rope)[None],
             spread=lambda m: m[:, None],
             attend_self=attend,
             attend_text=partial(attend, mask=keep),
@@ -310,7 +301,7 @@ class PixelFlow(nn.Module):
                 h = block(h, condition, context, flow)
         before_block(None)
         shift, scale = (flow.spread(m) for m in self.proj_out_1(F.silu(condition)).chunk(2, dim=-1))
-        return self.proj_out_2(modulate(F.layer_norm(h, h.shape[-1:], eps=EPS), shift, scale))
+        return self.proj_out_2(modulated_norm(h, shift, scale))
 
     def _rope(self, height: int, width: int, device) -> Tensor:
         key = (height, width, device)

@@ -25,13 +25,17 @@ def cascade(config) -> sampling.Stages:
     return sampling.Stages(config["num_stages"], **known)
 
 
+def cos_and_sin(*grid, **theta):
+    """(N, D, 2), every angle twice: as the reference keeps its table."""
+    return rope_table(*grid, **theta)[:, 0, :, :, 0].repeat_interleave(2, dim=1)
+
+
 @adapter("pixelflow", "rope")
 def rope(case):
     results = {}
     for name in case.outputs:
         head_dim, height, width = (int(part.lstrip("hdw")) for part in name.split("_"))
-        table = rope_table(height, width, head_dim, theta=case.config["theta"])
-        results[name] = (table.repeat_interleave(2, dim=1), TOLERANCE)
+        results[name] = (cos_and_sin(height, width, head_dim, theta=case.config["theta"]), TOLERANCE)
     return results
 
 
@@ -134,7 +138,7 @@ def collate(case):
         i["images"], i["stage_indices"], i["t_index"], lambda k, shape: i[f"noise_stage{k}"], stages, c["patch_size"]
     )
     lengths = torch.tensor(batch.layout.lengths)
-    ropes = torch.cat([rope_table(*grid, c["head_dim"]) for grid in batch.layout.grids]).repeat_interleave(2, dim=1)
+    ropes = torch.cat([cos_and_sin(*grid, c["head_dim"]) for grid in batch.layout.grids])
     exact = {
         "labels": i["labels"][batch.order],
         "seqlen_q": lengths,
