@@ -14,6 +14,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 
+import pytest
 import torch
 
 VARIABLE = "PIXSTACK_DYNAMIC_VRAM"
@@ -28,6 +29,16 @@ def wanted() -> str | None:
     if way not in (None, *WAYS):
         raise ValueError(f"{VARIABLE}={way!r} must be one of {', '.join(WAYS)}.")
     return way
+
+
+def inapplicable(why: str):
+    """Marks a test that cannot be asked of DynamicVRAM."""
+    return pytest.mark.skipif(wanted() is not None, reason=f"under DynamicVRAM {why}")
+
+
+def stored_dtype(layer: torch.nn.Module) -> torch.dtype:
+    """What a layer's weight is stored in on the device; off it, DynamicVRAM leaves it as the file has it."""
+    return layer.weight_comfy_model_dtype if wanted() else layer.weight.dtype
 
 
 def missing() -> str | None:

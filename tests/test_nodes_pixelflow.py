@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 from types import SimpleNamespace
 
+import dynamic_vram
 import pytest
 import torch
 from parity_cases import cases
@@ -416,8 +417,8 @@ def test_a_lora_through_core_s_loader_changes_the_picture_and_leaves_the_model_a
 @pytest.mark.parametrize("name", [TEXT, CLASS])
 def test_fp8_storage_draws_nearly_the_same(flow, name):
     model = load(flow, name, dtype="fp8_e4m3fn")
-    weight = model.model.diffusion_model.transformer_blocks[0].mlp.fc1.weight
-    assert weight.dtype == torch.float8_e4m3fn
+    layer = model.model.diffusion_model.transformer_blocks[0].mlp.fc1
+    assert dynamic_vram.stored_dtype(layer) == torch.float8_e4m3fn
     drawn, exact = draw(flow, model), draw(flow, flow.text if name == TEXT else flow.classes)
     assert drawn.dtype == torch.float32
     assert 0 < (drawn - exact).norm() < 0.1 * exact.norm()

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cascade_weights as tiny
+import dynamic_vram
 import pytest
 import torch
 from adapters.ultrapixel import guide_model, trajectory
@@ -371,7 +372,8 @@ def test_a_lora_stays_on_the_base_in_both_passes(ultra, first):
 def test_a_base_in_other_storage_is_guided(ultra, storage):
     path = ultra.host.models / "diffusion_models" / STAGE_C
     base = ultra.comfy.sd.load_diffusion_model(str(path), model_options={"dtype": storage})
-    assert base.model.diffusion_model.down_blocks[0][2].attention.attn.to_q.weight.dtype == storage
+    layer = base.model.diffusion_model.down_blocks[0][2].attention.attn.to_q
+    assert dynamic_vram.stored_dtype(layer) == storage
     drawn, full = draw(ultra, guided(ultra, base)), draw(ultra, guided(ultra))
     assert drawn.isfinite().all()
     unguided = draw(ultra, guided(ultra, base, down=0.0, up=0.0))
