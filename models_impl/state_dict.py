@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -14,20 +15,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import quantised_files
+
 PREFIXES = ("module.", "model.diffusion_model.", "_orig_mod.", "diffusion_model.")
 
 
-def read_file(path: str | os.PathLike) -> tuple[dict, dict[str, str]]:
+def read_file(path: str | os.PathLike, runnable: Collection[str] = ()) -> tuple[dict, dict[str, str]]:
     """Tensors (nested as the file has them) and text metadata of a safetensors or torch file.
 
-    Nothing in the file is executed: torch files are read with `weights_only=True`. Raises FileNotFoundError, or
-    ValueError for a file that is truncated, is no checkpoint, or holds pickled code.
+    The weights of a quantised file are `quantised_files.Quantised`, which become whole where they are used; runnable:
+    formats that the caller takes as they are (`quantised_files.gathered`). Nothing in the file is executed: torch files
+    are read with `weights_only=True`. Raises FileNotFoundError, or ValueError for a file that is truncated, is no
+    checkpoint, holds pickled code, is a GGUF, or is quantised in a way that nobody here can read.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path.name} is empty: the download did not finish. Delete it and download it again.")
+    if _starts(path) == b"GGUF":
+        raise ValueError(
+            f"{path.name} is a GGUF file, which is not read here. A T5 text encoder in GGUF goes into "
+            "models/text_encoders and is loaded with 'CLIPLoader (GGUF)' of the pack ComfyUI-GGUF, whose CLIP works "
+            "with PixArt. For every other model, and for training, get the safetensors file."
+        )
+    tensors, metadata = _read(path)
+    try:
+        tensors, metadata = quantised_files.gathered(tensors, metadata, runnable)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    for name, count in quantised_files.formats(tensors).items():
+        logging.getLogger(__name__).info("%s: %d weights are quantised (%s).", path.name, count, name)
+    return tensors, metadata
+
+
+def _read(path: Path) -> tuple[dict, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
@@ -40,10 +62,13 @@ def read_file(path: str | os.PathLike) -> tuple[dict, dict[str, str]]:
     return _read_torch_file(path), {}
 
 
-def _is_torch_file(path: Path) -> bool:
+def _starts(path: Path) -> bytes:
     with open(path, "rb") as file:
-        start = file.read(2)
-    return start in (b"PK", b"\x80\x02", b"\x80\x04")
+        return file.read(4)
+
+
+def _is_torch_file(path: Path) -> bool:
+    return _starts(path)[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
 
 
 def _read_torch_file(path: Path) -> dict:
@@ -78,8 +103,7 @@ def _cut(path: Path, error: BaseException) -> str:
 
 
 def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
+    return _starts(path)[:2] == b"PK"
 
 
 def _found_in(error: BaseException) -> str:
