@@ -13,7 +13,7 @@ from ...models_impl.pixart import checkpoint as pixart_checkpoint
 from ...models_impl.pixart.controlnet import PixArtControlNet
 from ...models_impl.pixelflow import checkpoint as pixelflow_checkpoint
 from ...models_impl.state_dict import check_fit, metadata_config, read_file
-from . import flux, pixart, pixart_control, pixelflow
+from . import flux, pixart, pixart_control, pixelflow, quantised
 from .patcher import patcher, put, reloadable, with_weights
 
 DTYPES = {
@@ -30,7 +30,7 @@ def load_pixelflow(
 ):
     """A PixelFlow file as a ModelPatcher; dtype None lets ComfyUI choose the storage."""
     file = Path(path)
-    tensors, metadata = read_file(file)
+    tensors, metadata = read_file(file, quantised.runnable())
     try:
         config, tensors = pixelflow_checkpoint.read(
             tensors, metadata, weights=weights, beside=pixelflow_checkpoint.config_beside(file)
@@ -47,7 +47,7 @@ def load_pixart(
 ):
     """A PixArt file as a ModelPatcher. settings: entries of PixArtConfig that the user knows better than the file."""
     file = Path(path)
-    tensors, metadata = read_file(file)
+    tensors, metadata = read_file(file, quantised.runnable())
     try:
         config, tensors = pixart_checkpoint.read(
             tensors, metadata, weights=weights, config=settings, beside=pixart_checkpoint.beside(file)
@@ -61,7 +61,7 @@ def load_pixart(
 def load_flux(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
     """A FLUX that states its configuration, as the trainer's exports do, as core's own model in a ModelPatcher."""
     file = Path(path)
-    tensors, metadata = read_file(file)
+    tensors, metadata = read_file(file, quantised.runnable())
     try:
         config, tensors = flux_checkpoint.read(tensors, metadata)
         if metadata_config(metadata, flux_checkpoint.FAMILY) is None:
@@ -76,10 +76,13 @@ def load_flux(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool
 
 def _as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str, disable_dynamic: bool):
     supported, parameters = model_config.supported_inference_dtypes, comfy.utils.calculate_parameters(tensors)
-    if dtype is None:
-        stored = comfy.utils.weight_dtype(tensors)
+    kept = quantised.kept(tensors, dtype)
+    for name, value in quantised.entries(kept).items():
+        setattr(model_config, name, value)
+    if dtype is None or kept:
+        stored = None if kept else comfy.utils.weight_dtype(tensors)
         dtype = mm.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
-    cast = mm.unet_manual_cast(dtype, mm.get_torch_device(), supported)
+    cast = mm.unet_manual_cast(None if kept else dtype, mm.get_torch_device(), supported)
     if cast is None and dtype not in supported:  # ComfyUI would compute in float16 where that is stored
         cast = mm.unet_dtype(model_params=parameters, supported_dtypes=supported)
     model_config.set_inference_dtype(dtype, cast)
@@ -99,18 +102,21 @@ def load_pixart_controlnet(path: str, dtype: torch.dtype | None = None) -> pixar
 def pixart_controlnet(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
     """The network of a PixArt ControlNet file as a ModelPatcher."""
     file = Path(path)
-    tensors, metadata = read_file(file)
+    tensors, metadata = read_file(file, quantised.runnable())
     try:
         config, blocks, tensors = pixart_checkpoint.read_controlnet(tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
     parameters, supported = comfy.utils.calculate_parameters(tensors), pixart.INFERENCE_DTYPES
-    stored = dtype or mm.unet_dtype(
+    kept = quantised.kept(tensors, dtype)
+    stored = None if kept else dtype
+    stored = stored or mm.unet_dtype(
         model_params=parameters, supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(tensors)
     )
-    cast = mm.unet_manual_cast(stored, mm.get_torch_device(), supported)
+    cast = mm.unet_manual_cast(None if kept else stored, mm.get_torch_device(), supported)
     # What it computes in is the base network's to say, at each run: weights of any storage follow their input.
-    operations = comfy.ops.manual_cast if cast is None else comfy.ops.pick_operations(stored, cast)
+    casts = cast is not None or kept
+    operations = quantised.operations(stored, cast, kept) if casts else comfy.ops.manual_cast
     net = PixArtControlNet(config, blocks, operations=operations, dtype=stored, device=mm.unet_offload_device())
     patched = with_weights(net.eval(), tensors, f"a PixArt ControlNet ({file.name})", disable_dynamic=disable_dynamic)
     return reloadable(patched, pixart_controlnet, path, dtype)

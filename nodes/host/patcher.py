@@ -8,6 +8,7 @@ import comfy.model_patcher
 import torch
 
 from ...models_impl.state_dict import check_fit
+from . import quantised
 
 
 def patcher(model, load_device=None, offload_device=None, disable_dynamic: bool = False):
@@ -39,9 +40,9 @@ def put(patched, net: torch.nn.Module, tensors: dict):
     """Load tensors that fit into a network of a ModelPatcher, in the dtypes that the network was made with."""
     if is_dynamic(patched):  # the weights stay in the file's memory map
         mm.archive_model_dtypes(net)  # ComfyUI casts to these when it moves the weights
-        net.load_state_dict(tensors, assign=True)
+        net.load_state_dict(quantised.for_net(net, tensors, assign=True), assign=True)
     else:
-        net.load_state_dict(tensors)
+        net.load_state_dict(quantised.for_net(net, tensors))
         to_own_dtypes(net)
 
 

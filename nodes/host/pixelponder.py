@@ -31,6 +31,7 @@ from ...models_impl.pixelponder.patch_select import (
 )
 from ...models_impl.pixelponder.sampling import GUIDANCE
 from ...models_impl.state_dict import read_file
+from . import quantised
 from .attention import host_attention
 from .patcher import is_dynamic, reloadable, with_weights
 from .pixelponder_map import draw, masks_of, preview
@@ -477,7 +478,7 @@ def load_patcher(path: str, select_net: bool = False, dtype: torch.dtype | None 
 def _load(path: str, select_net: bool, dtype: torch.dtype | None, disable_dynamic: bool = False):
     """(the network as a ModelPatcher, the dtype that it computes in)."""
     file = Path(path)
-    tensors, metadata = read_file(file)
+    tensors, metadata = read_file(file, quantised.runnable())
     try:
         config, tensors = checkpoint.read(tensors, metadata, select_net=select_net)
     except ValueError as error:
@@ -486,13 +487,15 @@ def _load(path: str, select_net: bool, dtype: torch.dtype | None, disable_dynami
         logging.warning(f"{file.name}: the selection network is as it was initialised, before any training, so what it "
                         "selects means nothing. It costs time and memory; 'released' gives nearly the same picture.")
     parameters, device = comfy.utils.calculate_parameters(tensors), mm.get_torch_device()
-    stored = dtype or mm.unet_dtype(
+    kept = quantised.kept(tensors, dtype)
+    stored = None if kept else dtype
+    stored = stored or mm.unet_dtype(
         model_params=parameters, supported_dtypes=INFERENCE_DTYPES, weight_dtype=comfy.utils.weight_dtype(tensors)
     )
-    cast = mm.unet_manual_cast(stored, device, INFERENCE_DTYPES)
+    cast = mm.unet_manual_cast(None if kept else stored, device, INFERENCE_DTYPES)
     if cast is None and stored not in INFERENCE_DTYPES:
         cast = mm.unet_dtype(model_params=parameters, supported_dtypes=INFERENCE_DTYPES)
-    net = PixelPonder(config, operations=comfy.ops.pick_operations(stored, cast), dtype=stored,
+    net = PixelPonder(config, operations=quantised.operations(stored, cast, kept), dtype=stored,
                       device=mm.unet_offload_device())
     patched = with_weights(net.eval(), tensors, f"a PixelPonder ControlNet ({file.name})",
                            disable_dynamic=disable_dynamic)

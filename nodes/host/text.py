@@ -6,12 +6,12 @@ numbers. FLUX attends to all of its tokens, so for it the text is filled up and 
 """
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
 import comfy.text_encoders.sd3_clip
@@ -26,12 +26,12 @@ from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 from ...models_impl.known_files import whose
 from ...models_impl.state_dict import expected_shapes, metadata_config, read_file, without_prefix
 from ...models_impl.text import MAX_LENGTH, T5_FAMILY
-from .patcher import is_dynamic, reloadable, to_own_dtypes
+from . import quantised
+from .patcher import reloadable, to_own_dtypes
 
 STANDARD_TOKENIZER = Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_tokenizer"  # T5 v1.1's and flan-T5's
 ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 FILLED = "pixstack_filled"  # entry of a conditioning: whether its text is; core's encoders leave none
-HAS_DYNAMIC = hasattr(comfy.model_patcher, "ModelPatcherDynamic")  # ComfyUI 0.3.75 has not
 FIXED_IN_COMFYUI = {"relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6}
 
 
@@ -42,17 +42,23 @@ def load_t5(
     """A T5 encoder file as CLIP. dtype None stores the weights as the file does; device None lets ComfyUI choose;
     filled: texts are as long as the encoder reads at most, the filling is attended to like words, as FLUX has it."""
     file = Path(path)
-    tensors, metadata = read_file(file)
+    tensors, metadata = read_file(file, quantised.runnable())
     tensors = encoder_weights(tensors, file.name)
     config = {**config_from_shapes(tensors), **(metadata_config(metadata, T5_FAMILY) or {})}
     for name, value in FIXED_IN_COMFYUI.items():
         if config.get(name, value) != value:
             raise ValueError(f"{file.name}: ComfyUI's T5 knows only {name}={value}, this file was trained with "
                              f"{config[name]}.")
-    options = {"dtype": dtype or comfy.utils.weight_dtype(tensors), "t5_config": t5_config(config),
-               "t5_filled": filled}
+    kept = quantised.kept(tensors, dtype)
+    if kept or dtype is None:
+        dtype = comfy.utils.weight_dtype(tensors)
+    options = {"dtype": dtype, "t5_config": t5_config(config), "t5_filled": filled, "t5_file": file.name}
+    if kept:
+        options["custom_operations"] = quantised.encoder_operations(kept, dtype)
     if device is not None:
         options.update(load_device=device, offload_device=device)
+    taken = inspect.signature(comfy.sd.CLIP.__init__).parameters
+    later = {"state_dict": [tensors], "disable_dynamic": disable_dynamic}  # of ComfyUI after 0.3.75
     clip = comfy.sd.CLIP(
         ClipTarget(Tokenize, Encode),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -64,19 +70,10 @@ def load_t5(
             "t5_filled": filled,
         },
         model_options=options,
-        **({"disable_dynamic": disable_dynamic} if HAS_DYNAMIC else {}),
+        **{name: value for name, value in later.items() if name in taken},
     )
-    expected = expected_shapes(clip.cond_stage_model.t5.transformer)
-    if wrong := [key for key, shape in expected.items() if key in tensors and tensors[key].shape != shape]:
-        raise ValueError(f"{file.name} is no whole T5 encoder: {len(wrong)} weights have other shapes than its first "
-                         f"layer asks for, for example {wrong[0]}: {list(tensors[wrong[0]].shape)}, expected "
-                         f"{list(expected[wrong[0]])}.")
-    missing, unexpected = clip.load_sd(tensors)
-    if missing or unexpected:
-        raise ValueError(f"{file.name} is no whole T5 encoder: {len(missing)} keys are missing "
-                         f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}).")
-    if not is_dynamic(clip.patcher):
-        to_own_dtypes(clip.cond_stage_model)
+    if "state_dict" not in taken:
+        clip.load_sd(tensors)
     reloadable(clip.patcher, load_t5_patcher, path, dtype, device, filled)
     return clip
 
@@ -187,6 +184,24 @@ class Encode(comfy.sd1_clip.SD1ClipModel):
     def __init__(self, device="cpu", dtype=None, model_options=None):
         super().__init__(device=device, dtype=dtype, model_options=model_options, name="t5", clip_model=T5Model)
         self.filled = model_options["t5_filled"]
+        self.file = model_options["t5_file"]
+
+    def load_sd(self, sd):
+        """Called before the encoder is put on a device. Raises ValueError for weights that do not fit."""
+        net = self.t5.transformer
+        expected = expected_shapes(net)
+        if wrong := [key for key, shape in expected.items() if key in sd and sd[key].shape != shape]:
+            raise ValueError(f"{self.file} is no whole T5 encoder: {len(wrong)} weights have other shapes than its "
+                             f"first layer asks for, for example {wrong[0]}: {list(sd[wrong[0]].shape)}, expected "
+                             f"{list(expected[wrong[0]])}.")
+        assign = getattr(self, "can_assign_sd", False)  # set by ComfyUI after 0.3.75 where it moves weights at use
+        missing, unexpected = super().load_sd(quantised.for_net(net, sd, assign))
+        if missing or unexpected:
+            raise ValueError(f"{self.file} is no whole T5 encoder: {len(missing)} keys are missing "
+                             f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}).")
+        if not assign:
+            to_own_dtypes(self)
+        return missing, unexpected
 
     def encode_token_weights(self, token_weight_pairs):
         tokens, pooled = super().encode_token_weights(token_weight_pairs)
