@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..models_impl.pixelflow.sampling import Schedule, Stages
 from .checks import first_problem, known_file, one_of
 from .host import cascade, imagenet
-from .host.load import DTYPES, load_pixelflow
+from .host.load import DTYPES, FAST, MODEL_DTYPES, load_pixelflow
 from .host.pixelflow import CLASS_LABELS
 from .host.text import load_t5
 
@@ -53,10 +53,11 @@ class PixelFlowLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=list(DTYPES),
+                    options=list(MODEL_DTYPES),
                     default="default",
                     tooltip="How the weights are stored. default: as ComfyUI finds best for this machine. fp8_e4m3fn "
-                    "needs a quarter of fp32's memory and computes in bf16 or fp32.",
+                    "needs a quarter of fp32's memory and computes in bf16 or fp32; fp8_e4m3fn_fast multiplies in fp8 "
+                    "as well, faster and a little less exact, on GPUs that can (RTX 40 series and later).",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="Goes to LoRA loaders, 'PixelFlow Canvas' and the samplers.")],
@@ -66,13 +67,13 @@ class PixelFlowLoader(io.ComfyNode):
     def validate_inputs(cls, model_name=None, weights=None, dtype=None):
         return first_problem(
             known_file("diffusion_models", model_name), one_of("weights", weights, WEIGHTS),
-            one_of("dtype", dtype, DTYPES),
+            one_of("dtype", dtype, MODEL_DTYPES),
         )
 
     @classmethod
     def execute(cls, model_name, weights, dtype) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        return io.NodeOutput(load_pixelflow(path, weights, DTYPES[dtype]))
+        return io.NodeOutput(load_pixelflow(path, weights, MODEL_DTYPES[dtype], fast=dtype == FAST))
 
 
 class PixelFlowTextEncoderLoader(io.ComfyNode):

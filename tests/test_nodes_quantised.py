@@ -48,6 +48,11 @@ def as_comfyui_runs_nodes():
         yield
 
 
+def stored_in(layer) -> torch.dtype:
+    """What a weight is kept in on the device. Until it is moved, it may be as in the file."""
+    return getattr(layer, "weight_comfy_model_dtype", layer.weight.dtype)
+
+
 def runs(format: str) -> bool:
     """Whether the ComfyUI of this test run has operations for it."""
     known = import_module("comfy.quant_ops")
@@ -244,6 +249,45 @@ def test_every_loader_names_a_format_that_it_cannot_read(host, node, entry, fold
     with pytest.raises(ValueError) as caught:
         import_module("nodes").NODE_CLASS_MAPPINGS[f"PixStack_{node}"].execute(**{entry: name, **more})
     assert str(caught.value).startswith(name) and said in str(caught.value)
+
+
+# --- Multiplying in fp8
+
+def operations(model):
+    return type(model.model.diffusion_model.blocks[0].mlp.fc1)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_fp8_e4m3fn_fast_takes_core_s_fp8_operations_where_the_device_can(art, able, monkeypatch, caplog):  # noqa: F811
+    ops = import_module("comfy.ops")
+    monkeypatch.setattr(import_module("comfy.model_management"), "supports_fp8_compute", lambda device=None: able)
+    _, whole = pixart(art, "scaled_fp8")
+    fast, stored = (on_pixart.load(art, "whole_pixart.safetensors", dtype=dtype)
+                    for dtype in ("fp8_e4m3fn_fast", "fp8_e4m3fn"))
+    assert operations(fast) is (ops.fp8_ops if able else ops.manual_cast).Linear
+    assert operations(stored) is ops.manual_cast.Linear
+    assert stored_in(fast.model.diffusion_model.blocks[0].mlp.fc1) == torch.float8_e4m3fn
+    with caplog.at_level(logging.INFO):
+        pictures = [drawn(art, model) for model in (fast, stored, whole)]
+    assert "Exception during fp8 op" not in caplog.text
+    assert torch.equal(pictures[0], pictures[1]) != able  # it does multiply in fp8
+    for picture in pictures[:2]:
+        assert torch.nn.functional.cosine_similarity(picture.flatten(), pictures[2].flatten(), dim=0) > 0.95
+
+
+def test_pixelflow_has_fp8_e4m3fn_fast_too(flow, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(import_module("comfy.model_management"), "supports_fp8_compute", lambda device=None: True)
+    model = on_pixelflow.load(flow, on_pixelflow.TEXT, dtype="fp8_e4m3fn_fast")
+    kind = type(model.model.diffusion_model.transformer_blocks[0].mlp.fc1)
+    assert kind is import_module("comfy.ops").fp8_ops.Linear
+
+
+@pytest.mark.parametrize("node", ["PixArtLoader", "PixelFlowLoader"])
+def test_the_new_dtype_is_the_last_so_that_saved_workflows_keep_theirs(host, node):
+    (options,) = (entry.options for entry in
+                  import_module("nodes").NODE_CLASS_MAPPINGS[f"PixStack_{node}"].define_schema().inputs
+                  if entry.id == "dtype")
+    assert options == ["default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e4m3fn_fast"]
 
 
 # --- GGUF

@@ -14,7 +14,7 @@ from ...models_impl.pixart.controlnet import PixArtControlNet
 from ...models_impl.pixelflow import checkpoint as pixelflow_checkpoint
 from ...models_impl.state_dict import check_fit, metadata_config, read_file
 from . import flux, pixart, pixart_control, pixelflow, quantised
-from .patcher import patcher, put, reloadable, with_weights
+from .patcher import is_dynamic, patcher, put, reloadable, with_weights
 
 DTYPES = {
     "default": None,
@@ -23,12 +23,15 @@ DTYPES = {
     "fp16": torch.float16,
     "fp8_e4m3fn": torch.float8_e4m3fn,
 }
+FAST = "fp8_e4m3fn_fast"  # stored as fp8_e4m3fn, and multiplied in it where the device can
+MODEL_DTYPES = {**DTYPES, FAST: torch.float8_e4m3fn}
 
 
 def load_pixelflow(
-    path: str, weights: str = "ema", dtype: torch.dtype | None = None, disable_dynamic: bool = False
+    path: str, weights: str = "ema", dtype: torch.dtype | None = None, fast: bool = False,
+    disable_dynamic: bool = False,
 ):
-    """A PixelFlow file as a ModelPatcher; dtype None lets ComfyUI choose the storage."""
+    """A PixelFlow file as a ModelPatcher; dtype None lets ComfyUI choose the storage; fast: multiply in fp8 as well."""
     file = Path(path)
     tensors, metadata = read_file(file, quantised.runnable())
     try:
@@ -37,15 +40,17 @@ def load_pixelflow(
         )
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
-    model = _as_model(pixelflow.ModelConfig(config), tensors, dtype, f"PixelFlow ({file.name})", disable_dynamic)
-    return reloadable(model, load_pixelflow, path, weights, dtype)
+    model = _as_model(pixelflow.ModelConfig(config), tensors, dtype, f"PixelFlow ({file.name})", disable_dynamic,
+                      fast)
+    return reloadable(model, load_pixelflow, path, weights, dtype, fast)
 
 
 def load_pixart(
     path: str, weights: str = "ema", dtype: torch.dtype | None = None, settings: dict | None = None,
-    disable_dynamic: bool = False,
+    fast: bool = False, disable_dynamic: bool = False,
 ):
-    """A PixArt file as a ModelPatcher. settings: entries of PixArtConfig that the user knows better than the file."""
+    """A PixArt file as a ModelPatcher. settings: entries of PixArtConfig that the user knows better than the file;
+    dtype and fast: as in `load_pixelflow`."""
     file = Path(path)
     tensors, metadata = read_file(file, quantised.runnable())
     try:
@@ -54,8 +59,8 @@ def load_pixart(
         )
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
-    model = _as_model(pixart.ModelConfig(config), tensors, dtype, f"PixArt ({file.name})", disable_dynamic)
-    return reloadable(model, load_pixart, path, weights, dtype, settings)
+    model = _as_model(pixart.ModelConfig(config), tensors, dtype, f"PixArt ({file.name})", disable_dynamic, fast)
+    return reloadable(model, load_pixart, path, weights, dtype, settings, fast)
 
 
 def load_flux(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
@@ -74,7 +79,8 @@ def load_flux(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool
                       dtype)
 
 
-def _as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str, disable_dynamic: bool):
+def _as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str, disable_dynamic: bool,
+              fast: bool = False):
     supported, parameters = model_config.supported_inference_dtypes, comfy.utils.calculate_parameters(tensors)
     kept = quantised.kept(tensors, dtype)
     for name, value in quantised.entries(kept).items():
@@ -86,10 +92,13 @@ def _as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str,
     if cast is None and dtype not in supported:  # ComfyUI would compute in float16 where that is stored
         cast = mm.unet_dtype(model_params=parameters, supported_dtypes=supported)
     model_config.set_inference_dtype(dtype, cast)
+    model_config.optimizations["fp8"] = fast
     tensors = model_config.process_unet_state_dict(tensors)  # core's FLUX after 0.3.75 has other names
     model = model_config.get_model(tensors, device=mm.unet_inital_load_device(parameters, dtype))
     check_fit(model.diffusion_model, tensors, what)
     patched = patcher(model, disable_dynamic=disable_dynamic)
+    if fast and is_dynamic(patched):
+        tensors = quantised.in_fp8(model.diffusion_model, tensors)
     put(patched, model.diffusion_model, tensors)
     return patched
 

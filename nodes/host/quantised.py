@@ -84,6 +84,13 @@ def for_net(net: nn.Module, tensors: Mapping, assign: bool = False) -> dict:
     return loaded
 
 
+def in_fp8(net: nn.Module, tensors: Mapping) -> dict:
+    """The tensors with those weights in float8_e4m3fn that core's fp8 operations multiply with: they look at the dtype
+    of the weight that was loaded, which stays the file's where ComfyUI moves weights at use."""
+    layers = {f"{name}.weight" for name, layer in net.named_modules() if isinstance(layer, comfy.ops.fp8_ops.Linear)}
+    return {key: value.to(torch.float8_e4m3fn) if key in layers else value for key, value in tensors.items()}
+
+
 def _is_run(value: Quantised) -> bool:
     return value.ndim == 2 and value.settings.get("format") in runnable() and set(value.parts) <= _sides(value)
 
