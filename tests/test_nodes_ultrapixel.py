@@ -363,7 +363,8 @@ def test_a_lora_stays_on_the_base_in_both_passes(ultra, first):
     finally:
         handle.remove()
     assert {n for n, _ in seen} == {LOW[0] * LOW[1], HIGH[0] * HIGH[1]}
-    assert all(change > 0.1 for _, change in seen)
+    if not dynamic_vram.wanted():  # there it is applied where the weight is used, which stays as it is
+        assert all(change > 0.1 for _, change in seen)
     assert (drawn - draw(ultra, guided(ultra))).abs().max() > 0.1
     assert torch.equal(attention.weight, before)  # the next MODEL found it as it had been
 
