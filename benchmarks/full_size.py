@@ -99,8 +99,9 @@ def write(row: str, path: Path):
 
 def load(row: str, path: Path):
     """(network, one step of it or None)."""
-    parts = ("load", "text", "ultrapixel", "pixelponder")
-    host = {name: import_module(f"pixstack.nodes.host.{name}") for name in parts}
+    parts = {"load": "common.load", "text": "common.text", "ultrapixel": "ultrapixel.guide",
+             "pixelponder": "pixelponder.control"}
+    host = {name: import_module(f"pixstack.nodes.host.{file}") for name, file in parts.items()}
     if row == "pixart_sigma":
         model = host["load"].load_pixart(str(path), settings={"variant": "sigma"})
         net = model.model.diffusion_model

@@ -85,7 +85,7 @@ def networks(args, size: int, batch: int) -> dict:
         return peer(x.repeat(2, 1, 1, 1), rows, t.repeat(2), encoder_attention_mask=keep.to(x),
                     added_cond_kwargs={"resolution": None, "aspect_ratio": None}).sample[:, :4].chunk(2)
 
-    one_is_faster = import_module("pixstack.nodes.host.conds").one_pass_is_faster
+    one_is_faster = import_module("pixstack.nodes.host.common.conds").one_pass_is_faster
     ways = {"ours in one pass": one_pass, "ours in two passes": two_passes}
     chosen = "ours in one pass" if one_is_faster(batch * (size // 16) ** 2, torch.device(args.device)) else \
         "ours in two passes"

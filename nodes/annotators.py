@@ -10,8 +10,9 @@ from comfy_api.latest import io, ui
 from ..models_impl.annotators import canny, openpose
 from ..models_impl.annotators.resize import MOST
 from .checks import first_problem, known_file, one_of
-from .host import annotators, annotators_pose
-from .host.annotators_pose import BODIES, FOLDER
+from .host.annotators import networks as annotators
+from .host.annotators import pose as annotators_pose
+from .host.annotators.pose import BODIES, FOLDER
 
 CATEGORY = "pixstack/annotators"
 DETECTORS = ["opencv", "kornia"]

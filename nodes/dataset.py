@@ -4,7 +4,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..models_impl.pixelponder.entries import CONDITIONS, IMAGE, PICTURES, TEXT
-from .host import dataset
+from .host.pixelponder import dataset
 
 CATEGORY = "pixstack/data set"
 WHAT = {"canny": "Thin edges", "depth": "Depth, near is bright", "openpose": "Drawn poses", "hed": "Soft edges"}

@@ -5,8 +5,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from .checks import first_problem, known_file, one_of, part_of_sampling
-from .host import pixart_control
-from .host.load import DTYPES, load_pixart_controlnet
+from .host.common.load import DTYPES, load_pixart_controlnet
+from .host.pixart import control as pixart_control
 
 CATEGORY = "pixstack/pixart"
 

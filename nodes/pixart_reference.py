@@ -5,8 +5,10 @@ import folder_paths
 from comfy_api.latest import io
 
 from .checks import first_problem, known_file, one_of
-from .host import consistency, pixart_reference, pixart_sizes
-from .host.pixart import config_of
+from .host.pixart import consistency_decoder as consistency
+from .host.pixart import reference as pixart_reference
+from .host.pixart import sizes as pixart_sizes
+from .host.pixart.model import config_of
 from .pixart import AUTO, CATEGORY, RESOLUTIONS, SHAPES
 
 AS_IMAGE = "as the reference"

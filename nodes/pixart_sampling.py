@@ -4,8 +4,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .checks import first_problem, one_of
-from .host import pixart_sampling
-from .host.pixart_sampling import ALGORITHMS, SCHEDULES, ReferenceSampler
+from .host.pixart import sampling as pixart_sampling
+from .host.pixart.sampling import ALGORITHMS, SCHEDULES, ReferenceSampler
 
 CATEGORY = "pixstack/pixart"
 INPAINT = ["core", "reference"]

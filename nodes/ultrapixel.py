@@ -5,8 +5,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from .checks import first_problem, known_file, one_of
-from .host import ultrapixel, ultrapixel_sizes
-from .host.ultrapixel_sampling import GuidedSampler
+from .host.ultrapixel import guide as ultrapixel
+from .host.ultrapixel import sizes as ultrapixel_sizes
+from .host.ultrapixel.sampling import GuidedSampler
 
 CATEGORY = "pixstack/ultrapixel"
 FOLDER = "model_patches"

@@ -4,8 +4,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .checks import one_of
-from .host import ultrapixel_control
-from .host.ultrapixel_control import FILTERS
+from .host.ultrapixel import control_hints as ultrapixel_control
+from .host.ultrapixel.control_hints import FILTERS
 
 CATEGORY = "pixstack/ultrapixel"
 

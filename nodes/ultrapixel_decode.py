@@ -5,8 +5,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from .checks import first_problem, known_file, one_of
-from .host import ultrapixel_stage_a, ultrapixel_stage_b
-from .host.load import DTYPES
+from .host.common.load import DTYPES
+from .host.ultrapixel import stage_a as ultrapixel_stage_a
+from .host.ultrapixel import stage_b as ultrapixel_stage_b
 
 CATEGORY = "pixstack/ultrapixel"
 DECODER_DTYPES = {name: DTYPES[name] for name in ("default", "bf16", "fp32", "fp16")}

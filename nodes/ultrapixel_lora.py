@@ -5,7 +5,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .checks import known_file
-from .host import ultrapixel_lora
+from .host.ultrapixel import personalise as ultrapixel_lora
 
 CATEGORY = "pixstack/ultrapixel"
 

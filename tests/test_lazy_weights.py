@@ -152,9 +152,11 @@ FILES = {  # what is loaded: folder, file, what makes the file
 @pytest.fixture(scope="module")
 def ours(host) -> SimpleNamespace:
     """Our modules in this ComfyUI, by their short names."""
-    package = next(name for name in sys.modules if name.endswith("nodes.host.load")).removesuffix(".load")
-    return SimpleNamespace(host=host, **{name: import_module(f"{package}.{name}") for name in (
-        "load", "patcher", "pixelponder", "pixart_lora", "ultrapixel", "ultrapixel_stage_a", "consistency", "text")})
+    package = next(name for name in sys.modules if name.endswith(".nodes.host"))
+    return SimpleNamespace(host=host, **{name: import_module(f"{package}.{file}") for name, file in {
+        "load": "common.load", "patcher": "common.patcher", "text": "common.text", "pixelponder": "pixelponder.control",
+        "pixart_lora": "pixart.lora", "consistency": "pixart.consistency_decoder", "ultrapixel": "ultrapixel.guide",
+        "ultrapixel_stage_a": "ultrapixel.stage_a"}.items()})
 
 
 def load(ours, what: str, dtype=torch.float32):

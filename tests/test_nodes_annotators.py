@@ -107,7 +107,7 @@ def test_a_file_of_poses_that_is_missing_is_told_with_where_to_get_it(nodes, hos
 
 
 def test_poses_without_litert_are_refused_with_the_package(nodes, monkeypatch):
-    host_module = import_module(nodes["FindPoses"].__module__.rpartition(".")[0] + ".host.annotators_pose")
+    host_module = import_module(nodes["FindPoses"].__module__.rpartition(".")[0] + ".host.annotators.pose")
     monkeypatch.setattr(host_module, "find_spec", lambda name: None)
     answer = nodes["FindPoses"].validate_inputs(body="full", hands=True, face=True)
     assert "pip install ai-edge-litert" in answer
@@ -116,7 +116,7 @@ def test_poses_without_litert_are_refused_with_the_package(nodes, monkeypatch):
 def test_the_networks_are_read_out_of_mediapipe_s_wheel(nodes, host, tmp_path):
     import zipfile
 
-    host_module = import_module(nodes["FindPoses"].__module__.rpartition(".")[0] + ".host.annotators_pose")
+    host_module = import_module(nodes["FindPoses"].__module__.rpartition(".")[0] + ".host.annotators.pose")
     heavy = pose.FILES["body"].replace("full", "heavy")
     write(tmp_path / "body", "body")
     wheel = host.models / "annotators" / "mediapipe-0.0-none.whl"

@@ -25,13 +25,15 @@ FAMILIES = ("pixart", "pixelflow", "pixelponder", "ultrapixel")
 @pytest.fixture(scope="module")
 def core(host):
     """ComfyUI's modules and nodes, and ours by their short names."""
-    package = next(name for name in sys.modules if name.endswith("nodes.host.load")).removesuffix(".load")
+    package = next(name for name in sys.modules if name.endswith(".nodes.host"))
     core = SimpleNamespace(host=host, nodes=import_module("nodes").NODE_CLASS_MAPPINGS, mm=import_module(
         "comfy.model_management"), **{name: import_module(f"comfy.{name}") for name in (
             "hooks", "sample", "samplers", "sd", "model_patcher", "patcher_extension", "controlnet", "lora")})
-    core.ours = SimpleNamespace(**{name: import_module(f"{package}.{name}") for name in (
-        "load", "text", "patcher", "pixart_lora", "pixart_control", "pixelponder", "ultrapixel", "ultrapixel_sampling",
-        "ultrapixel_stage_a", "ultrapixel_stage_b", "prefetch")})
+    core.ours = SimpleNamespace(**{name: import_module(f"{package}.{file}") for name, file in {
+        "load": "common.load", "text": "common.text", "patcher": "common.patcher", "prefetch": "common.prefetch",
+        "pixart_lora": "pixart.lora", "pixart_control": "pixart.control", "pixelponder": "pixelponder.control",
+        "ultrapixel": "ultrapixel.guide", "ultrapixel_sampling": "ultrapixel.sampling",
+        "ultrapixel_stage_a": "ultrapixel.stage_a", "ultrapixel_stage_b": "ultrapixel.stage_b"}.items()})
     return core
 
 

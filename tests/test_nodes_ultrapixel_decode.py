@@ -372,7 +372,7 @@ def stage_b(up):
     model.diffusion_model.load_state_dict(config.process_unet_state_dict(released_attention_names(weights)))
     cpu = torch.device("cpu")
     return SimpleNamespace(model=comfy["model_patcher"].ModelPatcher(model, cpu, cpu), net=net,
-                           host=import_module(f"{up.stage_a.__name__.rpartition('.')[0]}.ultrapixel_stage_b"))
+                           host=import_module(f"{up.stage_a.__name__.rpartition('.')[0]}.stage_b"))
 
 
 def prompts(up, semantic, seed=0):

@@ -1,0 +1,219 @@
+"""T5 encoders as ComfyUI CLIP objects, each with its own tokenizer.
+
+Core loads a 2048 wide T5 as AuraFlow's, with another vocabulary, so flan-t5-xl needs this loader. For PixelFlow and
+PixArt the text is encoded at its real length: padding it and masking the padding, as the references do, gives the same
+numbers. FLUX attends to all of its tokens, so for it the text is filled up and nothing is masked.
+"""
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import comfy.sd
+import comfy.sd1_clip
+import comfy.text_encoders.sd3_clip
+import comfy.text_encoders.t5
+import comfy.utils
+import folder_paths
+import torch
+from comfy.supported_models_base import ClipTarget
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast, T5TokenizerFast
+
+from ....models_impl.known_files import whose
+from ....models_impl.state_dict import expected_shapes, metadata_config, read_file, without_prefix
+from ....models_impl.text import MAX_LENGTH, T5_FAMILY
+from . import quantised
+from .patcher import reloadable, to_own_dtypes
+
+STANDARD_TOKENIZER = Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_tokenizer"  # T5 v1.1's and flan-T5's
+ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+FILLED = "pixstack_filled"  # entry of a conditioning: whether its text is; core's encoders leave none
+FIXED_IN_COMFYUI = {"relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6}
+
+
+def load_t5(
+    path: str, dtype: torch.dtype | None = None, device: torch.device | None = None, filled: bool = False,
+    disable_dynamic: bool = False,
+) -> comfy.sd.CLIP:
+    """A T5 encoder file as CLIP. dtype None stores the weights as the file does; device None lets ComfyUI choose;
+    filled: texts are as long as the encoder reads at most, the filling is attended to like words, as FLUX has it."""
+    file = Path(path)
+    tensors, metadata = read_file(file, quantised.runnable())
+    tensors = encoder_weights(tensors, file.name)
+    config = {**config_from_shapes(tensors), **(metadata_config(metadata, T5_FAMILY) or {})}
+    for name, value in FIXED_IN_COMFYUI.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{file.name}: ComfyUI's T5 knows only {name}={value}, this file was trained with "
+                             f"{config[name]}.")
+    kept = quantised.kept(tensors, dtype)
+    if kept or dtype is None:
+        dtype = comfy.utils.weight_dtype(tensors)
+    options = {"dtype": dtype, "t5_config": t5_config(config), "t5_filled": filled, "t5_file": file.name}
+    if kept:
+        options["custom_operations"] = quantised.encoder_operations(kept, dtype)
+    if device is not None:
+        options.update(load_device=device, offload_device=device)
+    taken = inspect.signature(comfy.sd.CLIP.__init__).parameters
+    later = {"state_dict": [tensors], "disable_dynamic": disable_dynamic}  # of ComfyUI after 0.3.75
+    clip = comfy.sd.CLIP(
+        ClipTarget(Tokenize, Encode),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        parameters=comfy.utils.calculate_parameters(tensors),
+        tokenizer_data={
+            "t5_tokenizer": metadata.get("pixstack.tokenizer"),
+            "t5_max_length": config.get("max_length", MAX_LENGTH),
+            "t5_width": config["d_model"],
+            "t5_filled": filled,
+        },
+        model_options=options,
+        **{name: value for name, value in later.items() if name in taken},
+    )
+    if "state_dict" not in taken:
+        clip.load_sd(tensors)
+    reloadable(clip.patcher, load_t5_patcher, path, dtype, device, filled)
+    return clip
+
+
+def load_t5_patcher(path: str, *how, disable_dynamic: bool = False):
+    """What `load_t5` puts into the CLIP, alone."""
+    return load_t5(path, *how, disable_dynamic=disable_dynamic).patcher
+
+
+def encoder_weights(tensors: dict, name: str) -> dict:
+    """The encoder of a T5 file under Hugging Face's names; a whole T5 may come along, its decoder is left out."""
+    tensors = without_prefix(tensors)
+    if "encoder.block.0.layer.0.SelfAttention.q.weight" not in tensors:
+        raise ValueError(f"{name} is not a T5 text encoder. {whose(tensors)}")
+    if "shared.weight" not in tensors:
+        raise ValueError(f"{name} is no whole T5 encoder: it has no shared.weight.")
+    # encoder.embed_tokens is shared.weight under a second name
+    return {k: v for k, v in tensors.items()
+            if not k.startswith(("decoder.", "lm_head.")) and k != "encoder.embed_tokens.weight"}
+
+
+def config_from_shapes(tensors: dict) -> dict:
+    vocab_size, width = tensors["shared.weight"].shape
+    first = "encoder.block.0.layer."
+    inner = tensors[first + "0.SelfAttention.q.weight"].shape[0]
+    heads = tensors[first + "0.SelfAttention.relative_attention_bias.weight"].shape[1]
+    gated = first + "1.DenseReluDense.wi_0.weight" in tensors
+    return dict(
+        d_model=width,
+        d_ff=tensors[first + ("1.DenseReluDense.wi_0.weight" if gated else "1.DenseReluDense.wi.weight")].shape[0],
+        d_kv=inner // heads,
+        num_heads=heads,
+        num_layers=1 + max(int(m[1]) for m in map(re.compile(r"encoder\.block\.(\d+)\.").match, tensors) if m),
+        vocab_size=vocab_size,
+        is_gated_act=gated,
+        dense_act_fn="gelu_new" if gated else "relu",
+    )
+
+
+def t5_config(config: dict) -> dict:
+    """The dictionary that ComfyUI's T5 reads."""
+    names = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "vocab_size", "is_gated_act")
+    return {**{k: config[k] for k in names}, "dense_act_fn": ACTIVATIONS[config["dense_act_fn"]], "model_type": "t5"}
+
+
+class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
+    """One sequence, without padding unless it is to be filled up; what exceeds the length that the encoder was trained
+    with is cut, and said so."""
+
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        data = tokenizer_data or {}
+        text = data.get("t5_tokenizer")
+        super().__init__(
+            text or str(STANDARD_TOKENIZER),
+            tokenizer_class=FromText if text else T5TokenizerFast,
+            embedding_directory=embedding_directory,
+            embedding_size=data.get("t5_width", 0),
+            embedding_key="t5",
+            max_length=MAX_LENGTH,
+            pad_with_end=False,
+            has_start_token=False,
+            pad_to_max_length=False,
+            tokenizer_data=data,
+        )
+        self.filled = data.get("t5_filled", False)
+
+    def tokenize_with_weights(self, text: str, return_word_ids=False, **kwargs):
+        # core breaks a long text into sequences of max_length, each with its own </s>: taken apart again here
+        chunks = super().tokenize_with_weights(text, return_word_ids=True, **kwargs)
+        words = [token for chunk in chunks for token in chunk if token[2]]  # (token, weight, word id), id 0 for </s>
+        if len(words) > self.max_length - 1:
+            logging.warning(f"PixStack: the text encoder reads {self.max_length - 1} tokens, this prompt has "
+                            f"{len(words)}. Its end is left out: ...{text[-60:]}")
+        tokens = [*words[: self.max_length - 1], (self.end_token, 1.0, 0)]
+        if self.filled:
+            self.pad_tokens(tokens, self.max_length - len(tokens))
+        return [tokens if return_word_ids else [token[:2] for token in tokens]]
+
+
+class FromText:
+    """A whole tokenizer.json in the place of a folder."""
+
+    @staticmethod
+    def from_pretrained(text: str) -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text))
+
+
+class Tokenize(comfy.sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        super().__init__(embedding_directory, tokenizer_data or {}, name="t5", tokenizer=T5Tokenizer)
+
+
+class T5Model(comfy.sd1_clip.SDClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            textmodel_json_config=model_options["t5_config"],
+            model_class=comfy.text_encoders.t5.T5,
+            special_tokens={"end": 1, "pad": 0},
+            # a weighted prompt is encoded together with a padded empty one
+            enable_attention_masks=not model_options["t5_filled"],
+            model_options=model_options,
+        )
+
+
+class Encode(comfy.sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(device=device, dtype=dtype, model_options=model_options, name="t5", clip_model=T5Model)
+        self.filled = model_options["t5_filled"]
+        self.file = model_options["t5_file"]
+
+    def load_sd(self, sd):
+        """Called before the encoder is put on a device. Raises ValueError for weights that do not fit."""
+        net = self.t5.transformer
+        expected = expected_shapes(net)
+        if wrong := [key for key, shape in expected.items() if key in sd and sd[key].shape != shape]:
+            raise ValueError(f"{self.file} is no whole T5 encoder: {len(wrong)} weights have other shapes than its "
+                             f"first layer asks for, for example {wrong[0]}: {list(sd[wrong[0]].shape)}, expected "
+                             f"{list(expected[wrong[0]])}.")
+        assign = getattr(self, "can_assign_sd", False)  # set by ComfyUI after 0.3.75 where it moves weights at use
+        missing, unexpected = super().load_sd(quantised.for_net(net, sd, assign))
+        if missing or unexpected:
+            raise ValueError(f"{self.file} is no whole T5 encoder: {len(missing)} keys are missing "
+                             f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}).")
+        if not assign:
+            to_own_dtypes(self)
+        return missing, unexpected
+
+    def encode_token_weights(self, token_weight_pairs):
+        tokens, pooled = super().encode_token_weights(token_weight_pairs)
+        return tokens, pooled, {FILLED: self.filled}  # core puts these entries into the conditioning
+
+
+def check_type(entries: Mapping, filled: bool, model: str):
+    """Raises ValueError for the entries of a conditioning from `load_t5` with another `filled` than the model reads."""
+    found = entries.get(FILLED, filled)
+    if found and not filled:
+        raise ValueError(f"This text is filled up as for FLUX, and {model} would read the filling as words. Load the "
+                         "encoder with 'Load T5 Text Encoder', type 'pixelflow, pixart'.")
+    if filled and not found:
+        raise ValueError(f"This text has its own length, as PixelFlow and PixArt read it, and {model} was trained with "
+                         "text that is filled up. Load the encoder with 'Load T5 Text Encoder', type flux.")

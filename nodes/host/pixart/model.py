@@ -1,0 +1,199 @@
+"""PixArt as a ComfyUI MODEL: its schedule, what its conditioning becomes, whose attention it calls."""
+from __future__ import annotations
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_sampling
+import comfy.supported_models_base
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from torch import Tensor
+
+from ....models_impl.pixart import buckets
+from ....models_impl.pixart.config import PixArtConfig
+from ....models_impl.pixart.model import PixArt, TextTokens
+from ....models_impl.pixart.sampling import NoiseSchedule
+from ..common.attention import host_attention
+from ..common.conds import Exact, Prompt, PromptKey, Text, TextMask, one_pass_is_faster
+from ..common.prefetch import host_prefetch
+from ..common.text import check_type
+
+INFERENCE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+CONTROL = "pixart"  # key of a control dictionary: what our ControlNets hand to the network
+VARIANCE = "pixart_variance"  # transformer option: fn(variance logits (B, C, H, W), cond_or_uncond)
+LATENT_FORMATS = {"alpha": comfy.latent_formats.SD15, "sigma": comfy.latent_formats.SDXL}
+
+
+class DiffusionSampling(comfy.model_sampling.ModelSamplingDiscrete):
+    """The discrete schedule with fractional timesteps between its entries, as the released samplers ask for.
+
+    Core rounds to whole timesteps. A sigma that the schedule itself holds gives the same timestep in both.
+    """
+
+    def __init__(self, schedule: NoiseSchedule):
+        torch.nn.Module.__init__(self)
+        self.schedule = schedule
+        self.sigma_data = 1.0
+        self.num_timesteps = schedule.steps
+        self.set_sigmas(schedule.sigma(torch.arange(schedule.steps).float()))
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return self.schedule.timestep(sigma)
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        return self.schedule.sigma(timestep)
+
+
+class EpsSampling(DiffusionSampling, comfy.model_sampling.EPS):
+    pass
+
+
+class VelocitySampling(DiffusionSampling, comfy.model_sampling.V_PREDICTION):
+    pass
+
+
+class Network(PixArt):
+    """The transformer under the calling convention of ComfyUI's diffusion models."""
+
+    def __init__(self, image_model=None, dtype=None, device=None, operations=None, **config):
+        super().__init__(PixArtConfig.from_dict(config), operations=operations, dtype=dtype, device=device)
+
+    def forward(self, x, timesteps, context=None, control=None, transformer_options=None, mask=None, prompts=None,
+                size=None, aspect_ratio=None, **unused):
+        transformer_options = transformer_options or {}
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        return WrapperExecutor.new_class_executor(self._forward, self, wrappers).execute(
+            # core's EasyCache looks for the options at the end
+            x, timesteps, context, control, mask, prompts, size, aspect_ratio, transformer_options
+        )
+
+    def _forward(self, x, timesteps, context, control, mask, prompts, size, aspect_ratio, transformer_options):
+        size, aspect_ratio = (entry[0].to(x.device) if entry else None for entry in (size, aspect_ratio))
+        output = super().forward(
+            x, timesteps, context, None if mask is None else mask.bool(), size, aspect_ratio,
+            attention=host_attention(transformer_options),
+            control=(control or {}).get(CONTROL, ()),
+            text=self._text(context, prompts),
+            before_block=host_prefetch(self.blocks, x.device, transformer_options.get("prefetch_dynamic_vbars", False)),
+        )
+        eps, variance = output[:, : self.config.in_channels], output[:, self.config.in_channels :]
+        if VARIANCE in transformer_options:
+            transformer_options[VARIANCE](variance, transformer_options["cond_or_uncond"])
+        return eps
+
+    def _text(self, context: Tensor, prompts: tuple | None) -> TextTokens:
+        """Keys and values of the prompt depend on neither the picture nor the timestep: once per sampling run."""
+        if not prompts or sum(rows for _, rows in prompts) != len(context):
+            return self.encode_text(context)
+        kept, key = prompts[0][0].kept, (prompts[1:], prompts[0][1], context.dtype, context.device)
+        if key not in kept:
+            kept[key] = self.encode_text(context)
+        return kept[key]
+
+
+class ModelConfig(comfy.supported_models_base.BASE):
+    unet_extra_config = {}
+    supported_inference_dtypes = INFERENCE_DTYPES
+    memory_usage_factor = 0.5  # core's for PixArt
+
+    def __init__(self, config: PixArtConfig):
+        super().__init__({"image_model": "pixart", **config.as_dict()})
+        self.pixart = config
+        self.latent_format = LATENT_FORMATS[config.variant]()
+        self.sampling_settings = {  # read by core's ModelSampling nodes
+            "beta_schedule": {"linear": "sqrt_linear", "scaled_linear": "linear"}[config.schedule],
+            "linear_start": config.beta_start,
+            "linear_end": config.beta_end,
+            "timesteps": 1000,
+            "zsnr": config.zero_terminal_snr,
+        }
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return PixArtModel(self, device=device)
+
+
+class PixArtModel(comfy.model_base.PixArt):
+    """Of core's class, so that core's LoRA loaders know its names; the network and the conditioning are ours."""
+
+    def __init__(self, model_config: ModelConfig, device=None):
+        config = model_config.pixart
+        velocity = config.prediction == "v"
+        kind = comfy.model_base.ModelType.V_PREDICTION if velocity else comfy.model_base.ModelType.EPS
+        comfy.model_base.BaseModel.__init__(self, model_config, kind, device=device, unet_model=Network)
+        self.model_sampling = (VelocitySampling if velocity else EpsSampling)(NoiseSchedule.of(config))
+
+    @property
+    def config(self) -> PixArtConfig:
+        return self.diffusion_model.config
+
+    def extra_conds(self, cross_attn=None, attention_mask=None, noise=None, hooks=None, **entries) -> dict:
+        """What the network is told, from one entry of a conditioning; refuses one that was made for another model."""
+        self._check_latent(noise)
+        check_type(entries, filled=False, model="PixArt")
+        context, mask = self._trim(self._context(cross_attn), attention_mask)
+        fill = noise is None or one_pass_is_faster(self._patches(noise), noise.device)
+        conds = {"c_crossattn": Text(context, fill), "mask": TextMask(mask, fill)}
+        if hooks is None:  # hooks may change the weights during the run
+            conds["prompts"] = PromptKey(Prompt())
+        if self.config.micro_conditions:
+            height, width = entries["height"], entries["width"]
+            ratio = entries.get("aspect_ratio") or _ratio(height, width)
+            conds["size"] = Exact(torch.tensor([[height, width]], dtype=torch.float32))
+            conds["aspect_ratio"] = Exact(torch.tensor([[ratio]], dtype=torch.float32))
+        return conds
+
+    def _patches(self, noise: Tensor) -> int:
+        return noise[:, 0].numel() // self.config.patch_size**2
+
+    def _check_latent(self, noise: Tensor | None):
+        if noise is None:
+            return
+        _, C, H, W = noise.shape
+        if C != self.config.in_channels:
+            raise ValueError(f"This latent has {C} channels, PixArt's have {self.config.in_channels}: take it from "
+                             "'PixArt Canvas', or encode the picture with the VAE of this PixArt model.")
+        patch, multiple = self.config.patch_size, self.config.size_multiple
+        if H % patch or W % patch:
+            raise ValueError(f"{W * 8}x{H * 8} pixels do not fit PixArt: width and height must be multiples of "
+                             f"{multiple}. 'PixArt Canvas' gives the sizes it was trained on.")
+
+    def _context(self, context: Tensor | None) -> Tensor:
+        width = self.config.context_dim
+        if context is None or context.ndim != 3 or context.shape[-1] != width:
+            found = "has no text" if context is None else f"has text tokens {context.shape[-1]} wide"
+            encoder = "T5 v1.1 XXL with CLIPLoader (type pixart)" if width == PixArtConfig.context_dim else \
+                "the encoder that it was trained with by 'Load T5 Text Encoder' (type pixelflow, pixart)"
+            raise ValueError(f"This PixArt model reads text tokens {width} wide, but its conditioning {found}. Load "
+                             f"{encoder} and encode the prompt with that CLIP.")
+        return context
+
+    @staticmethod
+    def _trim(context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Without the tokens after the last one that any row keeps: the network never sees them."""
+        if mask is None:
+            return context, torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
+        mask = mask.reshape(len(mask), -1).to(context.device, torch.long)  # ComfyUI would make a bool one floats
+        used = mask.any(dim=0).nonzero()
+        if not len(used):
+            raise ValueError("The attention mask of this conditioning keeps no token at all. Encode the prompt again, "
+                             "an empty one if nothing is wanted.")
+        length = int(used.max()) + 1
+        return context[:, :length], mask[:, :length]
+
+
+def _ratio(height: int, width: int) -> float:
+    """Height / width as training named it: the label of the bucket where there is one of this size."""
+    for table in buckets.TABLES.values():
+        label, *size = buckets.nearest(table, height, width)
+        if size == [height, width]:
+            return label
+    return height / width
+
+
+def config_of(model) -> PixArtConfig:
+    """The configuration behind a MODEL; refuses other families and PixArt models of other loaders."""
+    inner = getattr(model, "model", model)
+    if not isinstance(inner, PixArtModel):
+        raise ValueError(f"This MODEL is a {type(inner).__name__}, not one of 'Load PixArt Model': load it there.")
+    return inner.config

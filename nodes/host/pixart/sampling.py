@@ -1,0 +1,180 @@
+"""The samplers of the PixArt releases as ComfyUI SAMPLERs, where core has none of its own or computes something else.
+
+They work on latents of variance one (alpha * latent + std * noise), core on latent + sigma * noise: the two differ by
+the factor alpha of the timestep.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.samplers
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ....models_impl.pixart import sampling
+from .model import VARIANCE, DiffusionSampling
+
+GUIDED_CHANNELS = 3  # the reference's IDDPM guides three of the four latent channels
+
+
+def schedule_of(model) -> sampling.NoiseSchedule:
+    """The noise schedule behind a MODEL or a guider's model; refuses those that are not of the discrete kind."""
+    inner = getattr(model, "model", model)
+    patched = model.get_model_object("model_sampling") if hasattr(model, "get_model_object") else inner.model_sampling
+    if not isinstance(patched, DiffusionSampling):
+        raise ValueError(f"This MODEL samples with {type(patched).__name__}, not with PixArt's schedule: load it with "
+                         "'Load PixArt Model' and take ModelSampling nodes away.")
+    return patched.schedule
+
+
+ALGORITHMS = ("dpm-solver++", "dpm-solver++ (diffusers)", "sa-solver", "iddpm", "lcm", "dmd")
+
+
+@dataclass(frozen=True)
+class ReferenceSampler(comfy.samplers.Sampler):
+    algorithm: str = "dpm-solver++"
+    order: int = 2
+    eta: float = 1.0
+    inpaint: str = "core"
+    """core: the mask is blended before and after each call of the network, as with every core sampler. reference:
+    after each step, with the picture noised to the next timestep and the mask cut hard (pipeline_pixart_inpaint.py)."""
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False):
+        schedule = schedule_of(model_wrap.inner_model)
+        timesteps = schedule.timesteps(sigmas)
+        steps = len(timesteps) - 1
+        if self.algorithm == "dmd" and steps != 1:
+            raise ValueError(f"dmd draws in one step, but these SIGMAS have {steps}. Take them from 'PixArt Sigmas' "
+                             "with schedule 'dmd (one step)', or another algorithm.")
+        latent = torch.zeros_like(noise) if latent_image is None else latent_image
+        x = self._start(model_wrap, sigmas, timesteps[0], schedule, noise, latent)
+        extra_args = dict(extra_args)
+        network, after_step = model_wrap, None
+        if denoise_mask is not None and self.inpaint == "reference":
+            after_step = _blend(schedule, noise, latent, (denoise_mask > 0.5).to(noise))
+        elif denoise_mask is not None:
+            network = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
+            network.noise, network.latent_image = noise, latent
+            extra_args["denoise_mask"] = denoise_mask
+        variance = _Variance()
+        if self.algorithm == "iddpm":
+            extra_args["model_options"] = variance.listen(extra_args["model_options"])
+
+        def predict(x, timestep):
+            mm.throw_exception_if_processing_interrupted()
+            sigma, exploding = schedule.sigma(timestep), x / schedule.alpha(timestep)
+            denoised = network(exploding, x.new_full((len(x),), sigma), **extra_args)
+            eps = (exploding - denoised) / sigma
+            return (eps, variance.of_cond(eps)) if self.algorithm == "iddpm" else eps
+
+        with tqdm(total=steps, disable=disable_pbar) as bar:
+            def report(index, x, denoised):
+                if callback is not None:
+                    callback(index, denoised, x, steps)
+                bar.update(index + 1 - bar.n)
+
+            x = self._run(predict, x.float(), schedule, timesteps, _noise(extra_args.get("seed"), timesteps, noise),
+                          report, after_step)
+        if timesteps[-1] <= 0 and denoise_mask is not None and after_step is None:
+            x = denoise_mask * x + (1 - denoise_mask) * latent  # the released schedules end with a rest of noise
+        if timesteps[-1] > 0:  # a part of a schedule: handed on as core's samplers do
+            x = x / schedule.alpha(timesteps[-1])
+        return x
+
+    def _start(self, model_wrap, sigmas, timestep, schedule, noise, latent):
+        if self.algorithm == "dmd" or self.max_denoise(model_wrap, sigmas):
+            return noise  # pure noise, also where the schedule does not quite reach it
+        return schedule.add_noise(latent, noise, timestep)
+
+    def _run(self, predict, x, schedule, timesteps, noise, report, after_step):
+        known = dict(callback=report, after_step=after_step)
+        if self.algorithm == "dpm-solver++":
+            return sampling.dpm_solver_pp(predict, x, schedule, timesteps, self.order, **known)
+        if self.algorithm == "dpm-solver++ (diffusers)":
+            return sampling.dpm_diffusers(predict, x, schedule, timesteps, self.order, **known)
+        if self.algorithm == "sa-solver":
+            return sampling.sa_solver(predict, x, schedule, timesteps, noise, self.order, self.order, self.eta, **known)
+        if self.algorithm == "iddpm":
+            return sampling.iddpm(predict, x, schedule, timesteps, noise, **known)
+        if self.algorithm == "lcm":
+            return sampling.lcm(predict, x, schedule, timesteps, noise, **known)
+        return sampling.dmd(predict, x, schedule, timesteps[0], **known)
+
+
+def _noise(seed: int | None, timesteps: list[float], like: Tensor):
+    """fn(index, shape): from the CPU, so that a seed means the same on every device, and from a stream of the step's
+    own timestep, so that the second part of a split schedule draws what the whole would have drawn."""
+
+    def draw(index: int, shape) -> Tensor:
+        generator = torch.Generator().manual_seed(((seed or 0) * 1_000_003 + round(timesteps[index] * 1000)) % 2**63)
+        return torch.randn(shape, generator=generator).to(like)
+
+    return draw
+
+
+def _blend(schedule, noise: Tensor, latent: Tensor, mask: Tensor):
+    def after_step(x: Tensor, timestep: float | None) -> Tensor:
+        kept = latent
+        if timestep is not None:
+            kept = schedule.add_noise(latent, noise, timestep)
+        return (1 - mask) * kept + mask * x
+
+    return after_step
+
+
+class _Variance:
+    """What the network says of the variance, beside the eps that ComfyUI passes on."""
+
+    def __init__(self):
+        self.logits: Tensor | None = None
+
+    def listen(self, model_options: dict) -> dict:
+        options = comfy.model_patcher.create_model_options_clone(model_options)
+        options["transformer_options"] = {**options.get("transformer_options", {}), VARIANCE: self._keep}
+        options.setdefault("sampler_cfg_function", _guide_first_channels)
+        return options
+
+    def _keep(self, logits: Tensor, cond_or_uncond: list[int]):
+        if 0 in cond_or_uncond:  # index 0 is the positive prompt
+            self.logits = logits.chunk(len(cond_or_uncond))[cond_or_uncond.index(0)]
+
+    def of_cond(self, eps: Tensor) -> Tensor:
+        if self.logits is None or self.logits.shape != eps.shape:
+            raise ValueError("IDDPM needs the variance that PixArt predicts beside the noise, and this model predicts "
+                             "none for the whole picture: take conditioning areas away, or use another sampler.")
+        return self.logits.to(eps)
+
+
+def _guide_first_channels(args: dict) -> Tensor:
+    """As forward_with_cfg, a habit of DiT: the last channel stays the positive prompt's."""
+    cond, uncond = args["cond"], args["uncond"]
+    guided = uncond + (cond - uncond) * args["cond_scale"]
+    return torch.cat([guided[:, :GUIDED_CHANNELS], cond[:, GUIDED_CHANNELS:]], dim=1)
+
+
+SCHEDULES = {  # name -> fn(steps) -> timesteps, high to low; the last is where sampling ends
+    "reference (time-uniform)": sampling.time_uniform,
+    "diffusers (linspace)": sampling.linspace_timesteps,
+    "diffusers (trailing)": sampling.trailing_timesteps,
+    "iddpm (respaced)": sampling.iddpm_timesteps,
+    "lcm": sampling.lcm_timesteps,
+}
+
+
+def sigmas(schedule: sampling.NoiseSchedule, name: str, steps: int, denoise: float = 1.0) -> Tensor:
+    """(steps + 1,) sigmas, high to low. denoise below 1: the last `steps` of a schedule of steps / denoise."""
+    total = max(steps, round(steps / denoise))
+    try:
+        timesteps = SCHEDULES[name](total)
+    except ValueError as error:
+        raise ValueError(f"The schedule {name!r} cannot have {steps} steps at denoise {denoise:g}, which are the last "
+                         f"of {total}: {error}") from error
+    return schedule.sigmas(timesteps[-(steps + 1):])
+
+
+def one_step_sigmas(schedule: sampling.NoiseSchedule, timestep: float) -> Tensor:
+    return schedule.sigmas([float(timestep), sampling.CLEAN])

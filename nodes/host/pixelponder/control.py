@@ -1,0 +1,502 @@
+"""PixelPonder as a ComfyUI CONTROL_NET: many conditions in one object, residuals that reach FLUX's text tokens too."""
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.controlnet
+import comfy.ldm.common_dit
+import comfy.ldm.flux.model
+import comfy.model_management as mm
+import comfy.ops
+import comfy.utils
+import torch
+from comfy_execution.progress import get_progress_state
+from torch import Tensor
+from torch.nn import functional as F
+
+from ....models_impl.flux.config import FluxConfig
+from ....models_impl.flux.model import Residuals, pack, positions, residual_index
+from ....models_impl.pixelponder import checkpoint
+from ....models_impl.pixelponder.model import HINT_CELL, PixelPonder
+from ....models_impl.pixelponder.patch_select import (
+    Accumulate,
+    AsRun,
+    Blend,
+    Conditions,
+    Released,
+    Selection,
+    forced_map,
+)
+from ....models_impl.pixelponder.sampling import GUIDANCE
+from ....models_impl.state_dict import read_file
+from ..common import quantised
+from ..common.attention import host_attention
+from ..common.patcher import is_dynamic, reloadable, with_weights
+from ..common.prefetch import host_prefetch
+from .map import draw, masks_of, preview
+
+STRATEGIES = ("released", "as run", "accumulate", "blend")
+INFERENCE_DTYPES = (torch.bfloat16, torch.float32)  # residuals are whole hidden states: float16 may not hold them
+CROP_UNSAID = 0.02  # of a hint's side that may be cut off without a word
+
+
+@dataclass(frozen=True)
+class Condition:
+    image: Tensor
+    """(B, H, W, 3) in [0, 1]."""
+    kind: str
+    """As the checkpoint calls it."""
+    strength: float = 1.0
+    mask: Tensor | None = None
+    """(B, H, W) in [0, 1], painted where this condition must win."""
+    start: float = 0.0
+    end: float = 1.0
+    priority: int = 0
+
+
+class Shown:
+    """The selections of the last steps, for whoever wants to see them: copies of a control share one."""
+
+    def __init__(self):
+        self.share: Tensor | None = None
+        """(B, K, rows, columns) of the pictures of one prompt, all conditions, float32 on the CPU: the last one."""
+        self.of_size: dict[tuple[int, int], Tensor] = {}
+        """The last one of every (height, width) in latent cells: a second pass at another size leaves the first's."""
+
+
+class PixelPonderControl(comfy.controlnet.ControlBase):
+    """One PixelPonder with the conditions of one node, which compete; chained ControlNets add up as usual."""
+
+    def __init__(self, net_patcher, dtype: torch.dtype):
+        super().__init__()
+        self.net_patcher = net_patcher
+        self.dtype = dtype  # that it computes in
+        self.conditions: tuple[Condition, ...] = ()  # the primary one first
+        self.strategy, self.rounds = "released", 1
+        self.shown = Shown()
+        self.node_id: str | None = None  # where previews of the map appear while sampling
+        self._forget()
+
+    def _forget(self):
+        self._sampling = self._base = None
+        self._ranges: list[tuple[float, float]] = []
+        self._embeds: dict = {}
+        self._chosen: dict = {}
+        self._bar = None
+        self._seen = None  # which of the guider's prompts is shown
+
+    # What ComfyUI calls
+
+    def pre_run(self, model, percent_to_timestep_function):
+        super().pre_run(model, percent_to_timestep_function)
+        if not self.conditions:
+            raise ValueError("This PixelPonder ControlNet has no conditions: connect it to 'Apply PixelPonder', with "
+                             "'PixelPonder Condition' for each hint. Core's Apply ControlNet cannot tell it what kind "
+                             "of hint an image is.")
+        self._forget()
+        self._check_base(model)
+        self._sampling, self._base = model.model_sampling, _uncompiled(model.diffusion_model)
+        self._base_dtype = model.manual_cast_dtype or model.get_dtype()
+        self._ranges = [tuple(map(percent_to_timestep_function, (c.start, c.end))) for c in self.conditions]
+
+    def _check_base(self, model):
+        base, trunk = _uncompiled(model.diffusion_model), self.net_patcher.model.config.trunk
+        if not isinstance(base, comfy.ldm.flux.model.Flux):
+            raise ValueError(f"PixelPonder cannot guide a {type(model).__name__} ({type(base).__name__}): it controls "
+                             "FLUX, loaded by ComfyUI's own node or any that makes the same model.")
+        theirs = base.params
+        for what, ours, found in (
+            ("width", trunk.hidden, theirs.hidden_size),
+            ("heads", trunk.heads, theirs.num_heads),
+            ("text width", trunk.context_dim, theirs.context_in_dim),
+            ("values per token", trunk.in_channels, base.out_channels),
+        ):
+            if ours != found:
+                its = "FLUX.1" if trunk.hidden == FluxConfig.hidden else "the small FLUX that it was trained with"
+                raise ValueError(f"This PixelPonder was trained for a FLUX with {what} {ours}, the model has {found}: "
+                                 f"it is for {its}.")
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        before = None
+        if self.previous_controlnet is not None:
+            before = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
+        active = self._active(float(t[0]))
+        if self.strength == 0 or not active:
+            return before
+        if self.strategy == "blend" and not any(self.conditions[i].strength for i in active):
+            return before
+        B, size = len(x_noisy), tuple(x_noisy.shape[-2:])
+        key = active, size, B, batched_number
+        new = key not in self._chosen
+        if new:
+            self._chosen[key] = self._choose(*key, x_noisy.device)
+        choose, stepwise = self._chosen[key]
+        x = self._sampling.calculate_input(t, x_noisy).to(self.dtype)
+        x = comfy.ldm.common_dit.pad_to_patch_size(x, (2, 2))
+        trunk = self.net_patcher.model.config.trunk
+        context = cond["c_crossattn"].to(x)
+        pooled, guidance = cond.get("y"), cond.get("guidance")
+        pooled = x.new_zeros(B, trunk.pooled_dim) if pooled is None else pooled[:, : trunk.pooled_dim].to(x)
+        guidance = x.new_full((B,), GUIDANCE) if guidance is None else guidance.to(x.device)
+        net = self.net_patcher.model
+        control = net(
+            pack(x), self._sampling.timestep(t).float(), context, pooled, guidance, select=choose,
+            img_ids=positions(x.shape[-2] // 2, x.shape[-1] // 2, x.device),
+            attention=host_attention(transformer_options),
+            before_block=host_prefetch((*net.double_blocks, *net.single_blocks), x.device,
+                                       is_dynamic(self.net_patcher)),
+        )
+        residuals = control.residuals(self.strength, self._base_dtype)
+        strengths = [self.conditions[i].strength for i in active]
+        if self.strategy != "blend" and strengths != [1.0] * len(strengths):
+            residuals = weighted(residuals, strengths, control.selection.share, (x.shape[-2] // 2, x.shape[-1] // 2))
+        shown = (stepwise or new) and self._show(control.selection, active, size, batched_number, transformer_options)
+        if shown and stepwise and self.node_id is not None:
+            self._preview(float(t[0]), transformer_options)
+        return self._inject(residuals, before, transformer_options)
+
+    def cleanup(self):
+        super().cleanup()
+        if self._bar is not None:  # its node has run already, and a preview marks it as running again
+            get_progress_state().finish_progress(self.node_id)
+        self._forget()
+
+    def copy(self):
+        clone = PixelPonderControl(self.net_patcher, self.dtype)
+        self.copy_to(clone)
+        for name in ("conditions", "strategy", "rounds", "shown", "node_id"):
+            setattr(clone, name, getattr(self, name))
+        return clone
+
+    def deepclone_multigpu(self, load_device, autoregister=False):
+        """Asked for by ComfyUI after 0.3.75, where a model runs on several GPUs at once: weights of its own there."""
+        clone = self.copy()
+        clone.net_patcher = self.net_patcher.deepclone_multigpu(load_device)  # loaded afresh from the file
+        if autoregister:
+            self.multigpu_clones[load_device] = clone
+        return clone
+
+    def get_models(self):
+        return [*super().get_models(), self.net_patcher]
+
+    # Conditions and selection
+
+    def _active(self, sigma: float) -> tuple[int, ...]:
+        """Which conditions take part at this noise level, in order."""
+        start, end = self.timestep_range
+        if not end <= sigma <= start:
+            return ()
+        return tuple(i for i, (start, end) in enumerate(self._ranges) if end <= sigma <= start)
+
+    def _choose(self, active, size, B, batched_number, device):
+        """(choose, stepwise) for these conditions and this batch."""
+        net, every = self.net_patcher.model, self._embed(size, device)
+        conditions = [self.conditions[i] for i in active]
+        embeds = [spread(every[i], B, batched_number) for i in active]
+        rows = max(map(len, embeds))
+        stacked = torch.stack([e.expand(rows, -1, -1, -1) for e in embeds], dim=1)
+        kinds = tuple(net.config.type_index(c.kind) for c in conditions)
+        masks = [mask_for(c, size) for c in conditions]
+        masks = [None if mask is None else spread(mask, B, batched_number) for mask in masks]
+        grid = stacked.shape[-2] // 2, stacked.shape[-1] // 2
+        strategy, forced = plan(self.strategy, self.rounds, net, conditions, masks, grid)
+        return strategy.begin(Conditions(stacked, kinds), forced), strategy.stepwise
+
+    def _embed(self, size: tuple[int, int], device) -> list[Tensor]:
+        """Every hint (own batch, 16, H, W), H and W even, once per run and size."""
+        if size not in self._embeds:
+            net, embeds = self.net_patcher.model, []
+            for number, condition in enumerate(self.conditions, 1):
+                index = net.config.type_index(condition.kind)
+                warn_of_shape(condition, number, size)
+                hint = hint_for(condition, size)
+                embeds.append(net.encode_hint((2 * hint - 1).to(device, self.dtype), index))
+            self._embeds[size] = embeds
+        return self._embeds[size]
+
+    # What becomes of it
+
+    def _inject(self, residuals: Residuals, before: dict | None, transformer_options: dict) -> dict:
+        """The control dictionary of core's FLUX for the double-stream blocks. Its entries for the single-stream blocks
+        reach image tokens only, so those go in behind the blocks themselves, text and image alike.
+        """
+        doubles, singles = len(self._base.double_blocks), len(self._base.single_blocks)
+        ours = [residuals.double[residual_index(i, doubles, len(residuals.double))] for i in range(doubles)]
+        theirs = (before or {}).get("input", [])
+        both = [a if b is None else a + b for a, b in zip(ours, theirs, strict=False)]
+        replaced = transformer_options.get("patches_replace", {})
+        blocks = dict(replaced.get("dit", {}))
+        for i in range(singles):
+            key = ("single_block", i)
+            residual = residuals.single[residual_index(i, singles, len(residuals.single))]
+            blocks[key] = Behind(residual, blocks.get(key))
+        # New dictionaries: those that came along may belong to the model, for all of its runs.
+        transformer_options["patches_replace"] = {**replaced, "dit": blocks}
+        return {"input": both + ours[len(both) :], "middle": [], "output": (before or {}).get("output", [])}
+
+    def _show(self, selection: Selection, active, size, batched_number: int, transformer_options: dict) -> bool:
+        """Keep one prompt's part of the selection: of those with this control the first that the guider names, which is
+        the positive one for nearly all. False: it was another's turn.
+        """
+        share, kinds = selection.share, transformer_options.get("cond_or_uncond", [0])
+        first = min(kinds)
+        if self._seen is not None and first > self._seen:
+            return False
+        self._seen = first
+        if len(share) > 1:
+            share = share.chunk(batched_number)[kinds.index(first)]
+        whole = torch.zeros(len(share), len(self.conditions), *share.shape[2:])
+        whole[:, list(active)] = share.float().cpu()
+        self.shown.share = self.shown.of_size[size] = whole
+        return True
+
+    def _preview(self, sigma: float, transformer_options: dict):
+        sigmas = transformer_options.get("sample_sigmas")
+        steps = 1 if sigmas is None else max(1, len(sigmas) - 1)
+        self._bar = self._bar or comfy.utils.ProgressBar(steps, node_id=self.node_id)
+        step = 1 if sigmas is None else min(steps, max(1, int((sigmas >= sigma).sum())))
+        picture = preview(self.shown.share[:1], labels(self.conditions))
+        self._bar.update_absolute(step, steps, ("JPEG", picture, max(picture.size)))
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A replacement of a single-stream block that runs it, or what replaced it before, and adds a residual."""
+
+    residual: Tensor
+    """(B, L+N, D), as it comes from the ControlNet: image first."""
+    inner: object = None
+
+    def __call__(self, args: dict, extra: dict) -> dict:
+        out = extra["original_block"](args) if self.inner is None else self.inner(args, extra)
+        # (B, L+N, D), text first; longer where reference pictures follow
+        out["img"][:, : self.residual.shape[1]] += self.residual
+        return out
+
+
+def _uncompiled(net):
+    """The network itself, where a node has put torch.compile's wrapper in its place."""
+    return getattr(net, "_orig_mod", net)
+
+
+def plan(name: str, rounds: int, net: PixelPonder, conditions: list[Condition], masks: list, grid: tuple[int, int]):
+    """(strategy, forced) of `patch_select`. masks: (1 or B, H, W) or None for each condition; grid: in tokens.
+
+    Raises ValueError for a strategy whose network the checkpoint lacks.
+    """
+    if name == "blend":
+        weights = zip((c.strength for c in conditions), masks, strict=True)
+        return Blend([weight if mask is None else weight * mask for weight, mask in weights]), None
+    if name == "released":
+        return Released(), forced_map(masks, *grid)
+    if name == "as run":
+        if net.config.select is None:
+            raise ValueError("The strategy 'as run' executes the selection network, which was not kept: set "
+                             "selection_network in 'Load PixelPonder' to 'keep', or choose another strategy.")
+        side = net.config.select.patch_size // 2
+        return AsRun(net.select_net), forced_map(masks, grid[0] // side, grid[1] // side)
+    if net.config.selector is None:
+        raise ValueError("The strategy 'accumulate' needs a selector that was trained for it, which this checkpoint "
+                         "does not have (the release has none). Choose 'released' or 'blend'.")
+    return Accumulate(net.selector, rounds), forced_map(masks, *grid)
+
+
+def weighted(residuals: Residuals, strengths: list[float], share: Tensor, grid: tuple[int, int]) -> Residuals:
+    """Each image token's residual times the strength of the condition that it is from, text's times the mean of them.
+
+    share: (1 or B, K, rows, columns); grid: (rows, columns) of tokens.
+    """
+    factor = (share.float() * share.new_tensor(strengths, dtype=torch.float32).view(-1, 1, 1)).sum(dim=1, keepdim=True)
+    factor = F.interpolate(factor, grid, mode="nearest").flatten(2).transpose(1, 2)  # (1 or B, N, 1)
+    double = tuple(r * factor.to(r) for r in residuals.double)
+    mean = factor.mean(dim=1, keepdim=True)
+    single = []
+    for r in residuals.single:  # image first
+        whole = torch.cat((factor, mean.expand(-1, r.shape[1] - factor.shape[1], -1)), dim=1)
+        single.append(r * whole.to(r))
+    return Residuals(double, tuple(single))
+
+
+def spread(rows: Tensor, B: int, batched_number: int) -> Tensor:
+    """Rows of a hint for a batch of prompts times pictures; a single row serves all as it is."""
+    return rows if len(rows) == 1 else comfy.controlnet.broadcast_image_to(rows, B, batched_number)
+
+
+def fit(image: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, height, width): the middle of it in the right shape, resized without losing thin lines."""
+    H, W = image.shape[-2:]
+    h, w = min(H, round(W * height / width)), min(W, round(H * width / height))
+    image = image[..., (H - h) // 2 : (H - h) // 2 + max(h, 1), (W - w) // 2 : (W - w) // 2 + max(w, 1)]
+    if tuple(image.shape[-2:]) == (height, width):
+        return image
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+
+
+def warn_of_shape(condition: Condition, number: int, size: tuple[int, int]):
+    """Say it in ComfyUI's log if the hint or its mask is of another shape than a picture with a latent of `size`."""
+    height, width = (HINT_CELL * side for side in size)
+    shapes = {"hint": condition.image.shape[1:3]}
+    if condition.mask is not None and condition.mask.any():  # without any paint it is often a placeholder
+        shapes["mask"] = condition.mask.shape[-2:]
+    for what, (H, W) in shapes.items():
+        kept = min(W * height, H * width) / max(W * height, H * width)
+        if kept < 1 - CROP_UNSAID:
+            logging.warning(f"PixelPonder: the {what} of condition {number} ({condition.kind}) is {W}x{H} pixels, the "
+                            f"picture {width}x{height}: it is cut to that shape from its middle, which loses "
+                            f"{1 - kept:.0%} of it.")
+
+
+def hint_for(condition: Condition, size: tuple[int, int]) -> Tensor:
+    """The hint (B, 3, 8 H', 8 W') in [0, 1] for a latent of `size`, whose sides are rounded up to even."""
+    image = condition.image[..., :3].movedim(-1, 1).float()
+    image = image if image.shape[1] == 3 else image[:, :1].expand(-1, 3, -1, -1)
+    return _even(fit(image, *(HINT_CELL * side for side in size)))
+
+
+def mask_for(condition: Condition, size: tuple[int, int]) -> Tensor | None:
+    """The mask (B, 8 H', 8 W'), cut like the hint."""
+    if condition.mask is None:
+        return None
+    mask = condition.mask.reshape(-1, 1, *condition.mask.shape[-2:]).float()
+    return _even(fit(mask, *(HINT_CELL * side for side in size)))[:, 0]
+
+
+def _even(image: Tensor) -> Tensor:
+    """FLUX fills a latent with an odd side up to whole tokens; so do hints."""
+    down, right = (-side % (2 * HINT_CELL) for side in image.shape[-2:])
+    return F.pad(image, (0, right, 0, down), mode="replicate") if down or right else image
+
+
+def labels(conditions) -> list[str]:
+    """'1 canny', '2 depth', ... in the order in which they count."""
+    return [f"{number} {c.kind}" for number, c in enumerate(conditions, 1)]
+
+
+def map_of(control: PixelPonderControl, size: tuple[int, int]) -> Tensor:
+    """share (B, K, rows, columns) for latents of `size`: of the last step that ran, or computed here where no step
+    changes it, for the conditions that begin first.
+    """
+    if tuple(size) in control.shown.of_size:
+        return control.shown.of_size[tuple(size)]
+    if control.strategy not in ("released", "blend"):
+        raise ValueError(f"The map of the strategy {control.strategy!r} is made while sampling, and there was none at "
+                         f"{size[1] * HINT_CELL}x{size[0] * HINT_CELL} pixels yet: connect the LATENT that the sampler "
+                         "gives.")
+    first = min(c.start for c in control.conditions)
+    active = [i for i, c in enumerate(control.conditions) if c.start == first]
+    masks = [mask_for(control.conditions[i], size) for i in active]
+    H, W = (side + side % 2 for side in size)
+    nothing = Conditions(torch.zeros(1, len(active), 1, H, W), (0,) * len(active))
+    strategy, forced = plan(control.strategy, control.rounds, control.net_patcher.model,
+                            [control.conditions[i] for i in active], masks, (H // 2, W // 2))
+    share = strategy.begin(nothing, forced)(None).share
+    whole = torch.zeros(len(share), len(control.conditions), *share.shape[2:])
+    whole[:, active] = share.float()
+    return whole
+
+
+def picture_of(control: PixelPonderControl, size: tuple[int, int], overlay: float) -> tuple[Tensor, list[Tensor]]:
+    """The map as a picture (B, height, width, 3) and as a mask (B, 8 H', 8 W') for each condition; see `map_of`."""
+    share, hints = map_of(control, size), [hint_for(c, size).cpu() for c in control.conditions]
+    height, width = (HINT_CELL * side for side in size)  # an odd latent's hints go on to whole patches
+    pictures = draw(share, hints, labels(control.conditions), overlay, (height, width))
+    return pictures, [mask[:, :height, :width] for mask in masks_of(share, *hints[0].shape[-2:])]
+
+
+def find(conditioning: list) -> PixelPonderControl:
+    """The last applied PixelPonder of a conditioning; raises ValueError if it has none."""
+    for _, entries in conditioning:
+        control = entries.get("control")
+        while control is not None:
+            if isinstance(control, PixelPonderControl):
+                return control
+            control = control.previous_controlnet
+    raise ValueError("This conditioning has no PixelPonder: connect the positive output of 'Apply PixelPonder'.")
+
+
+def with_conditions(
+    control: PixelPonderControl, conditions: tuple[Condition, ...], strength: float, start: float, end: float,
+    strategy: str, rounds: int = 1, node_id: str | None = None,
+) -> PixelPonderControl:
+    """A copy of `control` with its conditions, those of high priority first; others stay in the order of their chain.
+
+    Raises ValueError for a kind that the checkpoint does not know, for a strategy whose network it lacks.
+    """
+    if not conditions:
+        raise ValueError("PixelPonder needs at least one condition: connect 'PixelPonder Condition'.")
+    config = control.net_patcher.model.config
+    for condition in conditions:
+        config.type_index(condition.kind)
+    made = control.copy()
+    made.set_cond_hint(torch.zeros(1), strength, (start, end))
+    made.conditions = tuple(sorted(conditions, key=lambda c: -c.priority))
+    made.strategy, made.rounds, made.shown, made.node_id = strategy, rounds, Shown(), node_id
+    plan(strategy, rounds, control.net_patcher.model, [], [], (2, 2))  # refuses early what cannot run
+    return made
+
+
+def warn_of_length(conditioning: list, control: PixelPonderControl):
+    """Say it in ComfyUI's log if the text is not as long as the checkpoint is used to."""
+    config = control.net_patcher.model.config
+    wanted = config.text_tokens
+    lengths = {tokens.shape[1] for tokens, _ in conditioning if tokens is not None} - {wanted}
+    if not lengths:
+        return
+    remedy = f"Put core's T5TokenizerOptions with min_length {wanted} between the CLIP loader and the prompt."
+    if config.trunk.context_dim != FluxConfig.context_dim:
+        remedy = "Load its encoder with 'Load T5 Text Encoder', type flux, which fills every text up."
+    logging.warning(f"PixelPonder was trained with {wanted} text tokens, this prompt has {min(lengths)}, so part of "
+                    f"what it adds lands on other tokens than in training. {remedy}")
+
+
+def apply(conditioning: list, control: PixelPonderControl, made: dict) -> list:
+    """The conditioning with `control` on each entry, after the ControlNets that it already has.
+
+    made: previous ControlNet -> its successor, shared by positive and negative so that both run in one batch.
+    """
+    applied = []
+    for tokens, entries in conditioning:
+        previous = entries.get("control")
+        if previous not in made:
+            made[previous] = control.copy().set_previous_controlnet(previous)
+        applied.append([tokens, {**entries, "control": made[previous], "control_apply_to_uncond": False}])
+    return applied
+
+
+def load(path: str, select_net: bool = False, dtype: torch.dtype | None = None) -> PixelPonderControl:
+    """A PixelPonder file as CONTROL_NET. select_net: keep the selection network too; dtype None: ComfyUI chooses."""
+    return PixelPonderControl(*_load(path, select_net, dtype))
+
+
+def load_patcher(path: str, select_net: bool = False, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    """The network of a PixelPonder file as a ModelPatcher."""
+    return _load(path, select_net, dtype, disable_dynamic)[0]
+
+
+def _load(path: str, select_net: bool, dtype: torch.dtype | None, disable_dynamic: bool = False):
+    """(the network as a ModelPatcher, the dtype that it computes in)."""
+    file = Path(path)
+    tensors, metadata = read_file(file, quantised.runnable())
+    try:
+        config, tensors = checkpoint.read(tensors, metadata, select_net=select_net)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
+    if select_net and checkpoint.select_net_is_untrained(tensors):
+        logging.warning(f"{file.name}: the selection network is as it was initialised, before any training, so what it "
+                        "selects means nothing. It costs time and memory; 'released' gives nearly the same picture.")
+    parameters, device = comfy.utils.calculate_parameters(tensors), mm.get_torch_device()
+    kept = quantised.kept(tensors, dtype)
+    stored = None if kept else dtype
+    stored = stored or mm.unet_dtype(
+        model_params=parameters, supported_dtypes=INFERENCE_DTYPES, weight_dtype=comfy.utils.weight_dtype(tensors)
+    )
+    cast = mm.unet_manual_cast(None if kept else stored, device, INFERENCE_DTYPES)
+    if cast is None and stored not in INFERENCE_DTYPES:
+        cast = mm.unet_dtype(model_params=parameters, supported_dtypes=INFERENCE_DTYPES)
+    net = PixelPonder(config, operations=quantised.operations(stored, cast, kept), dtype=stored,
+                      device=mm.unet_offload_device())
+    patched = with_weights(net.eval(), tensors, f"a PixelPonder ControlNet ({file.name})",
+                           disable_dynamic=disable_dynamic)
+    return reloadable(patched, load_patcher, path, select_net, dtype), cast or stored

@@ -1,0 +1,30 @@
+"""Hints for the ControlNets of Stable Cascade, which core loads and applies."""
+from __future__ import annotations
+
+import comfy.utils
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ....models_impl.annotators.canny import RESIZE, canny
+
+FILTERS = {"reference": RESIZE, "fine": None}  # the side of the square at which edges are sought
+SHORT_SIDE = 768
+"""Of hints in the release; core scales a hint to 32 pixels for each cell of the low-resolution pass, 768 for 24."""
+
+
+def canny_hint(image: Tensor, filter: str, low: float, high: float) -> Tensor:
+    """(B, H, W, 3) in [0, 1] -> white edges on black (B, h, w, 3), the shorter side 768."""
+    pixels = image[..., :3].movedim(-1, 1)
+    height, width = pixels.shape[-2:]
+    size = tuple(int(SHORT_SIDE * side / min(height, width)) for side in (height, width))  # torchvision's rounding
+    if size != (height, width):
+        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+    return canny(pixels, low, high, FILTERS[filter]).movedim(1, -1).repeat(1, 1, 1, 3)
+
+
+def inpaint_hint(image: Tensor, mask: Tensor) -> Tensor:
+    """(B, H, W, 3) and (B, h, w), 1 where to paint -> (B, H, W, 4): the picture, white there, and the mask."""
+    mask = comfy.utils.common_upscale(mask.reshape(-1, 1, *mask.shape[-2:]), *image.shape[2:0:-1], "nearest-exact", "")
+    mask = comfy.utils.repeat_to_batch_size(mask, len(image)).movedim(1, -1).round()
+    return torch.cat((torch.where(mask > 0, 1.0, image[..., :3]), mask), dim=-1)
