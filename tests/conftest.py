@@ -33,12 +33,12 @@ def host(tmp_path_factory) -> Host:
     host = Host(_base(tmp_path_factory)).start()
     if way := dynamic_vram.wanted():
         dynamic_vram.begin(way)
-    _take_stand_ins()
+    take_stand_ins()
     cascade_weights.shrink_core()
     return host
 
 
-def _take_stand_ins():
+def take_stand_ins():
     """Core's loaders fix T5-XXL's and CLIP-L's sizes at up to billions of parameters, and FLUX at 24 heads; those of
     the tests' stand-ins fit any machine. Newer ComfyUIs tell T5-XXL by the size that the stand-in lacks."""
     import comfy.model_detection
@@ -96,6 +96,14 @@ def _base(tmp_path_factory) -> Path:
     for path in WORKFLOWS:
         weights.place(base / "models", json.loads(path.read_text(encoding="utf-8")))
     return base
+
+
+@pytest.fixture(scope="module")
+def rehearsed_on_gpu(request, tmp_path_factory) -> dict:
+    """What came of a file's REHEARSALS on a GPU that is not there, by name: for `virtual_gpu.check`."""
+    import virtual_gpu
+
+    return virtual_gpu.in_child(request, tmp_path_factory.getbasetemp())
 
 
 def needed(what: str | None, why: str) -> str:

@@ -200,7 +200,7 @@ def main(base: str, *workflows: str):
     host = Host(folder).start()
     if way := wanted():
         begin(way)
-    conftest._take_stand_ins()
+    conftest.take_stand_ins()
     cascade_weights.shrink_core()
     info, found = host.object_info(), {}
     for path in paths:
