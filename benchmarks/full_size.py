@@ -99,16 +99,16 @@ def write(row: str, path: Path):
 
 def load(row: str, path: Path):
     """(network, one step of it or None)."""
-    parts = {"load": "common.load", "text": "common.text", "ultrapixel": "ultrapixel.guide",
-             "pixelponder": "pixelponder.control"}
+    parts = {"pixart": "pixart.load", "pixelflow": "pixelflow.load", "pixelponder": "pixelponder.control",
+             "text": "common.text", "ultrapixel": "ultrapixel.guide"}
     host = {name: import_module(f"pixstack.nodes.host.{file}") for name, file in parts.items()}
     if row == "pixart_sigma":
-        model = host["load"].load_pixart(str(path), settings={"variant": "sigma"})
+        model = host["pixart"].load_pixart(str(path), settings={"variant": "sigma"})
         net = model.model.diffusion_model
         return net, lambda: net(torch.randn(1, 4, 64, 64, dtype=net.dtype), torch.tensor([500.0]),
                                 torch.randn(1, 300, 4096, dtype=net.dtype))
     if row == "pixelflow_t2i":
-        return host["load"].load_pixelflow(str(path)).model.diffusion_model, None
+        return host["pixelflow"].load_pixelflow(str(path)).model.diffusion_model, None
     if row == "ultrapixel_guide":
         return host["ultrapixel"].load_guide(str(path)).model, None
     if row == "pixelponder":

@@ -11,10 +11,11 @@ from ..models_impl.pixart import buckets
 from ..models_impl.pixart.prompts import STYLES, apply_style, parse
 from ..models_impl.text.captions import clean_caption, cleaning_needs
 from .checks import first_problem, known_file, one_of
-from .host.common.load import FAST, MODEL_DTYPES, load_pixart
+from .host.common.load import FAST, MODEL_DTYPES
 from .host.pixart import lora as pixart_lora
 from .host.pixart import sizes as pixart_sizes
 from .host.pixart import text as pixart_text
+from .host.pixart.load import load_pixart
 from .host.pixart.model import config_of
 
 CATEGORY = "pixstack/pixart"

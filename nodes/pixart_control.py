@@ -5,8 +5,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from .checks import first_problem, known_file, one_of, part_of_sampling
-from .host.common.load import DTYPES, load_pixart_controlnet
+from .host.common.load import DTYPES
 from .host.pixart import control as pixart_control
+from .host.pixart.load import load_pixart_controlnet
 
 CATEGORY = "pixstack/pixart"
 

@@ -8,10 +8,11 @@ from comfy_api.latest import io
 
 from ..models_impl.pixelflow.sampling import Schedule, Stages
 from .checks import first_problem, known_file, one_of
-from .host.common.load import DTYPES, FAST, MODEL_DTYPES, load_pixelflow
+from .host.common.load import DTYPES, FAST, MODEL_DTYPES
 from .host.common.text import load_t5
 from .host.pixelflow import imagenet
 from .host.pixelflow import sampling as cascade
+from .host.pixelflow.load import load_pixelflow
 from .host.pixelflow.model import CLASS_LABELS
 
 CATEGORY = "pixstack/pixelflow"

@@ -7,7 +7,8 @@ from comfy_api.latest import io
 
 from ..models_impl.pixelponder.sampling import STRENGTH
 from .checks import first_problem, known_file, one_of, part_of_sampling
-from .host.common.load import DTYPES, load_flux
+from .host.common.load import DTYPES
+from .host.flux.load import load_flux
 from .host.pixelponder import control as pixelponder
 
 CATEGORY = "pixstack/pixelponder"

@@ -154,8 +154,9 @@ def ours(host) -> SimpleNamespace:
     """Our modules in this ComfyUI, by their short names."""
     package = next(name for name in sys.modules if name.endswith(".nodes.host"))
     return SimpleNamespace(host=host, **{name: import_module(f"{package}.{file}") for name, file in {
-        "load": "common.load", "patcher": "common.patcher", "text": "common.text", "pixelponder": "pixelponder.control",
-        "pixart_lora": "pixart.lora", "consistency": "pixart.consistency_decoder", "ultrapixel": "ultrapixel.guide",
+        "patcher": "common.patcher", "text": "common.text", "flux": "flux.load", "pixart": "pixart.load",
+        "pixart_lora": "pixart.lora", "consistency": "pixart.consistency_decoder", "pixelflow": "pixelflow.load",
+        "pixelponder": "pixelponder.control", "ultrapixel": "ultrapixel.guide",
         "ultrapixel_stage_a": "ultrapixel.stage_a"}.items()})
 
 
@@ -166,11 +167,11 @@ def load(ours, what: str, dtype=torch.float32):
     if not path.exists():
         (make or consistency_decoder)(path)
     return {
-        "pixelflow": lambda: ours.load.load_pixelflow(path, dtype=dtype),
-        "pixart": lambda: ours.load.load_pixart(path, dtype=dtype),
-        "pixart of settings": lambda: ours.load.load_pixart(path, dtype=dtype, settings={"position_range": 2.0}),
-        "flux": lambda: ours.load.load_flux(path, dtype),
-        "pixart controlnet": lambda: ours.load.load_pixart_controlnet(path, dtype),
+        "pixelflow": lambda: ours.pixelflow.load_pixelflow(path, dtype=dtype),
+        "pixart": lambda: ours.pixart.load_pixart(path, dtype=dtype),
+        "pixart of settings": lambda: ours.pixart.load_pixart(path, dtype=dtype, settings={"position_range": 2.0}),
+        "flux": lambda: ours.flux.load_flux(path, dtype),
+        "pixart controlnet": lambda: ours.pixart.load_pixart_controlnet(path, dtype),
         "pixelponder": lambda: ours.pixelponder.load(path, dtype=dtype),
         "guide": lambda: ours.ultrapixel.load_guide(path),
         "stage a": lambda: ours.ultrapixel_stage_a.load(path, dtype),

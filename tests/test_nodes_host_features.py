@@ -30,7 +30,8 @@ def core(host):
         "comfy.model_management"), **{name: import_module(f"comfy.{name}") for name in (
             "hooks", "sample", "samplers", "sd", "model_patcher", "patcher_extension", "controlnet", "lora")})
     core.ours = SimpleNamespace(**{name: import_module(f"{package}.{file}") for name, file in {
-        "load": "common.load", "text": "common.text", "patcher": "common.patcher", "prefetch": "common.prefetch",
+        "pixart": "pixart.load", "pixelflow": "pixelflow.load", "flux": "flux.load",
+        "text": "common.text", "patcher": "common.patcher", "prefetch": "common.prefetch",
         "pixart_lora": "pixart.lora", "pixart_control": "pixart.control", "pixelponder": "pixelponder.control",
         "ultrapixel": "ultrapixel.guide", "ultrapixel_sampling": "ultrapixel.sampling",
         "ultrapixel_stage_a": "ultrapixel.stage_a", "ultrapixel_stage_b": "ultrapixel.stage_b"}.items()})
@@ -73,8 +74,8 @@ def _pixart(core):
     weights.tiny_pixart(models / "diffusion_models" / names[0])
     weights.tiny_pixart_controlnet(models / "controlnet" / names[1], latent_scale=0.13025)
     weights.tiny_vae(models / "vae" / names[2])
-    model = core.ours.load.load_pixart(models / "diffusion_models" / names[0], dtype=torch.float32)
-    control = core.ours.load.load_pixart_controlnet(models / "controlnet" / names[1], torch.float32)
+    model = core.ours.pixart.load_pixart(models / "diffusion_models" / names[0], dtype=torch.float32)
+    control = core.ours.pixart.load_pixart_controlnet(models / "controlnet" / names[1], torch.float32)
 
     def draw(model=model, hooks=None, control=None):
         positive, negative = hooked(text(4096), hooks), hooked(text(4096, 4, 2), hooks)
@@ -91,7 +92,7 @@ def _pixelflow(core):
     path = core.host.models / "diffusion_models" / "host_pixelflow.safetensors"
     config = PixelFlowConfig(heads=2, head_dim=40, depth=2, num_stages=2, resolution=64, context_dim=32)
     write_file(path, weights.random_state(PixelFlow(config)), pixelflow_checkpoint.metadata(config))
-    model = core.ours.load.load_pixelflow(path, dtype=torch.float32)
+    model = core.ours.pixelflow.load_pixelflow(path, dtype=torch.float32)
     (sampler,) = run(core, "PixelFlowSampler", solver="euler", guidance="auto", custom_guidance="",
                      reference_noise=False, latent="auto")
 
@@ -111,7 +112,7 @@ def _pixelponder(core):
     models = core.host.models
     weights.tiny_emoji(models / "diffusion_models" / "flux_host.safetensors")
     weights.tiny_emoji(models / "controlnet" / "pixelponder_host.safetensors")
-    model = core.ours.load.load_flux(models / "diffusion_models" / "flux_host.safetensors", torch.float32)
+    model = core.ours.flux.load_flux(models / "diffusion_models" / "flux_host.safetensors", torch.float32)
     control = core.ours.pixelponder.load(models / "controlnet" / "pixelponder_host.safetensors", dtype=torch.float32)
 
     def draw(model=model, hooks=None, control=control):
@@ -211,7 +212,7 @@ def compiled(core, model, **how):
     """As TorchCompileModel does it, with a backend that needs no compiler."""
     torch_compile = import_module("comfy_extras.nodes_torch_compile")
     if how:
-        model = model.clone(disable_dynamic=True) if core.ours.text.HAS_DYNAMIC else model.clone()
+        model = model.clone(**{"disable_dynamic": True} if hasattr(model, "is_dynamic") else {})
         torch_compile.set_torch_compile_wrapper(model=model, backend="eager", **how)
         return model
     made = torch_compile.TorchCompileModel.execute(model, "eager")

@@ -32,7 +32,7 @@ class FluxModel(comfy.model_base.Flux):
 
 
 def model_config(config: FluxConfig):
-    """Core's configuration of a FLUX, as `_as_model` takes it. Raises ValueError for latents that are not FLUX's."""
+    """Core's configuration of a FLUX, as `as_model` takes it. Raises ValueError for latents that are not FLUX's."""
     channels = config.in_channels // 4
     if channels != LATENT_CHANNELS:
         raise ValueError(f"This FLUX draws latents of {channels} channels, and ComfyUI knows FLUX's {LATENT_CHANNELS} "
