@@ -8,8 +8,8 @@ import torch
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
 from pixstack.models_impl.state_dict import read_file, write_file
-from pixstack.trainer import export
-from pixstack.trainer.recipes.pixart_controlnet import shaped
+from pixstack.trainer.export import export
+from pixstack.trainer.recipes.pixart.controlnet import shaped
 from tiny_family import SIDE
 
 PROMPT, SEED, STEPS, CFG = "smiling red card", 7, 4, 3.0  # core's scheduler "simple" is exact where steps divide 10,000

@@ -9,7 +9,11 @@ import torch
 from PIL import Image
 from pixstack.models_impl.annotators import hed
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import autoencoder, build, cli, config, data, encoders, export, pictures, run
+from pixstack.trainer import cli, config
+from pixstack.trainer.data import loader, pictures
+from pixstack.trainer.export import export
+from pixstack.trainer.features import encoders, taesd
+from pixstack.trainer.training import build, run
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"recipe": {"name": "autoencoder"}, "precision": "fp32", "steps": 6, "batch_size": 4, "save_every": 3,
@@ -32,7 +36,7 @@ def settings(path, out, *words, **more):
 
 def recipe_of(made):
     found = build.collection(made)
-    return build.recipe(made, found), data.Batches(found.train, made.data, made.seed, made.batch_size)
+    return build.recipe(made, found), loader.Batches(found.train, made.data, made.seed, made.batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,7 @@ def test_hed_features_see_more_difference_the_more_there_is(path, tmp_path):
     net = hed.HED(hed.HEDConfig((4, 4, 4, 4, 4), (1, 1, 1, 1, 1)))
     write_file(tmp_path / "hed.safetensors", net.state_dict())
     one, other = torch.rand(2, 1, 3, 32, 32)
-    far, near, none = (autoencoder.perceived(net, one, torch.lerp(one, other, share)) for share in (1.0, 0.1, 0.0))
+    far, near, none = (taesd.perceived(net, one, torch.lerp(one, other, share)) for share in (1.0, 0.1, 0.0))
     assert far > near > none == 0
     plain, batches = recipe_of(settings(path, tmp_path))
     judged, _ = recipe_of(settings(path, tmp_path, f"recipe.features={tmp_path / 'hed.safetensors'}"))
@@ -165,8 +169,8 @@ def test_core_loads_an_export_as_a_vae(path, trained, host):
 
 
 def test_a_dry_run_of_the_shipped_recipe_says_what_would_happen(path, tmp_path, capsys):
-    cli.main(["train", str(ROOT / "trainer/recipes/autoencoder_emoji.toml"), "--dry-run", f"data.path={path}",
-              f"out={tmp_path}/run"])
+    cli.main(["train", str(ROOT / "trainer/recipes/autoencoder/autoencoder_emoji.toml"), "--dry-run",
+              f"data.path={path}", f"out={tmp_path}/run"])
     said = capsys.readouterr().out
     for part in ("256 latent cells of 4 numbers each", "2,445,063 learn", "memory     about", "square.png: as it is"):
         assert part in said, part

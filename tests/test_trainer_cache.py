@@ -13,7 +13,10 @@ import tiny_pixart
 import tiny_run
 import torch
 from PIL import Image
-from pixstack.trainer import build, cache, cli, data, encoders, recipes
+from pixstack.trainer import cli, recipes
+from pixstack.trainer.data import loader
+from pixstack.trainer.features import cache, encoders
+from pixstack.trainer.training import build
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,7 +101,7 @@ def test_training_from_the_cache_is_training_from_the_pictures(made, tmp_path):
     load, said, recipe, found = loaded(settings)
     assert said == []
     recipe.load_state_dict(plain[0].state_dict())
-    batch = data.Batches(found.train, settings.data, settings.seed, settings.batch_size, load)(3, range(6))
+    batch = loader.Batches(found.train, settings.data, settings.seed, settings.batch_size, load)(3, range(6))
     assert batch.pictures is None and set(batch.features) == {"latent.mean", "latent.std"}
     torch.testing.assert_close(recipe(batch), expected, rtol=1e-5, atol=1e-6)
     assert not recipe.denoising.vae.vae  # the VAE was never loaded
@@ -108,8 +111,8 @@ def test_a_batch_of_features_knows_what_was_cut_out_of_what(made, tmp_path):
     settings = made("data.resolution=64", "data.crop=centre")
     filled(settings, tmp_path)
     load, _, _, found = loaded(settings)
-    cached, plain = (data.Batches(found.train, settings.data, 0, 6, some)(0, range(6))
-                     for some in (load, data.Pictures))
+    cached, plain = (loader.Batches(found.train, settings.data, 0, 6, some)(0, range(6))
+                     for some in (load, loader.Pictures))
     assert torch.equal(cached.sizes, plain.sizes) and torch.equal(cached.boxes, plain.boxes)
 
 
@@ -120,7 +123,7 @@ def test_every_size_of_a_bucketed_set_is_cached(made, path, tmp_path):
     filled(settings, tmp_path)
     load, said, recipe, found = loaded(settings)
     assert said == []
-    batches = data.Batches(found.train, settings.data, 0, settings.batch_size, load)
+    batches = loader.Batches(found.train, settings.data, 0, settings.batch_size, load)
     shapes = {tuple(batches(step, range(2)).features["latent.mean"].shape[2:]) for step in range(8)}
     assert len(shapes) == 2
     assert recipe(batches(0, range(2))).isfinite().all()
@@ -239,7 +242,7 @@ def test_signals_that_come_again_do_not_interrupt_the_writing_of_what_was_made(p
 def test_a_random_crop_is_not_taken_from_the_cache(made, tmp_path):
     settings = made("data.crop=random")
     load, (said,), _, _ = loaded(settings)
-    assert load is data.Pictures and "makes another picture every time" in said
+    assert load is loader.Pictures and "makes another picture every time" in said
 
 
 def test_a_cache_without_a_folder_is_refused(path, parts, tmp_path, capsys):
@@ -300,7 +303,7 @@ def test_feature_files_of_a_release_are_read_and_written(made, path, tmp_path):
     cli.main(["cache", file, "--read", "--captions", str(captions), "--latents", str(latents)])
     load, said, recipe, items = loaded(other)
     assert said == []
-    theirs, ours = (data.Batches(items.train, settings.data, 0, 6, some)(0, range(6)).features
+    theirs, ours = (loader.Batches(items.train, settings.data, 0, 6, some)(0, range(6)).features
                     for some in (load, loaded(settings)[0]))
     assert all(torch.equal(theirs[k], ours[k]) for k in ours)
     first = items.train[0].texts[0]
@@ -320,7 +323,7 @@ def test_a_feature_file_of_another_size_is_named(made, tmp_path, capsys):
 
 
 def test_the_name_of_a_nested_file_is_the_releases(tmp_path):
-    item = data.Item(tmp_path / "a/b/c.png")
+    item = loader.Item(tmp_path / "a/b/c.png")
     assert cache.file_names(item, tmp_path) == ("a/b_c", "c")
 
 
@@ -375,7 +378,7 @@ def test_the_random_choice_to_mirror_is_the_same_with_and_without_the_cache(made
     settings = made("data.flip=true")
     filled(settings, tmp_path)
     load, _, _, found = loaded(settings)
-    cached, plain = load(found.train, settings.data), data.Pictures(found.train, settings.data)
+    cached, plain = load(found.train, settings.data), loader.Pictures(found.train, settings.data)
     vae = encoders.FrozenVae(settings.vae.path)
     for seed in range(6):
         ours = cached.load(0, (64, 64), random.Random(seed)).features["latent.mean"]

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
-from pixstack.trainer import cli, export, run
+from pixstack.trainer import cli
+from pixstack.trainer.export import export
+from pixstack.trainer.training import run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,7 +125,7 @@ def test_wrong_settings_end_the_command_with_all_of_them(tmp_path, capsys):
 
 
 def test_a_word_that_is_no_setting_is_refused(capsys):
-    assert "not understood: --fast" in refusal(capsys, "train", "recipes/pixelflow_emoji.toml", "--fast")
+    assert "not understood: --fast" in refusal(capsys, "train", "recipes/pixelflow/pixelflow_emoji.toml", "--fast")
 
 
 def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, capsys):

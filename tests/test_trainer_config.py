@@ -7,7 +7,8 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
-from pixstack.trainer import build, config
+from pixstack.trainer import config
+from pixstack.trainer.training import build
 
 
 @pytest.fixture
@@ -107,18 +108,23 @@ def test_settings_survive_the_way_through_the_run_folder(path, tmp_path):
     assert config.parse(config.as_dict(made)) == made
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (config.HERE / "recipes").glob("*.toml")))
-def test_a_shipped_recipe_lacks_nothing_but_files(name):
+@pytest.mark.parametrize("path", sorted(config.TRAINER.glob("recipes/*/*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_lacks_nothing_but_files(path):
     with pytest.raises(ValueError) as caught:
-        config.load(f"recipes/{name}", ["data.path=/nowhere"])
+        config.load(path, ["data.path=/nowhere"])
     problems = str(caught.value).splitlines()[1:]
     assert problems[0] == "  data.path='/nowhere': there is no such file or folder."
     assert all(re.search("there is no (such )?file", p) for p in problems), problems
 
 
 def test_a_recipe_file_that_is_not_there_names_those_that_are():
-    with pytest.raises(ValueError, match="recipes/pixelflow_emoji.toml"):
+    with pytest.raises(ValueError, match="recipes/pixelflow/pixelflow_emoji.toml"):
         config.load("recipes/gone.toml")
+
+
+def test_a_recipe_file_that_was_moved_is_named_where_it_is_now():
+    with pytest.raises(ValueError, match="It is trainer/recipes/pixart/pixart_sigma.toml now"):
+        config.load("trainer/recipes/pixart_sigma.toml")
 
 
 def test_a_package_that_is_missing_is_named(path, tmp_path, monkeypatch):

@@ -2,7 +2,8 @@
 import pytest
 import tiny_pixart
 import torch
-from pixstack.trainer import build, cost, data, loop, plan
+from pixstack.trainer.data import loader
+from pixstack.trainer.training import build, cost, loop, plan
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -10,7 +11,7 @@ def counted(settings):
     """Flops of the passes of a real step, its captions embedded before."""
     found = build.collection(settings)
     recipe = build.recipe(settings, found)
-    batches = data.Batches(found.train, settings.data, settings.seed, settings.batch_size)
+    batches = loader.Batches(found.train, settings.data, settings.seed, settings.batch_size)
     recipe.text.prepare(["", *(c for i in found.train for c in i.texts)], "cpu")
     counter = FlopCounterMode(display=False)
     with counter:

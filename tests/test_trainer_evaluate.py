@@ -9,7 +9,8 @@ from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.annotators.canny import canny
 from pixstack.models_impl.annotators.hed import HED, HEDConfig
-from pixstack.trainer import cli, config, evaluate, metrics
+from pixstack.trainer import cli, config
+from pixstack.trainer.evaluation import evaluate, metrics
 from torch import nn
 
 

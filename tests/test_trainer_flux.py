@@ -10,7 +10,11 @@ import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.flux import checkpoint, sampling
 from pixstack.models_impl.flux.model import pack, unpack
-from pixstack.trainer import build, config, data, export, flux, run
+from pixstack.trainer import config
+from pixstack.trainer.data import loader
+from pixstack.trainer.export import export
+from pixstack.trainer.recipes.flux import task
+from pixstack.trainer.training import build, run
 
 MODEL = {"hidden": 128, "heads": 1, "mlp_hidden": 512, "depth": 1, "single_depth": 1, "pooled_dim": 8}
 
@@ -39,7 +43,7 @@ def recipe_of(made):
     for p in recipe.net.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
-    return recipe, data.Batches(found.train, made.data, made.seed, made.batch_size)
+    return recipe, loader.Batches(found.train, made.data, made.seed, made.batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +60,13 @@ def test_the_loss_is_that_of_rectified_flow(path, vae, tmp_path):
     sigma, dropped, _ = recipe.flow.draw(0, 0.0)
     assert not dropped.any()
     latent = (recipe.flow.vae.latents(batch, "cpu", 0) - 0.1159) * 0.3611
-    noise = flux.batch_noise(0, 0, range(6), latent.shape[1:], "cpu")
+    noise = task.batch_noise(0, 0, range(6), latent.shape[1:], "cpu")
     noisy = sampling.add_noise(latent, noise, sigma)
     ids, mask = recipe.text.tokenize(batch.captions)
     whole = torch.zeros(6, 16, dtype=torch.int64)
     whole[:, :ids.shape[1]] = ids
     context = recipe.text(whole, torch.ones(6, 16, dtype=torch.bool))
-    said = recipe.net(pack(noisy), sigma, context, torch.zeros(6, 8), img_ids=flux.ids_of(noisy))
+    said = recipe.net(pack(noisy), sigma, context, torch.zeros(6, 8), img_ids=task.ids_of(noisy))
     torch.testing.assert_close(recipe(batch), sampling.loss(unpack(said, 4, 4), latent, noise))
 
 

@@ -15,8 +15,12 @@ from accelerate import Accelerator
 from pixstack.models_impl.annotators import hed
 from pixstack.models_impl.pixart import sampling
 from pixstack.models_impl.state_dict import read_file, write_file
-from pixstack.trainer import autoencoder, build, cli, layouts, pairs, perceptual, plan, run
+from pixstack.trainer import cli
 from pixstack.trainer.config import Data
+from pixstack.trainer.data import layouts
+from pixstack.trainer.features import taesd
+from pixstack.trainer.recipes.pixart import pairs, perceptual
+from pixstack.trainer.training import build, plan, run
 from safetensors.torch import load_file, save_file
 from tiny_pixart import recipe_of
 from torch.nn import functional as F
@@ -40,7 +44,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     tiny_pixart.released(folder / "base.safetensors")
     torch.manual_seed(0)
-    net = autoencoder.Taesd().net
+    net = taesd.Taesd().net
     save_file(net.state_dict(), folder / "taesd.safetensors")
     torch.save(hed.HED(hed.HEDConfig((8, 8, 8, 8, 8), (1, 1, 1, 1, 1))).state_dict(), folder / "hed.pth")
     return folder
@@ -126,13 +130,13 @@ def test_a_decoder_draws_scaled_latents_as_diffusers_does(files, tmp_path, kind)
     net.load_state_dict(load_file(files / "taesd.safetensors"))
     file = files / "taesd.safetensors"
     if kind == "core":
-        write_file(file := tmp_path / "core.safetensors", autoencoder.to_core(net, LATENT_SCALE, 0.0))
+        write_file(file := tmp_path / "core.safetensors", taesd.to_core(net, LATENT_SCALE, 0.0))
     elif kind == "decoder alone":
-        plain = {k.removeprefix("taesd_decoder."): v for k, v in autoencoder.to_core(net, 1.0, 0.0).items()
+        plain = {k.removeprefix("taesd_decoder."): v for k, v in taesd.to_core(net, 1.0, 0.0).items()
                  if k.startswith("taesd_decoder.")}
         torch.save(plain, file := tmp_path / "taesd_decoder.pth")
     latent = torch.randn(2, 4, 4, 3)
-    judge = perceptual.Judge(autoencoder.read_decoder(file, LATENT_SCALE), perceptual.Lpips(), LATENT_SCALE)
+    judge = perceptual.Judge(taesd.read_decoder(file, LATENT_SCALE), perceptual.Lpips(), LATENT_SCALE)
     torch.testing.assert_close(judge.pictures(latent), net.decode(latent).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
 
 
@@ -407,7 +411,7 @@ def test_a_vgg_without_heads_asks_for_the_package(made, files, lpips_files, tmp_
 
 
 def test_a_decoder_of_another_family_is_refused(made, files, tmp_path):
-    torch.save(autoencoder.Taesd(16).net.state_dict(), tmp_path / "taef1.pth")
+    torch.save(taesd.Taesd(16).net.state_dict(), tmp_path / "taef1.pth")
     settings = by_heart(made, files, tmp_path / "pairs")
     with pytest.raises(ValueError, match="taef1.pth' draws latents of 16 channels, and this PixArt makes 4"):
         recipe_of(replace(settings, recipe=replace(settings.recipe, taesd=str(tmp_path / "taef1.pth"))))

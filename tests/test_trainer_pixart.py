@@ -9,9 +9,11 @@ import tiny_run
 import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixart import checkpoint, sampling
-from pixstack.trainer import autoencoder, export, optim, run
-from pixstack.trainer.noise import batch_noise
-from pixstack.trainer.pixart import Noising
+from pixstack.trainer.export import export
+from pixstack.trainer.features import taesd
+from pixstack.trainer.recipes.pixart.task import Noising
+from pixstack.trainer.training import optim, run
+from pixstack.trainer.training.noise import batch_noise
 from tiny_pixart import recipe_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,12 +139,12 @@ def test_activation_checkpointing_leaves_gradients_as_they_are(made):
 
 
 def test_validation_says_the_same_twice_and_in_small_batches(made):
-    from pixstack.trainer import data
+    from pixstack.trainer.data import loader
 
     recipe, batches = recipe_of(made())
-    whole = recipe.validate(data.fixed(batches.items, batches.settings))
-    assert recipe.validate(data.fixed(batches.items, batches.settings)) == whole
-    assert recipe.validate(data.fixed(batches.items, batches.settings, 3)) == pytest.approx(whole, rel=1e-4)
+    whole = recipe.validate(loader.fixed(batches.items, batches.settings))
+    assert recipe.validate(loader.fixed(batches.items, batches.settings)) == whole
+    assert recipe.validate(loader.fixed(batches.items, batches.settings, 3)) == pytest.approx(whole, rel=1e-4)
     assert set(whole) == {"loss", "variance", "quarter0", "quarter1", "quarter2", "quarter3"}
 
 
@@ -190,7 +192,7 @@ def test_a_vae_of_other_latents_is_refused_before_anything_is_read(made, tmp_pat
     assert words in refusal(made, f"vae.path={folder}")
     file = folder / "diffusion_pytorch_model.safetensors"
     assert words in refusal(made, f"vae.path={file}")
-    tensors = autoencoder.to_core(autoencoder.Taesd(16).net, 1.0, 0.0)
+    tensors = taesd.to_core(taesd.Taesd(16).net, 1.0, 0.0)
     state_dict.write_file(tmp_path / "taesd.safetensors", tensors)
     assert words in refusal(made, f"vae.path={tmp_path / 'taesd.safetensors'}")
 

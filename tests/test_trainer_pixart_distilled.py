@@ -16,10 +16,14 @@ from adapters.pixart_sampling import toy
 from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixart import checkpoint, sampling
-from pixstack.trainer import build, cache, cli, data, export, optim, run
-from pixstack.trainer.ema import Ema
-from pixstack.trainer.pictures import tensor
-from pixstack.trainer.recipes.pixart_controlnet import shaped
+from pixstack.trainer import cli
+from pixstack.trainer.data import loader
+from pixstack.trainer.data.pictures import tensor
+from pixstack.trainer.export import export
+from pixstack.trainer.features import cache
+from pixstack.trainer.recipes.pixart.controlnet import shaped
+from pixstack.trainer.training import build, optim, run
+from pixstack.trainer.training.ema import Ema
 from tiny_pixart import recipe_of
 from weights import tiny_hed
 
@@ -186,7 +190,7 @@ def test_training_a_controlnet_lowers_the_loss(controlled, tmp_path):
 
 
 def test_a_controlnet_begins_by_changing_nothing(controlled):
-    from pixstack.trainer import build
+    from pixstack.trainer.training import build
 
     settings = controlled()
     recipe = build.recipe(settings, build.collection(settings))
@@ -227,7 +231,7 @@ def test_a_controlnet_trains_from_the_cache_what_it_trains_from_pictures(control
     expected = recipe(batches(0, range(6)))
     cache.fill(batches.items, settings.data, recipe.encoders, tmp_path / "cache", "cpu")
     load = cache.loader(settings, recipe.encoders, batches.items, settings.data, pytest.fail)
-    batch = data.Batches(batches.items, settings.data, 0, 6, load)(0, range(6))
+    batch = loader.Batches(batches.items, settings.data, 0, 6, load)(0, range(6))
     assert set(batch.features) == {"latent.mean", "latent.std", "hint.mean", "hint.std"}
     torch.testing.assert_close(recipe(batch), expected, rtol=1e-4, atol=1e-5)
 

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 from pixstack.models_impl import lora, state_dict
 from pixstack.models_impl.pixart.lora import names
-from pixstack.trainer import adapters, cli, data, export
+from pixstack.trainer import cli
+from pixstack.trainer.data import loader as data
+from pixstack.trainer.export import export
+from pixstack.trainer.recipes import adapters
 from tiny_pixart import recipe_of
 
 
@@ -32,7 +35,7 @@ def test_only_the_adapter_learns_and_is_saved(made, tmp_path):
     recipe, _ = tiny_run.train(made("steps=2", "adapter.rank=4"))
     learns = {n for n, p in recipe.named_parameters() if p.requires_grad}
     assert learns and all(".lora_A." in n or ".lora_B." in n for n in learns)
-    from pixstack.trainer.run import read_tensors
+    from pixstack.trainer.training.run import read_tensors
 
     saved = read_tensors(tmp_path / "run/checkpoints/00000002/model.safetensors")
     assert saved.keys() == learns | {"net.y_embedder.y_embedding"}
@@ -223,7 +226,8 @@ def test_training_on_a_subject_lowers_the_loss(subject, tmp_path):
 
 
 def test_the_class_pictures_are_cached_with_the_others(subject, tmp_path):
-    from pixstack.trainer import build, cache
+    from pixstack.trainer.features import cache
+    from pixstack.trainer.training import build
 
     settings = subject(f"cache.folder={tmp_path / 'cache'}")
     found = build.collection(settings)

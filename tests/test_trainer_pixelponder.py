@@ -19,9 +19,14 @@ from pixstack.models_impl.pixelponder import checkpoint
 from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectorConfig
 from pixstack.models_impl.pixelponder.model import PixelPonder
 from pixstack.models_impl.pixelponder.patch_select import Accumulate, AsRun
-from pixstack.trainer import build, cache, cli, data, encoders, export, flux, run
-from pixstack.trainer.pixelponder import chosen
-from pixstack.trainer.recipes import pixelponder as recipes
+from pixstack.trainer import cli
+from pixstack.trainer.data import loader
+from pixstack.trainer.export import export
+from pixstack.trainer.features import cache, encoders
+from pixstack.trainer.features.hints import chosen
+from pixstack.trainer.recipes.flux import task
+from pixstack.trainer.recipes.pixelponder import recipe as recipes
+from pixstack.trainer.training import build, run
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +56,7 @@ def recipe_of(made):
     torch.manual_seed(1)
     for p in recipe.net.input_hint_block_share[-1].parameters():
         torch.nn.init.normal_(p, std=0.5)
-    return recipe, data.Batches(found.train, made.data, made.seed, made.batch_size)
+    return recipe, loader.Batches(found.train, made.data, made.seed, made.batch_size)
 
 
 # --- The loss
@@ -63,14 +68,14 @@ def test_the_loss_is_the_flows_through_the_base_with_residuals_added_whole(made)
     sigma, sets = recipe.draw(0)
     assert len(set(sets)) == 1 and sorted(sets[0]) == [0, 1]
     latent = (recipe.flow.vae.latents(batch, "cpu", 0) - 0.1159) * 0.3611
-    noise = torch.stack([flux.batch_noise(0, 0, range(i, i + 1), latent.shape[1:], "cpu")[0] for i in range(6)])
+    noise = torch.stack([task.batch_noise(0, 0, range(i, i + 1), latent.shape[1:], "cpu")[0] for i in range(6)])
     noisy = sampling.add_noise(latent, noise, sigma)
     context, mask = recipe.text.lookup(batch.captions, "cpu")
     assert mask.all() and context.shape == (6, 12, 16)
     given = (sigma, context, recipe.text.pooled(batch.captions, "cpu"), torch.full((6,), 4.0))
     kinds = [("canny", "depth")[i] for i in sets[0]]
     hints = [(kind, batch.conditions[kind].float() / 127.5 - 1) for kind in kinds]
-    ids = flux.ids_of(noisy)
+    ids = task.ids_of(noisy)
     control = recipe.net(pack(noisy), *given, img_ids=ids,
                          select=Accumulate(recipe.net.selector).begin(recipe.net.conditions(hints)))
     said = recipe.base(pack(noisy), *given, img_ids=ids, residuals=control.residuals(1.0))
@@ -165,9 +170,9 @@ def test_bf16_gives_nearly_the_loss_of_fp32(made):
 
 def test_validation_says_the_same_twice_and_in_small_batches(made):
     recipe, batches = recipe_of(made())
-    whole = recipe.validate(data.fixed(batches.items, batches.settings))
-    assert recipe.validate(data.fixed(batches.items, batches.settings)) == whole
-    assert recipe.validate(data.fixed(batches.items, batches.settings, 3)) == pytest.approx(whole, rel=1e-4)
+    whole = recipe.validate(loader.fixed(batches.items, batches.settings))
+    assert recipe.validate(loader.fixed(batches.items, batches.settings)) == whole
+    assert recipe.validate(loader.fixed(batches.items, batches.settings, 3)) == pytest.approx(whole, rel=1e-4)
     assert whole["share_canny"] + whole["share_depth"] == pytest.approx(1)
 
 
@@ -227,7 +232,7 @@ def test_cached_features_give_the_loss_of_the_pictures_themselves(made, tmp_path
     cache.fill(batches.items, settings.data, recipe.encoders, tmp_path / "cache", "cpu")
     told = []
     load = cache.loader(settings, recipe.encoders, batches.items, settings.data, told.append)
-    batch = data.Batches(batches.items, settings.data, 0, 6, load)(0, range(6))
+    batch = loader.Batches(batches.items, settings.data, 0, 6, load)(0, range(6))
     assert not told and batch.pictures is None
     torch.testing.assert_close(recipe(batch), plain)
 

@@ -5,7 +5,10 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
-from pixstack.trainer import adapters, build, config, data, optim
+from pixstack.trainer import config
+from pixstack.trainer.data import loader
+from pixstack.trainer.recipes import adapters
+from pixstack.trainer.training import build, optim
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def recipe_of(path, tmp_path, *words, **sections):
     for p in recipe.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
-    return recipe, data.Batches(found.train, settings.data, settings.seed, settings.batch_size)
+    return recipe, loader.Batches(found.train, settings.data, settings.seed, settings.batch_size)
 
 
 CLASSES = {"text": {}, "samples": {"classes": [0, 3]}}
@@ -49,8 +52,8 @@ def test_the_loss_is_the_papers(path, tmp_path):
     """At the start the network says zero, so a picture's loss is the mean square of end - start."""
     settings = tiny_run.settings(path, tmp_path / "run", "precision=fp32", "model.num_stages=1")
     recipe = build.recipe(settings, build.collection(settings))
-    batch = data.Batches(build.collection(settings).train, settings.data, 0, 6)(0, range(6))
-    from pixstack.trainer.recipes.pixelflow import picture_noise
+    batch = loader.Batches(build.collection(settings).train, settings.data, 0, 6)(0, range(6))
+    from pixstack.trainer.recipes.pixelflow.recipe import picture_noise
     noise = torch.stack([picture_noise(0, 0, p, (3, 16, 16), "cpu") for p in range(6)])
     expected = (batch.pictures / 127.5 - 1 - noise).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(recipe(batch), expected)
@@ -84,14 +87,14 @@ def test_activation_checkpointing_leaves_gradients_as_they_are(path, tmp_path):
 
 def test_validation_says_the_same_twice(path, tmp_path):
     recipe, batches = recipe_of(path, tmp_path)
-    fixed = data.fixed(batches.items, batches.settings)
+    fixed = loader.fixed(batches.items, batches.settings)
     first = recipe.validate(fixed)
     assert recipe.validate(fixed) == first and set(first) == {"loss", "stage0", "stage1"}
 
 
 def test_validation_in_small_batches_says_the_same(path, tmp_path):
     recipe, batches = recipe_of(path, tmp_path)
-    whole, parts = (recipe.validate(data.fixed(batches.items, batches.settings, n)) for n in (64, 3))
+    whole, parts = (recipe.validate(loader.fixed(batches.items, batches.settings, n)) for n in (64, 3))
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
@@ -172,7 +175,7 @@ def test_the_rate_warms_up_then_decays(decay, at_half, at_end):
 @pytest.fixture(scope="module")
 def outside_t5(tmp_path_factory):
     """A T5 as transformers saves one."""
-    from pixstack.trainer import encoders, tokenizer
+    from pixstack.trainer.features import encoders, tokenizer
 
     encoders.hide_broken_torchvision()
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -215,7 +218,7 @@ def test_a_pixelflow_lora_does_in_comfyui_what_it_does_in_the_trainer(path, tmp_
     from importlib import import_module
     from pathlib import Path
 
-    from pixstack.trainer import export
+    from pixstack.trainer.export import export
 
     settings, weights = lora_settings(path, tmp_path)
     tiny_run.train(settings)

@@ -6,8 +6,10 @@ from importlib.util import find_spec
 import pytest
 import tiny_run
 import torch
-from pixstack.trainer import export, run, tokenizer
-from pixstack.trainer.ema import Ema
+from pixstack.trainer.export import export
+from pixstack.trainer.features import tokenizer
+from pixstack.trainer.training import run
+from pixstack.trainer.training.ema import Ema
 
 
 @pytest.fixture

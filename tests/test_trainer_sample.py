@@ -10,8 +10,9 @@ import pytest
 import tiny_run
 import torch
 from PIL import Image
-from pixstack.trainer import cli, sample
-from pixstack.trainer.layouts import Item
+from pixstack.trainer import cli
+from pixstack.trainer.data.layouts import Item
+from pixstack.trainer.evaluation import sample
 
 ROOT = Path(__file__).resolve().parents[1]
 

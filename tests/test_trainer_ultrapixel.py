@@ -12,8 +12,12 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.ultrapixel import checkpoint, sampling
 from pixstack.models_impl.ultrapixel.guidance import Guide
 from pixstack.models_impl.ultrapixel.model import StageC
-from pixstack.trainer import build, cli, config, data, export, optim, ultrapixel
-from pixstack.trainer.noise import batch_noise
+from pixstack.trainer import cli, config
+from pixstack.trainer.data import loader as data
+from pixstack.trainer.export import export
+from pixstack.trainer.recipes.ultrapixel import task
+from pixstack.trainer.training import build, optim
+from pixstack.trainer.training.noise import batch_noise
 from tiny_ultrapixel import GUIDED, recipe_of
 
 
@@ -57,7 +61,7 @@ def test_the_loss_of_the_parity_case_is_the_references_gradients_included(made, 
     recipe, _ = recipe_of(made(f"model.stage_c={tmp_path / 'stage_c.safetensors'}", f"text.encoder={clip}",
                                f"init_from={tmp_path / 'guide.safetensors'}", "batch_size=3"))
     d, condition = recipe.denoising, {"text": i["clip_text"], "pooled": i["clip_text_pooled"], "image": i["clip_img"]}
-    latents = ultrapixel.Latents(i["latents"], i["epsilon"], i["latents_lr"], i["epsilon_lr"])
+    latents = task.Latents(i["latents"], i["epsilon"], i["latents_lr"], i["epsilon_lr"])
     loss, logsnr = d.guided(recipe.guide, latents, i["t"], condition), d.schedule.logsnr(i["t"])
     torch.testing.assert_close(loss, outputs["loss"], rtol=1e-4, atol=1e-4)
 
@@ -357,9 +361,10 @@ def test_a_finished_run_is_exported_where_stage_c_is_not(trained, tmp_path):
 def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, tmp_path, capsys):
     words = [f"{section}.{key}={value}" for section, values in parts.items() for key, value in values.items()]
     guide = tiny_ultrapixel.guide_file(tmp_path / "guide.safetensors")
-    cli.main(["train", "recipes/ultrapixel_guide.toml", "--dry-run", *words, f"init_from={guide}", "data.kind=jsonl",
-              f"data.path={path}", "data.resolution=256", "recipe.low_side=2", f"cache.folder={tmp_path / 'cache'}",
-              f"out={tmp_path}/run", "device=cpu", "samples.height=256", "samples.width=256"])
+    cli.main(["train", "recipes/ultrapixel/ultrapixel_guide.toml", "--dry-run", *words, f"init_from={guide}",
+              "data.kind=jsonl", f"data.path={path}", "data.resolution=256", "recipe.low_side=2",
+              f"cache.folder={tmp_path / 'cache'}", f"out={tmp_path}/run", "device=cpu", "samples.height=256",
+              "samples.width=256"])
     said = capsys.readouterr().out
     for part in ("learn", "guide:", "4 pictures of 256x256 pixels, 64 cells each, guided by 2x2 cells",
                  "4 pass(es) of 1", "memory     about", "t 0."):
@@ -368,7 +373,7 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, tmp_path
 
 
 def test_the_shipped_recipe_shows_the_releases_sizes():
-    raw = config.read_toml("recipes/ultrapixel_guide.toml")
+    raw = config.read_toml("recipes/ultrapixel/ultrapixel_guide.toml")
     assert raw["data"]["buckets"] == "ultrapixel" and raw["recipe"]["low_side"] == 24
     assert optim.Optimizers([], config.Optimizer(**raw["optimizer"]), 10, 4).rate == 1e-4
 

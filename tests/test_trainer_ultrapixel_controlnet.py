@@ -16,7 +16,10 @@ from pixstack.models_impl.annotators.canny import canny
 from pixstack.models_impl.ultrapixel import checkpoint
 from pixstack.models_impl.ultrapixel.controlnet import ControlNet
 from pixstack.models_impl.ultrapixel.model import StageC
-from pixstack.trainer import cache, cli, data, export
+from pixstack.trainer import cli
+from pixstack.trainer.data import loader
+from pixstack.trainer.export import export
+from pixstack.trainer.features import cache
 from tiny_ultrapixel import recipe_of
 
 EIGHT = list(range(8))  # as many as core's loader looks for
@@ -119,7 +122,7 @@ def test_hints_and_latents_come_from_the_cache_where_it_has_them(made, tmp_path)
     recipe, batches = recipe_of(settings)
     said = []
     load = cache.loader(settings, recipe.encoders, batches.items, settings.data, said.append)
-    cached = data.Batches(batches.items, settings.data, settings.seed, settings.batch_size, load)(0, range(4))
+    cached = loader.Batches(batches.items, settings.data, settings.seed, settings.batch_size, load)(0, range(4))
     assert not said and cached.pictures is None
     assert set(cached.features) == {"effnet.high", "hint.image"}
     torch.testing.assert_close(recipe.losses(cached, recipe.denoising.draw(0), 0),
@@ -159,7 +162,7 @@ def test_training_lowers_the_loss(made):
     settings = made("steps=40", "optimizer.rate=3e-2", "save_every=40", "ema.decay=0")
     fresh, batches = recipe_of(settings)
     recipe, _ = tiny_run.train(settings)
-    shown = data.fixed(batches.items, settings.data)
+    shown = loader.fixed(batches.items, settings.data)
     assert recipe.validate(shown)["loss"] < 0.95 * fresh.validate(shown)["loss"]
 
 
@@ -225,7 +228,7 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, trained,
     shutil.copytree(trained, tmp_path / "done")
     (file,) = export.export(tmp_path / "done", tmp_path / "out", "tiny")
     Image.new("RGB", (64, 64)).save(tmp_path / "hint.png")
-    cli.main(["train", "recipes/ultrapixel_controlnet.toml", "--dry-run", *words, f"init_from={file}",
+    cli.main(["train", "recipes/ultrapixel/ultrapixel_controlnet.toml", "--dry-run", *words, f"init_from={file}",
               "data.kind=jsonl", f"data.path={path}", f"cache.folder={tmp_path / 'cache'}", f"out={tmp_path}/run",
               f"recipe.sample_hints=['{tmp_path / 'hint.png'}']", "device=cpu"])
     said = capsys.readouterr().out

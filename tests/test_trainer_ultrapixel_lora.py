@@ -14,7 +14,10 @@ from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.ultrapixel import checkpoint, lora
 from pixstack.models_impl.ultrapixel.model import StageC
-from pixstack.trainer import cli, data, encoders, export
+from pixstack.trainer import cli
+from pixstack.trainer.data import loader
+from pixstack.trainer.export import export
+from pixstack.trainer.features import encoders
 from tiny_ultrapixel import recipe_of
 
 PLAIN = {"name": "ultrapixel_lora"}
@@ -224,19 +227,19 @@ def test_training_lowers_the_loss(plain):
     settings = plain("steps=40", "optimizer.rate=1e-2", "save_every=40", "ema.decay=0", "recipe.rank=8")
     fresh, batches = recipe_of(settings)
     recipe, _ = tiny_run.train(settings)
-    shown = data.fixed(batches.items, settings.data)
+    shown = loader.fixed(batches.items, settings.data)
     assert recipe.validate(shown)["loss"] < 0.95 * fresh.validate(shown)["loss"]
 
 
 def test_validation_measures_both_resolutions(personal):
     recipe, batches = recipe_of(personal())
-    found = recipe.validate(data.fixed(batches.items, batches.settings))
+    found = recipe.validate(loader.fixed(batches.items, batches.settings))
     assert found["loss"] == pytest.approx((found["low"] + found["high"]) / 2)
 
 
 def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(photos, guided, tmp_path, capsys):
     words = [f"{section}.{key}={value}" for section, values in guided.items() for key, value in values.items()]
-    cli.main(["train", "recipes/ultrapixel_lora.toml", "--dry-run", *words, f"data.path={photos['path']}",
+    cli.main(["train", "recipes/ultrapixel/ultrapixel_lora.toml", "--dry-run", *words, f"data.path={photos['path']}",
               "data.caption=a photo of a cat [roubaobao]", "data.resolution=256", "recipe.low_side=2",
               f"out={tmp_path}/run", "device=cpu", "samples.height=256", "samples.width=256"])
     said = capsys.readouterr().out

@@ -7,7 +7,10 @@ from pixstack.models_impl.pixart import checkpoint
 from pixstack.models_impl.pixart.config import PixArtConfig
 from pixstack.models_impl.pixart.model import PixArt
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import build, config, data, encoders, tokenizer
+from pixstack.trainer import config
+from pixstack.trainer.data import loader
+from pixstack.trainer.features import encoders, tokenizer
+from pixstack.trainer.training import build
 from safetensors import safe_open
 from tiny_run import COLOURS, SETTINGS
 
@@ -72,7 +75,7 @@ def recipe_of(made):
     for p in recipe.parameters():
         if p.requires_grad and not p.any():
             torch.nn.init.normal_(p, std=0.1)
-    return recipe, data.Batches(found.train, made.data, made.seed, made.batch_size)
+    return recipe, loader.Batches(found.train, made.data, made.seed, made.batch_size)
 
 
 def toml(folder, made):

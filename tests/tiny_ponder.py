@@ -10,7 +10,8 @@ from pixstack.models_impl.flux import checkpoint
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import config, encoders, tokenizer
+from pixstack.trainer import config
+from pixstack.trainer.features import encoders, tokenizer
 
 # heads as wide as the release's, which core's loader counts on
 FLUX = FluxConfig(hidden=128, heads=1, mlp_hidden=512, depth=2, single_depth=2, context_dim=tiny_pixart.WIDTH,

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from PIL import Image
-from pixstack.trainer import build, config, data, loop, parallel
-from pixstack.trainer.run import Run
+from pixstack.trainer import config
+from pixstack.trainer.data import loader
+from pixstack.trainer.distributed import strategy
+from pixstack.trainer.training import build, loop
+from pixstack.trainer.training.run import Run
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "black": (0, 0, 0),
            "white": (250, 250, 250), "yellow": (240, 220, 40)}
@@ -59,8 +62,8 @@ def train(settings, interrupt=None):
         log = run.log
         run.log = lambda step, **values: (log(step, **values), interrupt(run, step))
     with closing(run):
-        loop.train(recipe, data.Batches(found.train, settings.data, settings.seed, settings.batch_size), settings, run,
-                   accelerator)
+        batches = loader.Batches(found.train, settings.data, settings.seed, settings.batch_size)
+        loop.train(recipe, batches, settings, run, accelerator)
     return recipe, run
 
 
@@ -81,4 +84,4 @@ if __name__ == "__main__":  # every run of a JSON list of settings, in this proc
         made = config.parse(raw)
         train(made)
         if Accelerator().is_main_process:
-            print(f"{parallel.way(made)} of {Accelerator().num_processes} processes")
+            print(f"{strategy.way(made)} of {Accelerator().num_processes} processes")

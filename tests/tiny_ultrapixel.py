@@ -13,8 +13,11 @@ from pixstack.models_impl.ultrapixel.model import StageC
 from pixstack.models_impl.ultrapixel.previewer import Previewer
 from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.models_impl.ultrapixel.stage_b import StageB
-from pixstack.trainer import build, config, data, encoders, run
-from pixstack.trainer.ultrapixel import FrozenEffnet
+from pixstack.trainer import config
+from pixstack.trainer.data import loader
+from pixstack.trainer.features import encoders
+from pixstack.trainer.recipes.ultrapixel.task import FrozenEffnet
+from pixstack.trainer.training import build, run
 from safetensors import safe_open
 from torch import nn
 
@@ -180,7 +183,7 @@ def toml(folder, made):
 def recipe_of(made):
     """(the recipe of settings, its batches)"""
     found = build.collection(made)
-    return build.recipe(made, found), data.Batches(found.train, made.data, made.seed, made.batch_size)
+    return build.recipe(made, found), loader.Batches(found.train, made.data, made.seed, made.batch_size)
 
 
 def log(folder: Path):

@@ -21,21 +21,21 @@ from __future__ import annotations
 
 from importlib import import_module
 
-RECIPES = {name: name for name in (  # name in [recipe] -> module here, whose class `Recipe` it is
-    "pixelflow",
-    "pixart",
-    "pixart_lora",
-    "pixart_controlnet",
-    "pixart_dreambooth",
-    "pixart_lcm",
-    "pixart_dmd",
-    "ultrapixel_guide",
-    "ultrapixel_lora",
-    "ultrapixel_controlnet",
-    "pixelponder",
-    "flux",
-    "autoencoder",
-)}
+RECIPES = {  # name in [recipe] -> module here, whose class `Recipe` it is
+    "pixelflow": "pixelflow.recipe",
+    "pixart": "pixart.full",
+    "pixart_lora": "pixart.lora",
+    "pixart_controlnet": "pixart.controlnet",
+    "pixart_dreambooth": "pixart.dreambooth",
+    "pixart_lcm": "pixart.lcm",
+    "pixart_dmd": "pixart.dmd",
+    "ultrapixel_guide": "ultrapixel.guide",
+    "ultrapixel_lora": "ultrapixel.lora",
+    "ultrapixel_controlnet": "ultrapixel.controlnet",
+    "pixelponder": "pixelponder.recipe",
+    "flux": "flux.recipe",
+    "autoencoder": "autoencoder.recipe",
+}
 PICTURES_ALONE = {"autoencoder"}  # of these: neither captions nor classes, and samples.prompts are picture files
 
 

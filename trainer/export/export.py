@@ -1,0 +1,167 @@
+"""From a run to the files that ComfyUI loads: weights in the released key names, the configuration in the metadata."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...models_impl import state_dict
+from .. import config
+from ..recipes import find
+from ..training import build
+from ..training.run import MAY_CHANGE, checkpoints, read_log, read_tensors, restore_module, write_whole
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+IN_FP8 = ("block", "taesd_encoder.")  # parts of names
+
+
+def open_run(folder: Path, step: int | None = None, weights: str = "ema", device: str = "cpu"):
+    """The trained recipe of a run folder, ready to sample: (recipe, settings, step)."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is not a run folder: it has no config.json.")
+    found = checkpoints(folder)
+    steps = [int(p.name) for p in found]
+    if not found or (step is not None and step not in steps):
+        raise ValueError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}; there are: "
+                         f"{', '.join(map(str, steps)) or 'none'}.")
+    chosen = found[-1 if step is None else steps.index(step)]
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = config.parse(raw, (), f"the settings of {folder}", check=False)
+    recipe = build.reopened(settings, folder)
+    restore_module(recipe, read_tensors(chosen / "model.safetensors"))
+    if weights == "ema" and (chosen / "ema.safetensors").exists():
+        restore_average(recipe, chosen / "ema.safetensors")
+    return recipe.to(device).eval(), settings, int(chosen.name)
+
+
+@torch.no_grad()
+def restore_average(recipe: torch.nn.Module, file: Path):
+    """The averages over the parameters that learn; a tied one, which the model's file names twice, is one here."""
+    own, average = dict(recipe.named_parameters()), read_tensors(file)
+    if unknown := sorted(average.keys() - own.keys()):
+        raise ValueError(f"{file} is of another model: {len(unknown)} averages have no parameter here "
+                         f"({', '.join(unknown[:3])}).")
+    for name, value in average.items():
+        own[name].copy_(value)
+
+
+USE = {  # folder of ComfyUI's models/, or before it a recipe -> what to do with a file there
+    "diffusion_models": "Load it with the loader of its family ('Load PixArt Model', 'Load PixelFlow Model', "
+    "'Load Small FLUX Model').",
+    "text_encoders": "Load it with 'Load T5 Text Encoder'; type flux for a FLUX.",
+    "loras": "Load it with core's LoraLoaderModelOnly, for PixArt with 'Load PixArt LoRA', and a word that was learned "
+    "with 'UltraPixel Personalise'. Strength 1 is as trained.",
+    "controlnet": "Load it with core's 'Load ControlNet', and use it with core's 'Apply ControlNet'.",
+    "vae": "Load it with core's 'Load VAE'.",
+    "model_patches": "Load it with 'Load UltraPixel Guide'.",
+    "pixart_controlnet": "Load it with 'Load PixArt ControlNet', and use it with 'Apply PixArt ControlNet'.",
+    "pixelponder": "Load it with 'Load PixelPonder', and use it with 'PixelPonder Condition' and 'Apply PixelPonder'.",
+}
+
+
+BASES = (("recipe", "base"), ("recipe", "control_from"), ("model", "stage_c"), ("model", "guide"))
+
+
+def card(folder: Path, settings: config.Config, step: int, files: list[Path]) -> str:
+    """A model card in Markdown: what the files are, how to use them, how they were made. It names no folder of the
+    machine, and of data and base the last part of the name alone."""
+    s, name = settings, settings.name
+    losses = [one for one in read_log(folder) if "validation_loss" in one and one["step"] <= step]
+    lines = [f"# {name}", "", f"Trained with PixStack's recipe `{s.recipe.name}`, step {step} of {s.steps}."]
+    stands_on = [path for path in (s.init_from, *(getattr(getattr(s, section), key, "")
+                                                   for section, key in BASES)) if path]
+    if stands_on := list(dict.fromkeys(f"`{Path(path).name}`" for path in stands_on)):
+        lines[-1] += (f" It stands on {' and '.join(stands_on)}, whose licence"
+                      f"{'s apply' if len(stands_on) > 1 else ' applies'}.")
+    lines += ["", "## Files", "", *(f"- `{f.parent.name}/{f.name}`, {size_of(f)}. "
+                                    f"{USE.get(s.recipe.name, USE.get(f.parent.name, ''))}" for f in files)]
+    if (sheet := samples(folder, step)) is not None:
+        prompts = [f"{i + 1}. {unplaced(prompt)}" for i, prompt in enumerate(s.samples.prompts)]
+        lines += ["", "## Samples", "", f"![samples]({files[0].stem}.png)", "", *prompts, "",
+                  f"At step {int(sheet.stem)}, {s.samples.steps} steps, cfg {s.samples.cfg:g}, seed {s.samples.seed}."]
+    facts = {"data": f"`{Path(s.data.path).name}`", "resolution": s.data.resolution, "batch size": s.batch_size,
+             "optimizer": s.optimizer.name, "rate": s.optimizer.rate, "precision": s.precision, "seed": s.seed,
+             "average": s.ema.decay or "none", **{k: unplaced(v) for k, v in vars(s.recipe).items()}}
+    if losses:
+        facts["validation loss"] = f"{losses[-1]['validation_loss']:.5f} at step {losses[-1]['step']}"
+    if "adapter" in find(s.recipe.name).sections and getattr(s.recipe, "lora", True):
+        facts |= {f"adapter {k}": v for k, v in vars(s.adapter).items()}
+    facts |= chosen(s)
+    lines += ["", "## Training", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())]
+    return "\n".join(lines) + "\n"
+
+
+def chosen(settings: config.Config) -> dict[str, object]:
+    """What else shaped the result and is not as it is by default: "section.key" -> value."""
+    told = {"data.path", "data.resolution", "optimizer.name", "optimizer.rate", "ema.decay", "model.stage_c",
+            "model.guide"}
+    found = {}
+    for section in ("model", "data", "text", "vae", "optimizer", "ema", "memory"):
+        part = getattr(settings, section)
+        plain = vars(type(part)())
+        found |= {name: unplaced(value) for key, value in vars(part).items() if value != plain[key]
+                  and (name := f"{section}.{key}") not in told | MAY_CHANGE}
+    return found
+
+
+def size_of(file: Path) -> str:
+    size = file.stat().st_size
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def unplaced(value):
+    """A setting without the folders of a file that it names, here or where the run was."""
+    if isinstance(value, list):
+        return [unplaced(v) for v in value]
+    if not isinstance(value, str) or "/" not in value.replace(os.sep, "/"):
+        return value
+    path = Path(value).expanduser()
+    return path.name if path.is_absolute() or " " not in value or path.exists() else value  # else it is a sentence
+
+
+def samples(folder: Path, step: int) -> Path | None:
+    """The newest sheet of samples up to a step."""
+    found = [p for p in (folder / "samples").glob("*.png") if p.stem.isdigit() and int(p.stem) <= step]
+    return max(found, default=None)
+
+
+def write_card(folder: Path, out: Path, files: list[Path], step: int | None = None) -> list[Path]:
+    """Writes out/NAME.md and, where the run drew some, out/NAME.png. files: what `export` wrote."""
+    settings = config.parse(json.loads((folder / "config.json").read_text(encoding="utf-8")), (), str(folder), False)
+    step = int(checkpoints(folder)[-1].name) if step is None else step
+    written = [out / f"{files[0].stem}.md"]
+    write_whole(written[0], card(folder, settings, step, files))
+    if (sheet := samples(folder, step)) is not None:
+        written.append(out / f"{files[0].stem}.png")
+        shutil.copyfile(sheet, written[1])
+    return written
+
+
+def stored(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """As it is written. A LoRA's alpha, one number, stays as it is: rounded it would be another strength. In fp8 are
+    the matrices of blocks and the kernels of a VAE's encoder alone, the rest in bf16: on the small FLUX of emoji that
+    costs less than a third of what it costs to round everything."""
+    if not tensor.is_floating_point() or not tensor.ndim:
+        return tensor
+    if dtype == "fp8" and (tensor.ndim == 1 or not any(part in name for part in IN_FP8)):
+        return tensor.to(torch.bfloat16)
+    limit = torch.finfo(DTYPES[dtype]).max
+    return tensor.clamp(-limit, limit).to(DTYPES[dtype])  # what is beyond becomes NaN in fp8
+
+
+def export(folder: Path, out: Path, name: str, dtype: str = "bf16", step: int | None = None, weights: str = "ema"):
+    """Writes the files of the recipe, for PixelFlow out/diffusion_models/NAME_RESOLUTION.safetensors, and
+    out/text_encoders/NAME_t5.safetensors where an encoder was trained. Returns their paths."""
+    recipe, settings, step = open_run(folder, step, weights)
+    written = []
+    for pattern, (tensors, metadata) in recipe.files().items():
+        path = out / pattern.format(name=name)
+        origin = {"pixstack.run": json.dumps({"name": settings.name, "step": step, "weights": weights})}
+        tensors = {k: stored(k, v, dtype) for k, v in tensors.items()}
+        state_dict.write_file(path, tensors, {**metadata, **origin})
+        written.append(path)
+    return written

