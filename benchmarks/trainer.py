@@ -91,7 +91,7 @@ def ours(args, case: str):
 def peer(args, case: str):
     import torch
     from pixstack.models_impl.pixart.checkpoint import to_diffusers
-    from pixstack.trainer.features.encoders import hide_broken_torchvision
+    from pixstack.trainer.libraries import hide_broken_torchvision
 
     hide_broken_torchvision()
     from diffusers import DDPMScheduler, PixArtTransformer2DModel

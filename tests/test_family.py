@@ -8,7 +8,7 @@ import torch
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
 from pixstack.models_impl.state_dict import read_file, write_file
-from pixstack.trainer.export import export
+from pixstack.trainer.export import exporting
 from pixstack.trainer.recipes.pixart.controlnet import shaped
 from tiny_family import SIDE
 
@@ -222,7 +222,7 @@ def test_the_storage_of_a_small_flux_may_be_chosen(family, dtype, kind):
 def test_an_export_in_fp8_loads_as_what_it_holds(family, name, folder):
     tensors, metadata = read_file(Path(getattr(family, name).path))
     file = f"tiny_family_{name}_fp8.safetensors"
-    rounded = {key: export.stored(key, value, "fp8") for key, value in tensors.items()}
+    rounded = {key: exporting.stored(key, value, "fp8") for key, value in tensors.items()}
     write_file(family.models / folder / file, rounded, metadata)
     key, wanted = next((k, v) for k, v in rounded.items() if v.dtype == torch.float8_e4m3fn)
     if name == "pixart":

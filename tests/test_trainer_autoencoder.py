@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from pixstack.models_impl.annotators import hed
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import cli, config
+from pixstack.trainer import config
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data import loader, pictures
-from pixstack.trainer.export import export
-from pixstack.trainer.features import encoders, taesd
-from pixstack.trainer.training import build, run
+from pixstack.trainer.export import exporting
+from pixstack.trainer.features import taesd, vaes
+from pixstack.trainer.training import build, checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"recipe": {"name": "autoencoder"}, "precision": "fp32", "steps": 6, "batch_size": 4, "save_every": 3,
@@ -68,7 +69,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, tmp_path):
     tiny_run.train(broken, interrupt)
     tiny_run.train(broken)
     for name in ("model", "ema", "optimizer"):
-        one, other = (run.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
+        one, other = (checkpoints.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
                       for n in ("unbroken", "broken"))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert tiny_pixart.log(tmp_path / "unbroken") == tiny_pixart.log(tmp_path / "broken")
@@ -128,7 +129,7 @@ def test_latents_of_an_export_have_unit_variance_where_a_model_sees_them(path, t
         recipe.square.copy_(recipe.net.encode(batch.pictures.float() / 127.5 - 1).latents.square().mean())
     ((tensors, metadata),) = recipe.files().values()
     write_file(tmp_path / "vae.safetensors", tensors, metadata)
-    vae = encoders.FrozenVae(str(tmp_path / "vae.safetensors"))
+    vae = vaes.FrozenVae(str(tmp_path / "vae.safetensors"))
     latent = (vae.encode(batch.pictures, "cpu")["mean"] - 0.1159) * 0.3611
     torch.testing.assert_close(latent.square().mean(), torch.tensor(1.0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(vae.decode(vae.encode(batch.pictures, "cpu")["mean"]), recipe.again(batch.pictures),
@@ -136,9 +137,9 @@ def test_latents_of_an_export_have_unit_variance_where_a_model_sees_them(path, t
 
 
 def test_an_export_is_where_another_run_may_start(path, trained, tmp_path):
-    (file,) = export.export(trained, tmp_path, "vae", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "vae", dtype="fp32")
     made = settings(path, tmp_path / "run", f"init_from={file}", "model.latent_channels=16")
-    average = run.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
+    average = checkpoints.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
     recipe, _ = recipe_of(made)
     assert all(torch.equal(value, average[f"net.{key}"]) for key, value in recipe.net.state_dict().items())
     with pytest.raises(ValueError, match="has 16 latent channels, model.latent_channels=4"):
@@ -156,9 +157,9 @@ def test_samples_show_pictures_beside_what_becomes_of_them(path, trained, tmp_pa
 def test_core_loads_an_export_as_a_vae(path, trained, host):
     from importlib import import_module
 
-    (file,) = export.export(trained, Path(host.models), "tiny_autoencoder", dtype="fp32")
+    (file,) = exporting.export(trained, Path(host.models), "tiny_autoencoder", dtype="fp32")
     vae = import_module("nodes").VAELoader().load_vae(file.name)[0]
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     shown = pictures.tensor(Image.open(path.parent / "images/red_card.png"))[None]
     latent = vae.encode(shown.movedim(1, -1) / 255)
     assert latent.shape == (1, 16, 2, 2)

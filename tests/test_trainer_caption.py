@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from pixstack.trainer import cli
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.config import Data
 from pixstack.trainer.data import caption, layouts, loader
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -7,7 +7,7 @@ import pytest
 import tiny_pixart
 import tiny_run
 from PIL import Image
-from pixstack.trainer import cli
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.config import Data
 from pixstack.trainer.data import doctor, pictures
 from pixstack.trainer.data.layouts import Item

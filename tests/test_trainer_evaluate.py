@@ -9,8 +9,9 @@ from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.annotators.canny import canny
 from pixstack.models_impl.annotators.hed import HED, HEDConfig
-from pixstack.trainer import cli, config
-from pixstack.trainer.evaluation import evaluate, metrics
+from pixstack.trainer import config
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.evaluation import metrics, retrieval
 from torch import nn
 
 
@@ -266,7 +267,7 @@ def of_a_run(folder, sizes, **settings):
                 "split": ("held_out", "train")[i % 2]} for i in range(len(sizes))]
     (folder / "data.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     made = config.Config(data=config.Data(path=str(folder / "data.jsonl"), resolution=32, crop="centre", **settings))
-    return evaluate.evaluate(Painter(), made, folder / "data.jsonl")
+    return retrieval.evaluate(Painter(), made, folder / "data.jsonl")
 
 
 @pytest.mark.parametrize("settings", [{}, {"buckets": "area", "bucket_multiple": 8}, {"conditions": ["depth"]}])

@@ -12,9 +12,9 @@ from pixstack.models_impl.flux import checkpoint, sampling
 from pixstack.models_impl.flux.model import pack, unpack
 from pixstack.trainer import config
 from pixstack.trainer.data import loader
-from pixstack.trainer.export import export
+from pixstack.trainer.export import exporting
 from pixstack.trainer.recipes.flux import task
-from pixstack.trainer.training import build, run
+from pixstack.trainer.training import build, checkpoints
 
 MODEL = {"hidden": 128, "heads": 1, "mlp_hidden": 512, "depth": 1, "single_depth": 1, "pooled_dim": 8}
 
@@ -106,7 +106,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, vae, tmp_path):
     tiny_run.train(broken, interrupt)
     tiny_run.train(broken)
     for name in ("model", "ema", "optimizer"):
-        one, other = (run.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
+        one, other = (checkpoints.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
                       for n in ("unbroken", "broken"))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert tiny_pixart.log(tmp_path / "unbroken") == tiny_pixart.log(tmp_path / "broken")
@@ -138,9 +138,9 @@ def test_a_sample_without_distillation_is_guided_by_the_empty_caption(path, vae,
 
 
 def test_an_export_is_where_a_run_may_start_and_what_a_pixelponder_is_trained_on(path, vae, trained, tmp_path):
-    net, text = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    net, text = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
     shape, tensors = checkpoint.read(*state_dict.read_file(net))
-    average = run.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
+    average = checkpoints.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
     assert all(torch.equal(value, average[f"net.{key}"]) for key, value in tensors.items())
     recipe = build.recipe(made := settings(path, tmp_path / "a", vae, f"init_from={net}"), build.collection(made))
     assert all(torch.equal(value, tensors[key]) for key, value in recipe.net.state_dict().items())
@@ -159,8 +159,8 @@ def test_core_flux_predicts_with_an_export_what_the_trainer_predicts(trained, ho
     core, comfy = import_module("nodes"), import_module("comfy")
     for name in ("sample", "samplers", "model_detection", "ldm.flux.model"):
         import_module(f"comfy.{name}")
-    file, _ = export.export(trained, Path(host.models), "tiny_flux_trained", dtype="fp32")
-    recipe, _, _ = export.open_run(trained)
+    file, _ = exporting.export(trained, Path(host.models), "tiny_flux_trained", dtype="fp32")
+    recipe, _, _ = exporting.open_run(trained)
     there = node.SimpleNamespace(comfy=comfy)
     there.model = core.UNETLoader().load_unet(file.name, "default")[0]
     recipe.requires_grad_(False)

@@ -10,11 +10,11 @@ import tiny_ultrapixel
 import torch
 from pixstack.models_impl import lora, state_dict
 from pixstack.models_impl.pixart.lora import names
-from pixstack.trainer import cli
-from pixstack.trainer.export.export import open_run
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.export.exporting import open_run
 from pixstack.trainer.memory import offload, quantization
 from pixstack.trainer.training import build, plan
-from pixstack.trainer.training.run import module_tensors, read_tensors
+from pixstack.trainer.training.checkpoints import module_tensors, read_tensors
 from tiny_pixart import recipe_of
 from torch import nn
 from weights import tiny_hed

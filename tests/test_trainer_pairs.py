@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from pixstack.models_impl.annotators import hed
 from pixstack.models_impl.pixart import sampling
 from pixstack.models_impl.state_dict import read_file, write_file
-from pixstack.trainer import cli
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.config import Data
 from pixstack.trainer.data import layouts
 from pixstack.trainer.features import taesd
 from pixstack.trainer.recipes.pixart import pairs, perceptual
-from pixstack.trainer.training import build, plan, run
+from pixstack.trainer.training import build, checkpoints, plan
 from safetensors.torch import load_file, save_file
 from tiny_pixart import recipe_of
 from torch.nn import functional as F
@@ -379,7 +379,8 @@ def test_a_resumed_run_with_pairs_repeats_the_unbroken_run(made, files, tmp_path
     tiny_run.train(broken, interrupt)
     tiny_run.train(broken)
     one, other = ({f"{file}.{k}": v for file in ("model", "ema", "optimizer")
-                   for k, v in run.read_tensors(tmp_path / n / "checkpoints/00000003" / f"{file}.safetensors").items()}
+                   for k, v in checkpoints.read_tensors(
+                       tmp_path / n / "checkpoints/00000003" / f"{file}.safetensors").items()}
                   for n in ("unbroken", "broken"))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 

@@ -18,7 +18,7 @@ from pixstack.trainer import config
 from pixstack.trainer.distributed import strategy
 from pixstack.trainer.recipes import RECIPES
 from pixstack.trainer.training import optim, plan
-from pixstack.trainer.training.run import read_tensors
+from pixstack.trainer.training.checkpoints import read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 TWO = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]

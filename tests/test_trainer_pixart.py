@@ -9,10 +9,10 @@ import tiny_run
 import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixart import checkpoint, sampling
-from pixstack.trainer.export import export
+from pixstack.trainer.export import cards, exporting
 from pixstack.trainer.features import taesd
 from pixstack.trainer.recipes.pixart.task import Noising
-from pixstack.trainer.training import optim, run
+from pixstack.trainer.training import checkpoints, optim
 from pixstack.trainer.training.noise import batch_noise
 from tiny_pixart import recipe_of
 
@@ -261,7 +261,7 @@ def test_the_rate_follows_the_batch(made, rule, rate):
 def weights(folder, step=6):
     at = folder / "checkpoints" / f"{step:08d}"
     return {f"{file}.{k}": v for file in ("model", "ema", "optimizer")
-            for k, v in run.read_tensors(at / f"{file}.safetensors").items()}
+            for k, v in checkpoints.read_tensors(at / f"{file}.safetensors").items()}
 
 
 def test_a_resumed_run_repeats_the_unbroken_run(path, parts, tmp_path):
@@ -304,10 +304,10 @@ def test_a_run_writes_sample_pictures(trained):
 
 
 def test_what_was_trained_is_what_is_exported(trained, tmp_path):
-    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
     shape, tensors = checkpoint.read(*state_dict.read_file(file))
     assert (shape.depth, shape.hidden, shape.heads, shape.sample_size, shape.context_dim) == (2, 72, 2, 8, 16)
-    average = run.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
+    average = checkpoints.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
     for key, value in tensors.items():
         assert torch.equal(value, average[f"net.{key}"]), key
 
@@ -315,8 +315,8 @@ def test_what_was_trained_is_what_is_exported(trained, tmp_path):
 def test_an_export_in_fp8_rounds_the_matrices_of_blocks_alone(trained, tmp_path, host):
     from importlib import import_module
 
-    (whole,) = export.export(trained, tmp_path, "whole", dtype="fp32")
-    (file,) = export.export(trained, Path(host.models), "tiny_pixart_fp8", dtype="fp8")
+    (whole,) = exporting.export(trained, tmp_path, "whole", dtype="fp32")
+    (file,) = exporting.export(trained, Path(host.models), "tiny_pixart_fp8", dtype="fp8")
     full, small = (state_dict.read_file(one)[0] for one in (whole, file))
     rounded = {k for k, v in small.items() if v.dtype == torch.float8_e4m3fn}
     assert rounded == {k for k, v in full.items() if v.ndim > 1 and "block" in k}
@@ -330,11 +330,11 @@ def test_an_export_in_fp8_rounds_the_matrices_of_blocks_alone(trained, tmp_path,
 
 
 def test_what_fp8_cannot_hold_is_not_made_nan():
-    assert export.stored("blocks.0.x", torch.tensor([[1e4, -1e4]]), "fp8").float().tolist() == [[448.0, -448.0]]
+    assert exporting.stored("blocks.0.x", torch.tensor([[1e4, -1e4]]), "fp8").float().tolist() == [[448.0, -448.0]]
 
 
 def test_a_model_card_says_how_it_was_made_and_names_no_folder(trained, parts, tmp_path):
-    from pixstack.trainer import cli
+    from pixstack.trainer.cli import main as cli
 
     cli.main(["export", str(trained), "--out", str(tmp_path / "out"), "--name", "tiny", "--card"])
     said = (tmp_path / "out/tiny.md").read_text()
@@ -349,18 +349,18 @@ def test_a_run_too_short_for_a_log_has_its_card(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     (folder / "log.jsonl").unlink(missing_ok=True)
-    files = export.export(folder, tmp_path / "out", "tiny")
-    assert [f.name for f in export.write_card(folder, tmp_path / "out", files)] == ["tiny.md", "tiny.png"]
+    files = exporting.export(folder, tmp_path / "out", "tiny")
+    assert [f.name for f in cards.write_card(folder, tmp_path / "out", files)] == ["tiny.md", "tiny.png"]
 
 
 def test_comfyui_predicts_with_an_export_what_the_trainer_predicts(trained, host):
     from importlib import import_module
 
-    (file,) = export.export(trained, Path(host.models), "tiny_pixart_full", dtype="fp32")
+    (file,) = exporting.export(trained, Path(host.models), "tiny_pixart_full", dtype="fp32")
     nodes = import_module("nodes").NODE_CLASS_MAPPINGS
     model = nodes["PixStack_PixArtLoader"].execute(
         model_name=file.name, variant="auto", prediction="auto", positions="auto", weights="ema", dtype="fp32").args[0]
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([321.0]), torch.randn(1, 5, 16)
     with torch.no_grad():
         theirs = model.model.diffusion_model(x, t, context)
@@ -369,14 +369,14 @@ def test_comfyui_predicts_with_an_export_what_the_trainer_predicts(trained, host
 
 
 def test_the_noise_of_a_sample_does_not_depend_on_the_pictures_beside_it(trained):
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     both = recipe.sample(["red card", "blue square"], 64, 64, 2, 1.0, 4.5, 3)
     second = recipe.sample(["blue square"], 64, 64, 2, 1.0, 4.5, 4)
     torch.testing.assert_close(both[1:], second, rtol=1e-3, atol=1e-3)
 
 
 def test_a_dry_run_says_what_would_happen(path, parts, tmp_path, capsys):
-    from pixstack.trainer import cli
+    from pixstack.trainer.cli import main as cli
 
     raw = {"recipe": {"name": "pixart"}, "data": {"path": str(path), **tiny_pixart.IMAGE}, **parts,
            "model": {"depth": 2, "hidden": 72, "heads": 2}}

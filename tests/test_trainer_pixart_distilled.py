@@ -16,13 +16,13 @@ from adapters.pixart_sampling import toy
 from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixart import checkpoint, sampling
-from pixstack.trainer import cli
-from pixstack.trainer.data import loader
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.data import loader, sheets
 from pixstack.trainer.data.pictures import tensor
-from pixstack.trainer.export import export
+from pixstack.trainer.export import exporting
 from pixstack.trainer.features import cache
 from pixstack.trainer.recipes.pixart.controlnet import shaped
-from pixstack.trainer.training import build, optim, run
+from pixstack.trainer.training import build, checkpoints, optim
 from pixstack.trainer.training.ema import Ema
 from tiny_pixart import recipe_of
 from weights import tiny_hed
@@ -262,7 +262,7 @@ def trained(path, parts, base, annotator, tmp_path_factory):
 
 
 def test_a_controlnet_run_draws_after_its_hint(trained):
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     with_hint = recipe.sample(["red card"], 64, 64, 2, 1.0, 4.5, 0)
     without = recipe.sample(["red card", "red card"], 64, 64, 2, 1.0, 4.5, 0)[:1]
     assert (with_hint - without).abs().max() > 1e-3 and (trained / "samples/00000008.png").exists()
@@ -271,20 +271,20 @@ def test_a_controlnet_run_draws_after_its_hint(trained):
 def test_sample_draws_after_the_edges_of_a_data_sets_pictures(trained, path, tmp_path):
     cli.main(["sample", str(trained), "--data", str(path), "--count", "3", "--out", str(tmp_path / "out"), "--device",
               "cpu"])
-    recipe, config, _ = export.open_run(trained)
+    recipe, config, _ = exporting.open_run(trained)
     items = build.collection(config).train[:3]
     pictures = torch.stack([shaped(i.file, (64, 64)) for i in items])
     given = [i.texts[0] for i in items], 64, 64, config.samples.steps, config.samples.shift, config.samples.cfg, 0
     wanted, free = recipe.sample(*given, conditions={"": pictures}), recipe.sample(*given)
     drawn = [tensor(Image.open(tmp_path / f"out/{i:06d}.png")) for i in range(3)]
-    assert all(torch.equal(d, tensor(w)) for d, w in zip(drawn, run.to_images(wanted), strict=True))
+    assert all(torch.equal(d, tensor(w)) for d, w in zip(drawn, sheets.to_images(wanted), strict=True))
     assert not torch.equal(wanted, free)
 
 
 def test_an_exported_controlnet_is_read_as_it_was_trained(trained, tmp_path):
-    (file,) = export.export(trained, tmp_path, "edges", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "edges", dtype="fp32")
     config, blocks, tensors = checkpoint.read_controlnet(*state_dict.read_file(file))
-    saved = run.read_tensors(trained / "checkpoints/00000008/model.safetensors")
+    saved = checkpoints.read_tensors(trained / "checkpoints/00000008/model.safetensors")
     assert blocks == 1 and config.hidden == 72
     for key, value in tensors.items():
         assert torch.equal(value, saved[f"control.{key}"]), key
@@ -292,7 +292,7 @@ def test_an_exported_controlnet_is_read_as_it_was_trained(trained, tmp_path):
 
 def test_comfyui_draws_with_an_exported_controlnet_what_the_trainer_draws(trained, base, host):
     models = Path(host.models)
-    (file,) = export.export(trained, models, "tiny_trained_edges", dtype="fp32")
+    (file,) = exporting.export(trained, models, "tiny_trained_edges", dtype="fp32")
     (models / "diffusion_models/tiny_control_base.safetensors").write_bytes(base.read_bytes())
     nodes = import_module("nodes").NODE_CLASS_MAPPINGS
 
@@ -312,7 +312,7 @@ def test_comfyui_draws_with_an_exported_controlnet_what_the_trainer_draws(traine
                                                          torch.zeros_like(noise), seed=7)
              for conditioning in (both[:2], [[[text, {}]]] * 2)]
 
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     d = recipe.denoising
     scale = d.shape.latent_scale
     predict = recipe.controlled(scale * hint)
@@ -339,14 +339,14 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(path, parts, base, 
     tiny_run.train(unbroken)
     command = [sys.executable, "-m", "trainer", "train", tiny_pixart.toml(tmp_path, broken)]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while running.poll() is None and len(run.checkpoints(tmp_path / "broken")) < 2:
+    while running.poll() is None and len(checkpoints.checkpoints(tmp_path / "broken")) < 2:
         time.sleep(0.005)
     running.kill()
     running.wait()
-    reached = int(run.checkpoints(tmp_path / "broken")[-1].name)
+    reached = int(checkpoints.checkpoints(tmp_path / "broken")[-1].name)
     assert 2 <= reached < 40
     tiny_run.train(broken)
-    one, other = (run.read_tensors(tmp_path / n / "checkpoints/00000040/ema.safetensors")
+    one, other = (checkpoints.read_tensors(tmp_path / n / "checkpoints/00000040/ema.safetensors")
                   for n in ("unbroken", "broken"))
     assert all(torch.equal(one[k], other[k]) for k in one)
 
@@ -366,7 +366,8 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, parts, base, annotator, tm
     tiny_run.train(broken, interrupt)
     tiny_run.train(broken)
     one, other = ({f"{file}.{k}": v for file in ("model", "ema", "optimizer")
-                   for k, v in run.read_tensors(tmp_path / n / "checkpoints/00000003" / f"{file}.safetensors").items()}
+                   for k, v in checkpoints.read_tensors(
+                       tmp_path / n / "checkpoints/00000003" / f"{file}.safetensors").items()}
                   for n in ("unbroken", "broken"))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert tiny_pixart.log(tmp_path / "unbroken") == tiny_pixart.log(tmp_path / "broken")

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from pixstack.models_impl import lora, state_dict
 from pixstack.models_impl.pixart.lora import names
-from pixstack.trainer import cli
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data import loader as data
-from pixstack.trainer.export import export
+from pixstack.trainer.export import exporting
 from pixstack.trainer.recipes import adapters
 from tiny_pixart import recipe_of
 
@@ -35,7 +35,7 @@ def test_only_the_adapter_learns_and_is_saved(made, tmp_path):
     recipe, _ = tiny_run.train(made("steps=2", "adapter.rank=4"))
     learns = {n for n, p in recipe.named_parameters() if p.requires_grad}
     assert learns and all(".lora_A." in n or ".lora_B." in n for n in learns)
-    from pixstack.trainer.training.run import read_tensors
+    from pixstack.trainer.training.checkpoints import read_tensors
 
     saved = read_tensors(tmp_path / "run/checkpoints/00000002/model.safetensors")
     assert saved.keys() == learns | {"net.y_embedder.y_embedding"}
@@ -126,7 +126,7 @@ def trainers(recipe):
 ])
 def test_comfyui_applies_an_export_at_the_scale_it_was_trained_with(trained, base, host, tmp_path, kind, loader, to):
     models, trained = Path(host.models), trained(kind)
-    (file,) = export.export(trained, models, "tiny_trained", dtype="fp32")
+    (file,) = exporting.export(trained, models, "tiny_trained", dtype="fp32")
     if to:
         cli.main(["convert", str(file), str(models / "loras/tiny_converted.safetensors"), "--to", to, "--overwrite",
                   "--base", str(base)])
@@ -141,7 +141,7 @@ def test_comfyui_applies_an_export_at_the_scale_it_was_trained_with(trained, bas
                                                              alpha=0.0).args[0]
     else:
         applied = nodes["LoraLoaderModelOnly"]().load_lora_model_only(model, file.name, 1.0)[0]
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     wanted = trainers(recipe)
     torch.testing.assert_close(predicted(applied), wanted, rtol=1e-3, atol=1e-4)
     assert (predicted(model) - wanted).abs().max() > 0.02
@@ -215,7 +215,7 @@ def test_a_subject_is_learned_by_a_lora_or_by_all_weights(subject, whole, tmp_pa
     recipe, _ = tiny_run.train(subject(f"recipe.lora={str(not whole).lower()}", "steps=2"))
     learns = [n for n, p in recipe.named_parameters() if p.requires_grad]
     assert all(".lora_" in n for n in learns) != whole
-    (file,) = export.export(tmp_path / "run", tmp_path / "out", "dog")
+    (file,) = exporting.export(tmp_path / "run", tmp_path / "out", "dog")
     assert file.parent.name == ("diffusion_models" if whole else "loras")
 
 

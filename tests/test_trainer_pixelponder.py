@@ -19,14 +19,15 @@ from pixstack.models_impl.pixelponder import checkpoint
 from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectorConfig
 from pixstack.models_impl.pixelponder.model import PixelPonder
 from pixstack.models_impl.pixelponder.patch_select import Accumulate, AsRun
-from pixstack.trainer import cli
+from pixstack.trainer import libraries
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data import loader
-from pixstack.trainer.export import export
-from pixstack.trainer.features import cache, encoders
+from pixstack.trainer.export import cards, exporting
+from pixstack.trainer.features import cache, text_encoders
 from pixstack.trainer.features.hints import chosen
 from pixstack.trainer.recipes.flux import task
 from pixstack.trainer.recipes.pixelponder import recipe as recipes
-from pixstack.trainer.training import build, run
+from pixstack.trainer.training import build, checkpoints
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,11 +239,11 @@ def test_cached_features_give_the_loss_of_the_pictures_themselves(made, tmp_path
 
 
 def test_a_caption_is_read_as_flux_reads_it(parts, tmp_path):
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
     t5, clip = parts["text"]["encoder"], parts["text"]["clip"]
-    text = encoders.FrozenT5(t5, 12, tmp_path, padded=True, clip=clip)
+    text = text_encoders.FrozenT5(t5, 12, tmp_path, padded=True, clip=clip)
     context, mask = text.lookup(["a red card"], "cpu")
     ids = AutoTokenizer.from_pretrained(t5)(["a red card"], padding="max_length", max_length=12,
                                             return_tensors="pt").input_ids
@@ -341,7 +342,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, parts, tmp_path):
     tiny_run.train(broken, interrupt)
     tiny_run.train(broken)
     for name in ("model", "ema", "optimizer"):
-        one, other = (run.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
+        one, other = (checkpoints.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
                       for n in ("unbroken", "broken"))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert not any(key.startswith("base.") for key in one)
@@ -360,7 +361,7 @@ def trained(path, parts, tmp_path_factory):
 
 def test_samples_follow_the_hints_that_are_named(trained, path):
     assert Image.open(trained / "samples/00000008.png").size == (32, 32)
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     named = recipe.sample(["red card"], 32, 32, 2, 1.0, 4.0, 0)
     free = recipe.sample(["red card"] * 2, 32, 32, 2, 1.0, 4.0, 0)[:1]  # not as many as recipe.hints
     conditions = {kind: torch.stack([recipes.pictures.shown(path.parent / f"{kind}_red_card.png", 32, 32)])
@@ -380,7 +381,7 @@ def test_a_finished_run_is_opened_without_the_files_of_its_base(made, parts, tmp
                         f"recipe.hed={tmp_path}/hed.safetensors", f"cache.folder={tmp_path}/cache"))
     for name in ("flux", "hed"):
         (tmp_path / f"{name}.safetensors").unlink()
-    (file,) = export.export(tmp_path / "run", tmp_path / "out", "tiny")
+    (file,) = exporting.export(tmp_path / "run", tmp_path / "out", "tiny")
     assert checkpoint.read(*state_dict.read_file(file))[0].selector
 
 
@@ -416,8 +417,8 @@ def test_comfyui_makes_of_an_export_what_the_trainer_makes(trained, host, path):
     core, comfy = import_module("nodes"), import_module("comfy")
     for name in ("sample", "samplers", "model_detection", "ldm.flux.model"):
         import_module(f"comfy.{name}")
-    (file,) = export.export(trained, Path(host.models), "tiny_trained_ponder", dtype="fp32")
-    recipe, config, _ = export.open_run(trained)
+    (file,) = exporting.export(trained, Path(host.models), "tiny_trained_ponder", dtype="fp32")
+    recipe, config, _ = exporting.open_run(trained)
     recipe.load_base()
     state_dict.write_file(Path(host.models) / "diffusion_models/tiny_trained_flux.safetensors",
                           recipe.base.state_dict())
@@ -451,7 +452,7 @@ def test_comfyui_makes_of_an_export_what_the_trainer_makes(trained, host, path):
 
 
 def test_a_card_names_the_base_and_the_nodes_of_its_family(trained, tmp_path):
-    export.write_card(trained, tmp_path, export.export(trained, tmp_path, "tiny"))
+    cards.write_card(trained, tmp_path, exporting.export(trained, tmp_path, "tiny"))
     card = (tmp_path / "tiny.md").read_text()
     assert "It stands on `flux.safetensors`, whose licence applies." in card
     assert "Load it with 'Load PixelPonder'" in card and "PixArt" not in card

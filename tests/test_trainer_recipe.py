@@ -175,9 +175,10 @@ def test_the_rate_warms_up_then_decays(decay, at_half, at_end):
 @pytest.fixture(scope="module")
 def outside_t5(tmp_path_factory):
     """A T5 as transformers saves one."""
-    from pixstack.trainer.features import encoders, tokenizer
+    from pixstack.trainer import libraries
+    from pixstack.trainer.features import tokenizer
 
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     folder = tmp_path_factory.mktemp("t5")
@@ -218,19 +219,19 @@ def test_a_pixelflow_lora_does_in_comfyui_what_it_does_in_the_trainer(path, tmp_
     from importlib import import_module
     from pathlib import Path
 
-    from pixstack.trainer.export import export
+    from pixstack.trainer.export import exporting
 
     settings, weights = lora_settings(path, tmp_path)
     tiny_run.train(settings)
     models = Path(host.models)
     (models / "diffusion_models/tiny_flow_base.safetensors").write_bytes((tmp_path / "base.safetensors").read_bytes())
-    (file,) = [f for f in export.export(tmp_path / "run", models, "tiny_flow", dtype="fp32") if "loras" in str(f)]
+    (file,) = [f for f in exporting.export(tmp_path / "run", models, "tiny_flow", dtype="fp32") if "loras" in str(f)]
     nodes = import_module("nodes").NODE_CLASS_MAPPINGS
     model = nodes["PixStack_PixelFlowLoader"].execute("tiny_flow_base.safetensors", "ema", "default").args[0]
     model = nodes["LoraLoaderModelOnly"]().load_lora_model_only(model, file.name, 1.0)[0]
     model.patch_model()
     patched = model.model.diffusion_model.state_dict()
-    recipe, _, _ = export.open_run(tmp_path / "run")
+    recipe, _, _ = exporting.open_run(tmp_path / "run")
     for name, layer in adapters.adapted(recipe.diffusion).items():
         whole = layer.base_layer.weight + layer.get_delta_weight("default")
         torch.testing.assert_close(patched[f"{name}.weight"].float(), whole.detach(), rtol=1e-3, atol=1e-3)

@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 import torch
 from PIL import Image
-from pixstack.trainer import cli
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data.layouts import Item
 from pixstack.trainer.evaluation import sample
 

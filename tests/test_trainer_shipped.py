@@ -12,7 +12,8 @@ from pixstack.models_impl.pixelflow import checkpoint as pixelflow_checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import cli, config
+from pixstack.trainer import config
+from pixstack.trainer.cli import main as cli
 from weights import tiny_hed
 
 ROOT = Path(__file__).resolve().parents[1]

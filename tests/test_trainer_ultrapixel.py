@@ -12,9 +12,10 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.ultrapixel import checkpoint, sampling
 from pixstack.models_impl.ultrapixel.guidance import Guide
 from pixstack.models_impl.ultrapixel.model import StageC
-from pixstack.trainer import cli, config
+from pixstack.trainer import config
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data import loader as data
-from pixstack.trainer.export import export
+from pixstack.trainer.export import exporting
 from pixstack.trainer.recipes.ultrapixel import task
 from pixstack.trainer.training import build, optim
 from pixstack.trainer.training.noise import batch_noise
@@ -301,12 +302,12 @@ def test_without_anything_that_makes_pictures_a_sample_says_what_to_name(made):
 
 
 def test_an_exported_guide_does_what_the_trained_one_does(trained, tmp_path):
-    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
     assert file.parent.name == "model_patches"
     shape, tensors = checkpoint.read_guide(*state_dict.read_file(file))
     guide = Guide(shape)
     state_dict.load_into(guide, tensors, "the guide")
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     torch.manual_seed(0)
     x, t, told = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.8]), recipe.denoising.condition(["red card", "a cat"])
     with torch.no_grad():
@@ -323,13 +324,13 @@ def test_comfyui_predicts_with_an_exported_guide_what_the_trainer_predicts(train
     from importlib import import_module
 
     shutil.copy(parts["model"]["stage_c"], host.models / "diffusion_models" / "stage_c_of_the_trainer.safetensors")
-    (file,) = export.export(trained, host.models, "guide_of_the_trainer", dtype="fp32")
+    (file,) = exporting.export(trained, host.models, "guide_of_the_trainer", dtype="fp32")
     core = import_module("nodes")
     net = core.UNETLoader().load_unet("stage_c_of_the_trainer.safetensors", "default")[0].model.diffusion_model.float()
     loader = core.NODE_CLASS_MAPPINGS["PixStack_UltraPixelGuideLoader"]
     guide = loader.execute(guide_name=file.name).args[0].model
     nodes = sys.modules[sys.modules[loader.__module__].ultrapixel.__name__]
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     torch.manual_seed(0)
     x, t, told = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.8]), recipe.denoising.condition(["red card", "a cat"])
     low, kept, no_image = torch.randn(2, 16, 2, 2), torch.full((2,), 0.05), torch.zeros(2, 1, 768)
@@ -352,8 +353,8 @@ def test_a_finished_run_is_exported_where_stage_c_is_not(trained, tmp_path):
     raw = json.loads((tmp_path / "run/config.json").read_text())
     raw["model"]["stage_c"] = "/nowhere/stage_c.safetensors"
     (tmp_path / "run/config.json").write_text(json.dumps(raw))
-    assert export.export(tmp_path / "run", tmp_path / "out", "tiny")[0].is_file()
-    recipe, _, _ = export.open_run(tmp_path / "run")
+    assert exporting.export(tmp_path / "run", tmp_path / "out", "tiny")[0].is_file()
+    recipe, _, _ = exporting.open_run(tmp_path / "run")
     with pytest.raises(ValueError, match="model.stage_c='/nowhere"):
         recipe.sample(["red card"], 128, 128, 2, 1.0, 4.0, 0)
 

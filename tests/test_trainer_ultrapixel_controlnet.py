@@ -16,9 +16,9 @@ from pixstack.models_impl.annotators.canny import canny
 from pixstack.models_impl.ultrapixel import checkpoint
 from pixstack.models_impl.ultrapixel.controlnet import ControlNet
 from pixstack.models_impl.ultrapixel.model import StageC
-from pixstack.trainer import cli
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data import loader
-from pixstack.trainer.export import export
+from pixstack.trainer.export import exporting
 from pixstack.trainer.features import cache
 from tiny_ultrapixel import recipe_of
 
@@ -205,11 +205,11 @@ def test_samples_follow_their_hints(made):
 
 
 def test_core_loads_an_exported_controlnet_and_says_what_the_trained_one_says(trained, host):
-    (file,) = export.export(trained, host.models, "controlnet_of_the_trainer", dtype="fp32")
+    (file,) = exporting.export(trained, host.models, "controlnet_of_the_trainer", dtype="fp32")
     assert file.parent.name == "controlnet"
     shape, tensors = checkpoint.read_controlnet(*state_dict.read_file(file))
     assert (shape.in_channels, shape.blocks, shape.hidden) == (1, tuple(EIGHT), 64)
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     own = ControlNet(shape).eval()
     state_dict.load_into(own, tensors, "the ControlNet")
     core = import_module("nodes").ControlNetLoader().load_controlnet(file.name)[0]
@@ -226,7 +226,7 @@ def test_core_loads_an_exported_controlnet_and_says_what_the_trained_one_says(tr
 def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, trained, tmp_path, capsys):
     words = [f"{section}.{key}={value}" for section, values in parts.items() for key, value in values.items()]
     shutil.copytree(trained, tmp_path / "done")
-    (file,) = export.export(tmp_path / "done", tmp_path / "out", "tiny")
+    (file,) = exporting.export(tmp_path / "done", tmp_path / "out", "tiny")
     Image.new("RGB", (64, 64)).save(tmp_path / "hint.png")
     cli.main(["train", "recipes/ultrapixel/ultrapixel_controlnet.toml", "--dry-run", *words, f"init_from={file}",
               "data.kind=jsonl", f"data.path={path}", f"cache.folder={tmp_path / 'cache'}", f"out={tmp_path}/run",

@@ -14,10 +14,11 @@ from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.ultrapixel import checkpoint, lora
 from pixstack.models_impl.ultrapixel.model import StageC
-from pixstack.trainer import cli
+from pixstack.trainer import libraries
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data import loader
-from pixstack.trainer.export import export
-from pixstack.trainer.features import encoders
+from pixstack.trainer.export import exporting
+from pixstack.trainer.features import text_encoders
 from tiny_ultrapixel import recipe_of
 
 PLAIN = {"name": "ultrapixel_lora"}
@@ -151,7 +152,7 @@ def test_a_word_begins_as_the_mean_of_the_words_of_its_pattern(personal):
 
 
 def test_the_tokens_are_those_before_the_last_norm_and_the_end_token_fills_up(parts, tmp_path):
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import CLIPTextModelWithProjection, CLIPTokenizerFast
 
     folder = parts["text"]["encoder"]
@@ -161,7 +162,7 @@ def test_the_tokens_are_those_before_the_last_norm_and_the_end_token_fills_up(pa
     mask = (torch.arange(77) < len(row)).long()[None]
     with torch.no_grad():
         found = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    text = encoders.FrozenClip(folder, tmp_path)
+    text = text_encoders.FrozenClip(folder, tmp_path)
     said, pooled = text.lookup(["a red cat"], "cpu")
     torch.testing.assert_close(said, found.hidden_states[-1], rtol=1e-2, atol=1e-2)  # kept in bf16
     torch.testing.assert_close(pooled, found.text_embeds, rtol=1e-2, atol=1e-2)
@@ -269,9 +270,9 @@ def same_prediction(recipe, net, caption, change):
 
 
 def test_an_exported_personalisation_does_what_the_trained_one_does(trained, tmp_path):
-    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
     assert file.parent.name == "loras"
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     net, found = merged(recipe, file)
     assert (found.token, found.base, found.token_rows) == ("[mycat]", "^cat</w>", [recipe.text.word_row])
     torch.testing.assert_close(found.token_change, recipe.change)
@@ -284,7 +285,7 @@ def test_an_exported_personalisation_does_what_the_trained_one_does(trained, tmp
 
 @pytest.mark.parametrize("to", ["original", "kohya", "comfyui"])
 def test_convert_takes_the_file_to_every_format_and_back(trained, tmp_path, to):
-    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
     cli.main(["convert", str(file), str(tmp_path / "there.safetensors"), "--to", to])
     base = ["--base", json.loads((trained / "config.json").read_text())["model"]["stage_c"]]
     cli.main(["convert", str(tmp_path / "there.safetensors"), str(tmp_path / "back.safetensors"), *base])
@@ -300,8 +301,8 @@ def test_convert_takes_the_file_to_every_format_and_back(trained, tmp_path, to):
 
 
 def test_a_run_goes_on_from_an_export(trained, personal, tmp_path):
-    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
-    old, _, _ = export.open_run(trained)
+    (file,) = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
+    old, _, _ = exporting.open_run(trained)
     new, _ = recipe_of(personal(f"init_from={file}", "recipe.alpha=2.0"))
     assert torch.equal(new.change, old.change)
     for name in old.layers:
@@ -325,7 +326,7 @@ def clip_g_for_both(host, folder):
     import cascade_weights
     import comfy
 
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     file = host.models / "text_encoders" / "clip_g_of_the_trainer.safetensors"
@@ -374,11 +375,11 @@ def test_comfyui_reads_captions_and_the_learned_word_as_the_trainer_does(parts, 
 
 def test_cores_lora_loader_takes_the_file_and_draws_as_the_trainer_does(trained, parts, host):
     shutil.copy(parts["model"]["stage_c"], host.models / "diffusion_models" / "stage_c_of_the_lora.safetensors")
-    (file,) = export.export(trained, host.models, "cat_of_the_trainer", dtype="fp32")
+    (file,) = exporting.export(trained, host.models, "cat_of_the_trainer", dtype="fp32")
     core = import_module("nodes")
     model = core.UNETLoader().load_unet("stage_c_of_the_lora.safetensors", "default")[0]
     patched = core.LoraLoaderModelOnly().load_lora_model_only(model, file.name, 1.0)[0]
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     assert len(patched.patches) == 2 * len(recipe.layers)  # out_proj, and in_proj in three parts
     patched.patch_model()
     net = patched.model.diffusion_model.float()

@@ -7,9 +7,9 @@ from pixstack.models_impl.pixart import checkpoint
 from pixstack.models_impl.pixart.config import PixArtConfig
 from pixstack.models_impl.pixart.model import PixArt
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import config
+from pixstack.trainer import config, libraries
 from pixstack.trainer.data import loader
-from pixstack.trainer.features import encoders, tokenizer
+from pixstack.trainer.features import tokenizer
 from pixstack.trainer.training import build
 from safetensors import safe_open
 from tiny_run import COLOURS, SETTINGS
@@ -21,7 +21,7 @@ IMAGE = {"resolution": 64, "crop": "none"}
 
 def t5(folder, width=WIDTH):
     """As transformers saves one."""
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     made = tokenizer.train([f"a {c} {s}" for c in COLOURS for s in ("square", "card")], 60)
@@ -35,7 +35,7 @@ def t5(folder, width=WIDTH):
 
 def vae(folder, latent_channels=4):
     """As diffusers saves one: eight pixels along a side of a latent cell."""
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

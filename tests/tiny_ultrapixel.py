@@ -13,11 +13,10 @@ from pixstack.models_impl.ultrapixel.model import StageC
 from pixstack.models_impl.ultrapixel.previewer import Previewer
 from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.models_impl.ultrapixel.stage_b import StageB
-from pixstack.trainer import config
+from pixstack.trainer import config, libraries
 from pixstack.trainer.data import loader
-from pixstack.trainer.features import encoders
-from pixstack.trainer.recipes.ultrapixel.task import FrozenEffnet
-from pixstack.trainer.training import build, run
+from pixstack.trainer.recipes.ultrapixel.encoders import FrozenEffnet
+from pixstack.trainer.training import build, checkpoints
 from safetensors import safe_open
 from torch import nn
 
@@ -85,7 +84,7 @@ def remembered():
 
 def clip(folder, width=C.text_dim, pooled=C.pooled_dim):
     """As transformers saves CLIP-G's text tower and its tokenizer: letters, and the words that tests use."""
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +112,7 @@ def clip(folder, width=C.text_dim, pooled=C.pooled_dim):
 
 def vision(folder):
     """As transformers saves CLIP-L's image tower."""
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
@@ -166,7 +165,7 @@ def case(name):
 def weights(folder, step=6):
     at = folder / "checkpoints" / f"{step:08d}"
     return {f"{file}.{k}": v for file in ("model", "ema", "optimizer")
-            for k, v in run.read_tensors(at / f"{file}.safetensors").items()}
+            for k, v in checkpoints.read_tensors(at / f"{file}.safetensors").items()}
 
 
 def toml(folder, made):

@@ -517,7 +517,7 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
             if fits:
                 good[key] = value
             else:
-                problems.append(f"{full}={value!r} should be {describe(kind)}.")
+                problems.append(f"{full}={value!r} should be {in_words(kind)}.")
     try:
         return cls(**good)
     except (TypeError, ValueError) as error:
@@ -544,11 +544,11 @@ def convert(value, kind):
     return value, isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def describe(kind) -> str:
+def in_words(kind) -> str:
     if typing.get_origin(kind) is list:
         return f"a list of {typing.get_args(kind)[0].__name__}"
     if typing.get_args(kind):
-        return " or ".join(describe(k) for k in typing.get_args(kind) if k is not type(None))
+        return " or ".join(in_words(k) for k in typing.get_args(kind) if k is not type(None))
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(kind, str(kind))
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ...models_impl import state_dict
-from ..training.run import write_whole
+from ..files import write_whole
 from .layouts import Found, Item, listed
 from .pictures import decode
 
@@ -36,7 +36,7 @@ class Captioner:
         """Raises ValueError if transformers reads no vision-language model there. Nothing is downloaded."""
         if not Path(folder).is_dir():
             raise ValueError(f"--model {folder}: there is no such folder.")
-        from ..features.encoders import hide_broken_torchvision
+        from ..libraries import hide_broken_torchvision
 
         hide_broken_torchvision()
         from transformers import AutoModelForImageTextToText, AutoProcessor

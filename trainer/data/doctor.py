@@ -187,12 +187,12 @@ def tokens_of(path: Path) -> Tokens:
 
 
 def tokens_of_recipe(config: Config) -> Tokens:
-    from ..features import encoders
+    from ..features import text_encoders
 
     found = loader.read(config.data, need="", strict=False)
-    text = encoders.make(config, [t for i in found.train for t in (*i.texts, *i.tags)], None)
-    limits = (text.places if isinstance(text, encoders.FrozenClip) else config.text.max_length,)
-    if isinstance(text, encoders.FROZEN):
+    text = text_encoders.make(config, [t for i in found.train for t in (*i.texts, *i.tags)], None)
+    limits = (text.places if isinstance(text, text_encoders.FrozenClip) else config.text.max_length,)
+    if isinstance(text, text_encoders.FROZEN):
         read = clean_caption if getattr(text, "clean", False) else str
         return Tokens(lambda caption: len(text.tokens(read(caption), verbose=False).input_ids), True, limits)
     text.tokenizer.no_truncation()

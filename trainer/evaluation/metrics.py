@@ -89,7 +89,7 @@ def inception(path: Path, device):
 def clip_scores(folder: Path, device):
     """A function (pictures (B, 3, H, W) uint8, captions) -> (B,): 100 times the cosine, by any CLIP that transformers
     reads (arXiv 2104.08718 without its factor of 2.5)."""
-    from ..features.encoders import hide_broken_torchvision
+    from ..libraries import hide_broken_torchvision
 
     hide_broken_torchvision()
     from transformers import AutoProcessor, CLIPModel

@@ -23,7 +23,8 @@ from ..config import Config
 from ..data import layouts
 from ..data.layouts import Item
 from ..data.pictures import shown
-from ..training.run import to_images, write_whole
+from ..data.sheets import to_images
+from ..files import write_whole
 
 NOTES = "samples.json"
 

@@ -20,7 +20,7 @@ from ...models_impl.pixelflow import checkpoint as pixelflow_checkpoint
 from ...models_impl.ultrapixel import checkpoint as ultrapixel_checkpoint
 from ...models_impl.ultrapixel import lora as ultrapixel_lora
 from ...models_impl.ultrapixel.config import GuideConfig, StageAConfig
-from .export import DTYPES
+from .exporting import DTYPES
 
 KINDS = ("auto", "model", "controlnet", "lora")
 FORMATS = ("original", "diffusers", "comfyui", "kohya")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...models_impl.annotators import hed
 from ...models_impl.annotators.canny import edges as canny
-from .cache import Store, fingerprint
+from .store import Store, fingerprint
 
 CANNY = 100, 200  # thresholds of the release (util.py:38-95 of chfyfr/PixelPonder@3326c73)
 ANNOTATORS = ("canny", "hed")

@@ -29,7 +29,7 @@ class Taesd(nn.Module):
     """
 
     def __init__(self, latent_channels: int = 4):
-        from .encoders import hide_broken_torchvision
+        from ..libraries import hide_broken_torchvision
 
         hide_broken_torchvision()
         from diffusers import AutoencoderTiny

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...models_impl import lora
 from ..config import Adapter, nearest
-from ..features.encoders import hide_broken_torchvision
+from ..libraries import hide_broken_torchvision
 from ..memory.quantization import FewBits
 
 NAME = "default"  # of the one adapter, in peft's names

@@ -9,9 +9,10 @@ from torch import nn
 
 from ..config import Config
 from ..data import loader
-from ..features import encoders
+from ..features import text_encoders
+from ..files import write_whole
 from ..recipes import PICTURES_ALONE, find
-from .run import checkpoints, write_whole
+from .checkpoints import checkpoints
 
 TOKENIZER, FACTS = "tokenizer.json", "facts.json"
 
@@ -31,7 +32,7 @@ def recipe(config: Config, found: loader.Collection, folder: Path | None = None)
     """What is trained, at its start. The weights depend on the seed alone."""
     torch.manual_seed(config.seed)
     words = [text for i in found.train for text in (*i.texts, *i.tags)]
-    text = encoders.make(config, words + [t.replace("{}", "") for t in config.data.templates], folder)
+    text = text_encoders.make(config, words + [t.replace("{}", "") for t in config.data.templates], folder)
     classes = len(found.classes) or 1 + max(i.label for i in found.train)
     if need(config) == "classes" and (unknown := [c for c in config.samples.classes if not 0 <= c < classes]):
         raise ValueError(f"samples.classes names {', '.join(map(str, unknown))}, and the data have the classes 0 to "
@@ -45,7 +46,7 @@ def recipe(config: Config, found: loader.Collection, folder: Path | None = None)
 def write_facts(folder: Path, recipe: nn.Module, found: loader.Collection):
     """What a run must know to be opened without its data, and of those whether they are still the same."""
     facts = {"network": recipe.network(), "classes": found.classes, "data": loader.identity(found)}
-    if recipe.text is not None and not isinstance(recipe.text, encoders.FROZEN):
+    if recipe.text is not None and not isinstance(recipe.text, text_encoders.FROZEN):
         facts["text"] = {**recipe.text.config, "max_length": recipe.text.max_length}
         write_whole(folder / TOKENIZER, recipe.text.tokenizer.to_str(pretty=True))
     write_whole(folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
@@ -64,5 +65,5 @@ def other_data(folder: Path, found: loader.Collection) -> str:
 def reopened(config: Config, folder: Path) -> nn.Module:
     """The recipe of a run folder, its weights still to be loaded."""
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    text = encoders.make(config, [], folder, facts if config.text.learn else None)
+    text = text_encoders.make(config, [], folder, facts if config.text.learn else None)
     return find(config.recipe.name)(config, text, len(facts["classes"]), facts["network"])

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from ..config import Config
 from ..data import loader
 from ..data.pictures import Picture
-from ..features import encoders
+from ..features import text_encoders
 from ..features.hints import Hints
 from .optim import is_matrix
 
@@ -212,7 +212,7 @@ def of_a_step(config: Config, found: loader.Collection, recipe: nn.Module, parts
         imagine(net, clock)
     for reader in recipe.encoders:
         reader.encode = encoding(reader, clock, counted=not config.cache.folder)
-    if isinstance(recipe.text, encoders.FROZEN):
+    if isinstance(recipe.text, text_encoders.FROZEN):
         imagine_text(recipe, clock)
     part = parts[0][:AT_MOST]
     with clock:
@@ -271,7 +271,7 @@ def imagine_text(recipe: nn.Module, clock: Clock):
 
     def lookup(captions, device, *change):
         B = len(captions)
-        if isinstance(text, encoders.FrozenClip):
+        if isinstance(text, text_encoders.FrozenClip):
             return empty(B, text.places, text.width), empty(B, text.pooled_width)
         return empty(B, text.max_length, text.width), empty(B, text.max_length, dtype=torch.bool)
 

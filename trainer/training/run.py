@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -14,19 +13,18 @@ import sys
 import time
 import uuid
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from PIL import Image
-from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
-from ...models_impl import state_dict
 from ..config import Config, as_dict, differences, parse
 from ..data import loader
 from ..data.pictures import Pictures
-from ..distributed import fsdp2, strategy
+from ..data.sheets import sheet
+from ..distributed import strategy
+from ..files import flush, write_whole
+from .checkpoints import checkpoints, module_tensors, read_tensors, restore_module, write_tensors
 
 MAY_CHANGE = {"name", "out", "resume", "init_from", "device", "threads", "compile", "checkpoint_activations",
               "micro_batch_size", "save_every", "keep", "log_every", "log", "samples", "validation",
@@ -235,77 +233,3 @@ class Run:
         for one in (self.bar, self.writer):
             if one is not None:
                 one.close()
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in (folder / "checkpoints").glob("*") if p.name.isdigit() and (p / "state.json").exists())
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The lines of a run's log.jsonl; a run shorter than log_every has none."""
-    path = folder / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may have cut the last one
-
-
-def module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What learns, and what is counted along with it; frozen weights stay where they came from."""
-    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    return {name: fsdp2.whole(value) for name, value in module.state_dict().items() if name not in frozen}
-
-
-def restore_module(module: nn.Module, tensors: dict[str, torch.Tensor]):
-    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    own = {name: value for name, value in module.state_dict().items() if name not in frozen}
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())
-        raise ValueError(f"The checkpoint is of another model: {len(odd)} names differ ({', '.join(odd[:3])} ...).")
-    with torch.no_grad():
-        for name, value in own.items():
-            fsdp2.local(value).copy_(fsdp2.local(fsdp2.part(tensors[name], value)))
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
-    seen, whole = {}, {}
-    for name, value in tensors.items():  # safetensors refuses shared memory; a tied weight is written once
-        place = (value.data_ptr(), value.shape)
-        if value.numel() and place in seen:
-            continue
-        seen[place] = name
-        whole[name] = value.detach().contiguous()
-    tied = {n: seen[(v.data_ptr(), v.shape)] for n, v in tensors.items() if n not in whole}
-    state_dict.save(whole, path, {"tied": json.dumps(tied)})
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        tied = json.loads((file.metadata() or {}).get("tied", "{}"))
-    return {**tensors, **{name: tensors[other] for name, other in tied.items()}}
-
-
-def write_whole(path: Path, text: str):
-    """At once or not at all: a process that reads meanwhile, or a killed one, finds no half of it."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def flush(path: Path):
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def sheet(pictures: torch.Tensor, columns: int = 0, gap: int = 2) -> Image.Image:
-    """(B, 3, H, W) in [-1, 1] -> one picture."""
-    B, _, H, W = pictures.shape
-    columns = columns or math.ceil(math.sqrt(B))
-    page = Image.new("RGB", (columns * (W + gap) - gap, math.ceil(B / columns) * (H + gap) - gap), "white")
-    for i, picture in enumerate(to_images(pictures)):
-        page.paste(picture, (i % columns * (W + gap), i // columns * (H + gap)))
-    return page
-
-
-def to_images(pictures: torch.Tensor) -> list[Image.Image]:
-    arrays = ((pictures.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(a) for a in arrays]

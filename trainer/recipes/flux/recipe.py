@@ -17,7 +17,7 @@ from ....models_impl.flux import checkpoint, sampling
 from ....models_impl.flux.config import FluxConfig
 from ....models_impl.flux.model import Flux
 from ...config import Config
-from ...features import encoders
+from ...features import text_encoders
 from . import task
 
 
@@ -66,7 +66,7 @@ class Recipe(nn.Module):
         """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
         super().__init__()
         self.settings, self.config, self.text = config.recipe, config, text
-        shape, tensors = (FluxConfig.from_dict(network), {}) if network else start(config, encoders.width(text))
+        shape, tensors = (FluxConfig.from_dict(network), {}) if network else start(config, text_encoders.width(text))
         self.net = Flux(shape)
         if tensors:
             state_dict.load_into(self.net, tensors, f"FLUX ({config.init_from})")
@@ -147,7 +147,7 @@ class Recipe(nn.Module):
     def files(self) -> dict[str, tuple[dict, dict]]:
         """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
         found = {"diffusion_models/{name}.safetensors": (self.net.state_dict(), checkpoint.metadata(self.net.config))}
-        return found | encoders.files(self.text)
+        return found | text_encoders.files(self.text)
 
 
 def initialise(net: Flux):

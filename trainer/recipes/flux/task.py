@@ -15,7 +15,7 @@ from ....models_impl.flux.config import FluxConfig
 from ....models_impl.flux.model import DoubleStreamBlock, Flux, SingleStreamBlock, pack, positions, rope_table, unpack
 from ...config import Config
 from ...data import buckets
-from ...features import encoders
+from ...features import text_encoders, vaes
 from ...training import plan
 from ...training.noise import VALIDATION, batch_noise, generator, spread
 
@@ -44,8 +44,8 @@ def frozen(file: str, bf16: bool, checkpointed: bool) -> Flux:
     return net.eval().requires_grad_(False)
 
 
-def frozen_vae(config: Config, writer: int = 0) -> encoders.FrozenVae:
-    return encoders.FrozenVae(config.vae.path, config.vae.precision, config.cache.folder, writer=writer)
+def frozen_vae(config: Config, writer: int = 0) -> vaes.FrozenVae:
+    return vaes.FrozenVae(config.vae.path, config.vae.precision, config.cache.folder, writer=writer)
 
 
 def problems(config: Config, shape: FluxConfig | None) -> list[str]:
@@ -59,7 +59,7 @@ def problems(config: Config, shape: FluxConfig | None) -> list[str]:
     if not config.vae.path:
         found.append("vae.path is empty: FLUX draws latents. Name its VAE, a folder or a .safetensors file.")
     if shape:
-        found += encoders.vae_problems(config.vae.path, shape.in_channels // 4, "this FLUX")
+        found += vaes.vae_problems(config.vae.path, shape.in_channels // 4, "this FLUX")
     if config.samples.classes:
         found.append("samples.classes is for class-conditional runs: use samples.prompts.")
     sizes = {"data.resolution": config.data.resolution, "samples.height": config.samples.height,
@@ -98,12 +98,12 @@ class Noising:
 class Flow:
     """Everything about a FLUX but its weights: latents, captions, noise, the loss, samples."""
 
-    def __init__(self, config: Config, shape: FluxConfig, text: nn.Module, vae: encoders.FrozenVae, guidance: float):
+    def __init__(self, config: Config, shape: FluxConfig, text: nn.Module, vae: vaes.FrozenVae, guidance: float):
         """guidance: what a distilled network is told while training."""
         self.config, self.shape, self.text, self.vae, self.guidance = config, shape, text, vae, guidance
         self.bf16 = config.precision == "bf16"
-        if encoders.width(text) != shape.context_dim:
-            raise ValueError(f"text.encoder makes tokens of width {encoders.width(text)}, and this FLUX reads "
+        if text_encoders.width(text) != shape.context_dim:
+            raise ValueError(f"text.encoder makes tokens of width {text_encoders.width(text)}, and this FLUX reads "
                              f"{shape.context_dim}: use the encoder that belongs to it.")
 
     def autocast(self, device: torch.device):
@@ -118,7 +118,7 @@ class Flow:
         return sampling.training_sigma(normal), dropped, rng
 
     def condition(self, captions: list[str], device, guidance: float | None = None) -> dict[str, Tensor]:
-        context, _ = encoders.encode(self.text, captions, device, padded=True)
+        context, _ = text_encoders.encode(self.text, captions, device, padded=True)
         if getattr(self.text, "clip", None):
             pooled = self.text.pooled(captions, device)
         else:

@@ -18,7 +18,7 @@ from ....models_impl.pixart import checkpoint, controlnet
 from ...config import Config
 from ...data.pictures import decode, plan, tensor
 from ...memory import quantization
-from . import task
+from . import settings, start, task
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Settings:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, task.Model, ("vae", "memory.base")
+    Settings, Model, sections = Settings, settings.Model, ("vae", "memory.base")
     described, buckets, compile_blocks = task.described, task.bucket_lines, task.compile_blocks
     network = task.network
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         super().__init__()
         self.settings, self.config, self.text = config.recipe, config, text
-        base = task.opened(config, text)
+        base = start.opened(config, text)
         self.control = controlnet.PixArtControlNet(base.config, self.settings.blocks).initialise(base)
         if file := self.settings.control_from:
             _, _, tensors = checkpoint.read_controlnet(*state_dict.read_file(file), config=base.config.as_dict())
             state_dict.load_into(self.control, tensors, f"the ControlNet of recipe.blocks={self.settings.blocks}")
-        self.net = quantization.frozen(task.frozen(base, config), config)
+        self.net = quantization.frozen(start.frozen(base, config), config)
         self.net.gradient_checkpointing = config.checkpoint_activations
         self.encoders = self.make_encoders(config)
         vae, self.hint = self.encoders

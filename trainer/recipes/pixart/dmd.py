@@ -22,8 +22,9 @@ from ...config import Config
 from ...features import taesd as autoencoder
 from ...training import plan
 from ...training.noise import VALIDATION, batch_noise, generator, spread
-from . import perceptual, task
+from . import perceptual, settings, task
 from .pairs import AGAIN, FOLDERS, Pairs
+from .start import frozen, opened
 
 MATCHED = (20, 980)  # the timesteps at which the distributions are compared (arXiv 2311.18828, section 4)
 FOLLOWED = (1, 999)  # and those at which the follower learns
@@ -58,17 +59,17 @@ class Settings:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, task.Model, ("vae",)
+    Settings, Model, sections = Settings, settings.Model, ("vae",)
     buckets, compile_blocks = task.bucket_lines, task.compile_blocks
     network, files = task.network, task.net_files
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         super().__init__()
         self.settings, self.config, self.text = config.recipe, config, text
-        self.net = task.opened(config, text, network)
+        self.net = opened(config, text, network)
         self.follower = deepcopy(self.net)
         # In a list: no part of the run. Beside the teacher, with recipe.regression, the judge.
-        self.teacher = [] if network else [task.frozen(deepcopy(self.net), config)]
+        self.teacher = [] if network else [frozen(deepcopy(self.net), config)]
         self.pairs: Pairs | None = None
         for net in (self.net, self.follower):
             net.gradient_checkpointing = config.checkpoint_activations

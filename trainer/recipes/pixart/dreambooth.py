@@ -16,7 +16,7 @@ from ...config import Config
 from ...data import loader
 from ...memory import quantization
 from .. import adapters
-from . import task
+from . import settings, start, task
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Settings:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, task.Model, ("vae", "adapter", "memory.base")
+    Settings, Model, sections = Settings, settings.Model, ("vae", "adapter", "memory.base")
     groups, described, buckets = task.groups, task.described, task.bucket_lines
     compile_blocks, activation_bytes = task.compile_blocks, task.activations
     sample, network = task.sample, task.network
@@ -44,10 +44,10 @@ class Recipe(nn.Module):
         super().__init__()
         self.settings, self.config, self.text = config.recipe, config, text
         if self.settings.lora:
-            base = task.frozen(task.opened(config, text), config)
+            base = start.frozen(start.opened(config, text), config)
             self.net = quantization.frozen(adapters.attach(base, config.adapter, task.TARGETS), config)
         else:
-            self.net = task.opened(config, text, network)
+            self.net = start.opened(config, text, network)
         self.net.gradient_checkpointing = config.checkpoint_activations
         self.encoders = self.make_encoders(config)
         self.denoising = task.Denoising(config, self.net, text, *self.encoders)

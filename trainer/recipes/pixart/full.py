@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ...config import Config
-from . import task
+from . import settings, start, task
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Settings:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, task.Model, ("vae",)
+    Settings, Model, sections = Settings, settings.Model, ("vae",)
     groups, described, buckets = task.groups, task.described, task.bucket_lines
     compile_blocks, activation_bytes = task.compile_blocks, task.activations
     sample, network = task.sample, task.network
@@ -37,7 +37,7 @@ class Recipe(nn.Module):
         """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
         super().__init__()
         self.settings, self.config, self.text = config.recipe, config, text
-        self.net = task.opened(config, text, network)
+        self.net = start.opened(config, text, network)
         self.net.gradient_checkpointing = config.checkpoint_activations
         self.encoders = self.make_encoders(config)
         self.denoising = task.Denoising(config, self.net, text, *self.encoders)

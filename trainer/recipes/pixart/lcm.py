@@ -18,7 +18,8 @@ from ...config import Config
 from ...memory import quantization
 from ...training.noise import VALIDATION, batch_noise, generator, spread
 from .. import adapters
-from . import task
+from . import settings, task
+from .start import frozen, opened
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Settings:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, task.Model, ("vae", "adapter", "memory.base")
+    Settings, Model, sections = Settings, settings.Model, ("vae", "adapter", "memory.base")
     groups, buckets, compile_blocks = task.groups, task.bucket_lines, task.compile_blocks
     activation_bytes, network = task.activations, task.network
 
@@ -46,12 +47,12 @@ class Recipe(nn.Module):
         self.settings, self.config, self.text = config.recipe, config, text
         self.average = None  # the loop's, of which the target is made
         if self.settings.lora:
-            base = task.frozen(task.opened(config, text), config)
+            base = frozen(opened(config, text), config)
             self.net = quantization.frozen(adapters.attach(base, config.adapter, task.TARGETS), config)
         else:
-            self.net = task.opened(config, text, network)
+            self.net = opened(config, text, network)
             # A run that is opened again only draws. In a list: no part of what is trained, saved or averaged.
-            self.teacher = [] if network else [task.frozen(deepcopy(self.net), config)]
+            self.teacher = [] if network else [frozen(deepcopy(self.net), config)]
         self.net.gradient_checkpointing = config.checkpoint_activations
         self.encoders = self.make_encoders(config)
         self.denoising = task.Denoising(config, self.net, text, *self.encoders)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...config import Config
 from ...memory import quantization
 from .. import adapters
-from . import task
+from . import settings, start, task
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Settings:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, task.Model, ("vae", "adapter", "memory.base")
+    Settings, Model, sections = Settings, settings.Model, ("vae", "adapter", "memory.base")
     groups, described, buckets = task.groups, task.described, task.bucket_lines
     compile_blocks, activation_bytes = task.compile_blocks, task.activations
     sample, network = task.sample, task.network
@@ -35,7 +35,7 @@ class Recipe(nn.Module):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         super().__init__()
         self.settings, self.config, self.text = config.recipe, config, text
-        base = task.frozen(task.opened(config, text), config)
+        base = start.frozen(start.opened(config, text), config)
         self.net = quantization.frozen(adapters.attach(base, config.adapter, task.TARGETS), config)
         self.net.gradient_checkpointing = config.checkpoint_activations
         self.encoders = self.make_encoders(config)

@@ -27,10 +27,11 @@ from ....models_impl.pixart import sampling
 from ....models_impl.pixart.config import VAE_FACTOR
 from ...config import Config, Data
 from ...data.layouts import Item, listed
-from ...features import cache, encoders
-from ...features.cache import Size, fingerprint
-from ...training.run import write_whole
-from . import task
+from ...features import cache, released, text_encoders
+from ...features.cache import Size
+from ...features.store import fingerprint
+from ...files import write_whole
+from . import start, task
 
 NOISES, LATENTS = FOLDERS = ("InternImgs_DMD_noises", "InternImgs_DMD_latents")
 NOTES = "pairs.json"
@@ -43,11 +44,11 @@ class Pairs:
 
     def __init__(self, folder: Path, items: list[Item], settings: Data, channels: int):
         """Raises ValueError where a picture has no pair, two share one, or the first one is of another size."""
-        self.folder, self.root, self.channels = folder, cache.root_of(settings), channels
+        self.folder, self.root, self.channels = folder, released.root_of(settings), channels
         absent, owners, others, notes = [], {}, [], folder / NOTES
         captions = json.loads(notes.read_text(encoding="utf-8"))["captions"] if notes.is_file() else {}
         for item in items:
-            names = cache.file_names(item, self.root)
+            names = released.file_names(item, self.root)
             if captions.get(names[0], item.texts[0]) != item.texts[0]:
                 others.append(f"{names[0]}: {captions[names[0]]!r:.60}, now {item.texts[0]!r:.60}")
             for kind in FOLDERS:
@@ -67,7 +68,7 @@ class Pairs:
 
     def of(self, item: Item, size: Size) -> tuple[Tensor, Tensor]:
         """(noise, latent), (C, h, w) float32 each, of an item that is shown at `size` in pixels."""
-        names, shape = cache.file_names(item, self.root), shape_of(size, self.channels)
+        names, shape = released.file_names(item, self.root), shape_of(size, self.channels)
         return tuple(read(self.file(kind, names) or self.folder / kind / f"{names[0]}.npy", shape) for kind in FOLDERS)
 
 
@@ -104,8 +105,8 @@ def make(config: Config, items: list[Item], folder: Path, steps: int, cfg: float
     for name, value in (("--steps", steps), ("--batch", at_once)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-    root = cache.root_of(config.data)
-    todo = [(cache.file_names(item, root)[0], item.texts[0], size)
+    root = released.root_of(config.data)
+    todo = [(released.file_names(item, root)[0], item.texts[0], size)
             for item, size in cache.shown([i for i in items if not i.prior], config.data)]
     counts = Counter(name for name, _, _ in todo)
     if twice := listed([f"{name}.npy" for name, count in counts.items() if count > 1],
@@ -113,12 +114,13 @@ def make(config: Config, items: list[Item], folder: Path, steps: int, cfg: float
         raise ValueError("no pairs can be made:\n  " + "\n  ".join(twice))
     torch.manual_seed(config.seed)  # as in `build.recipe`: a text encoder may begin with chance
     with accelerator.main_process_first():
-        text = encoders.make(config, [t for i in items for t in i.texts], config.folder if config.text.frozen else None)
-        if isinstance(text, encoders.FROZEN):
+        text = text_encoders.make(config, [t for i in items for t in i.texts],
+                                  config.folder if config.text.frozen else None)
+        if isinstance(text, text_encoders.FROZEN):
             text.prepare(["", *(caption for _, caption, _ in todo)], accelerator.device)
         if accelerator.is_main_process:
             begin(folder, notes(config, text, steps, cfg), {name: caption for name, caption, _ in todo})
-    net = task.frozen(task.opened(config, text), config).to(accelerator.device).eval()
+    net = start.frozen(start.opened(config, text), config).to(accelerator.device).eval()
     d = task.Denoising(config, net, text.to(accelerator.device), task.frozen_vae(config))
     own = groups(todo, at_once)[accelerator.process_index::accelerator.num_processes]
     made = 0
@@ -180,7 +182,7 @@ def write(file: Path, value: Tensor):
 
 def notes(config: Config, text, steps: int, cfg: float) -> dict:
     """Everything that makes a pair what it is, but its picture's name and caption."""
-    if isinstance(text, encoders.FROZEN):
+    if isinstance(text, text_encoders.FROZEN):
         reader = text.store.identity
     else:
         file = Path(config.text.encoder).expanduser()

@@ -3,136 +3,25 @@ pictures. (arXiv 2310.00426, 2403.04692; train_scripts/ of PixArt-alpha/PixArt-s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ....models_impl import state_dict
 from ....models_impl.pixart import buckets, checkpoint, sampling
-from ....models_impl.pixart.config import (
-    LATENT_SCALES,
-    PRESETS,
-    TOKEN_LIMITS,
-    VAE_FACTOR,
-    KVCompression,
-    PixArtConfig,
-)
+from ....models_impl.pixart.config import VAE_FACTOR, PixArtConfig
 from ....models_impl.pixart.lora import names as lora_names
 from ....models_impl.pixart.model import PixArt
-from ...config import Config, nearest
-from ...features import encoders
+from ...config import Config
+from ...features import text_encoders, vaes
 from ...training import plan
 from ...training.noise import VALIDATION, batch_noise, generator, spread
 from .. import adapters
+from .start import start
 
 Predict = Callable[..., Tensor]
 """(x, timestep, context=, mask=, size=, aspect_ratio=) -> what a PixArt network says, (B, out_channels, h, w)."""
-
-
-@dataclass(frozen=True)
-class Model:
-    preset: str = ""
-    """A released network: alpha_256, alpha_512, alpha_1024, sigma_256, sigma_512, sigma_1024, sigma_2k, sigma_900m;
-    what is set below replaces its values. With init_from it need not be named: the file says what it is."""
-    variant: str = ""
-    """alpha or sigma, where a file does not tell: they differ in the VAE."""
-    depth: int | None = None
-    hidden: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
-    context_dim: int | None = None
-    """Width of the text tokens; without it and without a file, that of the text encoder."""
-    token_limit: int | None = None
-    latent_scale: float | None = None
-    """What the VAE's latents are multiplied with."""
-    in_channels: int | None = None
-    """Channels of the latent."""
-    variance: bool | None = None
-    """Whether a network that starts from nothing predicts the variance too. The released ones do."""
-    position_range: float | None = None
-    """32 for every release but alpha's 256 model, which has 16: set 32 to train it on at 512."""
-    micro_conditions: bool | None = None
-    """Tell the network the size and aspect ratio of its picture. true for a start without it adds the embedders."""
-    kv_factor: int = 0
-    """Compress keys and values by so many tokens along a side; 0 = as the start has it. What a start lacks begins as a
-    mean, so that training goes on where it was ..."""
-    kv_sampling: str = "conv"
-    kv_layers: list[int] = field(default_factory=list)
-    """... in these blocks; empty: in the second half of them."""
-    prediction: str | None = None
-    """eps or v; other than the start's to teach it that."""
-    schedule: str | None = None
-    """linear or scaled_linear."""
-    zero_terminal_snr: bool | None = None
-
-
-NEW = {  # setting -> parts of the names of weights that it adds to a start that has none
-    "kv_compression": (".attn.sr.", ".attn.norm."),
-    "micro_conditions": ("csize_embedder.", "ar_embedder."),
-}
-CHANGEABLE = ("micro_conditions", "kv_compression", "prediction", "schedule", "zero_terminal_snr", "position_range")
-"""What a run may have otherwise than the file it starts from."""
-
-
-def requested(model: Model) -> dict:
-    """The entries of a PixArtConfig that [model] states, a preset filled in. Raises ValueError for nonsense."""
-    if model.preset and model.preset not in PRESETS:
-        raise ValueError(f"model.preset={model.preset!r} is none of {', '.join(PRESETS)}"
-                         f"{nearest(model.preset, PRESETS)}.")
-    if model.variant and model.variant not in LATENT_SCALES:
-        raise ValueError(f"model.variant={model.variant!r} is none of {', '.join(LATENT_SCALES)}.")
-    known = PRESETS[model.preset].as_dict() if model.preset else {}
-    for name in ("null_caption", "kv_compression"):
-        known.pop(name, None)
-    if model.variant:
-        known |= {"latent_scale": LATENT_SCALES[model.variant], "token_limit": TOKEN_LIMITS[model.variant]}
-    own = {k: v for k, v in vars(model).items() if k in PixArtConfig.__dataclass_fields__ and v is not None}
-    known |= own
-    if model.variance is not None:
-        known["out_channels"] = known.get("in_channels", PixArtConfig.in_channels) * (2 if model.variance else 1)
-    return known
-
-
-@dataclass(frozen=True)
-class Start:
-    config: PixArtConfig
-    tensors: dict[str, Tensor]
-    """Of the file; empty without one."""
-
-    def network(self) -> PixArt:
-        """At its start: what the file lacks begins as in a new network."""
-        net = PixArt(self.config).initialise()
-        if self.tensors:
-            own = net.state_dict()
-            added = {k: v for parts in NEW.values() for part in parts for k, v in own.items()
-                     if part in k and k not in self.tensors}
-            meta = net.final_layer.linear.weight.is_meta  # a dry run, which only counts
-            (state_dict.check_fit if meta else state_dict.load_into)(
-                net, {**added, **self.tensors}, "the network of [model] and init_from")
-        return net
-
-
-def start(config: Config, text_width: int | None = None, file: str = "") -> Start:
-    """From init_from and [model]. file: read in place of init_from (a teacher). Raises ValueError where they do not
-    fit, or [model] does not say enough."""
-    asked, tensors = requested(config.model), {}
-    if file := file or config.init_from:
-        path = Path(file).expanduser()
-        told = {k: v for k, v in asked.items() if k not in (*CHANGEABLE, "sample_size")}
-        found, tensors = checkpoint.read(*state_dict.read_file(path), config=told, beside=checkpoint.beside(path))
-        asked = {**found.as_dict(), **{k: v for k, v in asked.items() if k in CHANGEABLE}}
-    else:
-        if text_width:
-            asked.setdefault("context_dim", text_width)
-        if missing := [k for k in ("depth", "hidden", "heads") if k not in asked]:
-            raise ValueError(f"[model] needs a preset ({', '.join(PRESETS)}), or {', '.join(missing)}; or name a file: "
-                             "init_from.")
-    if factor := config.model.kv_factor:
-        layers = config.model.kv_layers or range(asked["depth"] // 2, asked["depth"])
-        asked["kv_compression"] = KVCompression(config.model.kv_sampling, factor, tuple(layers))
-    return Start(PixArtConfig(**{**asked, "sample_size": max(config.data.resolution // VAE_FACTOR, 1)}), tensors)
 
 
 def problems(config: Config) -> list[str]:
@@ -151,7 +40,7 @@ def problems(config: Config) -> list[str]:
     if config.samples.classes:
         found.append("samples.classes is for class-conditional runs: use samples.prompts.")
     if shape:
-        found += encoders.vae_problems(config.vae.path, shape.in_channels, "this PixArt")
+        found += vaes.vae_problems(config.vae.path, shape.in_channels, "this PixArt")
         if config.text.max_length > shape.token_limit:
             found.append(f"text.max_length={config.text.max_length} is more than the {shape.token_limit} tokens that "
                          "this PixArt takes.")
@@ -205,10 +94,10 @@ class Denoising:
     net: the PixArt whose configuration and null caption count.
     """
 
-    def __init__(self, config: Config, net: PixArt, text: nn.Module, vae: encoders.FrozenVae):
+    def __init__(self, config: Config, net: PixArt, text: nn.Module, vae: vaes.FrozenVae):
         self.vae = vae
         self.config, self.shape, self.net, self.text, self.seed = config, net.config, net, text, config.seed
-        width = encoders.width(text)
+        width = text_encoders.width(text)
         if width != self.shape.context_dim:
             raise ValueError(f"text.encoder makes tokens of width {width}, and this PixArt reads "
                              f"{self.shape.context_dim}: use the encoder that belongs to it.")
@@ -234,7 +123,7 @@ class Denoising:
         timestep, dropped = self.draw(batch.step, dropout)
         return timestep[own], dropped[own]
 
-    def latents(self, batch, seed: int, vae: encoders.FrozenVae | None = None) -> Tensor:
+    def latents(self, batch, seed: int, vae: vaes.FrozenVae | None = None) -> Tensor:
         """(B, C, h, w) times latent_scale. vae: another that makes them, a ControlNet's hint for instance."""
         return self.shape.latent_scale * (vae or self.vae).latents(batch, self.device, seed)
 
@@ -247,7 +136,7 @@ class Denoising:
         null = hasattr(embedder, "y_embedding")
         if dropped is not None and not null:
             captions = ["" if drop else c for c, drop in zip(captions, dropped.tolist(), strict=True)]
-        context, mask = encoders.encode(self.text, captions, device)
+        context, mask = text_encoders.encode(self.text, captions, device)
         if dropped is not None and null:
             context = embedder.drop(context, dropped.to(device))
         found = {"context": context, "mask": mask}
@@ -345,21 +234,8 @@ def label(height: int, width: int) -> float:
     return height / width
 
 
-def opened(config: Config, text: nn.Module | None, network: dict | None = None) -> PixArt:
-    """The network at its start; or, of a run that is opened again, in the shape that `network` tells."""
-    if network:
-        return PixArt(PixArtConfig.from_dict(network))
-    return start(config, encoders.width(text) if text is not None else None).network()
-
-
-def frozen(net: PixArt, config: Config) -> PixArt:
-    """What an adapter or a ControlNet stands on, or a student learns from: never trained, in bf16 where the run is."""
-    net.requires_grad_(False)
-    return net.to(torch.bfloat16) if config.precision == "bf16" else net
-
-
 def frozen_vae(config: Config, name: str = "latent", of: str = "", writer: int = 0, annotator: str = ""):
-    return encoders.FrozenVae(config.vae.path, config.vae.precision, config.cache.folder, name, of, writer, annotator)
+    return vaes.FrozenVae(config.vae.path, config.vae.precision, config.cache.folder, name, of, writer, annotator)
 
 
 def lora_file(net: PixArt) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -446,7 +322,7 @@ def net_files(recipe) -> dict[str, tuple[dict, dict]]:
     """What export writes of a network that was trained as a whole: path, with {name} for the name of the export ->
     (tensors, metadata)."""
     found = {"diffusion_models/{name}.safetensors": (recipe.net.state_dict(), checkpoint.metadata(recipe.net.config))}
-    return found | encoders.files(recipe.text)
+    return found | text_encoders.files(recipe.text)
 
 
 def activation_bytes(shape: PixArtConfig, resolution: int, pictures: int, bf16: bool, checkpointed: bool) -> float:

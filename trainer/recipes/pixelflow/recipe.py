@@ -20,7 +20,7 @@ from ....models_impl.pixelflow.model import PixelFlow
 from ...config import Adapter, Config, nearest
 from ...data import buckets
 from ...data.loader import Batch
-from ...features import encoders
+from ...features import text_encoders
 from ...memory import quantization
 from ...training import plan
 from ...training.noise import generator, picture_noise, spread
@@ -67,7 +67,7 @@ class Recipe(nn.Module):
         else:
             shape, tensors = starting_point(config)
             shape = replace(shape, resolution=config.data.resolution, num_classes=0 if text else classes,
-                            context_dim=encoders.width(text) if text else None)
+                            context_dim=text_encoders.width(text) if text else None)
         self.stages = sampling.Stages(shape.num_stages)
         self.text = text
         self.diffusion = PixelFlow(shape).initialise()
@@ -178,7 +178,7 @@ class Recipe(nn.Module):
             null = torch.full_like(labels, self.diffusion.config.num_classes)
             return {"class_labels": torch.where(torch.tensor(dropped, device=labels.device), null, labels)}
         given = ["" if drop else c for c, drop in zip(captions, dropped, strict=True)]
-        context, mask = encoders.encode(self.text, given, labels.device)
+        context, mask = text_encoders.encode(self.text, given, labels.device)
         return {"context": context, "mask": mask}
 
     def dense(self, images, stage, t_index, noise, condition) -> Tensor:
@@ -300,9 +300,9 @@ class Recipe(nn.Module):
         if self.settings.lora:
             names = lora.names_of(adapters.shapes(self.diffusion))
             found = (adapters.tensors(self.diffusion, names), {"pixstack.family": "pixelflow_lora"})
-            return {"loras/{name}.safetensors": found, **encoders.files(self.text)}
+            return {"loras/{name}.safetensors": found, **text_encoders.files(self.text)}
         path = f"diffusion_models/{{name}}_{shape.resolution}.safetensors"
-        return {path: (self.diffusion.state_dict(), checkpoint.metadata(shape)), **encoders.files(self.text)}
+        return {path: (self.diffusion.state_dict(), checkpoint.metadata(shape)), **text_encoders.files(self.text)}
 
 
 def kept_bytes(shape: PixelFlowConfig, pictures: int, side: int, bf16: bool) -> int:

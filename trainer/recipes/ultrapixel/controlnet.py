@@ -20,10 +20,11 @@ from ....models_impl.ultrapixel.config import ControlNetConfig, StageCConfig
 from ....models_impl.ultrapixel.controlnet import ControlNet
 from ...config import Config, nearest
 from ...data import pictures
-from ...features.cache import Store
+from ...features.store import Store
 from ...training import plan
 from ...training.noise import VALIDATION
-from . import task
+from . import encoders, loss_weight, networks, task
+from . import settings as settings_
 
 CANNY = "canny"
 
@@ -76,7 +77,7 @@ def shape_of(config: Config, stage_c: StageCConfig) -> ControlNetConfig:
     """Of the ControlNet in init_from, else of [recipe]. Raises ValueError where it does not fit Stage C."""
     s = config.recipe
     if config.init_from:
-        found = task.read(config.init_from, checkpoint.read_controlnet)[0]
+        found = networks.read(config.init_from, checkpoint.read_controlnet)[0]
         if found.in_channels != s.channels:
             raise ValueError(f"init_from={config.init_from} reads hints of {found.in_channels} channels, "
                              f"recipe.channels={s.channels}.")
@@ -91,19 +92,19 @@ def shape_of(config: Config, stage_c: StageCConfig) -> ControlNetConfig:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, task.Model, ("vae", "memory.base")
+    Settings, Model, sections = Settings, settings_.Model, ("vae", "memory.base")
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
         super().__init__()
         self.settings, self.config, self.text = config.recipe, config, text
-        self.net = task.base(config, reopened=bool(network))
-        self.guide = task.guide_of(config)
+        self.net = networks.base(config, reopened=bool(network))
+        self.guide = networks.guide_of(config)
         shape = ControlNetConfig.from_dict(network) if network else shape_of(config, self.net.config)
         self.controlnet = ControlNet(shape).eval()
         if not network:
             self.begin(config)
-        self.weight = task.LossWeight(config.recipe.weight, config.batch_size)
+        self.weight = loss_weight.LossWeight(config.recipe.weight, config.batch_size)
         self.encoders = self.make_encoders(config)
         self.hints = self.encoders[-1]
         self.denoising = task.Denoising(config, self.net, text, self.encoders)
@@ -114,10 +115,10 @@ class Recipe(nn.Module):
         """From init_from; else as Stable Cascade begins: a backbone that has seen pictures, and residuals of zero."""
         net = self.controlnet
         if config.init_from:
-            tensors = task.read(config.init_from, checkpoint.read_controlnet)[1]
+            tensors = networks.read(config.init_from, checkpoint.read_controlnet)[1]
             return state_dict.load_into(net, tensors, f"the ControlNet ({config.init_from})")
         if net.config.backbone == "effnet":
-            known = task.read(config.vae.path, lambda tensors, _: checkpoint.read_effnet(tensors))[1]
+            known = networks.read(config.vae.path, lambda tensors, _: checkpoint.read_effnet(tensors))[1]
             known = {k.removeprefix("backbone."): v.float() if v.is_floating_point() else v for k, v in known.items()
                      if k.startswith("backbone.")}
             known["0.0.weight"] = known["0.0.weight"][:, :net.config.in_channels]
@@ -128,7 +129,7 @@ class Recipe(nn.Module):
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:
         """What makes features of pictures, and keeps them (`cache`)."""
-        return [*task.make_encoders(config, None, writer), Hints(config.recipe, config.cache.folder, writer)]
+        return [*encoders.make_encoders(config, None, writer), Hints(config.recipe, config.cache.folder, writer)]
 
     @staticmethod
     def problems(config: Config) -> list[str]:
@@ -148,7 +149,7 @@ class Recipe(nn.Module):
         said = any(p.startswith("[model]") for p in found)
         if config.model.stage_c and all(f.is_file() for f in files) and not said:
             try:
-                shape_of(config, task.read(config.model.stage_c)[0])
+                shape_of(config, networks.read(config.model.stage_c)[0])
             except ValueError as error:
                 found.append(str(error))
         return found

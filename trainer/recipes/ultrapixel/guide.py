@@ -17,7 +17,7 @@ from ....models_impl.ultrapixel.config import GuideConfig
 from ....models_impl.ultrapixel.guidance import Guide
 from ...config import Config
 from ...training.noise import VALIDATION
-from . import task
+from . import encoders, loss_weight, networks, settings, task
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Settings:
 def shape_of(config: Config, stage_c) -> GuideConfig:
     """Of the guide in init_from, else of [recipe]. Raises ValueError where it does not fit Stage C."""
     if config.init_from:
-        found = task.read(config.init_from, checkpoint.read_guide)[0]
-        task.fitting(found, stage_c, f"init_from={config.init_from}")
+        found = networks.read(config.init_from, checkpoint.read_guide)[0]
+        networks.fitting(found, stage_c, f"init_from={config.init_from}")
         return found
     s = config.recipe
     more = {"layers": tuple(s.layers)} if s.layers else {}
@@ -59,28 +59,28 @@ def shape_of(config: Config, stage_c) -> GuideConfig:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, task.Model, ("vae", "memory.base")
+    Settings, Model, sections = Settings, settings.Model, ("vae", "memory.base")
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
         super().__init__()
         self.settings, self.config, self.text = config.recipe, config, text
-        low = task.Low(config.recipe.low_side, config.recipe.low_filter)
-        self.net = task.base(config, reopened=bool(network))
+        low = encoders.Low(config.recipe.low_side, config.recipe.low_filter)
+        self.net = networks.base(config, reopened=bool(network))
         shape = GuideConfig.from_dict(network) if network else shape_of(config, self.net.config)
-        self.guide = Guide(shape, operations=task.Cast).initialise()
+        self.guide = Guide(shape, operations=networks.Cast).initialise()
         if config.init_from and not network:
-            tensors = task.read(config.init_from, checkpoint.read_guide)[1]
+            tensors = networks.read(config.init_from, checkpoint.read_guide)[1]
             state_dict.load_into(self.guide, tensors, f"the guide ({config.init_from})")
-        self.weight = task.LossWeight(config.recipe.weight, config.batch_size)
+        self.weight = loss_weight.LossWeight(config.recipe.weight, config.batch_size)
         self.encoders = self.make_encoders(config)
         self.denoising = task.Denoising(config, self.net, text, self.encoders, low)
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:
         """What makes features of pictures, and keeps them (`cache`)."""
-        low = task.Low(config.recipe.low_side, config.recipe.low_filter)
-        return task.make_encoders(config, low, writer)
+        low = encoders.Low(config.recipe.low_side, config.recipe.low_filter)
+        return encoders.make_encoders(config, low, writer)
 
     @staticmethod
     def problems(config: Config) -> list[str]:
@@ -89,7 +89,7 @@ class Recipe(nn.Module):
         there = all(Path(p).expanduser().is_file() for p in (config.model.stage_c, config.init_from) if p)
         if config.model.stage_c and there and not any(p.startswith("[model]") for p in found):
             try:
-                shape = shape_of(config, task.read(config.model.stage_c)[0])
+                shape = shape_of(config, networks.read(config.model.stage_c)[0])
                 if config.recipe.low_side**2 > shape.max_tokens:
                     found.append(f"recipe.low_side={config.recipe.low_side} makes {config.recipe.low_side**2} cells, "
                                  f"the guide takes {shape.max_tokens}.")

@@ -20,7 +20,7 @@ from ....models_impl.ultrapixel.config import StageCConfig
 from ....models_impl.ultrapixel.model import StageC
 from ...config import Config
 from ...training.noise import VALIDATION
-from . import task
+from . import encoders, loss_weight, networks, settings, task
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,16 @@ def start(config: Config, shape: StageCConfig) -> lora.Personalisation:
 
 
 class Recipe(nn.Module):
-    Settings, Model, sections = Settings, task.Model, ("vae", "memory.base")
+    Settings, Model, sections = Settings, settings.Model, ("vae", "memory.base")
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
         super().__init__()
         s = self.settings = config.recipe
         self.config, self.text = config, text
-        self.net = task.base(config, reopened=bool(network))
+        self.net = networks.base(config, reopened=bool(network))
         self.shape = StageCConfig.from_dict(network) if network else self.net.config
-        self.guide = task.guide_of(config)
+        self.guide = networks.guide_of(config)
         self.scale = s.alpha / s.rank
         with torch.device("meta"):
             layers = dict((self.net or StageC(self.shape)).named_modules())
@@ -107,7 +107,7 @@ class Recipe(nn.Module):
             self.change = nn.Parameter(torch.zeros(1, text.width))
         if config.init_from and not network:
             self.begin(start(config, self.shape))
-        self.weight = task.LossWeight(s.weight, config.batch_size)
+        self.weight = loss_weight.LossWeight(s.weight, config.batch_size)
         self.encoders = self.make_encoders(config)
         self.denoising = task.Denoising(config, self.net, text, self.encoders, low_of(config))
 
@@ -123,7 +123,7 @@ class Recipe(nn.Module):
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:
         """What makes features of pictures, and keeps them (`cache`)."""
-        return task.make_encoders(config, low_of(config), writer)
+        return encoders.make_encoders(config, low_of(config), writer)
 
     @staticmethod
     def problems(config: Config) -> list[str]:
@@ -147,7 +147,7 @@ class Recipe(nn.Module):
         said = any(p.startswith("[model]") for p in found)
         if config.init_from and all(f.is_file() for f in files) and not said:
             try:
-                start(config, task.read(config.model.stage_c)[0])
+                start(config, networks.read(config.model.stage_c)[0])
             except ValueError as error:
                 found.append(f"init_from={config.init_from}: {error}")
         return found
@@ -227,5 +227,5 @@ class Recipe(nn.Module):
         return {"loras/{name}.safetensors": (tensors, {"pixstack.family": "ultrapixel.lora", **metadata})}
 
 
-def low_of(config: Config) -> task.Low | None:
-    return task.Low(config.recipe.low_side, config.recipe.low_filter) if config.model.guide else None
+def low_of(config: Config) -> encoders.Low | None:
+    return encoders.Low(config.recipe.low_side, config.recipe.low_filter) if config.model.guide else None

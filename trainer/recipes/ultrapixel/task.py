@@ -8,120 +8,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ....models_impl import state_dict
-from ....models_impl.ultrapixel import checkpoint, effnet, previewer, sampling
-from ....models_impl.ultrapixel.config import GuideConfig, StageCConfig
+from ....models_impl.ultrapixel import checkpoint, sampling
+from ....models_impl.ultrapixel.config import StageCConfig
 from ....models_impl.ultrapixel.guidance import Guide
 from ....models_impl.ultrapixel.model import StageC
-from ....models_impl.ultrapixel.stage_a import StageA
-from ....models_impl.ultrapixel.stage_b import StageB
 from ...config import Config, nearest
 from ...data import buckets
-from ...features import encoders
-from ...features.cache import Store, fingerprint
-from ...memory import quantization
+from ...features import text_encoders
 from ...training import plan
 from ...training.noise import batch_noise, generator, spread
+from .decoder import Decoder
+from .encoders import FILTERS, Low
+from .loss_weight import WEIGHTS
+from .networks import dtype_of, fitting, read
+from .settings import FILES
 
 PIXELS = 32  # along a side of a cell of the latents that are trained on; at inference it is 42.67
 LOW_NOISE = 2  # the kind of `noise.picture_noise` that goes on low-resolution latents
 T_STEPS = 1000  # different t of a validation
-STAGE_B_STEPS, STAGE_B_CFG = 10, 1.1  # as released
 PROBED = 128  # channels of the nets that memory is measured on; what a net keeps grows with its width
-
-
-@dataclass(frozen=True)
-class Model:
-    stage_c: str = ""
-    """The frozen base: Stage C of Stable Cascade, stage_c_bf16.safetensors. It is kept in bf16 unless precision says
-    fp32."""
-    guide: str = ""
-    """UltraPixel's guide, ultrapixel_t2i.safetensors or one of ours: for sample pictures, and for the recipes that
-    train through it. The guide that a run itself trains starts from init_from."""
-    image_encoder: str = ""
-    """A folder with CLIP-L's image tower (openai/clip-vit-large-patch14), whose embeddings are told beside some
-    captions, as the releases were trained. Empty: none ever is."""
-    previewer: str = ""
-    """previewer.safetensors, for quick sample pictures of 8 pixels a cell."""
-    stage_b: str = ""
-    """stage_b_bf16.safetensors or the lite one, and ..."""
-    stage_a: str = ""
-    """... stage_a.safetensors, for sample pictures of full size."""
-
-
-FILES = ("stage_c", "guide", "previewer", "stage_b", "stage_a")  # of Model
-
-
-# --- Weights that learn, in a net that computes in another type
-
-class Cast:
-    """`operations` whose float32 weights work in the type of what they are given, as ComfyUI's do: so the guide learns
-    in float32 and computes as it will when it is used."""
-
-    class Linear(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.weight.to(x), None if self.bias is None else self.bias.to(x))
-
-    class Conv2d(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return self._conv_forward(x, self.weight.to(x), None if self.bias is None else self.bias.to(x))
-
-    class LayerNorm(nn.LayerNorm):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(x), self.bias.to(x), self.eps)
-
-
-# --- Files
-
-def read(path: str, reader: Callable = checkpoint.read_stage_c) -> tuple[object, dict[str, Tensor]]:
-    """(configuration, weights). Raises ValueError with the file's name."""
-    file = Path(path).expanduser()
-    try:
-        return reader(*state_dict.read_file(file))
-    except ValueError as error:
-        raise ValueError(error if file.name in str(error) else f"{file.name}: {error}") from error
-
-
-def loaded(kind: type, path: str, reader: Callable, dtype: torch.dtype) -> nn.Module:
-    """A network that does not learn. Its weights stay where the file has them until they are moved or cast."""
-    config, tensors = read(path, reader)
-    net = kind(config, dtype=dtype, device="meta")
-    state_dict.check_fit(net, tensors, f"the {kind.__name__} of {Path(path).name}")
-    meta = torch.get_default_device().type == "meta"  # --dry-run: nothing is to be held
-    if not meta:
-        net.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}, assign=True)
-    return net.eval().requires_grad_(False)
-
-
-def dtype_of(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
-
-
-def base(config: Config, reopened: bool = False) -> StageC | None:
-    """The frozen Stage C; None for a finished run that is opened where the file is not."""
-    if reopened and not Path(config.model.stage_c).expanduser().is_file():
-        return None
-    net = loaded(StageC, config.model.stage_c, checkpoint.read_stage_c, dtype_of(config))
-    net.gradient_checkpointing = config.checkpoint_activations
-    return quantization.frozen(net, config)
-
-
-def guide_of(config: Config) -> Guide | None:
-    """The frozen guide that [model] names."""
-    path = config.model.guide
-    if not path or not Path(path).expanduser().is_file():
-        return None
-    return loaded(Guide, path, checkpoint.read_guide, dtype_of(config))
-
-
-def fitting(guide: GuideConfig, stage_c: StageCConfig, file: str):
-    """Raises ValueError where a guide was made for another Stage C."""
-    wanted = stage_c.hidden, tuple(reversed(stage_c.hidden))
-    if (guide.down, guide.up) != wanted:
-        raise ValueError(f"{file} is a guide for levels of {guide.down} and {guide.up} channels, model.stage_c has "
-                         f"{wanted[0]} and {wanted[1]}: use the Stage C that it was made for.")
 
 
 def problems(config: Config) -> list[str]:
@@ -145,7 +51,7 @@ def problems(config: Config) -> list[str]:
         found.append("text.encoder is empty: Stage C reads captions. Name the folder of CLIP-G's text tower "
                      "(text_encoder of stabilityai/stable-cascade, with its tokenizer).")
     elif config.text.frozen and Path(config.text.encoder).expanduser().is_dir():
-        if not encoders.is_clip(config.text.encoder):
+        if not text_encoders.is_clip(config.text.encoder):
             found.append(f"text.encoder={config.text.encoder!r} is no CLIP: Stage C reads CLIP-G.")
     elif not config.text.frozen:
         found.append(f"text.encoder={config.text.encoder!r}: Stage C reads CLIP-G, a folder as transformers saves it.")
@@ -194,163 +100,6 @@ def problems_of_low(config: Config) -> list[str]:
     return found
 
 
-# --- Encoders of pictures, as `cache` takes them
-
-FILTERS = ("nearest", "antialias")
-
-
-@dataclass(frozen=True)
-class Low:
-    """How the low-resolution picture is made of the high-resolution one."""
-
-    side: int = 24
-    """Cells along a side, of a square."""
-    filter: str = "nearest"
-    """nearest, as the release, or antialias."""
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels, of the area of a square of `side` cells."""
-        return sampling.sizes(height, width, low_side=self.side).low_pixels
-
-    def shrink(self, image: Tensor) -> Tensor:
-        size = self.size(*image.shape[-2:])
-        if self.filter == "nearest":
-            return F.interpolate(image, size, mode="nearest")
-        return F.interpolate(image, size, mode="bilinear", antialias=True).clamp(0, 1)
-
-
-class FrozenEffnet:
-    """Latents of Stable Cascade's semantic encoder: part "high", and with `low` "low", of the picture made small."""
-
-    name, of = "effnet", ""
-
-    def __init__(self, path: str, precision: str = "fp32", low: Low | None = None, cache: str = "", writer: int = 0):
-        self.path, self.dtype, self.low = Path(path).expanduser(), encoders.DTYPES[precision], low
-        self.store, self.net = None, []
-        if cache and self.path.is_file():  # a finished run may be opened without it
-            identity = {"encoder": fingerprint(self.path), "precision": precision, **(vars(low) if low else {})}
-            self.store = Store(Path(cache).expanduser(), self.name, identity, writer)
-
-    def loaded(self, device) -> nn.Module:
-        if not self.net:
-            channels, tensors = read(str(self.path), lambda tensors, metadata: checkpoint.read_effnet(tensors))
-            net = effnet.EffnetEncoder(channels)
-            state_dict.load_into(net, tensors, f"the semantic encoder of {self.path.name}")
-            self.net.append(net.to(device, self.dtype).eval().requires_grad_(False))
-        return self.net[0]
-
-    @torch.no_grad()
-    def encode(self, pictures: Tensor, device) -> dict[str, Tensor]:
-        """(B, 3, H, W) uint8 -> (B, C, H/32, W/32) float32, and of the small ones."""
-        net, parts = self.loaded(device), {}
-        for one in pictures.split(1):  # of 4096 pixels one takes gigabytes
-            image = one.to(device, self.dtype) / 255
-            parts.setdefault("high", []).append(net(image).float())
-            if self.low:
-                parts.setdefault("low", []).append(net(self.low.shrink(image)).float())
-        return {name: torch.cat(some) for name, some in parts.items()}
-
-
-class FrozenVision:
-    """Image embeddings of CLIP-L: part "embed"."""
-
-    name, of = "clip_image", ""
-
-    def __init__(self, folder: str, cache: str = "", writer: int = 0):
-        self.folder, self.net, self.store = Path(folder).expanduser(), [], None
-        if cache and self.folder.is_dir():
-            self.store = Store(Path(cache).expanduser(), self.name, {"encoder": fingerprint(self.folder)}, writer)
-
-    def loaded(self, device) -> nn.Module:
-        if not self.net:
-            encoders.hide_broken_torchvision()
-            from transformers import CLIPVisionModelWithProjection
-
-            try:
-                net = CLIPVisionModelWithProjection.from_pretrained(self.folder, local_files_only=True)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"model.image_encoder={str(self.folder)!r} cannot be read as CLIP's image tower: "
-                                 f"{state_dict.first_line(error)}.") from error
-            self.net.append(net.to(device).eval().requires_grad_(False))
-        return self.net[0]
-
-    @torch.no_grad()
-    def encode(self, pictures: Tensor, device) -> dict[str, Tensor]:
-        """(B, 3, H, W) uint8 -> (B, D) float32. The short side is brought to the encoder's size, the middle taken."""
-        net = self.loaded(device)
-        side = net.config.image_size
-        mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
-        found = []
-        for one in pictures.split(1):
-            image = one.to(device).float() / 255
-            H, W = image.shape[-2:]
-            size = [max(side, round(n * side / min(H, W))) for n in (H, W)]
-            image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
-            top, left = (size[0] - side) // 2, (size[1] - side) // 2
-            image = image[..., top:top + side, left:left + side]
-            found.append(net((image - mean) / std).image_embeds.float())
-        return {"embed": torch.cat(found)}
-
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-def make_encoders(config: Config, low: Low | None, writer: int = 0) -> list:
-    folder = config.cache.folder
-    found = [FrozenEffnet(config.vae.path, config.vae.precision, low, folder, writer)]
-    if config.model.image_encoder:
-        found.append(FrozenVision(config.model.image_encoder, folder, writer))
-    return found
-
-
-# --- Weights of the loss
-
-WEIGHTS = ("adaptive", "p2", "none")
-
-
-class LossWeight(nn.Module):
-    """A weight for each noise level. adaptive: `sampling.AdaptiveLossWeight`, whose means are saved with the run,
-    change once a step, and see the pictures of all micro batches and processes in the order of their places."""
-
-    def __init__(self, kind: str, batch_size: int):
-        super().__init__()
-        self.kind, self.batch_size = kind, batch_size
-        self.step, self.seen = -1, None
-        if kind == "adaptive":
-            self.register_buffer("means", torch.ones(300))
-
-    def adaptive(self) -> sampling.AdaptiveLossWeight:
-        found = sampling.AdaptiveLossWeight(len(self.means))
-        found.losses = self.means.cpu()
-        return found
-
-    def forward(self, logsnr: Tensor, loss: Tensor, batch) -> Tensor:
-        """(B,) each -> (B,), the loss times its weight."""
-        if self.kind == "none":
-            return loss
-        if self.kind == "p2":
-            return loss * sampling.p2_weight(logsnr).to(loss)
-        weight = self.adaptive().weight(logsnr).to(loss)
-        self.remember(logsnr, loss, batch)
-        return loss * weight
-
-    @torch.no_grad()
-    def remember(self, logsnr: Tensor, loss: Tensor, batch):
-        rows = torch.zeros(self.batch_size, 3, device=loss.device)
-        own = slice(batch.positions.start, batch.positions.stop)
-        rows[own] = torch.stack([torch.ones_like(loss), logsnr.to(loss), loss], dim=1).float()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(rows)  # every place is filled by one process alone
-        if self.step != batch.step:
-            self.step, self.seen = batch.step, torch.zeros_like(rows)
-        self.seen = torch.where(rows[:, :1] > 0, rows, self.seen)
-        if self.seen[:, 0].all():
-            mean = self.adaptive()
-            mean.update(self.seen[:, 1].contiguous(), self.seen[:, 2])
-            self.means.copy_(mean.losses)
-            self.seen = torch.zeros_like(rows)
-
-
 # --- From a batch to a loss
 
 @dataclass(frozen=True)
@@ -388,7 +137,7 @@ class Latents:
 class Denoising:
     """Everything about Stage C but what learns: latents, captions, noise, the loss, samples."""
 
-    def __init__(self, config: Config, net: StageC | None, text: encoders.FrozenClip, readers: list,
+    def __init__(self, config: Config, net: StageC | None, text: text_encoders.FrozenClip, readers: list,
                  low: Low | None = None):
         """readers: of `make_encoders`."""
         self.config, self.net, self.text, self.readers, self.low = config, net, text, readers, low
@@ -542,49 +291,6 @@ class Denoising:
             latent = sampling.sample_guided(first, features, second, low(), high(), schedule, logsnrs, low, high)
         pooled = condition["pooled"]
         return self.decoder(latent, pooled[-B:], self.condition([""], change=change)["pooled"], sizes.stage_b, seed)
-
-
-class Decoder:
-    """Latents of Stage C to pictures: Stage B and A where they are named, else the previewer. Loaded for each use."""
-
-    def __init__(self, config: Config):
-        self.model, self.dtype = config.model, dtype_of(config)
-
-    def check(self):
-        """Raises ValueError if it has nothing to work with."""
-        m = self.model
-        needed = (m.stage_b, m.stage_a) if m.stage_a else (m.previewer,)
-        if gone := [path for path in needed if not path or not Path(path).expanduser().is_file()]:
-            raise ValueError("Nothing here makes pictures of Stage C's latents: name model.previewer, or model.stage_b "
-                             f"and model.stage_a{f' (there is no {gone[0]})' if gone[0] else ''}.")
-
-    def __call__(self, latent: Tensor, pooled: Tensor, unpooled: Tensor, size: tuple[int, int], seed: int) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W) in [-1, 1]. size: of Stage B's latents; pooled (B, 1, D), unpooled (1, 1, D)."""
-        if not self.model.stage_a:
-            arguments, tensors = previewer.read(state_dict.read_file(Path(self.model.previewer).expanduser())[0])
-            net = previewer.Previewer(**arguments)
-            state_dict.load_into(net, tensors, "the previewer")
-            return (2 * net.to(latent.device).eval()(latent.float()) - 1).clamp(-1, 1)
-        B, device = len(latent), latent.device
-        stage_b = loaded(StageB, self.model.stage_b, checkpoint.read_stage_b, self.dtype).to(device)
-        chances = [torch.Generator().manual_seed(seed + i + 2 * 2**32) for i in range(B)]
-
-        def noise(*_):
-            return torch.stack([torch.randn(stage_b.config.in_channels, *size, generator=g)
-                                for g in chances]).to(device)
-
-        semantic = torch.cat([torch.zeros_like(latent), latent]).to(self.dtype)
-        vectors = torch.cat([unpooled.expand(B, -1, -1), pooled])
-
-        def predict(x, timestep):
-            uncond, cond = stage_b(x.repeat(2, 1, 1, 1).to(self.dtype), timestep.repeat(2), semantic,
-                                   vectors).float().chunk(2)
-            return sampling.guided(cond, uncond, STAGE_B_CFG)
-
-        schedule = sampling.Schedule()
-        found = sampling.sample(predict, noise(), schedule, schedule.steps(STAGE_B_STEPS), noise)
-        stage_a = loaded(StageA, self.model.stage_a, checkpoint.read_stage_a, torch.float32).to(device)
-        return torch.cat([2 * stage_a.decode(one) - 1 for one in found.split(1)]).clamp(-1, 1)
 
 
 def previews(recipe) -> bool:
