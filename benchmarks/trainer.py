@@ -63,7 +63,7 @@ def ours(args, case: str):
     """(parameters that learn, loss(step) -> tensor)"""
     import torch
     from pixstack.models_impl.pixart.sampling import NoiseSchedule
-    from pixstack.trainer.config import Adapter
+    from pixstack.trainer.config.schema import Adapter
     from pixstack.trainer.recipes import adapters
     from pixstack.trainer.recipes.pixart import task
 
@@ -141,10 +141,11 @@ def run(args, side: str, case: str, results):
     module, loss = {"ours": ours, "peer": peer}[side](args, case)
     learns = [p for p in module.parameters() if p.requires_grad]
     if side == "ours":
-        from pixstack.trainer.config import Optimizer
+        from pixstack.trainer.config.schema import Optimizer
+        from pixstack.trainer.training.groups import Group
         from pixstack.trainer.training.optim import Optimizers
 
-        named = [{"params": [(str(i), p) for i, p in enumerate(learns)], "rate": 1.0, "matrices": set()}]
+        named = [Group([(str(i), p) for i, p in enumerate(learns)])]
         optimizer = Optimizers(named, Optimizer(rate=1e-5, clip=1.0), 1000)
 
         def update(step):

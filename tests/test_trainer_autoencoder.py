@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from pixstack.models_impl.annotators import hed
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import config
 from pixstack.trainer.cli import main as cli
+from pixstack.trainer.config import check
 from pixstack.trainer.data import loader, pictures
 from pixstack.trainer.export import exporting
 from pixstack.trainer.features import taesd, vaes
@@ -32,7 +32,7 @@ def path(tmp_path_factory):
 
 
 def settings(path, out, *words, **more):
-    return config.parse({**BASE, "data": {"path": str(path), **tiny_run.IMAGE}, "out": str(out), **more}, words)
+    return check.parse({**BASE, "data": {"path": str(path), **tiny_run.IMAGE}, "out": str(out), **more}, words)
 
 
 def recipe_of(made):

@@ -6,8 +6,8 @@ import tiny_run
 import torch
 from PIL import Image
 from pixstack.models_impl.pixart import buckets as pixart
-from pixstack.trainer import config
-from pixstack.trainer.config import Data
+from pixstack.trainer.config import check
+from pixstack.trainer.config.schema import Data
 from pixstack.trainer.data import buckets, loader
 
 SHAPES = [(32, 32)] * 7 + [(64, 32)] * 5 + [(32, 64)] * 3 + [(16, 100)]
@@ -176,5 +176,5 @@ def test_pixelflow_trains_on_shapes_of_every_kind(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     raw = {**tiny_run.SETTINGS, "batch_size": 4, "steps": 4, "out": str(out), "validation": {"every": 4},
            "data": {"path": str(folder), "held_out_path": str(folder), **AREA, "bucket_group": 2}}
-    tiny_run.train(config.parse(raw, ["micro_batch_size=2"]))
+    tiny_run.train(check.parse(raw, ["micro_batch_size=2"]))
     assert (out / "checkpoints/00000004/model.safetensors").exists()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from pixstack.trainer.cli import main as cli
-from pixstack.trainer.config import Data
+from pixstack.trainer.config.schema import Data
 from pixstack.trainer.data import caption, layouts, loader
 from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -1,5 +1,8 @@
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import tiny_run
@@ -7,7 +10,7 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
-from pixstack.trainer import config
+from pixstack.trainer.config import check, load, rules
 from pixstack.trainer.training import build
 
 
@@ -76,16 +79,38 @@ def checkpoint_file(folder, **shape):
     ({"context_dim": 24}, {}, "context_dim=24 for 16"),
     ({"context_dim": 16, "depth": 2}, {}, "depth=2 for 1"),
 ])
-def test_a_start_that_does_not_fit_is_reported_with_the_rest(path, tmp_path, shape, sections, part):
+def test_everything_that_does_not_fit_a_start_is_reported_at_once(path, tmp_path, shape, sections, part):
     file = checkpoint_file(tmp_path, **shape)
-    said = refusal(path, tmp_path, f"init_from={file}", "recipe.dropout=2.0", "data.resolution=18", **sections)
-    assert part in said and "recipe.dropout=2.0" in said and "resolution=18 is not a multiple of 8" in said
+    said = refusal(path, tmp_path, f"init_from={file}", "data.resolution=18", **sections)
+    assert part in said and "resolution=18 is not a multiple of 8" in said
 
 
-def test_a_start_that_is_no_checkpoint_is_reported_with_the_rest(path, tmp_path):
+def test_a_start_that_is_no_checkpoint_is_refused(path, tmp_path):
     (tmp_path / "start.pt").write_bytes(b"nothing")
-    said = refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", "recipe.dropout=2.0", model={})
-    assert "start.pt is neither" in said and "recipe.dropout=2.0" in said
+    assert "start.pt is neither" in refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", model={})
+
+
+def test_files_are_looked_into_when_all_that_costs_nothing_is_right(path, tmp_path):
+    (tmp_path / "start.pt").write_bytes(b"nothing")
+    said = refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", "recipe.dropout=2.0", "stepz=3")
+    assert "recipe.dropout=2.0" in said and "stepz" in said and "neither" not in said
+
+
+@pytest.mark.parametrize("words, part", [
+    (("train", "FILE", "optimizer.rat=1", "recipe.dropout=2"), "optimizer.rat is not a setting; did you mean rate"),
+    (("train", "recipes/pixart/pixart_emoji_lora.toml", "adapter.rank=0"), "adapter.rank=0 must be at least 1"),
+    (("cache", "recipes/ultrapixel/ultrapixel_guide.toml"), "there is no such file or folder"),
+    (("train", "recipes/gone.toml"), "there is no such recipe file"),
+    (("settings",), "batch_size = 64"), (("--help",), "doctor"), (("train", "--help"), "key=value"),
+], ids=" ".join)
+def test_settings_that_cannot_work_and_help_are_told_without_torch(path, tmp_path, words, part):
+    file = tiny_run.toml(tmp_path, path, tmp_path / "run")
+    script = ("import sys; sys.argv[0] = 'trainer'; from pixstack.trainer.cli import main\n"
+              "try: main.main()\n"
+              "finally: print('heavy:', sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", script, *[str(file) if w == "FILE" else w for w in words]], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(load.TRAINER.parent / "package")})
+    assert part in done.stdout + done.stderr and "heavy: []" in done.stdout
 
 
 def test_a_start_tells_the_sizes_that_model_leaves_out(path, tmp_path):
@@ -105,13 +130,13 @@ def test_a_whole_number_serves_as_a_number(path, tmp_path):
 
 def test_settings_survive_the_way_through_the_run_folder(path, tmp_path):
     made = tiny_run.settings(path, tmp_path / "run", "recipe.stage_weights=[2,1]")
-    assert config.parse(config.as_dict(made)) == made
+    assert check.parse(load.as_dict(made)) == made
 
 
-@pytest.mark.parametrize("path", sorted(config.TRAINER.glob("recipes/*/*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(load.TRAINER.glob("recipes/*/*.toml")), ids=lambda path: path.stem)
 def test_a_shipped_recipe_lacks_nothing_but_files(path):
     with pytest.raises(ValueError) as caught:
-        config.load(path, ["data.path=/nowhere"])
+        check.load(path, ["data.path=/nowhere"])
     problems = str(caught.value).splitlines()[1:]
     assert problems[0] == "  data.path='/nowhere': there is no such file or folder."
     assert all(re.search("there is no (such )?file", p) for p in problems), problems
@@ -119,16 +144,16 @@ def test_a_shipped_recipe_lacks_nothing_but_files(path):
 
 def test_a_recipe_file_that_is_not_there_names_those_that_are():
     with pytest.raises(ValueError, match="recipes/pixelflow/pixelflow_emoji.toml"):
-        config.load("recipes/gone.toml")
+        check.load("recipes/gone.toml")
 
 
 def test_a_recipe_file_that_was_moved_is_named_where_it_is_now():
     with pytest.raises(ValueError, match="It is trainer/recipes/pixart/pixart_sigma.toml now"):
-        config.load("trainer/recipes/pixart_sigma.toml")
+        check.load("trainer/recipes/pixart_sigma.toml")
 
 
 def test_a_package_that_is_missing_is_named(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
     said = refusal(path, tmp_path, "optimizer.name=adamw8bit", "log.wandb=offline")
     assert "pip install bitsandbytes" in said and "pip install wandb" in said
 

@@ -5,7 +5,7 @@ import pytest
 import tiny_run
 import torch
 from PIL import Image
-from pixstack.trainer.config import Data
+from pixstack.trainer.config.schema import Data
 from pixstack.trainer.data import emoji, loader, pictures
 from pixstack.trainer.features import tokenizer as tokenizers_
 

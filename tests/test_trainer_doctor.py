@@ -8,7 +8,7 @@ import tiny_pixart
 import tiny_run
 from PIL import Image
 from pixstack.trainer.cli import main as cli
-from pixstack.trainer.config import Data
+from pixstack.trainer.config.schema import Data
 from pixstack.trainer.data import doctor, pictures
 from pixstack.trainer.data.layouts import Item
 from pixstack.trainer.features import tokenizer as tokenizers_

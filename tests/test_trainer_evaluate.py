@@ -9,8 +9,8 @@ from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.annotators.canny import canny
 from pixstack.models_impl.annotators.hed import HED, HEDConfig
-from pixstack.trainer import config
 from pixstack.trainer.cli import main as cli
+from pixstack.trainer.config import schema
 from pixstack.trainer.evaluation import metrics, retrieval
 from torch import nn
 
@@ -266,7 +266,7 @@ def of_a_run(folder, sizes, **settings):
     entries = [{"image": f"picture{i}.png", "text": str(40 * i), "depth": f"depth{i}.png",
                 "split": ("held_out", "train")[i % 2]} for i in range(len(sizes))]
     (folder / "data.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    made = config.Config(data=config.Data(path=str(folder / "data.jsonl"), resolution=32, crop="centre", **settings))
+    made = schema.Config(data=schema.Data(path=str(folder / "data.jsonl"), resolution=32, crop="centre", **settings))
     return retrieval.evaluate(Painter(), made, folder / "data.jsonl")
 
 

@@ -10,7 +10,7 @@ import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.flux import checkpoint, sampling
 from pixstack.models_impl.flux.model import pack, unpack
-from pixstack.trainer import config
+from pixstack.trainer.config import check
 from pixstack.trainer.data import loader
 from pixstack.trainer.export import exporting
 from pixstack.trainer.recipes.flux import task
@@ -33,7 +33,7 @@ def settings(path, out, vae, *words, **more):
     raw = {**tiny_run.SETTINGS, "recipe": {"name": "flux"}, "precision": "fp32", "model": MODEL, "out": str(out),
            "text": {**tiny_run.SETTINGS["text"], "padded": True}, "vae": {"path": vae},
            "data": {"path": str(path), "resolution": 32, "crop": "none"}, **more}
-    return config.parse(raw, words)
+    return check.parse(raw, words)
 
 
 def recipe_of(made):
@@ -148,7 +148,7 @@ def test_an_export_is_where_a_run_may_start_and_what_a_pixelponder_is_trained_on
            "recipe": {"name": "pixelponder", "base": str(net)}, "out": str(tmp_path / "run"),
            "text": {"encoder": str(text), "learn": False, "padded": True, "max_length": 16},
            "data": {"path": str(path), **tiny_ponder.IMAGE}}
-    ponder, _ = tiny_run.train(config.parse(raw))
+    ponder, _ = tiny_run.train(check.parse(raw))
     assert ponder.net.config.trunk.context_dim == shape.context_dim == 16
     assert ponder.flow.condition(["red card"], "cpu")["context"].shape == (1, 16, 16)
 

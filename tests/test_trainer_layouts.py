@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
-from pixstack.trainer.config import Data
+from pixstack.trainer.config.schema import Data
 from pixstack.trainer.data import layouts, loader, pictures
 
 

@@ -16,11 +16,13 @@ from pixstack.models_impl.annotators import hed
 from pixstack.models_impl.pixart import sampling
 from pixstack.models_impl.state_dict import read_file, write_file
 from pixstack.trainer.cli import main as cli
-from pixstack.trainer.config import Data
+from pixstack.trainer.config.schema import Data
 from pixstack.trainer.data import layouts
 from pixstack.trainer.features import taesd
+from pixstack.trainer.memory import activations
 from pixstack.trainer.recipes.pixart import pairs, perceptual
-from pixstack.trainer.training import build, checkpoints, plan
+from pixstack.trainer.recipes.pixart import settings as recipe_settings
+from pixstack.trainer.training import build, checkpoints
 from safetensors.torch import load_file, save_file
 from tiny_pixart import recipe_of
 from torch.nn import functional as F
@@ -111,7 +113,7 @@ def test_lpips_is_the_formula_of_the_paper(lpips_files):
 
 
 def test_the_heads_of_the_installed_package_are_found():
-    file = perceptual.installed_heads()
+    file = recipe_settings.installed_heads()
     if file is None:
         pytest.skip("the package lpips is not installed")
     assert sorted(read_file(file)[0]) == [f"lin{n}.model.1.weight" for n in range(5)]
@@ -406,7 +408,7 @@ def test_a_regression_that_lacks_something_is_refused(made, files, tmp_path, wor
 
 
 def test_a_vgg_without_heads_asks_for_the_package(made, files, lpips_files, tmp_path, monkeypatch):
-    monkeypatch.setattr(perceptual, "installed_heads", lambda: None)
+    monkeypatch.setattr(recipe_settings, "installed_heads", lambda: None)
     with pytest.raises(ValueError, match="package lpips, which has them, is not installed: pip install lpips, or name"):
         made("recipe.regression=0.25", f"recipe.vgg={lpips_files[0]}")
 
@@ -428,7 +430,7 @@ def test_a_dry_run_counts_the_pairs_decoder_and_judge(made, files, tmp_path, cap
     assert all("TFLOP a step" in line for line in lines)
     recipe, _ = recipe_of(settings)
     judge, latent = deepcopy(recipe.teacher[1]), torch.randn(3, 4, 8, 8, requires_grad=True)
-    kept = plan.kept_bytes(judge, lambda: judge(latent, torch.randn(3, 4, 8, 8)), bf16=False)
+    kept = activations.kept_bytes(judge, lambda: judge(latent, torch.randn(3, 4, 8, 8)), bf16=False)
     more = recipe.activation_bytes(6, True)
     recipe.pairs = None
     assert more - recipe.activation_bytes(6, True) == pytest.approx(kept, rel=0.05)

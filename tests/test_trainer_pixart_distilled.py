@@ -18,10 +18,9 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixart import checkpoint, sampling
 from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data import loader, sheets
-from pixstack.trainer.data.pictures import tensor
+from pixstack.trainer.data.pictures import shown, tensor
 from pixstack.trainer.export import exporting
 from pixstack.trainer.features import cache
-from pixstack.trainer.recipes.pixart.controlnet import shaped
 from pixstack.trainer.training import build, checkpoints, optim
 from pixstack.trainer.training.ema import Ema
 from tiny_pixart import recipe_of
@@ -273,7 +272,7 @@ def test_sample_draws_after_the_edges_of_a_data_sets_pictures(trained, path, tmp
               "cpu"])
     recipe, config, _ = exporting.open_run(trained)
     items = build.collection(config).train[:3]
-    pictures = torch.stack([shaped(i.file, (64, 64)) for i in items])
+    pictures = torch.stack([shown(i.file, 64, 64) for i in items])
     given = [i.texts[0] for i in items], 64, 64, config.samples.steps, config.samples.shift, config.samples.cfg, 0
     wanted, free = recipe.sample(*given, conditions={"": pictures}), recipe.sample(*given)
     drawn = [tensor(Image.open(tmp_path / f"out/{i:06d}.png")) for i in range(3)]

@@ -5,10 +5,11 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
-from pixstack.trainer import config
+from pixstack.trainer.config import schema
 from pixstack.trainer.data import loader
 from pixstack.trainer.recipes import adapters
 from pixstack.trainer.training import build, optim
+from pixstack.trainer.training.groups import Group
 
 
 @pytest.fixture
@@ -140,10 +141,10 @@ def test_muon_takes_the_matrices_of_the_blocks_only(path, tmp_path):
 
 
 def test_muon_trains_a_kernel_as_the_matrix_of_what_each_output_channel_reads():
-    settings = config.Optimizer(name="muon", muon_rate=0.1)
+    settings = schema.Optimizer(name="muon", muon_rate=0.1)
     kernel = torch.nn.Parameter(torch.randn(6, 3, 3, 3).to(memory_format=torch.channels_last))
     matrix = torch.nn.Parameter(kernel.detach().flatten(1).clone())
-    ours = optim.Optimizers([{"params": [("k", kernel)], "rate": 1.0, "matrices": {"k"}}], settings, 10)
+    ours = optim.Optimizers([Group([("k", kernel)], matrices={"k"})], settings, 10)
     torchs = torch.optim.Muon([matrix], lr=0.1, momentum=settings.muon_momentum, weight_decay=settings.weight_decay,
                               adjust_lr_fn="original")
     for _ in range(2):
@@ -157,14 +158,14 @@ def test_muon_trains_a_kernel_as_the_matrix_of_what_each_output_channel_reads():
 
 def test_muon_leaves_depthwise_kernels_to_adamw():
     kernel = torch.nn.Parameter(torch.randn(6, 1, 2, 2))
-    group = {"params": [("k", kernel)], "rate": 1.0, "matrices": {"k"}}
-    parts = optim.Optimizers([group], config.Optimizer(name="muon"), 10).parts
+    group = Group([("k", kernel)], matrices={"k"})
+    parts = optim.Optimizers([group], schema.Optimizer(name="muon"), 10).parts
     assert [type(part) for part in parts] == [torch.optim.AdamW]
 
 
 @pytest.mark.parametrize("decay, at_half, at_end", [("constant", 1, 1), ("linear", 0.5, 0), ("cosine", 0.5, 0)])
 def test_the_rate_warms_up_then_decays(decay, at_half, at_end):
-    from pixstack.trainer.config import Optimizer
+    from pixstack.trainer.config.schema import Optimizer
 
     settings = Optimizer(warm_up=10, decay=decay)
     assert optim.rate_at(4, 1000, settings) == pytest.approx(0.5, abs=0.01)
@@ -242,7 +243,7 @@ def test_a_pixelflow_lora_does_in_comfyui_what_it_does_in_the_trainer(path, tmp_
 def test_only_the_adapter_of_a_pixelflow_lora_learns(path, tmp_path):
     settings, _ = lora_settings(path, tmp_path)
     recipe = build.recipe(settings, build.collection(settings))
-    learns = [n for group in recipe.groups(settings) for n, _ in group["params"]]
+    learns = [n for group in recipe.groups(settings) for n, _ in group.params]
     assert learns and all(".lora_" in n for n in learns)
 
 

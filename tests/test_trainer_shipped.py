@@ -12,13 +12,13 @@ from pixstack.models_impl.pixelflow import checkpoint as pixelflow_checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import config
 from pixstack.trainer.cli import main as cli
+from pixstack.trainer.config import check, load
 from weights import tiny_hed
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 4096  # of T5-XXL's tokens
-FILES = {p.name: p for p in sorted(config.TRAINER.glob("recipes/*/*.toml"))}
+FILES = {p.name: p for p in sorted(load.TRAINER.glob("recipes/*/*.toml"))}
 SHIPPED = [name for name in FILES if not name.startswith("ultrapixel")]
 
 
@@ -58,7 +58,7 @@ def files(tmp_path_factory):
 
 def words(root, name):
     """What a person would change about a shipped recipe: where the files are."""
-    raw = config.read_toml(FILES[name])
+    raw = load.read_toml(FILES[name])
     found = [f"out={root}/runs/{name}", "device=cpu"]
     kind, recipe = raw["data"].get("kind", "folder"), raw["recipe"]["name"]
     on_flux = recipe in ("flux", "pixelponder")
@@ -98,4 +98,4 @@ def test_a_shipped_recipe_plans_its_run(files, name, capsys):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_an_unknown_setting_of_a_shipped_recipe_is_refused(files, name):
     with pytest.raises(ValueError, match="recipe.nonsense is not a setting"):
-        config.load(FILES[name], [*words(files, name), "recipe.nonsense=1"])
+        check.load(FILES[name], [*words(files, name), "recipe.nonsense=1"])

@@ -12,8 +12,8 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.ultrapixel import checkpoint, sampling
 from pixstack.models_impl.ultrapixel.guidance import Guide
 from pixstack.models_impl.ultrapixel.model import StageC
-from pixstack.trainer import config
 from pixstack.trainer.cli import main as cli
+from pixstack.trainer.config import load, schema
 from pixstack.trainer.data import loader as data
 from pixstack.trainer.export import exporting
 from pixstack.trainer.recipes.ultrapixel import task
@@ -117,7 +117,7 @@ def test_only_the_guide_learns_and_all_of_it(made):
     assert all(p.grad is None and not p.requires_grad for p in recipe.net.parameters())
     assert all(p.grad is not None and p.grad.any() for p in recipe.guide.parameters())
     (group,) = recipe.groups(recipe.config)
-    assert {id(p) for _, p in group["params"]} == {id(p) for p in recipe.guide.parameters()}
+    assert {id(p) for _, p in group.params} == {id(p) for p in recipe.guide.parameters()}
 
 
 def test_the_frozen_net_is_in_bf16_and_the_guide_that_learns_in_float32(made):
@@ -374,9 +374,9 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, tmp_path
 
 
 def test_the_shipped_recipe_shows_the_releases_sizes():
-    raw = config.read_toml("recipes/ultrapixel/ultrapixel_guide.toml")
+    raw = load.read_toml("recipes/ultrapixel/ultrapixel_guide.toml")
     assert raw["data"]["buckets"] == "ultrapixel" and raw["recipe"]["low_side"] == 24
-    assert optim.Optimizers([], config.Optimizer(**raw["optimizer"]), 10, 4).rate == 1e-4
+    assert optim.Optimizers([], schema.Optimizer(**raw["optimizer"]), 10, 4).rate == 1e-4
 
 
 def test_pictures_of_several_sizes_train_together(path, parts, tmp_path):

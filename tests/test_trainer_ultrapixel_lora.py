@@ -134,7 +134,7 @@ def test_the_word_is_learned(personal):
     encoder = recipe.text.encoder[0]
     assert all(p.grad is None for p in encoder.parameters())
     (layers, word) = recipe.groups(recipe.config)
-    assert word["params"] == [("change", recipe.change)]
+    assert word.params == [("change", recipe.change)]
 
 
 def test_a_word_begins_as_the_mean_of_the_words_of_its_pattern(personal):

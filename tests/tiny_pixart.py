@@ -7,7 +7,8 @@ from pixstack.models_impl.pixart import checkpoint
 from pixstack.models_impl.pixart.config import PixArtConfig
 from pixstack.models_impl.pixart.model import PixArt
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import config, libraries
+from pixstack.trainer import libraries
+from pixstack.trainer.config import check, load
 from pixstack.trainer.data import loader
 from pixstack.trainer.features import tokenizer
 from pixstack.trainer.training import build
@@ -55,7 +56,7 @@ def settings(path, out, sections, *words, recipe="pixart", **more):
     """sections: of `parts`."""
     raw = {**SETTINGS, "recipe": {"name": recipe}, "model": {k: v for k, v in SHAPE.items() if k != "context_dim"},
            "data": {"path": str(path), **IMAGE}, "out": str(out), "precision": "fp32", **sections, **more}
-    return config.parse(raw, words)
+    return check.parse(raw, words)
 
 
 def released(path, seed=0, scale=0.1, **entries):
@@ -80,7 +81,7 @@ def recipe_of(made):
 
 def toml(folder, made):
     """Settings as a file, for the command line."""
-    raw = config.as_dict(made)
+    raw = load.as_dict(made)
     lines = [f"{k} = {json.dumps(v)}" for k, v in raw.items() if not isinstance(v, dict)]
     for section, values in raw.items():
         if isinstance(values, dict):

@@ -10,7 +10,8 @@ from pixstack.models_impl.flux import checkpoint
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import config, libraries
+from pixstack.trainer import libraries
+from pixstack.trainer.config import check
 from pixstack.trainer.features import tokenizer
 
 # heads as wide as the release's, which core's loader counts on
@@ -70,4 +71,4 @@ def settings(path, out, sections, *words, **more):
     """sections: of `parts`."""
     raw = {**tiny_run.SETTINGS, "precision": "fp32", "model": MODEL, "data": {"path": str(path), **IMAGE},
            "out": str(out), **sections, "recipe": {"name": "pixelponder", **sections["recipe"]}, **more}
-    return config.parse(raw, words)
+    return check.parse(raw, words)

@@ -6,7 +6,7 @@ import tiny_ponder
 import tiny_run
 import tiny_ultrapixel
 from PIL import Image
-from pixstack.trainer import config
+from pixstack.trainer.config import check, schema
 from weights import tiny_hed
 
 COMMON = {"precision": "fp32", "steps": 3, "batch_size": 4, "save_every": 3, "log_every": 1, "device": "cpu",
@@ -19,7 +19,7 @@ NAMES = ("pixelflow", "pixart", "pixart_lora", "pixart_dreambooth", "pixart_cont
          "ultrapixel_controlnet", "pixelponder", "pixelponder choices", "flux", "autoencoder")
 
 
-def every(folder: Path, out: Path) -> dict[str, config.Config]:
+def every(folder: Path, out: Path) -> dict[str, schema.Config]:
     """Settings by a name that begins with the recipe's; the runs go to `out`, what they need is made in `folder`."""
     folder.mkdir()
     squares = tiny_run.pictures(folder / "squares", size=64)
@@ -73,6 +73,6 @@ def every(folder: Path, out: Path) -> dict[str, config.Config]:
         "pixelponder choices": {"model": tiny_ponder.MODEL, **ponder, "recipe": {"choices": 2, **ponder["recipe"]},
                                 "data": pictures(hinted, tiny_ponder.IMAGE)},
     }
-    return {name: config.parse({**COMMON, **more, "out": str(out / name),
+    return {name: check.parse({**COMMON, **more, "out": str(out / name),
                                 "recipe": {**more.get("recipe", {}), "name": name.split()[0]}})
             for name in NAMES for more in [raw.pop(name)]}

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from PIL import Image
-from pixstack.trainer import config
+from pixstack.trainer.config import check, rules
 from pixstack.trainer.data import loader
-from pixstack.trainer.distributed import strategy
 from pixstack.trainer.training import build, loop
 from pixstack.trainer.training.run import Run
 
@@ -45,7 +44,7 @@ def pictures(folder, size=16):
 
 def settings(path, out, *words, **sections):
     raw = {**SETTINGS, "data": {"path": str(path), **IMAGE}, "out": str(out), **sections}
-    return config.parse(raw, words)
+    return check.parse(raw, words)
 
 
 def train(settings, interrupt=None):
@@ -81,7 +80,7 @@ def toml(folder, path, out):
 
 if __name__ == "__main__":  # every run of a JSON list of settings, in this process and in those launched with it
     for raw in json.loads(Path(sys.argv[1]).read_text()):
-        made = config.parse(raw)
+        made = check.parse(raw)
         train(made)
         if Accelerator().is_main_process:
-            print(f"{strategy.way(made)} of {Accelerator().num_processes} processes")
+            print(f"{rules.way(made)} of {Accelerator().num_processes} processes")

@@ -13,7 +13,8 @@ from pixstack.models_impl.ultrapixel.model import StageC
 from pixstack.models_impl.ultrapixel.previewer import Previewer
 from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.models_impl.ultrapixel.stage_b import StageB
-from pixstack.trainer import config, libraries
+from pixstack.trainer import libraries
+from pixstack.trainer.config import check, load
 from pixstack.trainer.data import loader
 from pixstack.trainer.recipes.ultrapixel.encoders import FrozenEffnet
 from pixstack.trainer.training import build, checkpoints
@@ -149,7 +150,7 @@ def guide_file(path, **more):
 def settings(path, out, sections, recipe, *words, **more):
     raw = {**tiny_run.SETTINGS, "recipe": recipe, "data": {"path": str(path), **IMAGE}, "out": str(out),
            "precision": "fp32", "batch_size": 4, **sections, **more}
-    return config.parse(raw, words)
+    return check.parse(raw, words)
 
 
 def case(name):
@@ -170,7 +171,7 @@ def weights(folder, step=6):
 
 def toml(folder, made):
     """The settings as a file, for the command line."""
-    raw = config.as_dict(made)
+    raw = load.as_dict(made)
     lines = [f"{k} = {json.dumps(v)}" for k, v in raw.items() if not isinstance(v, dict)]
     for section, values in raw.items():
         if isinstance(values, dict):

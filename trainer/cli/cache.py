@@ -16,7 +16,7 @@ def add_arguments(one):
 
 def run(args):
     """Extract the features of frozen encoders once, into cache.folder; run it again to go on."""
-    from ..config import load
+    from ..config.check import load
 
     config = load(args.recipe, args.settings)
 

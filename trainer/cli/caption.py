@@ -24,7 +24,7 @@ def run(args):
     """Caption pictures with a vision-language model; run it again to go on."""
     from tqdm import tqdm
 
-    from ..config import Data
+    from ..config.schema import Data
     from ..data import caption, layouts
 
     if not args.data.exists():

@@ -17,9 +17,8 @@ def run(args):
     """Look for everything that is wrong with a data set."""
     from tqdm import tqdm
 
-    from .. import config
+    from ..config import check
     from ..data import doctor
-    from ..training import build
 
     words = list(args.settings)
     if args.data and "=" in str(args.data) and not args.data.exists():  # a setting, where no data were named
@@ -29,8 +28,8 @@ def run(args):
     tokens = doctor.tokens_of(args.tokenizer) if args.tokenizer else None
     if args.recipe:
         words += [f"data.path={json.dumps(str(args.data))}"] if args.data else []
-        whole = config.load(args.recipe, words)
-        chosen, need, sizes = whole.data, build.need(whole), (whole.batch_size, whole.micro_batch_size)
+        whole = check.load(args.recipe, words)
+        chosen, need, sizes = whole.data, whole.needs, (whole.batch_size, whole.micro_batch_size)
         if need == "captions" and not tokens:
             tokens = doctor.tokens_of_recipe(whole)
     else:

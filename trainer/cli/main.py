@@ -16,7 +16,7 @@ COMMANDS = {"train": train, "cache": cache, "pairs": pairs, "data": data, "docto
 def main(words: list[str] | None = None):
     top = parser()
     args, rest = top.parse_known_args(words)
-    if rest and hasattr(args, "settings") and all("=" in word and not word.startswith("-") for word in rest):
+    if rest and "settings" in args and all("=" in word and not word.startswith("-") for word in rest):
         args.settings += rest  # argparse does not take key=value after an option
     elif rest:
         top.error(f"not understood: {' '.join(rest)}")

@@ -18,12 +18,13 @@ def add_arguments(one):
 def run(args):
     """Make the pairs of noise and latent that recipe.regression of pixart_dmd learns by heart, on several processes
     too; run it again to go on."""
-    from ..config import load, read_toml
+    from ..config import check
+    from ..config.load import read_toml
 
     name = read_toml(args.recipe).get("recipe", {}).get("name")
     if name != "pixart_dmd":
         raise ValueError(f"{args.recipe} is of recipe.name={name!r}: pairs are what pixart_dmd learns from.")
-    config = load(args.recipe, [*args.settings, "recipe.regression=0"])  # whose files may be absent yet
+    config = check.load(args.recipe, [*args.settings, "recipe.regression=0"])  # whose files may be absent yet
     out = args.out or (Path(config.recipe.pairs).expanduser() if config.recipe.pairs else None)
     if out is None:
         raise ValueError("name the folder of the pairs: --out, or recipe.pairs.")

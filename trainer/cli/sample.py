@@ -33,13 +33,12 @@ def run(args):
     from ..data.sheets import sheet
     from ..evaluation import sample
     from ..export.exporting import open_run
-    from ..training import build
 
     accelerator = Accelerator(cpu=chosen_device(args.device) == "cpu")
     main = accelerator.is_main_process
     recipe, config, step = open_run(args.run_folder, args.step, args.weights,
                                     accelerator.device if args.device == "auto" else args.device)
-    need, items, what = build.need(config), [], args.what
+    need, items, what = config.needs, [], args.what
     classes = need == "classes"
     known = json.loads((args.run_folder / "facts.json").read_text(encoding="utf-8"))["classes"]
     if args.data:
@@ -55,7 +54,7 @@ def run(args):
     if config.data.conditions and not items:
         raise ValueError(f"{args.run_folder} draws after conditions ({', '.join(config.data.conditions)}): name a data "
                          "set that has them, --data.")
-    names = [*config.data.conditions, *([""] if items and getattr(recipe, "of_pictures", False) else [])]
+    names = [*config.data.conditions, *([""] if items and recipe.of_pictures else [])]
     s, side, count = config.samples, config.data.resolution, len(what) if args.count is None else args.count
     height, width = (given if given is not None else own or side
                      for given, own in ((args.height, s.height), (args.width, s.width)))
@@ -63,7 +62,8 @@ def run(args):
         run=args.run_folder.resolve().name, step=step, weights=args.weights, what=what, count=count,
         batch=min(args.batch, max(count, 1)), height=height, width=width,
         data=str(args.data.resolve()) if args.data else "", conditions=names, **sampling(args, s))
-    if main and not names and len(getattr(config.recipe, "hints", what)) not in (len(what), request.batch):
+    hints = config.recipe.hints
+    if main and not names and hints is not None and len(hints) not in (len(what), request.batch):
         print("recipe.hints are not as many as the prompts: drawn without any. --data draws after the pictures of a "
               "data set.", file=sys.stderr)
     if args.out.suffix in (".png", ".jpg"):

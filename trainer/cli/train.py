@@ -13,7 +13,7 @@ def add_arguments(one):
 
 def run(args):
     """Train by a recipe file; run it again to go on."""
-    from ..config import load
+    from ..config.check import load
 
     config = load(args.recipe, args.settings)
 
@@ -62,7 +62,7 @@ def run(args):
         build.write_facts(run.folder, recipe, found)
         print(f"{config.folder}: {loader.summary(found)}; {sum(p.numel() for p in recipe.parameters()):,} parameters")
         if accelerator.num_processes > 1:
-            print(f"{accelerator.num_processes} processes, {strategy.SAID[strategy.way(config)]}")
+            print(f"{accelerator.num_processes} processes, {strategy.IN_WORDS[strategy.way(config)]}")
     with closing(run):
         step = loop.train(recipe, batches, config, run, accelerator)
     if accelerator.is_main_process:

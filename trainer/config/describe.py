@@ -7,22 +7,22 @@ import inspect
 import json
 import sys
 import textwrap
+import typing
 
-from .. import config
-from ..recipes import RECIPES, find
+from ..recipes import RECIPES, settings_of
+from .schema import Config
 
 
 def describe() -> list[str]:
     lines = []
-    for field in dataclasses.fields(config.Config):
-        kind = getattr(config, field.name.capitalize(), None)
+    for name, kind in typing.get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
-            lines += ["", f"[{field.name}]", *section(kind)]
+            lines += ["", f"[{name}]", *section(kind)]
     for name in RECIPES:
-        recipe = find(name)
-        lines += ["", f"[recipe]  with name = {name!r}", *section(recipe.Settings)]
-        lines += ["", "[model]", *section(recipe.Model)]
-    return section(config.Config) + lines
+        settings = settings_of(name)
+        lines += ["", f"[recipe]  with name = {name!r}", *section(settings)]
+        lines += ["", "[model]", *section(settings.Model)]
+    return section(Config) + lines
 
 
 def section(kind) -> list[str]:

@@ -19,7 +19,9 @@ import numpy as np
 from PIL import Image
 
 from ...models_impl.text.captions import clean_caption
-from ..config import Config, Data, build, value_of
+from ..config import rules
+from ..config.load import build, value_of
+from ..config.schema import Config, Data
 from . import buckets, layouts, loader, pictures
 from .layouts import LISTED, Item
 
@@ -193,7 +195,7 @@ def tokens_of_recipe(config: Config) -> Tokens:
     text = text_encoders.make(config, [t for i in found.train for t in (*i.texts, *i.tags)], None)
     limits = (text.places if isinstance(text, text_encoders.FrozenClip) else config.text.max_length,)
     if isinstance(text, text_encoders.FROZEN):
-        read = clean_caption if getattr(text, "clean", False) else str
+        read = clean_caption if isinstance(text, text_encoders.FrozenT5) and text.clean else str
         return Tokens(lambda caption: len(text.tokens(read(caption), verbose=False).input_ids), True, limits)
     text.tokenizer.no_truncation()
     return Tokens(lambda caption: len(text.tokenizer.encode(caption).ids), True, limits)
@@ -213,7 +215,7 @@ def settings_of(path: Path, words: list[str]) -> Data:
         else:
             raw[name.removeprefix("data.")] = value_of(value)
     settings = build(Data, raw, {}, problems, "data.")
-    problems += settings.problems(settings.bucket_group or 1, 0) if settings else []
+    problems += rules.data(settings, settings.bucket_group or 1, 0) if settings else []
     if problems:
         raise ValueError("these settings cannot work:\n  " + "\n  ".join(problems))
     if not settings.conditions and settings.kind in ("auto", "jsonl"):

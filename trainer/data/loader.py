@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import Data
-from . import buckets, layouts
+from ..config.schema import Data
+from . import buckets, layouts, schedule
 from .layouts import Item, listed
 from .pictures import Pictures, measured
 
@@ -143,8 +143,8 @@ class Batches:
         mixed, groups = priors(self.group, self.share), batch_size // self.group
         shown = in_buckets([items[i] for i in own], settings)
         self.buckets = {size: [own[i] for i in some] for size, some in shown.items()}
-        self.schedule = buckets.Schedule(self.buckets, seed, batch_size - groups * mixed, self.group - mixed)
-        self.prior = buckets.Schedule({(0, 0): prior}, seed + 1, groups * mixed, mixed) if mixed else None
+        self.schedule = schedule.Schedule(self.buckets, seed, batch_size - groups * mixed, self.group - mixed)
+        self.prior = schedule.Schedule({(0, 0): prior}, seed + 1, groups * mixed, mixed) if mixed else None
         self.pending: dict[tuple, list] = {}
 
     def at(self, step: int, position: int) -> tuple[int, Size]:

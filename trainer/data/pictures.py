@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..config import Data
+from ..config.schema import Data
 from .layouts import Item
 
 KEPT_BYTES = 2**31

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
-from ..config import Config
+from ..config.schema import Config
 from ..training.optim import Optimizers
+from .ddp import Whole, finite
 
 
 def plugin():
@@ -19,33 +20,6 @@ def plugin():
     from accelerate.utils import DeepSpeedPlugin
 
     return DeepSpeedPlugin()
-
-
-def problems(config: Config) -> list[str]:
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        return ["accelerate was told to use DeepSpeed, which is not installed: pip install deepspeed, or launch "
-                "without it."]
-    found, told = [], plugin().deepspeed_config
-    stage = told["zero_optimization"].get("stage")
-    if stage not in (1, 2):
-        instead = "memory.shard=true spreads the weights too (FSDP2)" if stage == 3 else "a launch without DeepSpeed " \
-            "joins whole gradients"
-        found.append(f"DeepSpeed was told zero_stage {stage}, and this trainer uses 1 and 2; {instead}.")
-    if config.optimizer.name != "adamw":
-        found.append(f"DeepSpeed goes with optimizer.name='adamw', not {config.optimizer.name!r}, which looks at whole "
-                     "matrices.")
-    if config.recipe.name == "pixart_dmd":
-        found.append("DeepSpeed clips all gradients as one, and recipe.name='pixart_dmd' those of two networks apart: "
-                     "launch without it, or with memory.shard=true.")
-    for name in ("optimizer", "scheduler"):
-        if name in told:
-            found.append(f"DeepSpeed's file names its own {name}: take it out, the recipe's [optimizer] decides.")
-    for name in ("fp16", "bf16"):
-        if (told.get(name) or {}).get("enabled") is True:
-            found.append(f"DeepSpeed's file turns {name} on: take it out, the recipe's precision decides.")
-    return found
 
 
 def settings(config: Config, rounds: int, pictures: int, processes: int) -> dict:
@@ -91,9 +65,23 @@ def shares(processes: int) -> tuple[float, float]:
     return 1 / processes if told.get("stage") == 2 else 1.0, 0.0 if outside else 1 / processes
 
 
-def norm(engine) -> Tensor:
-    """Of all gradients, before they were clipped in the last step."""
-    return torch.as_tensor(engine.get_global_grad_norm())
+class Zero(Whole):
+    def start(self, optimizer: Optimizers, rounds: int, pictures: int):
+        self.model = engine(self.recipe, optimizer, self.config, rounds, pictures,
+                                      self.accelerator.num_processes)
+
+    def backward(self, batch, rounds: int, last: bool) -> Tensor:
+        self.model.set_gradient_accumulation_boundary(last)
+        loss = self.model(batch).mean() / rounds
+        self.model.backward(loss, scale_wrt_gas=False)
+        return loss.detach()
+
+    def update(self, optimizer: Optimizers, step: int) -> tuple[Tensor, float]:
+        """As `Whole`'s, but the weights have changed when the norm is known: the checkpoints have not."""
+        share = optimizer.step(step)  # which clips too
+        norm = torch.as_tensor(self.model.get_global_grad_norm())  # before they were clipped
+        finite(norm, step, self.config)
+        return norm, share
 
 
 class Stretches:

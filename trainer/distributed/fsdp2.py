@@ -6,25 +6,18 @@ from __future__ import annotations
 
 import operator
 
-import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from ..config import Config
-
-
-def problems(config: Config, told: str) -> list[str]:
-    """told: what asks for it."""
-    if config.optimizer.name == "adamw":
-        return []
-    return [f"{told} goes with optimizer.name='adamw', not {config.optimizer.name!r}, which looks at whole matrices."]
+from ..config.schema import Config
+from ..training.optim import Optimizers
+from . import sharded
+from .ddp import Whole
 
 
 def spread(recipe: nn.Module, accelerator):
     """Spreads the blocks of a recipe over the processes."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     some = blocks(recipe)
     parts = {p for block in some for p in block.parameters()}
@@ -38,7 +31,7 @@ def spread(recipe: nn.Module, accelerator):
 def blocks(recipe: nn.Module) -> list[nn.Module]:
     """The innermost members of module lists, but for those of the text encoder and of what a recipe names as `whole`;
     and what such a member is made of, where its parts are called instead of it."""
-    apart = {m for name in ("text", *getattr(recipe, "whole", ()))
+    apart = {m for name in ("text", *recipe.whole)
              if (some := operator.attrgetter(name)(recipe)) is not None for m in some.modules()}
     members = [block for some in recipe.modules() if isinstance(some, nn.ModuleList) and some not in apart
                for block in some if not any(isinstance(m, nn.ModuleList) for m in block.modules())]
@@ -49,41 +42,19 @@ def has_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
-def is_part(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)
+class Parts(Whole):
+    def __init__(self, recipe: nn.Module, config: Config, accelerator):
+        super().__init__(recipe, config, accelerator)
+        spread(recipe, accelerator)
 
+    def start(self, optimizer: Optimizers, rounds: int, pictures: int):
+        pass
 
-@torch.no_grad()
-def join_gradients(parameters: list[nn.Parameter]):
-    """The mean over the processes, of gradients of what is whole in each; those of blocks have been joined."""
-    for p in parameters:
-        if p.grad is not None and not isinstance(p, DTensor):
-            distributed.all_reduce(p.grad)
-            p.grad /= distributed.get_world_size()
+    def backward(self, batch, rounds: int, last: bool) -> Tensor:
+        loss = self.model(batch).mean() / rounds
+        loss.backward()
+        return loss.detach()
 
-
-def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """torch's clip_grad_norm_ of parameters of both kinds."""
-    some = [[p for p in parameters if isinstance(p, DTensor) is kind and p.grad is not None] for kind in (True, False)]
-    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in own])) for own in some if own]
-    norm = torch.stack(norms).norm()
-    for own in some:
-        torch.nn.utils.clip_grads_with_norm_(own, limit, norm)
-    return norm
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Of a part, gathered from all processes, which must all ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def part(tensor: Tensor, like: Tensor) -> Tensor:
-    """Of a whole tensor, this process's, where `like` is a part."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The memory behind a parameter, in this process."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    def update(self, optimizer: Optimizers, step: int) -> tuple[Tensor, float]:
+        sharded.join_gradients(optimizer.parameters)
+        return super().update(optimizer, step)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...models_impl.annotators import hed
 from ...models_impl.annotators.canny import canny
-from ..config import Data
+from ..config.schema import Data
 from ..data import layouts
 from ..data.layouts import Item
 from ..data.pictures import decode, plan, tensor

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config
+from ..config.schema import Config
 from ..data import layouts, loader
 from . import metrics
 from .measure import AT_ONCE
@@ -40,7 +40,7 @@ def evaluate(recipe, config: Config, path: Path, seen: int = 256, steps: int = 1
     pixels = torch.cat([b.pictures for b in batches])
     references = pixels.float() / 127.5 - 1
     conditions = {name: torch.cat([b.conditions[name] for b in batches]) for name in names}
-    if getattr(recipe, "of_pictures", False):
+    if recipe.of_pictures:
         conditions[""] = pixels
     known = metrics.colours(references)
     for split in ("train", "held_out"):

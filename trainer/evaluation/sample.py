@@ -19,7 +19,7 @@ from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
-from ..config import Config
+from ..config.schema import Config
 from ..data import layouts
 from ..data.layouts import Item
 from ..data.pictures import shown
@@ -106,7 +106,7 @@ def made(recipe, request: Request, items: list[Item], group: int) -> Tensor:
                              cfg=request.cfg, seed=request.seed + group * 1_000_003, **given)
     height, width = pictures.shape[-2:]
     # an autoencoder's show two pictures side by side, and a previewer's are small
-    if not getattr(recipe, "previews", False) and (height != request.height or width % request.width):
+    if not recipe.previews and (height != request.height or width % request.width):
         raise ValueError(f"--height={request.height} --width={request.width} is no size of this model, which draws "
                          f"{height} and {width} for it: give those.")
     return pictures[:request.count - first]

@@ -1,14 +1,13 @@
 """The model card of what a run exported."""
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
-from .. import config
+from ..config.load import stored
+from ..config.schema import Config, look_up
 from ..files import write_whole
-from ..recipes import find
 from ..training.checkpoints import checkpoints, read_log
 from ..training.run import MAY_CHANGE
 
@@ -26,17 +25,13 @@ USE = {  # folder of ComfyUI's models/, or before it a recipe -> what to do with
 }
 
 
-BASES = (("recipe", "base"), ("recipe", "control_from"), ("model", "stage_c"), ("model", "guide"))
-
-
-def card(folder: Path, settings: config.Config, step: int, files: list[Path]) -> str:
+def card(folder: Path, settings: Config, step: int, files: list[Path]) -> str:
     """A model card in Markdown: what the files are, how to use them, how they were made. It names no folder of the
     machine, and of data and base the last part of the name alone."""
     s, name = settings, settings.name
     losses = [one for one in read_log(folder) if "validation_loss" in one and one["step"] <= step]
     lines = [f"# {name}", "", f"Trained with PixStack's recipe `{s.recipe.name}`, step {step} of {s.steps}."]
-    stands_on = [path for path in (s.init_from, *(getattr(getattr(s, section), key, "")
-                                                   for section, key in BASES)) if path]
+    stands_on = [path for path in (s.init_from, *s.recipe.bases(s)) if path]
     if stands_on := list(dict.fromkeys(f"`{Path(path).name}`" for path in stands_on)):
         lines[-1] += (f" It stands on {' and '.join(stands_on)}, whose licence"
                       f"{'s apply' if len(stands_on) > 1 else ' applies'}.")
@@ -51,20 +46,20 @@ def card(folder: Path, settings: config.Config, step: int, files: list[Path]) ->
              "average": s.ema.decay or "none", **{k: unplaced(v) for k, v in vars(s.recipe).items()}}
     if losses:
         facts["validation loss"] = f"{losses[-1]['validation_loss']:.5f} at step {losses[-1]['step']}"
-    if "adapter" in find(s.recipe.name).sections and getattr(s.recipe, "lora", True):
+    if s.recipe.has_adapter:
         facts |= {f"adapter {k}": v for k, v in vars(s.adapter).items()}
     facts |= chosen(s)
     lines += ["", "## Training", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())]
     return "\n".join(lines) + "\n"
 
 
-def chosen(settings: config.Config) -> dict[str, object]:
+def chosen(settings: Config) -> dict[str, object]:
     """What else shaped the result and is not as it is by default: "section.key" -> value."""
     told = {"data.path", "data.resolution", "optimizer.name", "optimizer.rate", "ema.decay", "model.stage_c",
             "model.guide"}
     found = {}
     for section in ("model", "data", "text", "vae", "optimizer", "ema", "memory"):
-        part = getattr(settings, section)
+        part = look_up(settings, section)
         plain = vars(type(part)())
         found |= {name: unplaced(value) for key, value in vars(part).items() if value != plain[key]
                   and (name := f"{section}.{key}") not in told | MAY_CHANGE}
@@ -94,7 +89,7 @@ def samples(folder: Path, step: int) -> Path | None:
 
 def write_card(folder: Path, out: Path, files: list[Path], step: int | None = None) -> list[Path]:
     """Writes out/NAME.md and, where the run drew some, out/NAME.png. files: what `export` wrote."""
-    settings = config.parse(json.loads((folder / "config.json").read_text(encoding="utf-8")), (), str(folder), False)
+    settings = stored(folder)
     step = int(checkpoints(folder)[-1].name) if step is None else step
     written = [out / f"{files[0].stem}.md"]
     write_whole(written[0], card(folder, settings, step, files))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...models_impl import state_dict
-from .. import config
+from ..config.load import stored
 from ..training import build
 from ..training.checkpoints import checkpoints, read_tensors, restore_module
 
@@ -26,8 +26,7 @@ def open_run(folder: Path, step: int | None = None, weights: str = "ema", device
         raise ValueError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}; there are: "
                          f"{', '.join(map(str, steps)) or 'none'}.")
     chosen = found[-1 if step is None else steps.index(step)]
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = config.parse(raw, (), f"the settings of {folder}", check=False)
+    settings = stored(folder)
     recipe = build.reopened(settings, folder)
     restore_module(recipe, read_tensors(chosen / "model.safetensors"))
     if weights == "ema" and (chosen / "ema.safetensors").exists():
@@ -46,7 +45,7 @@ def restore_average(recipe: torch.nn.Module, file: Path):
         own[name].copy_(value)
 
 
-def stored(name: str, tensor: Tensor, dtype: str) -> Tensor:
+def written_as(name: str, tensor: Tensor, dtype: str) -> Tensor:
     """As it is written. A LoRA's alpha, one number, stays as it is: rounded it would be another strength. In fp8 are
     the matrices of blocks and the kernels of a VAE's encoder alone, the rest in bf16: on the small FLUX of emoji that
     costs less than a third of what it costs to round everything."""
@@ -66,7 +65,7 @@ def export(folder: Path, out: Path, name: str, dtype: str = "bf16", step: int | 
     for pattern, (tensors, metadata) in recipe.files().items():
         path = out / pattern.format(name=name)
         origin = {"pixstack.run": json.dumps({"name": settings.name, "step": step, "weights": weights})}
-        tensors = {k: stored(k, v, dtype) for k, v in tensors.items()}
+        tensors = {k: written_as(k, v, dtype) for k, v in tensors.items()}
         state_dict.write_file(path, tensors, {**metadata, **origin})
         written.append(path)
     return written

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config, Data
+from ..config.schema import Config, Data
 from ..data import loader as data
 from ..data.layouts import Item, listed
 from ..data.pictures import Picture, Pictures, Size

@@ -11,7 +11,6 @@ from ...models_impl.annotators.canny import edges as canny
 from .store import Store, fingerprint
 
 CANNY = 100, 200  # thresholds of the release (util.py:38-95 of chfyfr/PixelPonder@3326c73)
-ANNOTATORS = ("canny", "hed")
 AT_ONCE = 8  # pictures in one pass of HED
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import Data
+from ..config.schema import Data
 from ..data.layouts import Item, listed
 from ..data.pictures import measure, plan
 from .cache import BOX, ORIGINAL, key_of, shown

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...models_impl import state_dict
 from ...models_impl.text import captions as cleaning
-from ..config import Config
+from ..config.schema import Config
 from ..files import write_whole
 from ..libraries import hide_broken_torchvision
 from . import tokenizer

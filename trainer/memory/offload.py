@@ -7,23 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import Config
-
-
-def problems(config: Config, sections: tuple[str, ...]) -> list[str]:
-    """sections: of the recipe; one with a frozen network reads "memory.base"."""
-    count, found = config.memory.swap_blocks, []
-    if count < 0:
-        found.append(f"memory.swap_blocks={count} must not be negative.")
-    if count > 0 and ("memory.base" not in sections or getattr(config.recipe, "lora", True) is False):
-        found.append(f"memory.swap_blocks={count}: recipe.name={config.recipe.name!r} trains all weights here, and "
-                     "only blocks that do not learn are kept in host memory. Take it out.")
-    if count > 0 and not config.checkpoint_activations:
-        found.append(f"memory.swap_blocks={count} needs checkpoint_activations=true, which brings a block back for its "
-                     "backward pass.")
-    if count > 0 and config.compile:
-        found.append(f"memory.swap_blocks={count} does not go with compile=true: a compiled block keeps its weights.")
-    return found
+from ..config.schema import Config
 
 
 def swapped(recipe: nn.Module, config: Config) -> list[nn.Module]:

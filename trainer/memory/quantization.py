@@ -4,33 +4,14 @@ Gradients go through; nothing whole is kept between the two.
 """
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import Config, nearest
+from ..config.schema import Config
 
-KINDS = {"fp8": 8, "nf4": 4}  # bits of a weight
 BLOCK = 64  # weights that share a scale, of nf4
 FP8 = torch.float8_e4m3fn
-
-
-def problems(config: Config, sections: tuple[str, ...]) -> list[str]:
-    """sections: of the recipe; one with a frozen network reads "memory.base"."""
-    kind, found = config.memory.base, []
-    if not kind:
-        return found
-    if kind not in KINDS:
-        found.append(f"memory.base={kind!r} is none of {', '.join(KINDS)}{nearest(kind, KINDS)}.")
-    if "memory.base" not in sections or getattr(config.recipe, "lora", True) is False:
-        found.append(f"memory.base={kind!r}: recipe.name={config.recipe.name!r} trains all weights here, and those "
-                     "that learn cannot be kept in few bits. Take it out"
-                     + (", or train an adapter: recipe.lora=true." if hasattr(config.recipe, "lora") else "."))
-    if kind == "nf4" and find_spec("bitsandbytes") is None:
-        found.append("memory.base='nf4' needs bitsandbytes: pip install bitsandbytes, or use fp8.")
-    return found
 
 
 def frozen(net: nn.Module, config: Config) -> nn.Module:

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 from ...models_impl import lora
-from ..config import Adapter, nearest
+from ..config.schema import Adapter
 from ..libraries import hide_broken_torchvision
 from ..memory.quantization import FewBits
 
 NAME = "default"  # of the one adapter, in peft's names
-KINDS = "lora", "loha", "lokr"
 PARTS = {"loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),  # in peft's and LyCORIS'
          "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")}
-
-
-def problems(settings: Adapter) -> list[str]:
-    found = []
-    if settings.rank < 1:
-        found.append(f"adapter.rank={settings.rank} must be at least 1.")
-    if settings.alpha < 0:
-        found.append(f"adapter.alpha={settings.alpha} must not be negative; 0 = the rank.")
-    if settings.kind not in KINDS:
-        found.append(f"adapter.kind={settings.kind!r} is none of {', '.join(KINDS)}{nearest(settings.kind, KINDS)}.")
-    own = [name for name in ("dora", "rslora") if getattr(settings, name)]
-    if own and settings.kind != "lora":
-        found.append(f"adapter.{own[0]}=true is for adapter.kind='lora', not {settings.kind!r}.")
-    if settings.factor != -1 and (settings.kind != "lokr" or settings.factor < 1):
-        found.append(f"adapter.factor={settings.factor} is a number of rows, at least 1 (or -1), and is for "
-                     "adapter.kind='lokr'.")
-    if find_spec("peft") is None:
-        found.append("a LoRA needs peft: pip install peft.")
-    return found
 
 
 def attach(net: nn.Module, settings: Adapter, targets: list[str]) -> nn.Module:
@@ -94,7 +73,7 @@ def layers(net: nn.Module) -> list[lora.Layer]:
     """What has been learned, by the names of the parameters that it changes."""
     found = []
     for name, module in adapted(net).items():
-        kind = next((k for k, parts in PARTS.items() if hasattr(module, parts[0])), "lora")
+        kind = next((k for k, parts in PARTS.items() if parts[0] in module.adapter_layer_names), "lora")
         if kind != "lora":
             parts = {part: getattr(module, part) for part in PARTS[kind]}
             own = {part: there[NAME].detach() for part, there in parts.items() if NAME in there}

@@ -7,25 +7,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..config import Config
+from ..config.schema import Config
 from ..data import loader
 from ..features import text_encoders
 from ..files import write_whole
-from ..recipes import PICTURES_ALONE, find
+from ..recipes import find
 from .checkpoints import checkpoints
 
 TOKENIZER, FACTS = "tokenizer.json", "facts.json"
 
 
 def collection(config: Config) -> loader.Collection:
-    return loader.read(config.data, need(config))
-
-
-def need(config: Config) -> str:
-    """What every picture must have: "captions", "classes", or, where it alone will do, "pictures"."""
-    if config.recipe.name in PICTURES_ALONE:
-        return "pictures"
-    return "captions" if config.text.encoder else "classes"
+    return loader.read(config.data, config.needs)
 
 
 def recipe(config: Config, found: loader.Collection, folder: Path | None = None) -> nn.Module:
@@ -34,12 +27,11 @@ def recipe(config: Config, found: loader.Collection, folder: Path | None = None)
     words = [text for i in found.train for text in (*i.texts, *i.tags)]
     text = text_encoders.make(config, words + [t.replace("{}", "") for t in config.data.templates], folder)
     classes = len(found.classes) or 1 + max(i.label for i in found.train)
-    if need(config) == "classes" and (unknown := [c for c in config.samples.classes if not 0 <= c < classes]):
+    if config.needs == "classes" and (unknown := [c for c in config.samples.classes if not 0 <= c < classes]):
         raise ValueError(f"samples.classes names {', '.join(map(str, unknown))}, and the data have the classes 0 to "
                          f"{classes - 1}.")
     made = find(config.recipe.name)(config, text, classes)
-    if hasattr(made, "look_at"):
-        made.look_at(found.train)
+    made.look_at(found.train)
     return made
 
 

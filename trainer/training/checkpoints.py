@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ...models_impl import state_dict
-from ..distributed import fsdp2
+from ..distributed import sharded
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -26,7 +26,7 @@ def read_log(folder: Path) -> list[dict]:
 def module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """What learns, and what is counted along with it; frozen weights stay where they came from."""
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    return {name: fsdp2.whole(value) for name, value in module.state_dict().items() if name not in frozen}
+    return {name: sharded.whole(value) for name, value in module.state_dict().items() if name not in frozen}
 
 
 def restore_module(module: nn.Module, tensors: dict[str, torch.Tensor]):
@@ -37,7 +37,7 @@ def restore_module(module: nn.Module, tensors: dict[str, torch.Tensor]):
         raise ValueError(f"The checkpoint is of another model: {len(odd)} names differ ({', '.join(odd[:3])} ...).")
     with torch.no_grad():
         for name, value in own.items():
-            fsdp2.local(value).copy_(fsdp2.local(fsdp2.part(tensors[name], value)))
+            sharded.local(value).copy_(sharded.local(sharded.part(tensors[name], value)))
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..config import Config
+from ..config.schema import Config
 from ..data import loader
 from ..data.pictures import Picture
 from ..features import text_encoders
@@ -208,7 +208,7 @@ def of_a_step(config: Config, found: loader.Collection, recipe: nn.Module, parts
     clock = Clock(rates)
     batches = loader.Batches(found.train, config.data, config.seed, config.batch_size,
                            lambda items, settings: Blank(items, settings, clock))
-    for net in (recipe, *getattr(recipe, "teacher", ())):
+    for net in (recipe, *recipe.teacher):
         imagine(net, clock)
     for reader in recipe.encoders:
         reader.encode = encoding(reader, clock, counted=not config.cache.folder)
@@ -226,10 +226,10 @@ def of_the_optimizer(recipe: nn.Module, config: Config, rates: Rates) -> Cost:
     """With the limit of the gradients and the moving average."""
     found = Cost()
     for group in recipe.groups(config):
-        for name, p in group["params"]:
+        for name, p in group.params:
             numbers = 9 + 3 * bool(config.ema.decay)  # weight, gradient, two moments: read and written, and the norm
             found.add(0, p.numel() * 4 * numbers / rates.bytes + 12 * rates.call)
-            if config.optimizer.name == "muon" and name in group["matrices"] and is_matrix(p):
+            if config.optimizer.name == "muon" and name in group.matrices and is_matrix(p):
                 small, large = sorted(p.flatten(1).shape)
                 flops = 5 * (4 * small**2 * large + 2 * small**3)  # five rounds of Newton and Schulz
                 found.add(flops, flops / rates.flops(torch.bfloat16))
@@ -276,5 +276,5 @@ def imagine_text(recipe: nn.Module, clock: Clock):
         return empty(B, text.max_length, text.width), empty(B, text.max_length, dtype=torch.bool)
 
     text.lookup = text.read = lookup
-    if getattr(text, "clip", None):
+    if isinstance(text, text_encoders.FrozenT5) and text.clip:
         text.pooled = lambda captions, device: empty(len(captions), recipe.flow.shape.pooled_dim)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..distributed import fsdp2
+from ..distributed import sharded
 
 
 class Ema:
@@ -19,8 +19,8 @@ class Ema:
     def update(self, step: int):
         if self.average:
             decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
-            torch._foreach_lerp_([fsdp2.local(a) for a in self.average.values()],
-                                 [fsdp2.local(p.detach()) for p in self.live.values()], 1 - decay)
+            torch._foreach_lerp_([sharded.local(a) for a in self.average.values()],
+                                 [sharded.local(p.detach()) for p in self.live.values()], 1 - decay)
 
     @contextmanager
     def applied(self):
@@ -35,8 +35,8 @@ class Ema:
     def swap(self):
         for name, value in self.average.items():
             live = self.live[name]
-            if fsdp2.is_part(live):  # whose memory is known to what gathers it
-                here, there = fsdp2.local(live), fsdp2.local(value)
+            if sharded.is_part(live):  # whose memory is known to what gathers it
+                here, there = sharded.local(live), sharded.local(value)
                 kept = here.clone()
                 here.copy_(there)
                 there.copy_(kept)
@@ -44,9 +44,9 @@ class Ema:
                 live.data, self.average[name] = value, live.data
 
     def state_dict(self):
-        return {name: fsdp2.whole(value) for name, value in self.average.items()}
+        return {name: sharded.whole(value) for name, value in self.average.items()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors):
         for name, value in self.average.items():
-            fsdp2.local(value).copy_(fsdp2.local(fsdp2.part(tensors[name], value)))
+            sharded.local(value).copy_(sharded.local(sharded.part(tensors[name], value)))

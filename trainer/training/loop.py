@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import Config
+from ..config.schema import Config
 from ..distributed import strategy
 from .ema import Ema
 from .optim import Optimizers

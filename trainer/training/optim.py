@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from ..config import Optimizer
-from ..distributed import fsdp2
+from ..config.schema import Optimizer
+from ..distributed import sharded
+from .groups import Group
 
 RATE_BATCH = 256  # the batch that scaled rates are given for
 WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes puts what is quantised, in a state_dict
@@ -130,29 +131,27 @@ class Muon(torch.optim.Muon):
 class Optimizers:
     """One or two torch optimizers behind the few calls that the loop makes."""
 
-    def __init__(self, groups: list[dict], settings: Optimizer, steps: int, batch_size: int = 0):
-        """groups: {"params": [(name, parameter)], "rate": multiple of the learning rate, "matrices": names for Muon,
-        and, where its gradients are clipped apart from others', "clipped": the name of the network}"""
+    def __init__(self, groups: list[Group], settings: Optimizer, steps: int, batch_size: int = 0):
         self.settings, self.steps, self.parts = settings, steps, []
         self.rate = scaled_rate(settings, batch_size)
         adamw, muon, self.clipped = [], [], {}
         for group in groups:
-            self.clipped.setdefault(group.get("clipped", ""), []).extend(p for _, p in group["params"])
-            hidden = [p for n, p in group["params"] if n in group["matrices"] and is_matrix(p)]
+            self.clipped.setdefault(group.clipped, []).extend(p for _, p in group.params)
+            hidden = [p for n, p in group.params if n in group.matrices and is_matrix(p)]
             hidden = hidden if settings.name == "muon" else []
             ids = {id(p) for p in hidden}
-            rest = [p for _, p in group["params"] if id(p) not in ids]
+            rest = [p for _, p in group.params if id(p) not in ids]
             if hidden:
-                muon.append({"params": hidden, "lr": settings.muon_rate * group["rate"]})
+                muon.append({"params": hidden, "lr": settings.muon_rate * group.rate})
             if rest:
-                adamw.append({"params": rest, "lr": self.rate * group["rate"]})
+                adamw.append({"params": rest, "lr": self.rate * group.rate})
         self.parameters = [p for some in self.clipped.values() for p in some]
         if adamw and settings.name == "came":
             self.parts.append(Came(adamw, self.rate, settings.betas or (0.9, 0.999, 0.9999),
                                    weight_decay=settings.weight_decay))
         elif adamw:
             # What is spread over processes and what is not are not taken together.
-            apart = {"foreach": False} if any(fsdp2.is_part(p) for p in self.parameters) else {}
+            apart = {"foreach": False} if any(sharded.is_part(p) for p in self.parameters) else {}
             self.parts.append(adamw_of(settings)(adamw, lr=self.rate, betas=tuple(settings.betas or (0.9, 0.999)),
                                                  eps=settings.eps or 1e-8, weight_decay=settings.weight_decay, **apart))
         if muon:
@@ -163,7 +162,7 @@ class Optimizers:
     def clip(self) -> torch.Tensor:
         """Limits the norm of the gradients, of each network by itself; the largest norm there was."""
         limit = self.settings.clip or float("inf")
-        one = fsdp2.clip if any(map(fsdp2.is_part, self.parameters)) else torch.nn.utils.clip_grad_norm_
+        one = sharded.clip if any(map(sharded.is_part, self.parameters)) else torch.nn.utils.clip_grad_norm_
         return torch.stack([one(some, limit) for some in self.clipped.values()]).max()
 
     def step(self, step: int):
@@ -177,7 +176,7 @@ class Optimizers:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything the optimizers remember, flat, for safetensors: part.parameter.name."""
-        return {f"{i}.{j}.{name}": fsdp2.whole(value) if torch.is_tensor(value) else torch.tensor(value)
+        return {f"{i}.{j}.{name}": sharded.whole(value) if torch.is_tensor(value) else torch.tensor(value)
                 for i, part in enumerate(self.parts)
                 for j, state in part.state_dict()["state"].items()
                 for name, value in (state | state.get(WRAPPED, {})).items() if name != WRAPPED}
@@ -190,5 +189,5 @@ class Optimizers:
                 if int(which) == i:  # bitsandbytes counts steps as a plain number
                     whole = value.ndim == 0 and not value.is_floating_point()
                     state.setdefault(int(parameter), {})[name] = \
-                        value.item() if whole else fsdp2.part(value, own[int(parameter)])
+                        value.item() if whole else sharded.part(value, own[int(parameter)])
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})

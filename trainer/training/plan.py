@@ -4,15 +4,14 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...models_impl.state_dict import first_line
-from ..config import Config
+from ..config import rules
+from ..config.schema import Config
 from ..data import loader
-from ..distributed import deepspeed, fsdp2, strategy
+from ..distributed import deepspeed, fsdp2
 from ..memory import offload, quantization
-from . import build, cost
+from . import cost
 from .optim import Optimizers, moment_bytes
 
 
@@ -48,7 +47,7 @@ def describe(config: Config, found: loader.Collection, recipe, batches: loader.B
                  + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
                  + (f"; {swapped / 2**30:.2f} more in host memory" if swapped else ""))
     lines.append("first batch")
-    need = build.need(config)
+    need = config.needs
     batch = batches(0, range(min(8, config.batch_size)))
     for i, chance in zip(batch.positions, recipe.described(0), strict=False):
         item = batches.items[batches.index(0, i)]
@@ -65,7 +64,7 @@ def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, proces
            cpu: bool) -> dict[str, float]:
     """Bytes that a process holds in a step, by what they are."""
     count = sum(p.numel() for p in recipe.parameters() if p.requires_grad)
-    weights = sum(p.nbytes for net in (recipe, *getattr(recipe, "teacher", ())) for p in net.parameters())
+    weights = sum(p.nbytes for net in (recipe, *recipe.teacher) for p in net.parameters())
     sizes = {
         "weights": weights - offload.spared(recipe, config),
         "gradients": 4 * count,
@@ -73,15 +72,15 @@ def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, proces
         "average": 4 * count if config.ema.decay else 0,
         "activations": recipe.activation_bytes(pictures, cpu),
     }
-    way = strategy.way(config)
-    if way == strategy.FSDP2:
+    way = rules.way(config)
+    if way == rules.FSDP2:
         blocks = [p for block in fsdp2.blocks(recipe) for p in block.parameters()]
         learning = sum(p.numel() for p in blocks if p.requires_grad)
         elsewhere = {"weights": sum(p.nbytes for p in blocks), "gradients": 4 * learning, "optimizer": 8 * learning,
                      "average": 4 * learning if config.ema.decay else 0}
         for name, size in elsewhere.items():
             sizes[name] -= (1 - 1 / processes) * size
-    if way == strategy.DEEPSPEED:
+    if way == rules.DEEPSPEED:
         gradients, moments = deepspeed.shares(processes)
         sizes["gradients"] *= gradients
         sizes["optimizer"] = moments * (sizes["optimizer"] + 4 * count)  # and a copy of the weights
@@ -122,24 +121,3 @@ def on_meta(make):
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # what a start's file holds
         return make()
-
-
-def kept_bytes(module: nn.Module, call, bf16: bool) -> int:
-    """What `call()`, a forward pass of `module`, keeps for the backward pass on top of the weights."""
-    own, seen = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        call()
-    return sum(size for size, _ in seen.values())
-
-
-def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention that keeps no scores, as on a GPU."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

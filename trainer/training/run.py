@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..config import Config, as_dict, differences, parse
+from ..config import rules
+from ..config.load import as_dict, differences, stored
+from ..config.schema import Config
 from ..data import loader
 from ..data.pictures import Pictures
 from ..data.sheets import sheet
-from ..distributed import strategy
 from ..files import flush, write_whole
 from .checkpoints import checkpoints, module_tensors, read_tensors, restore_module, write_tensors
 
@@ -39,7 +40,7 @@ class Run:
         """`load` may be replaced before the first validation: what loads held-out pictures (`cache.loader`)."""
         self.config, self.accelerator, self.folder = config, accelerator, config.folder
         self.main = accelerator.is_main_process
-        self.measures = self.main or strategy.way(config) != strategy.DDP
+        self.measures = self.main or rules.way(config) != rules.DDP
         self.items, self.load = list(held_out)[: config.validation.items], Pictures
         self.stop, self.saved_at, self.writer, self.bar, self.wandb = False, None, None, None, None
         self.losses, self.clock = [], None
@@ -61,8 +62,7 @@ class Run:
         if path.exists() and checkpoints(self.folder):
             if self.config.resume == "never":
                 raise ValueError(f"{self.folder} holds a run already. Choose another folder (out=...), or resume=auto.")
-            old = parse(json.loads(path.read_text(encoding="utf-8")), origin=str(path), check=False)
-            changed = differences(old, self.config, MAY_CHANGE)
+            changed = differences(stored(self.folder), self.config, MAY_CHANGE)
             if changed and self.config.resume != "changed":
                 raise ValueError(f"{self.folder} holds a run with other settings:\n  " + "\n  ".join(changed)
                                  + "\nChoose another folder (out=...), or go on with the new ones: resume=changed.")

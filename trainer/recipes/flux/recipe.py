@@ -6,9 +6,6 @@ guidance.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -16,54 +13,17 @@ from ....models_impl import state_dict
 from ....models_impl.flux import checkpoint, sampling
 from ....models_impl.flux.config import FluxConfig
 from ....models_impl.flux.model import Flux
-from ...config import Config
+from ...config.schema import Config
 from ...features import text_encoders
+from ...memory.activations import casts
+from ...training.groups import Group, groups
+from ..contract import Base, Files
 from . import task
+from .settings import new_shape
 
 
-@dataclass(frozen=True)
-class Settings:
-    name: ClassVar[str] = "flux"
-    dropout: float = 0.1
-    """How often a picture's caption is taken away, for classifier-free guidance."""
-    guidance: float = 1.0
-    """What a distilled network (dev) is told while training."""
-
-
-@dataclass(frozen=True)
-class Model:
-    hidden: int = 384
-    """Without init_from, which says all of this itself: the width of the transformer ..."""
-    heads: int = 3
-    axes: list[int] = field(default_factory=lambda: [16, 56, 56])
-    """Channels of a head that turn with index, row and column; they add up to hidden / heads."""
-    mlp_hidden: int = 1536
-    depth: int = 4
-    """Blocks with separate text and image streams."""
-    single_depth: int = 4
-    """Blocks on both joined."""
-    channels: int = 16
-    """Of the latent."""
-    pooled_dim: int = 768
-    guidance: bool = False
-    """Whether the guidance is an input."""
-
-
-def start(config: Config, text_width: int) -> tuple[FluxConfig, dict[str, Tensor]]:
-    """(shape, weights of init_from if any). Raises ValueError for nonsense."""
-    if config.init_from:
-        return task.read(config.init_from)
-    m = config.model
-    return FluxConfig(hidden=m.hidden, heads=m.heads, axes=tuple(m.axes), mlp_hidden=m.mlp_hidden, depth=m.depth,
-                      single_depth=m.single_depth, in_channels=4 * m.channels, pooled_dim=m.pooled_dim,
-                      context_dim=text_width, guidance=m.guidance), {}
-
-
-class Recipe(nn.Module):
-    Settings, Model, sections = Settings, Model, ("vae", "text.padded")
-
+class Recipe(Base):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
-        """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
         super().__init__()
         self.settings, self.config, self.text = config.recipe, config, text
         shape, tensors = (FluxConfig.from_dict(network), {}) if network else start(config, text_encoders.width(text))
@@ -74,34 +34,28 @@ class Recipe(nn.Module):
             initialise(self.net)
         self.net.gradient_checkpointing = config.checkpoint_activations
         self.encoders = self.make_encoders(config)
-        self.flow = task.Flow(config, shape, text, *self.encoders, self.settings.guidance)
+        self.flow = task.FluxFlow(config, shape, text, *self.encoders, self.settings.guidance)
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:
-        """What makes features of pictures, and keeps them (`cache`)."""
         return [task.frozen_vae(config, writer)]
 
     @staticmethod
-    def problems(config: Config) -> list[str]:
-        found, shape = [], None
+    def file_problems(config: Config) -> list[str]:
         try:
             shape = start(config, config.text.width)[0]
         except (ValueError, OSError) as error:
-            found.append(f"init_from={config.init_from}: {error}" if config.init_from else str(error))
-        if not 0 <= config.recipe.dropout < 1:
-            found.append(f"recipe.dropout={config.recipe.dropout} is outside [0, 1).")
-        return found + task.problems(config, shape)
+            return [f"init_from={config.init_from}: {error}"]
+        return task.shape_problems(config, shape)
 
-    def groups(self, config: Config) -> list[dict]:
-        """Parameters that learn, with their rates; the matrices inside blocks are what Muon may train."""
-        return task.groups({"net": (self.net, 1.0), "text": (self.text, config.text.rate)})
+    def groups(self, config: Config) -> list[Group]:
+        return groups([(self.net, 1.0), (self.text, config.text.rate)])
 
     @property
     def device(self) -> torch.device:
         return self.net.img_in.weight.device
 
     def forward(self, batch) -> Tensor:
-        """Loss of each picture, (B,)."""
         own = slice(batch.positions.start, batch.positions.stop)
         sigma, dropped, _ = self.flow.draw(batch.step, self.settings.dropout)
         with self.flow.autocast(self.device):
@@ -117,12 +71,10 @@ class Recipe(nn.Module):
         with self.flow.autocast(self.device):
             return task.velocity(self.net, x, sigma, condition)
 
-    def compile_blocks(self):
-        for block in (*self.net.double_blocks, *self.net.single_blocks):
-            block.compile()
+    def blocks(self) -> list[nn.Module]:
+        return [*self.net.double_blocks, *self.net.single_blocks]
 
     def described(self, step: int) -> list[str]:
-        """What chance decides about each picture of a step's batch, in words."""
         sigma, dropped, _ = self.flow.draw(step, self.settings.dropout)
         return [f"sigma {s:.3f}{' (caption dropped)' if d else ''}"
                 for s, d in zip(sigma.tolist(), dropped.tolist(), strict=True)]
@@ -130,24 +82,28 @@ class Recipe(nn.Module):
     def buckets(self, step: int) -> list[str]:
         return task.lines(self.config)
 
-    def activation_bytes(self, count: int, cpu: bool) -> float:
-        copies = 2 * sum(p.numel() for p in self.net.parameters()) if self.flow.bf16 else 0  # that autocast makes
-        return task.activation_bytes(self.net.config, self.config, count, learns=True) + copies
+    def activation_bytes(self, pictures: int, cpu: bool) -> float:
+        return task.activation_bytes(self.net.config, self.config, pictures, learns=True) \
+            + casts(self.net, self.flow.bf16)
 
     def validate(self, batches: list) -> dict[str, float]:
         return self.flow.validate(batches, self.device, self.losses)
 
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
-        """Pictures of prompts: (B, 3, H, W) in [-1, 1]. cfg: see `flux.Flow.sample`; shift is not read."""
+        """cfg: see `task.FluxFlow.sample`; shift is not read."""
         return self.flow.sample(self.predict, what, height, width, steps, cfg, seed, self.device)
 
     def network(self) -> dict:
         return self.net.config.as_dict()
 
-    def files(self) -> dict[str, tuple[dict, dict]]:
-        """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
+    def files(self) -> Files:
         found = {"diffusion_models/{name}.safetensors": (self.net.state_dict(), checkpoint.metadata(self.net.config))}
         return found | text_encoders.files(self.text)
+
+
+def start(config: Config, text_width: int) -> tuple[FluxConfig, dict[str, Tensor]]:
+    """(shape, weights of init_from if any). Raises ValueError for nonsense."""
+    return task.read(config.init_from) if config.init_from else (new_shape(config, text_width), {})
 
 
 def initialise(net: Flux):

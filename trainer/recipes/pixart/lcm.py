@@ -7,71 +7,30 @@ student itself and whose teacher is the network without the LoRA. (train_pixart_
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ....models_impl.pixart import sampling
-from ...config import Config
-from ...memory import quantization
+from ...config.schema import Config
 from ...training.noise import VALIDATION, batch_noise, generator, spread
 from .. import adapters
-from . import settings, task
+from ..contract import Files
 from .start import frozen, opened
+from .task import PixArtRecipe
 
 
-@dataclass(frozen=True)
-class Settings:
-    name: ClassVar[str] = "pixart_lcm"
-    lora: bool = True
-    """Train the adapter of [adapter] (LCM-LoRA). false: all weights."""
-    guidance: float = 4.5
-    """The teacher is guided by 1 + this."""
-    grid: int = 50
-    """So many timesteps of the 1000 are taught."""
-    distance: str = "huber"
-    """huber or l2."""
-    huber_c: float = sampling.HUBER_C
-    dropout: ClassVar[float] = 0.0
-
-
-class Recipe(nn.Module):
-    Settings, Model, sections = Settings, settings.Model, ("vae", "adapter", "memory.base")
-    groups, buckets, compile_blocks = task.groups, task.bucket_lines, task.compile_blocks
-    activation_bytes, network = task.activations, task.network
-
+class Recipe(PixArtRecipe):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
-        super().__init__()
-        self.settings, self.config, self.text = config.recipe, config, text
-        self.average = None  # the loop's, of which the target is made
+        super().__init__(config, text)
         if self.settings.lora:
-            base = frozen(opened(config, text), config)
-            self.net = quantization.frozen(adapters.attach(base, config.adapter, task.TARGETS), config)
+            self.net = self.adapted()
         else:
             self.net = opened(config, text, network)
-            # A run that is opened again only draws. In a list: no part of what is trained, saved or averaged.
+            # A run that is opened again only draws.
             self.teacher = [] if network else [frozen(deepcopy(self.net), config)]
-        self.net.gradient_checkpointing = config.checkpoint_activations
-        self.encoders = self.make_encoders(config)
-        self.denoising = task.Denoising(config, self.net, text, *self.encoders)
+        self.prepare()
         self.grid = sampling.LcmGrid(self.denoising.schedule, self.settings.grid)
-
-    @staticmethod
-    def make_encoders(config: Config, writer: int = 0) -> list:
-        return [task.frozen_vae(config, writer=writer)]
-
-    @staticmethod
-    def problems(config: Config) -> list[str]:
-        found, s = task.problems(config) + task.needs_a_start(config), config.recipe
-        if s.distance not in ("huber", "l2"):
-            found.append(f"recipe.distance={s.distance!r} is none of huber, l2.")
-        if not 1 <= s.grid <= sampling.TRAIN_TIMESTEPS:
-            found.append(f"recipe.grid={s.grid} is outside 1 to {sampling.TRAIN_TIMESTEPS}.")
-        if not s.lora and not config.ema.decay:
-            found.append("ema.decay=0, and the moving average is the target here: the release has 0.95.")
-        return found + (adapters.problems(config.adapter) if s.lora else [])
 
     def draw(self, step: int) -> Tensor:
         """The index on the grid of each picture of a whole batch, (B,)."""
@@ -82,7 +41,7 @@ class Recipe(nn.Module):
         return [f"timestep {a} to {b}" for a, b in zip(start.tolist(), end.tolist(), strict=True)]
 
     def forward(self, batch) -> Tensor:
-        """Loss of each picture, (B,): the mean over this pass for all of them."""
+        """The mean over this pass, for all of its pictures."""
         index = self.draw(batch.step)[batch.positions.start:batch.positions.stop]
         return self.distilled(batch, index, self.config.seed).loss.expand(len(index))
 
@@ -124,7 +83,7 @@ class Recipe(nn.Module):
         return {"loss": (sum(losses) / sum(len(b.positions) for b in batches)).item()}
 
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
-        """Pictures of prompts: (B, 3, H, W) in [-1, 1], without guidance: shift and cfg are not read."""
+        """Without guidance: shift and cfg are not read."""
         d = self.denoising
 
         def walk(eps, x, noise):
@@ -133,8 +92,5 @@ class Recipe(nn.Module):
 
         return d.sample(self.net, what, height, width, 1, seed, walk)
 
-    def files(self) -> dict[str, tuple[dict, dict]]:
-        """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
-        if self.settings.lora:
-            return {"loras/{name}.safetensors": task.lora_file(self.net)}
-        return task.net_files(self)
+    def files(self) -> Files:
+        return self.adapter_files() if self.settings.lora else super().files()

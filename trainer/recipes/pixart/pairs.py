@@ -25,17 +25,17 @@ from torch import Tensor
 
 from ....models_impl.pixart import sampling
 from ....models_impl.pixart.config import VAE_FACTOR
-from ...config import Config, Data
+from ...config.schema import Config, Data
 from ...data.layouts import Item, listed
 from ...features import cache, released, text_encoders
 from ...features.cache import Size
 from ...features.store import fingerprint
 from ...files import write_whole
-from . import start, task
+from .settings import PAIRS, PAIRS_AGAIN
+from .start import frozen, opened
+from .task import PixArtDenoising, frozen_vae
 
-NOISES, LATENTS = FOLDERS = ("InternImgs_DMD_noises", "InternImgs_DMD_latents")
 NOTES = "pairs.json"
-AGAIN = "`python -m trainer pairs` makes what is not there."
 OTHERWISE = "Give the captions back, or make pairs in another folder: --out."
 
 
@@ -51,13 +51,13 @@ class Pairs:
             names = released.file_names(item, self.root)
             if captions.get(names[0], item.texts[0]) != item.texts[0]:
                 others.append(f"{names[0]}: {captions[names[0]]!r:.60}, now {item.texts[0]!r:.60}")
-            for kind in FOLDERS:
+            for kind in PAIRS:
                 if file := self.file(kind, names):
                     owners.setdefault(file, []).append(item.file)
                 else:
                     absent.append(folder / kind / f"{names[0]}.npy")
         shared = [f"{file} is that of {', '.join(map(str, of[:3]))}" for file, of in owners.items() if len(of) > 1]
-        if complaints := [*listed(absent, "files are not there", AGAIN),
+        if complaints := [*listed(absent, "files are not there", PAIRS_AGAIN),
                           *listed(others, "pairs were made of another caption", OTHERWISE),
                           *listed(shared, "files would be of several pictures", "Give the pictures other names.")]:
             raise ValueError(f"recipe.pairs={str(folder)!r} cannot be used:\n  " + "\n  ".join(complaints))
@@ -69,7 +69,7 @@ class Pairs:
     def of(self, item: Item, size: Size) -> tuple[Tensor, Tensor]:
         """(noise, latent), (C, h, w) float32 each, of an item that is shown at `size` in pixels."""
         names, shape = released.file_names(item, self.root), shape_of(size, self.channels)
-        return tuple(read(self.file(kind, names) or self.folder / kind / f"{names[0]}.npy", shape) for kind in FOLDERS)
+        return tuple(read(self.file(kind, names) or self.folder / kind / f"{names[0]}.npy", shape) for kind in PAIRS)
 
 
 def shape_of(size: Size, channels: int) -> tuple[int, int, int]:
@@ -81,14 +81,14 @@ def read(file: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         found = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read as .npy ({error}). Delete it: {AGAIN}") from None
+        raise ValueError(f"{file} cannot be read as .npy ({error}). Delete it: {PAIRS_AGAIN}") from None
     if found.shape != shape or found.dtype.kind != "f":
         raise ValueError(f"{file} holds {found.dtype} of {list(found.shape)}, and the pictures that are trained on are "
                          f"floats of {list(shape)}: set data.resolution as it was when the pairs were made, or make "
                          "others in another folder.")
     found = torch.from_numpy(found.astype(np.float32))
     if not found.isfinite().all():
-        raise ValueError(f"{file} has numbers that are not finite. Delete it: {AGAIN}")
+        raise ValueError(f"{file} has numbers that are not finite. Delete it: {PAIRS_AGAIN}")
     return found
 
 
@@ -120,8 +120,8 @@ def make(config: Config, items: list[Item], folder: Path, steps: int, cfg: float
             text.prepare(["", *(caption for _, caption, _ in todo)], accelerator.device)
         if accelerator.is_main_process:
             begin(folder, notes(config, text, steps, cfg), {name: caption for name, caption, _ in todo})
-    net = start.frozen(start.opened(config, text), config).to(accelerator.device).eval()
-    d = task.Denoising(config, net, text.to(accelerator.device), task.frozen_vae(config))
+    net = frozen(opened(config, text), config).to(accelerator.device).eval()
+    d = PixArtDenoising(config, net, text.to(accelerator.device), frozen_vae(config))
     own = groups(todo, at_once)[accelerator.process_index::accelerator.num_processes]
     made = 0
     for group in progress([g for g in own if not all(there(folder, name) for name, _, _ in g)]):
@@ -130,7 +130,7 @@ def make(config: Config, items: list[Item], folder: Path, steps: int, cfg: float
                 raise ValueError(f"the teacher's latent of {name} is not finite. Is init_from={config.init_from} "
                                  "a whole file?")
             if not there(folder, name):
-                for kind, value in zip(FOLDERS, (noise, latent), strict=True):
+                for kind, value in zip(PAIRS, (noise, latent), strict=True):
                     write(folder / kind / f"{name}.npy", value)
                 made += 1
     accelerator.wait_for_everyone()
@@ -148,11 +148,11 @@ def groups(todo: list[tuple[str, str, Size]], at_once: int) -> list[list]:
 
 
 def there(folder: Path, name: str) -> bool:
-    return all((folder / kind / f"{name}.npy").is_file() for kind in FOLDERS)
+    return all((folder / kind / f"{name}.npy").is_file() for kind in PAIRS)
 
 
 @torch.no_grad()
-def draw(d: task.Denoising, group: list[tuple[str, str, Size]], steps: int, cfg: float,
+def draw(d: PixArtDenoising, group: list[tuple[str, str, Size]], steps: int, cfg: float,
          seed: int) -> tuple[Tensor, Tensor]:
     """(noise, latent), (B, C, h, w) float16 on the CPU each."""
     size = group[0][2]
@@ -195,7 +195,7 @@ def notes(config: Config, text, steps: int, cfg: float) -> dict:
 def begin(folder: Path, new: dict, captions: dict[str, str]):
     """Makes the folder, or checks that the pairs in it were made as these will be. captions: by the names of pairs."""
     file, before = folder / NOTES, {}
-    if any(next((folder / kind).rglob("*.npy"), None) for kind in FOLDERS):
+    if any(next((folder / kind).rglob("*.npy"), None) for kind in PAIRS):
         if not file.is_file():
             raise ValueError(f"{folder} holds pairs without {NOTES}, so another program made them. Choose another "
                              "folder: --out.")

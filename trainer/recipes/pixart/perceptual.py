@@ -2,7 +2,6 @@
 (train_scripts/train_pixart_dmd.py of PixArt-alpha/PixArt-sigma@1ce521a)"""
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,8 +14,6 @@ from ...features import taesd
 
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # of VGG-16: width, convolutions
 MEAN, DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet, for pictures in [-1, 1]
-HEADS = "weights/v0.1/vgg.pth"  # in the package lpips 0.1.4
-LEAST = 16  # pixels along a side, of which the last of five blocks has one
 
 
 class Lpips(nn.Module):
@@ -62,13 +59,6 @@ def read_lpips(vgg: Path, heads: Path) -> Lpips:
     net = Lpips()
     state_dict.load_into(net, found, f"LPIPS of torchvision's vgg16 ({vgg.name}) and lpips' heads ({heads.name})")
     return net
-
-
-def installed_heads() -> Path | None:
-    """Where the package lpips has its heads, if it is installed. It is not imported."""
-    spec = find_spec("lpips")
-    file = Path(spec.origin).parent / HEADS if spec and spec.origin else None
-    return file if file and file.is_file() else None
 
 
 class Judge(nn.Module):

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ....models_impl import state_dict
 from ....models_impl.pixart import checkpoint
-from ....models_impl.pixart.config import LATENT_SCALES, PRESETS, TOKEN_LIMITS, VAE_FACTOR, KVCompression, PixArtConfig
+from ....models_impl.pixart.config import PixArtConfig
 from ....models_impl.pixart.model import PixArt
-from ...config import Config, nearest
-from ...features import text_encoders
-from .settings import Model
+from ...config.schema import Config
+from ...features import text_encoders, vaes
+from .settings import new_shape, of_shape, requested, shape_of
 
 NEW = {  # setting -> parts of the names of weights that it adds to a start that has none
     "kv_compression": (".attn.sr.", ".attn.norm."),
@@ -22,24 +22,6 @@ NEW = {  # setting -> parts of the names of weights that it adds to a start that
 CHANGEABLE = ("micro_conditions", "kv_compression", "prediction", "schedule", "zero_terminal_snr", "position_range")
 """What a run may have otherwise than the file it starts from."""
 
-
-def requested(model: Model) -> dict:
-    """The entries of a PixArtConfig that [model] states, a preset filled in. Raises ValueError for nonsense."""
-    if model.preset and model.preset not in PRESETS:
-        raise ValueError(f"model.preset={model.preset!r} is none of {', '.join(PRESETS)}"
-                         f"{nearest(model.preset, PRESETS)}.")
-    if model.variant and model.variant not in LATENT_SCALES:
-        raise ValueError(f"model.variant={model.variant!r} is none of {', '.join(LATENT_SCALES)}.")
-    known = PRESETS[model.preset].as_dict() if model.preset else {}
-    for name in ("null_caption", "kv_compression"):
-        known.pop(name, None)
-    if model.variant:
-        known |= {"latent_scale": LATENT_SCALES[model.variant], "token_limit": TOKEN_LIMITS[model.variant]}
-    own = {k: v for k, v in vars(model).items() if k in PixArtConfig.__dataclass_fields__ and v is not None}
-    known |= own
-    if model.variance is not None:
-        known["out_channels"] = known.get("in_channels", PixArtConfig.in_channels) * (2 if model.variance else 1)
-    return known
 
 
 @dataclass(frozen=True)
@@ -61,25 +43,24 @@ class Start:
         return net
 
 
-def start(config: Config, text_width: int | None = None, file: str = "") -> Start:
-    """From init_from and [model]. file: read in place of init_from (a teacher). Raises ValueError where they do not
-    fit, or [model] does not say enough."""
-    asked, tensors = requested(config.model), {}
-    if file := file or config.init_from:
-        path = Path(file).expanduser()
-        told = {k: v for k, v in asked.items() if k not in (*CHANGEABLE, "sample_size")}
-        found, tensors = checkpoint.read(*state_dict.read_file(path), config=told, beside=checkpoint.beside(path))
-        asked = {**found.as_dict(), **{k: v for k, v in asked.items() if k in CHANGEABLE}}
-    else:
-        if text_width:
-            asked.setdefault("context_dim", text_width)
-        if missing := [k for k in ("depth", "hidden", "heads") if k not in asked]:
-            raise ValueError(f"[model] needs a preset ({', '.join(PRESETS)}), or {', '.join(missing)}; or name a file: "
-                             "init_from.")
-    if factor := config.model.kv_factor:
-        layers = config.model.kv_layers or range(asked["depth"] // 2, asked["depth"])
-        asked["kv_compression"] = KVCompression(config.model.kv_sampling, factor, tuple(layers))
-    return Start(PixArtConfig(**{**asked, "sample_size": max(config.data.resolution // VAE_FACTOR, 1)}), tensors)
+def start(config: Config, text_width: int | None = None) -> Start:
+    """From init_from and [model]. Raises ValueError where they do not fit, or [model] does not say enough."""
+    if not config.init_from:
+        return Start(new_shape(config, text_width), {})
+    path, wanted = Path(config.init_from).expanduser(), requested(config.model)
+    stated = {k: v for k, v in wanted.items() if k not in (*CHANGEABLE, "sample_size")}
+    own, tensors = checkpoint.read(*state_dict.read_file(path), config=stated, beside=checkpoint.beside(path))
+    changed = {k: v for k, v in wanted.items() if k in CHANGEABLE}
+    return Start(shape_of(config, {**own.as_dict(), **changed}), tensors)
+
+
+def file_problems(config: Config) -> list[str]:
+    """Of init_from and vae.path."""
+    try:
+        shape = start(config).config
+    except (ValueError, OSError) as error:
+        return [f"init_from={config.init_from}: {error}"]
+    return vaes.vae_problems(config.vae.path, shape.in_channels, "this PixArt") + of_shape(config, shape)
 
 
 def opened(config: Config, text: nn.Module | None, network: dict | None = None) -> PixArt:

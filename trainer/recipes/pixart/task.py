@@ -1,10 +1,9 @@
-"""What the PixArt recipes share: [model], the network a run starts from, and the way from a batch to a loss and back to
-pictures. (arXiv 2310.00426, 2403.04692; train_scripts/ of PixArt-alpha/PixArt-sigma@1ce521a)"""
+"""What the PixArt recipes share: the way from a batch to a loss, and back to pictures.
+(arXiv 2310.00426, 2403.04692; train_scripts/ of PixArt-alpha/PixArt-sigma@1ce521a)"""
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,42 +12,19 @@ from ....models_impl.pixart import buckets, checkpoint, sampling
 from ....models_impl.pixart.config import VAE_FACTOR, PixArtConfig
 from ....models_impl.pixart.lora import names as lora_names
 from ....models_impl.pixart.model import PixArt
-from ...config import Config
+from ...config.schema import Config
 from ...features import text_encoders, vaes
-from ...training import plan
+from ...memory import quantization
+from ...memory.activations import casts, fused, kept_bytes, of_network
+from ...training.groups import Group, groups
 from ...training.noise import VALIDATION, batch_noise, generator, spread
+from ...training.validation import quarters
 from .. import adapters
-from .start import start
+from ..contract import Base, Files
+from .start import file_problems, frozen, opened
 
 Predict = Callable[..., Tensor]
 """(x, timestep, context=, mask=, size=, aspect_ratio=) -> what a PixArt network says, (B, out_channels, h, w)."""
-
-
-def problems(config: Config) -> list[str]:
-    """What every PixArt recipe needs."""
-    found, shape = [], None
-    try:
-        shape = start(config).config
-    except (ValueError, OSError) as error:
-        if not config.init_from or Path(config.init_from).expanduser().exists():  # else that is said already
-            found.append(f"init_from={config.init_from}: {error}" if config.init_from else str(error))
-    if not config.text.encoder:
-        found.append("text.encoder is empty: PixArt reads captions. Name the folder of its T5, or a text encoder.")
-    if not config.vae.path:
-        found.append("vae.path is empty: PixArt draws latents. Name its VAE, a folder of diffusers or a .safetensors "
-                     "file.")
-    if config.samples.classes:
-        found.append("samples.classes is for class-conditional runs: use samples.prompts.")
-    if shape:
-        found += vaes.vae_problems(config.vae.path, shape.in_channels, "this PixArt")
-        if config.text.max_length > shape.token_limit:
-            found.append(f"text.max_length={config.text.max_length} is more than the {shape.token_limit} tokens that "
-                         "this PixArt takes.")
-        sizes = {"data.resolution": config.data.resolution, "samples.height": config.samples.height,
-                 "samples.width": config.samples.width}
-        found += [f"{name}={size} is not a multiple of {shape.size_multiple}." for name, size in sizes.items()
-                  if size % shape.size_multiple]
-    return found
 
 
 @dataclass(frozen=True)
@@ -88,7 +64,7 @@ def losses(predict: Predict, step: Noising, shape: PixArtConfig, schedule: sampl
     return error, variance * bound
 
 
-class Denoising:
+class PixArtDenoising:
     """Everything about a PixArt but its weights: latents, captions, noise, the loss, samples.
 
     net: the PixArt whose configuration and null caption count.
@@ -133,7 +109,7 @@ class Denoising:
         caption of the weights under the mask of the caption, as the releases were trained, or, where a file has none,
         by the tokens of the empty caption. pixels: (height, width) of the pictures; sizes: (B, 2), of their files."""
         embedder, device = self.net.y_embedder, self.device
-        null = hasattr(embedder, "y_embedding")
+        null = self.shape.null_caption
         if dropped is not None and not null:
             captions = ["" if drop else c for c, drop in zip(captions, dropped.tolist(), strict=True)]
         context, mask = text_encoders.encode(self.text, captions, device)
@@ -158,11 +134,6 @@ class Denoising:
         said = predict(x, timestep, **condition)[:, : self.shape.in_channels].float()
         return said if self.shape.prediction == "eps" else self.schedule.eps(x, said, timestep)
 
-    def losses(self, predict: Predict, step: Noising, variance: float = 1.0, snr_switch: bool = False,
-               snr_gamma: float = 0.0) -> tuple[Tensor, Tensor]:
-        """`losses` of this network's shape and schedule."""
-        return losses(predict, step, self.shape, self.schedule, variance, snr_switch, snr_gamma)
-
     @torch.no_grad()
     def validate(self, losses: Callable, batches: list) -> dict[str, float]:
         """Means over the held-out pictures, at timesteps and with noise that never change; by quarters of the
@@ -173,11 +144,10 @@ class Denoising:
         found = [(*losses(batch, timestep, None, VALIDATION), timestep)
                  for batch in batches for timestep in [spread(batch.positions, self.schedule.steps)]]
         error, bound, timestep = (torch.cat(some).float().cpu() for some in zip(*found, strict=True))
-        quarter = timestep * 4 // self.schedule.steps
         return {
             "loss": (error + bound).mean().item(),
             **({"variance": bound.mean().item()} if bound.any() else {}),
-            **{f"quarter{q}": error[quarter == q].mean().item() for q in range(4) if (quarter == q).any()},
+            **quarters(error, timestep / self.schedule.steps),
         }
 
     @torch.no_grad()
@@ -238,9 +208,92 @@ def frozen_vae(config: Config, name: str = "latent", of: str = "", writer: int =
     return vaes.FrozenVae(config.vae.path, config.vae.precision, config.cache.folder, name, of, writer, annotator)
 
 
-def lora_file(net: PixArt) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What export writes of an adapter, for our LoRA node and for core's: (tensors, metadata)."""
-    return adapters.tensors(net, lora_names(adapters.shapes(net))), {"pixstack.family": "pixart_lora"}
+class PixArtRecipe(Base):
+    """What the PixArt recipes share. Each sets `net` and calls `prepare`; those that add to the released loss have
+    their own `predict`, `losses` or `forward`."""
+
+    net: PixArt
+    denoising: PixArtDenoising
+
+    def __init__(self, config: Config, text: nn.Module | None):
+        super().__init__()
+        self.settings, self.config, self.text = config.recipe, config, text
+
+    def prepare(self):
+        """When `net` is there."""
+        self.net.gradient_checkpointing = self.config.checkpoint_activations
+        self.encoders = self.make_encoders(self.config)
+        self.denoising = PixArtDenoising(self.config, self.net, self.text, self.encoders[0])
+
+    def adapted(self) -> PixArt:
+        """The network of the settings, frozen, with an adapter."""
+        base = frozen(opened(self.config, self.text), self.config)
+        return quantization.frozen(adapters.attach(base, self.config.adapter, TARGETS), self.config)
+
+    @staticmethod
+    def file_problems(config: Config) -> list[str]:
+        return file_problems(config)
+
+    @staticmethod
+    def make_encoders(config: Config, writer: int = 0) -> list:
+        return [frozen_vae(config, writer=writer)]
+
+    def groups(self, config: Config) -> list[Group]:
+        return groups([(self.net, 1.0), (self.text, config.text.rate)])
+
+    def loss_settings(self) -> dict:
+        """Of `losses`, by their names there."""
+        return {"variance": self.settings.variance, "snr_gamma": self.settings.snr_gamma}
+
+    def losses(self, batch, timestep: Tensor, dropped: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+        """(error, bound of the variance), (B,) each."""
+        d = self.denoising
+        with d.autocast():
+            step = d.noising(batch, timestep, dropped, seed)
+            return losses(self.net, step, d.shape, d.schedule, **self.loss_settings())
+
+    def forward(self, batch) -> Tensor:
+        d = self.denoising
+        return sum(self.losses(batch, *d.drawn(batch, self.settings.dropout), d.seed))
+
+    def validate(self, batches: list) -> dict[str, float]:
+        return self.denoising.validate(self.losses, batches)
+
+    def described(self, step: int) -> list[str]:
+        timestep, dropped = self.denoising.draw(step, self.settings.dropout)
+        return [f"timestep {t}{' (caption dropped)' if drop else ''}"
+                for t, drop in zip(timestep.tolist(), dropped.tolist(), strict=True)]
+
+    def buckets(self, step: int) -> list[str]:
+        side, multiple = self.config.data.resolution, self.net.config.size_multiple
+        return [f"{self.config.batch_size} pictures of {side}x{side} pixels, {(side // multiple) ** 2} tokens each"
+                + (" (or about as many, in other shapes)" if self.config.data.buckets else "")]
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.net.blocks)
+
+    def activation_bytes(self, pictures: int, cpu: bool) -> float:
+        bf16 = self.config.precision == "bf16"
+        return casts(self.net, bf16) + pictures * activation_bytes(self.net.config, max(self.config.data.sides), bf16,
+                                                                   self.config.checkpoint_activations)
+
+    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
+        """shift is PixelFlow's and is not read."""
+        d = self.denoising
+        return d.sample(self.net, what, height, width, cfg, seed, d.solver(steps))
+
+    def network(self) -> dict:
+        return self.net.config.as_dict()
+
+    def files(self) -> Files:
+        """A network of which all weights were trained."""
+        model = {"diffusion_models/{name}.safetensors": (self.net.state_dict(), checkpoint.metadata(self.net.config))}
+        return model | text_encoders.files(self.text)
+
+    def adapter_files(self) -> Files:
+        """An adapter, for our LoRA node and for core's."""
+        tensors = adapters.tensors(self.net, lora_names(adapters.shapes(self.net)))
+        return {"loras/{name}.safetensors": (tensors, {"pixstack.family": "pixart_lora"})}
 
 
 TARGETS = ["attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1",
@@ -248,100 +301,13 @@ TARGETS = ["attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear
 """Where an adapter stands if the settings do not say: all linear layers of the blocks."""
 
 
-def problems_of_loss(settings) -> list[str]:
-    """Of the settings of a recipe that has some of dropout, variance and snr_gamma."""
-    found = []
-    if not 0 <= settings.dropout < 1:
-        found.append(f"recipe.dropout={settings.dropout} is outside [0, 1).")
-    for name in ("variance", "snr_gamma", "prior_weight"):
-        if getattr(settings, name, 0) < 0:
-            found.append(f"recipe.{name}={getattr(settings, name)} must not be negative.")
-    return found
-
-
-def needs_a_start(config: Config) -> list[str]:
-    return [] if config.init_from else [f"init_from is empty: recipe.name={config.recipe.name!r} begins with a network "
-                                        "that is trained already. Name its file."]
-
-
-# --- What the recipes share as methods. A recipe has settings, config, text, net and denoising.
-
-def groups_of(**modules: nn.Module | None) -> list[dict]:
-    """Of the parameters that learn; matrices: those of blocks, which Muon may train."""
-    found = []
-    for module in filter(None, modules.values()):
-        if named := [(n, p) for n, p in module.named_parameters() if p.requires_grad]:
-            hidden = {n for n, _ in named if "block" in n and not any(w in n for w in ("norm", "bias", "embed"))}
-            found.append({"params": named, "rate": 1.0, "matrices": hidden})
-    return found
-
-
-def groups(recipe, config: Config) -> list[dict]:
-    """Parameters that learn, with their rates."""
-    found, text = groups_of(net=recipe.net), groups_of(text=recipe.text)
-    return found + [{**group, "rate": config.text.rate} for group in text]
-
-
-def described(recipe, step: int) -> list[str]:
-    """What chance decides about each picture of a step's batch, in words."""
-    timestep, dropped = recipe.denoising.draw(step, recipe.settings.dropout)
-    return [f"timestep {t}{' (caption dropped)' if drop else ''}"
-            for t, drop in zip(timestep.tolist(), dropped.tolist(), strict=True)]
-
-
-def bucket_lines(recipe, step: int) -> list[str]:
-    side, shape = recipe.config.data.resolution, recipe.net.config
-    return [f"{recipe.config.batch_size} pictures of {side}x{side} pixels, "
-            f"{(side // shape.size_multiple) ** 2} tokens each"
-            + (" (or about as many, in other shapes)" if recipe.config.data.buckets else "")]
-
-
-def compile_blocks(recipe):
-    for block in recipe.net.blocks:
-        block.compile()
-
-
-def activations(recipe, pictures: int, cpu: bool) -> float:
-    """What a forward pass keeps for the backward pass, in bytes."""
-    c, bf16 = recipe.config, recipe.config.precision == "bf16"
-    casts = 2 * sum(p.numel() for p in recipe.net.parameters() if p.requires_grad) if bf16 else 0  # autocast keeps them
-    return casts + activation_bytes(recipe.net.config, max(c.data.sides), pictures, bf16, c.checkpoint_activations)
-
-
-def sample(recipe, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
-    """Pictures of prompts: (B, 3, H, W) in [-1, 1]. shift is PixelFlow's and is not read."""
-    d = recipe.denoising
-    return d.sample(recipe.net, what, height, width, cfg, seed, d.solver(steps))
-
-
-def network(recipe) -> dict:
-    return recipe.net.config.as_dict()
-
-
-def net_files(recipe) -> dict[str, tuple[dict, dict]]:
-    """What export writes of a network that was trained as a whole: path, with {name} for the name of the export ->
-    (tensors, metadata)."""
-    found = {"diffusion_models/{name}.safetensors": (recipe.net.state_dict(), checkpoint.metadata(recipe.net.config))}
-    return found | text_encoders.files(recipe.text)
-
-
-def activation_bytes(shape: PixArtConfig, resolution: int, pictures: int, bf16: bool, checkpointed: bool) -> float:
-    """What a forward pass of so many pictures keeps for the backward pass: probes of one and two blocks on small
-    latents, extrapolated."""
-    def probe(depth, side):
+def activation_bytes(shape: PixArtConfig, resolution: int, bf16: bool, checkpointed: bool) -> float:
+    """Of one picture; see `activations.of_network`."""
+    def probe(depth: int, side: int) -> int:
         net = PixArt(replace(shape, depth=depth, kv_compression=None))
-        x, context = torch.zeros(1, shape.in_channels, side, side), torch.zeros(1, 16, shape.context_dim)
-        return plan.kept_bytes(net, lambda: net(x, torch.zeros(1), context, attention=plan.fused), bf16)
+        cells = side * shape.patch_size
+        x, context = torch.zeros(1, shape.in_channels, cells, cells), torch.zeros(1, 16, shape.context_dim)
+        return kept_bytes(net, lambda: net(x, torch.zeros(1), context, attention=fused), bf16)
 
-    small, large = 4 * shape.patch_size, 8 * shape.patch_size  # 16 and 64 tokens
     tokens = (resolution // VAE_FACTOR // shape.patch_size) ** 2
-
-    def at(values):  # linear in the tokens
-        (few, many) = values
-        return few + (many - few) / 48 * (tokens - 16)
-
-    one, two = (tuple(probe(depth, side) for side in (small, large)) for depth in (1, 2))
-    block = at(two) - at(one)
-    inputs = tokens * shape.hidden * 4
-    blocks = block + shape.depth * inputs if checkpointed else shape.depth * block
-    return pictures * (at(one) - block + blocks)
+    return of_network(probe, (4, 8), tokens, shape.depth, tokens * shape.hidden * 4, checkpointed)

@@ -5,9 +5,8 @@ one of the last stage. Classes or captions are dropped for classifier-free guida
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,53 +14,26 @@ from torch import Tensor, nn
 from ....models_impl import lora, state_dict
 from ....models_impl.attention import SHORT, packed_attention
 from ....models_impl.pixelflow import checkpoint, sampling
-from ....models_impl.pixelflow.config import PRESETS, PixelFlowConfig
+from ....models_impl.pixelflow.config import PixelFlowConfig
 from ....models_impl.pixelflow.model import PixelFlow
-from ...config import Adapter, Config, nearest
-from ...data import buckets
+from ...config.schema import Config
 from ...data.loader import Batch
 from ...features import text_encoders
 from ...memory import quantization
-from ...training import plan
+from ...memory.activations import casts, fused, kept_bytes, of_network
+from ...training.groups import Group, groups
 from ...training.noise import generator, picture_noise, spread
 from .. import adapters
+from ..contract import Base, Files
+from .settings import new_shape, of_shape, requested, shape_of
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]  # where an adapter stands if the settings do not say
 
 
-@dataclass(frozen=True)
-class Settings:
-    name: ClassVar[str] = "pixelflow"
-    dropout: float = 0.1
-    """How often a picture's class or caption is replaced by none."""
-    stage_weights: list[float] | None = None
-    """Share of the pictures that each stage gets; without it, near-equal counts (the paper)."""
-    lora: bool = False
-    """Train the adapter of [adapter] on the network of init_from, and nothing else of it."""
-    packing: str = "auto"
-    """packed: all stages in one pass through packed attention. dense: one pass per stage, the same result. auto: packed
-    on a GPU, dense on a CPU, where it is the faster one."""
-
-
-@dataclass(frozen=True)
-class Model:
-    preset: str = ""
-    """A released shape; the settings below replace its values."""
-    heads: int | None = None
-    head_dim: int | None = None
-    depth: int | None = None
-    patch_size: int | None = None
-    num_stages: int | None = None
-    attention_bias: bool | None = None
-
-
-class Recipe(nn.Module):
-    Settings, Model = Settings, Model
-
+class Recipe(Base):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
-        """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
         super().__init__()
-        self.settings, self.seed = config.recipe, config.seed
+        self.settings, self.config, self.seed = config.recipe, config, config.seed
         if network and not self.settings.lora:  # a LoRA stands on its base
             shape, tensors = PixelFlowConfig.from_dict(network), {}
         else:
@@ -81,75 +53,20 @@ class Recipe(nn.Module):
         self.bf16 = config.precision == "bf16"
         self.batch_size = config.batch_size
 
-    sections, encoders = ("adapter", "memory.base"), ()
-
     @staticmethod
-    def make_encoders(config: Config, writer: int = 0) -> list:
-        """None: pictures are what it draws."""
-        return []
-
-    @staticmethod
-    def problems(config: Config) -> list[str]:
-        found = []
-        settings, shape = config.recipe, None
-        if not 0 <= settings.dropout < 1:
-            found.append(f"recipe.dropout={settings.dropout} is outside [0, 1).")
-        if settings.packing not in ("auto", "packed", "dense"):
-            found.append(f"recipe.packing={settings.packing!r} is none of auto, packed, dense"
-                         f"{nearest(settings.packing, ('auto', 'packed', 'dense'))}.")
-        if settings.lora:
-            found += adapters.problems(config.adapter)
-            if not config.init_from:
-                found.append("init_from is empty: recipe.lora=true trains on a network that is there already.")
-        elif config.adapter != Adapter():
-            found.append("[adapter] is read with recipe.lora=true alone.")
+    def file_problems(config: Config) -> list[str]:
+        if not config.init_from:
+            return []
         try:
             shape = starting_point(config)[0]
-            found += mismatches(config, shape) if config.init_from else []
         except (ValueError, OSError) as error:
-            if Path(config.init_from).expanduser().exists():  # else it is said already that it does not
-                found.append(f"init_from={config.init_from}: {error}" if config.init_from else str(error))
-        if shape:
-            if odd := [side for side in config.data.sides if side % shape.size_multiple and not config.data.buckets]:
-                found.append(f"data.resolution={odd[0]} is not a multiple of {shape.size_multiple} "
-                             f"(patch size times 2^(stages-1)).")
-            known = config.data.problems(config.batch_size, config.micro_batch_size)  # said already
-            if config.data.buckets and not known and (odd := [
-                    size for size in buckets.sizes(config.data) if any(side % shape.size_multiple for side in size)]):
-                found.append(f"data.buckets={config.data.buckets!r} has sizes such as {odd[0][1]}x{odd[0][0]}, no "
-                             f"multiples of {shape.size_multiple} (patch size times 2^(stages-1)): take \"area\" "
-                             "with a data.bucket_multiple.")
-            weights = settings.stage_weights
-            if weights is not None and (len(weights) != shape.num_stages or min(weights) < 0 or not sum(weights) > 0):
-                found.append(f"recipe.stage_weights={weights} must be {shape.num_stages} numbers that are not "
-                             f"negative, because the model has {shape.num_stages} stages.")
-            for side in ("height", "width"):
-                size = getattr(config.samples, side)
-                if size % shape.size_multiple:
-                    found.append(f"samples.{side}={size} is not a multiple of {shape.size_multiple} "
-                                 "(patch size times 2^(stages-1)).")
-        if config.text.encoder and config.samples.classes:
-            found.append("samples.classes is for class-conditional runs, this one has a text encoder: use "
-                         "samples.prompts.")
-        if not config.text.encoder and config.samples.prompts:
-            found.append("samples.prompts needs a text encoder: set text.encoder, or use samples.classes.")
-        if not config.text.encoder and config.data.kind == "folder":
-            found.append("data.kind=\"folder\" has no classes: use \"classes\", or set text.encoder for captions.")
-        return found
+            return [f"init_from={config.init_from}: {error}"]
+        return mismatches(config, shape) + of_shape(config, shape)
 
-    def groups(self, config: Config) -> list[dict]:
-        """Parameters that learn, with their rates; the matrices inside blocks are what Muon may train."""
-        learns = [(n, p) for n, p in self.diffusion.named_parameters() if p.requires_grad]
-        groups = [{"params": learns, "rate": 1.0}]
-        if self.text is not None and any(p.requires_grad for p in self.text.parameters()):
-            groups.append({"params": list(self.text.named_parameters()), "rate": config.text.rate})
-        for group in groups:
-            group["matrices"] = {n for n, _ in group["params"]
-                                 if "block" in n and not any(w in n for w in ("norm", "bias", "embed"))}
-        return groups
+    def groups(self, config: Config) -> list[Group]:
+        return groups([(self.diffusion, 1.0), (self.text, config.text.rate)])
 
     def forward(self, batch: Batch) -> Tensor:
-        """Loss of each picture, (B,)."""
         stage, t_index, dropped = (x[batch.positions.start:batch.positions.stop] for x in self.draw(batch.step))
         return self.losses(batch, stage, t_index, dropped, self.seed)
 
@@ -214,17 +131,15 @@ class Recipe(nn.Module):
         velocity = self.diffusion.forward_packed(batch.x, batch.timestep, batch.layout, **given, attention=attend)
         return sampling.packed_loss(velocity, batch.target, batch.layout)[batch.order.argsort()]
 
-    def compile_blocks(self):
-        for block in self.diffusion.transformer_blocks:
-            block.compile()
+    def blocks(self) -> list[nn.Module]:
+        return list(self.diffusion.transformer_blocks)
 
     def described(self, step: int) -> list[str]:
-        """What chance decides about each picture of a step's batch, in words."""
         return [f"stage {k}, t {t / sampling.TRAIN_TIMESTEPS:.3f}{' (dropped)' if drop else ''}"
                 for k, t, drop in zip(*(x.tolist() for x in self.draw(step)), strict=True)]
 
     def buckets(self, step: int) -> list[str]:
-        """The batch of a step in words, one line per stage."""
+        """One line per stage."""
         stage, p = self.draw(step)[0], self.diffusion.config.patch_size
         side, last = self.diffusion.config.resolution, self.stages.num_stages - 1
         sizes = [side // 2 ** (last - k) for k in range(last + 1)]
@@ -232,24 +147,23 @@ class Recipe(nn.Module):
                 for k, size in enumerate(sizes)]
 
     def activation_bytes(self, pictures: int, cpu: bool) -> float:
-        """What a forward pass of so many pictures keeps for the backward pass: probes of one or two blocks and pictures
-        at stage 0, extrapolated. (Weights that autocast has cast are kept too, whatever the number of pictures.)"""
-        shape = self.diffusion.config
-        side = shape.resolution // 2 ** (self.stages.num_stages - 1) // shape.patch_size  # tokens at stage 0
-        one, two = (kept_bytes(replace(shape, depth=depth), 2, side, self.bf16)
-                    - kept_bytes(replace(shape, depth=depth), 1, side, self.bf16) for depth in (1, 2))
-        weights = self.settings.stage_weights or [1] * self.stages.num_stages
-        share = [w / sum(weights) for w in weights]
-        tokens = [side * side * 4**k for k in range(self.stages.num_stages)]
-        relative = sum(s * n for s, n in zip(share, tokens, strict=True)) / tokens[0]
-        block = (two - one) * relative
+        shape, stages, bf16 = self.diffusion.config, self.stages.num_stages, self.bf16
+        side = shape.resolution // 2 ** (stages - 1) // shape.patch_size  # tokens at stage 0
+        weights = self.settings.stage_weights or [1] * stages
+        share, tokens = [w / sum(weights) for w in weights], [side * side * 4**k for k in range(stages)]
+        mean = sum(s * n for s, n in zip(share, tokens, strict=True))
+        inputs = mean * shape.hidden * (2 if bf16 else 4)
+
+        def probe(depth: int, side: int) -> int:  # of one picture, without what autocast keeps of the weights
+            small = replace(shape, depth=depth)
+            return kept(small, 2, side, bf16) - kept(small, 1, side, bf16)
+
+        found = of_network(probe, (side, 2 * side), mean, shape.depth, inputs, self.diffusion.gradient_checkpointing)
         if cpu:  # where `attention` multiplies plainly it keeps the scores, in bf16 as float32 too
             scores = sum(s * n * n for s, n in zip(share, tokens, strict=True) if n * n <= SHORT)
-            block += scores * shape.heads * (6 if self.bf16 else 4)
-        inputs = relative * tokens[0] * shape.hidden * (2 if self.bf16 else 4)
-        blocks = block + shape.depth * inputs if self.diffusion.gradient_checkpointing else shape.depth * block
-        casts = 2 * sum(p.numel() for p in self.diffusion.parameters()) if self.bf16 else 0
-        return pictures * ((2 * one - two) * relative + blocks) + casts
+            blocks = 1 if self.diffusion.gradient_checkpointing else shape.depth
+            found += blocks * scores * shape.heads * (6 if bf16 else 4)
+        return pictures * found + casts(self.diffusion, bf16)
 
     @torch.no_grad()
     def validate(self, batches: list[Batch]) -> dict[str, float]:
@@ -266,7 +180,7 @@ class Recipe(nn.Module):
 
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
-        """Pictures of prompts (or class indices): (B, 3, H, W) in [-1, 1]."""
+        """what: prompts, or indices of classes."""
         device, B = self.diffusion.proj_out_2.weight.device, len(what)
         last = self.stages.num_stages - 1
         policy = "scaled" if self.text is None else "constant"
@@ -294,8 +208,7 @@ class Recipe(nn.Module):
     def network(self) -> dict:
         return self.diffusion.config.as_dict()
 
-    def files(self) -> dict[str, tuple[dict, dict]]:
-        """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
+    def files(self) -> Files:
         shape = self.diffusion.config
         if self.settings.lora:
             names = lora.names_of(adapters.shapes(self.diffusion))
@@ -305,7 +218,7 @@ class Recipe(nn.Module):
         return {path: (self.diffusion.state_dict(), checkpoint.metadata(shape)), **text_encoders.files(self.text)}
 
 
-def kept_bytes(shape: PixelFlowConfig, pictures: int, side: int, bf16: bool) -> int:
+def kept(shape: PixelFlowConfig, pictures: int, side: int, bf16: bool) -> int:
     """What one forward pass keeps; side: of a picture, in tokens."""
     model, given = PixelFlow(shape), {}
     if shape.text_conditional:
@@ -313,38 +226,25 @@ def kept_bytes(shape: PixelFlowConfig, pictures: int, side: int, bf16: bool) -> 
     if shape.num_classes:
         given["class_labels"] = torch.zeros(pictures, dtype=torch.int64)
     x = torch.zeros(pictures, shape.in_channels, side * shape.patch_size, side * shape.patch_size)
-    return plan.kept_bytes(model, lambda: model(x, torch.zeros(pictures), **given, attention=plan.fused), bf16)
-
-
-def requested(config: Config) -> dict:
-    """What [model] asks for, a preset filled in."""
-    preset, given = config.model.preset, {k: v for k, v in vars(config.model).items() if v is not None}
-    if preset and preset not in PRESETS:
-        raise ValueError(f"model.preset={preset!r} is none of {', '.join(PRESETS)}{nearest(preset, PRESETS)}.")
-    return {**(PRESETS[preset].as_dict() if preset else {}), **{k: v for k, v in given.items() if k != "preset"}}
+    return kept_bytes(model, lambda: model(x, torch.zeros(pictures), **given, attention=fused), bf16)
 
 
 def starting_point(config: Config) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
-    """(shape, weights if any) from init_from and [model]; the resolution stands at the smallest possible, for
-    data.resolution decides. Where they contradict each other (`mismatches`), init_from counts."""
-    asked, tensors = requested(config), {}
-    if config.init_from:
-        path = Path(config.init_from).expanduser()
-        contents = state_dict.read_file(path)
-        beside = {**{k: v for k, v in asked.items() if k == "head_dim"},  # of all sizes, the weights do not tell this
-                  **PixelFlowConfig.entries_of(checkpoint.config_beside(path) or {})}
-        found, tensors = checkpoint.read(*contents, beside=beside or None)
-        asked = {**found.as_dict(), "num_stages": asked.get("num_stages", found.num_stages)}
-    elif missing := [k for k in ("heads", "head_dim", "depth") if k not in asked]:
-        raise ValueError(f"[model] needs a preset ({', '.join(PRESETS)}), or {', '.join(missing)}.")
-    smallest = asked.get("patch_size", 4) * 2 ** max(asked.get("num_stages", 4) - 1, 0)
-    return PixelFlowConfig(**{**asked, "resolution": max(smallest, 1)}), tensors
+    """(shape, weights if any) from init_from and [model]. Where they contradict each other (`mismatches`), init_from
+    counts."""
+    if not config.init_from:
+        return new_shape(config), {}
+    path, wanted = Path(config.init_from).expanduser(), requested(config.model)
+    beside = {**{k: v for k, v in wanted.items() if k == "head_dim"},  # of all sizes, the weights do not tell this
+              **PixelFlowConfig.entries_of(checkpoint.config_beside(path) or {})}
+    own, tensors = checkpoint.read(*state_dict.read_file(path), beside=beside or None)
+    return shape_of({**own.as_dict(), "num_stages": wanted.get("num_stages", own.num_stages)}), tensors
 
 
 def mismatches(config: Config, found: PixelFlowConfig) -> list[str]:
     """What the file of init_from, whose shape was found, has otherwise than the settings want it."""
     complaints, text = [], config.text.encoder
-    wanted = {"in_channels": 3, "out_channels": 3, **requested(config)}
+    wanted = {"in_channels": 3, "out_channels": 3, **requested(config.model)}
     if text == "small" and found.text_conditional:
         wanted["context_dim"] = config.text.width
     elif text and not found.text_conditional:

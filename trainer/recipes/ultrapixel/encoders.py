@@ -11,14 +11,10 @@ from torch.nn import functional as F
 from ....models_impl import state_dict
 from ....models_impl.ultrapixel import checkpoint, effnet, sampling
 from ... import libraries
-from ...config import Config
+from ...config.schema import Config
 from ...features.precision import DTYPES
 from ...features.store import Store, fingerprint
 from .networks import read
-
-# --- Encoders of pictures, as `cache` takes them
-
-FILTERS = ("nearest", "antialias")
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,8 @@ that the LoRA serves both passes. Without one, Stage C alone at the pictures' ow
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,35 +16,13 @@ from ....models_impl.state_dict import read_file
 from ....models_impl.ultrapixel import lora
 from ....models_impl.ultrapixel.config import StageCConfig
 from ....models_impl.ultrapixel.model import StageC
-from ...config import Config
+from ...config.schema import Config
+from ...training.groups import Group, groups
 from ...training.noise import VALIDATION
-from . import encoders, loss_weight, networks, settings, task
-
-
-@dataclass(frozen=True)
-class Settings:
-    name: ClassVar[str] = "ultrapixel_lora"
-    rank: int = 4
-    alpha: float = 1.0
-    """The change is alpha / rank * up @ down."""
-    word: str = ""
-    """A word that the text encoder learns, such as "[roubaobao]"; the captions must have it. Empty: none."""
-    word_base: str = ""
-    """What the word begins as: the mean of the encoder's words that this pattern is found in, such as "^cat</w>"."""
-    dropout: float = 0.05
-    """How often a picture's caption is taken away, for classifier-free guidance."""
-    image_share: float = 0.1
-    """How often a picture's image embedding is told beside its caption; needs model.image_encoder."""
-    weight: str = "adaptive"
-    """Of the loss, by its noise level: adaptive, p2 or none, as for ultrapixel_guide."""
-    high_share: float = 0.5
-    """With model.guide: share of the steps that are guided, at high resolution ..."""
-    low_until: int = 5000
-    """... after so many steps at low resolution alone."""
-    low_side: int = 24
-    """With model.guide: cells along a side of the low-resolution latents, of a square; 32 pixels each."""
-    low_filter: str = "nearest"
-    """nearest, as the release, or antialias."""
+from ..contract import Files
+from .encoders import Low, make_encoders
+from .networks import guide_of, read
+from .task import Latents, StageCRecipe, file_problems, in_transformer
 
 
 class LowRank(nn.Module):
@@ -80,17 +56,12 @@ def start(config: Config, shape: StageCConfig) -> lora.Personalisation:
     return found
 
 
-class Recipe(nn.Module):
-    Settings, Model, sections = Settings, settings.Model, ("vae", "memory.base")
-
+class Recipe(StageCRecipe):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
-        """network: what `network()` said of a run that is opened again; without it, [model] and init_from say it."""
-        super().__init__()
-        s = self.settings = config.recipe
-        self.config, self.text = config, text
-        self.net = networks.base(config, reopened=bool(network))
+        super().__init__(config, text, reopened=bool(network))
+        s = self.settings
         self.shape = StageCConfig.from_dict(network) if network else self.net.config
-        self.guide = networks.guide_of(config)
+        self.guide = guide_of(config)
         self.scale = s.alpha / s.rank
         with torch.device("meta"):
             layers = dict((self.net or StageC(self.shape)).named_modules())
@@ -107,9 +78,7 @@ class Recipe(nn.Module):
             self.change = nn.Parameter(torch.zeros(1, text.width))
         if config.init_from and not network:
             self.begin(start(config, self.shape))
-        self.weight = loss_weight.LossWeight(s.weight, config.batch_size)
-        self.encoders = self.make_encoders(config)
-        self.denoising = task.Denoising(config, self.net, text, self.encoders, low_of(config))
+        self.prepare(low_of(config))
 
     @torch.no_grad()
     def begin(self, found: lora.Personalisation):
@@ -122,42 +91,22 @@ class Recipe(nn.Module):
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:
-        """What makes features of pictures, and keeps them (`cache`)."""
-        return encoders.make_encoders(config, low_of(config), writer)
+        return make_encoders(config, low_of(config), writer)
 
     @staticmethod
-    def problems(config: Config) -> list[str]:
-        found, s = task.problems(config) + task.problems_of_loss(config.recipe), config.recipe
-        if config.model.guide:
-            found += task.problems_of_low(config)
-        if s.rank < 1:
-            found.append(f"recipe.rank={s.rank} must be at least 1.")
-        if s.alpha <= 0:
-            found.append(f"recipe.alpha={s.alpha} must be more than 0.")
-        if bool(s.word) != bool(s.word_base):
-            found.append(f"recipe.word={s.word!r} and recipe.word_base={s.word_base!r} belong together: a new word "
-                         "begins as the mean of known ones (\"^cat</w>\").")
-        if any(c.isspace() for c in s.word):
-            found.append(f"recipe.word={s.word!r} must be one word.")
-        if not 0 <= s.high_share <= 1:
-            found.append(f"recipe.high_share={s.high_share} is outside [0, 1].")
-        if s.low_until < 0:
-            found.append(f"recipe.low_until={s.low_until} must not be negative.")
-        files = [Path(p).expanduser() for p in (config.model.stage_c, config.init_from)]
-        said = any(p.startswith("[model]") for p in found)
-        if config.init_from and all(f.is_file() for f in files) and not said:
+    def file_problems(config: Config) -> list[str]:
+        found = file_problems(config)
+        if config.init_from and not any(p.startswith("[model]") for p in found):
             try:
-                start(config, networks.read(config.model.stage_c)[0])
+                start(config, read(config.model.stage_c)[0])
             except ValueError as error:
                 found.append(f"init_from={config.init_from}: {error}")
         return found
 
-    def groups(self, config: Config) -> list[dict]:
-        """Parameters that learn, with their rates; text.rate is the word's."""
-        found = task.groups({"layers": (self.layers, 1.0)})
-        if self.change is not None:
-            found.append({"params": [("change", self.change)], "rate": config.text.rate, "matrices": set()})
-        return found
+    def groups(self, config: Config) -> list[Group]:
+        """text.rate is the word's."""
+        word = [] if self.change is None else [Group([("change", self.change)], config.text.rate)]
+        return groups([(self.layers, 1.0)], in_transformer) + word
 
     def high(self, step: int) -> bool:
         """Whether a step is guided, at high resolution."""
@@ -165,33 +114,24 @@ class Recipe(nn.Module):
         return self.guide is not None and step >= s.low_until and self.denoising.draw(step).turn < s.high_share
 
     def forward(self, batch) -> Tensor:
-        """Loss of each picture times the weight of its noise level, (B,)."""
         d = self.denoising
-        chance = d.draw(batch.step).part(batch.positions)
-        told = d.told(batch, chance, self.change)
-        loss = self.loss(d.latents(batch, d.seed), chance.t, told, self.high(batch.step))
-        return self.weight(d.schedule.logsnr(chance.t), loss, batch)
 
-    def loss(self, latents: task.Latents, t: Tensor, told: dict, high: bool) -> Tensor:
+        def loss(draws) -> Tensor:
+            told = d.told(batch, draws, self.change)
+            return self.loss(d.latents(batch, d.seed), draws.t, told, self.high(batch.step))
+
+        return self.weighted(batch, loss)
+
+    def loss(self, latents: Latents, t: Tensor, told: dict, high: bool) -> Tensor:
         if high:
             return self.denoising.guided(self.guide, latents, t, told)
         if latents.low is not None:
             return self.denoising.plain(latents.low, latents.noise_low, t, told)
         return self.denoising.plain(latents.high, latents.noise, t, told)
 
-    def compile_blocks(self):
-        task.compile_blocks(self.net)
-
     def described(self, step: int) -> list[str]:
-        """What chance decides about each picture of a step's batch, in words."""
         where = "" if self.guide is None else ", guided" if self.high(step) else ", low resolution"
         return self.denoising.draw(step).described(where)
-
-    def buckets(self, step: int) -> list[str]:
-        return task.sizes(self.config, self.denoising.low)
-
-    def activation_bytes(self, pictures: int, cpu: bool) -> float:
-        return task.activation_bytes(self.net.config, self.config, pictures)
 
     def validate(self, batches: list) -> dict[str, float]:
         d = self.denoising
@@ -203,11 +143,8 @@ class Recipe(nn.Module):
 
         return d.validate(batches, losses)
 
-    previews = property(task.previews)
-
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
-        """Pictures of prompts, (B, 3, H, W) in [-1, 1], in two passes where there is a guide. shift is 1 for the
-        release."""
+        """In two passes where there is a guide. shift is 1 for the release."""
         return self.denoising.sample(what, height, width, steps, shift, cfg, seed, self.guide, self.change)
 
     def network(self) -> dict:
@@ -221,11 +158,10 @@ class Recipe(nn.Module):
         return lora.Personalisation(layers, self.scale, [self.text.word_row], self.change.detach(), self.settings.word,
                                     self.settings.word_base)
 
-    def files(self) -> dict[str, tuple[dict, dict]]:
-        """What export writes: path, with {name} for the name of the export -> (tensors, metadata)."""
+    def files(self) -> Files:
         tensors, metadata = lora.to_core(self.personalisation())
         return {"loras/{name}.safetensors": (tensors, {"pixstack.family": "ultrapixel.lora", **metadata})}
 
 
-def low_of(config: Config) -> encoders.Low | None:
-    return encoders.Low(config.recipe.low_side, config.recipe.low_filter) if config.model.guide else None
+def low_of(config: Config) -> Low | None:
+    return Low(config.recipe.low_side, config.recipe.low_filter) if config.model.guide else None

