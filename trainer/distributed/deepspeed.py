@@ -2,7 +2,7 @@
 host memory, where its settings say so. Weights stay whole, and so does everything that is written.
 
 DeepSpeed flattens the parameters of a group and gives each process a stretch of it. What a parameter has of such a
-stretch is in its `_hp_mapping`; DeepSpeed's own functions that gather it (deepspeed.utils) know the moments of the
+stretch is in `libraries.stretch_of`; DeepSpeed's own functions that gather it (deepspeed.utils) know the moments of the
 first group alone after the first step, so it is done here.
 """
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
+from .. import libraries
 from ..config.schema import Config
 from ..training.optim import Optimizers
 from .ddp import Whole, finite
@@ -89,8 +90,7 @@ class Stretches:
 
     def __init__(self, engine, parameters: list[nn.Parameter]):
         self.engine, self.zero = engine, engine.optimizer
-        self.of = {id(p): flat for some, flat in zip(self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups,
-                                                     strict=True) for p in some}
+        self.of = {id(p): flat for group, flat in libraries.flat_moments(self.zero) for p in group}
         self.parameters = parameters
 
     @property
@@ -112,7 +112,7 @@ class Stretches:
         for name, value in self.zero.optimizer.state[self.of[id(p)]].items():
             if torch.is_tensor(value) and value.ndim:
                 value, own = torch.zeros(p.numel(), device=p.device), value
-                if (place := p._hp_mapping) is not None:
+                if (place := libraries.stretch_of(p)) is not None:
                     stretch(value, place.lp_fragment_address).copy_(stretch(own, place.hp_fragment_address))
                 distributed.all_reduce(value)
                 value = value.view_as(p)
@@ -130,7 +130,7 @@ class Stretches:
                     own[flat][name] = value
                     continue
                 there = own[flat].setdefault(name, torch.zeros_like(flat))
-                if (place := p._hp_mapping) is not None:
+                if (place := libraries.stretch_of(p)) is not None:
                     stretch(there, place.hp_fragment_address).copy_(
                         stretch(value.flatten(), place.lp_fragment_address))
 

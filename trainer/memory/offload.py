@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from .. import libraries
 from ..config.schema import Config
 
 
@@ -39,14 +39,12 @@ def place(recipe: nn.Module, config: Config, device: torch.device) -> Swap | Non
     blocks = swapped(recipe, config)
     staying = {id(p) for block in blocks for p in still(block)}
     for module in recipe.modules():
-        for p in module._parameters.values():
-            if p is not None and id(p) not in staying:
+        for p in module.parameters(recurse=False):
+            if id(p) not in staying:
                 p.data = p.data.to(device)
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = value.to(device)
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        recipe, [name for name, p in recipe.named_parameters() if id(p) in staying])
+        for name, value in list(module.named_buffers(recurse=False)):
+            setattr(module, name, value.to(device))
+    libraries.hide_from_ddp(recipe, [name for name, p in recipe.named_parameters() if id(p) in staying])
     return Swap(blocks, device)
 
 
@@ -74,7 +72,7 @@ class Swap:
             self.here[i] = copies, self.stream.record_event()
 
     def enter(self, i: int):
-        following = i + 1 if torch._C._current_graph_task_id() == -1 else i - 1  # backwards in a backward pass
+        following = i - 1 if libraries.in_backward() else i + 1
         self.fetch(i)
         copies, done = self.here[i]
         if done is not None:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ...models_impl import lora
+from .. import libraries
 from ..config.schema import Adapter
-from ..libraries import hide_broken_torchvision
 from ..memory.quantization import FewBits
 
 NAME = "default"  # of the one adapter, in peft's names
@@ -20,7 +20,7 @@ PARTS = {"loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1",
 def attach(net: nn.Module, settings: Adapter, targets: list[str]) -> nn.Module:
     """Freezes `net` and puts an adapter, whose weights are float32, on every module whose name ends with one of
     adapter.targets, or without those of `targets`. Returns `net`. Raises ValueError where a name fits no module."""
-    hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from peft import inject_adapter_in_model
 
     wanted = settings.targets or targets
@@ -61,12 +61,12 @@ def without(net: nn.Module):
     """Inside, the network is what it was before its adapter."""
     layers = list(adapted(net).values())
     for layer in layers:  # not enable_adapters, which would take requires_grad from the weights in between
-        layer._disable_adapters = True
+        libraries.switch_adapter(layer, on=False)
     try:
         yield
     finally:
         for layer in layers:
-            layer._disable_adapters = False
+            libraries.switch_adapter(layer, on=True)
 
 
 def layers(net: nn.Module) -> list[lora.Layer]:

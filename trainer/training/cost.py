@@ -177,12 +177,10 @@ def of_the_optimizer(recipe: nn.Module, config: Config, rates: Rates) -> Cost:
 def imagine(net: nn.Module, clock: Clock):
     """Gives weights a device, still without memory."""
     for module in net.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(clock.imagined(p), p.requires_grad)
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = clock.imagined(value)
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(clock.imagined(p), p.requires_grad))
+        for name, value in list(module.named_buffers(recurse=False)):
+            setattr(module, name, clock.imagined(value))
 
 
 def encoding(reader, clock: Clock, counted: bool):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..distributed import sharded
 
@@ -19,8 +20,8 @@ class Ema:
     def update(self, step: int):
         if self.average:
             decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
-            torch._foreach_lerp_([sharded.local(a) for a in self.average.values()],
-                                 [sharded.local(p.detach()) for p in self.live.values()], 1 - decay)
+            get_ema_multi_avg_fn(decay)([sharded.local(a) for a in self.average.values()],
+                                        [sharded.local(p.detach()) for p in self.live.values()], None)
 
     @contextmanager
     def applied(self):

@@ -8,10 +8,10 @@ import torch
 
 from ..config.schema import Optimizer
 from ..distributed import sharded
+from ..libraries import QUANT_STATE
 from .groups import Group
 
 RATE_BATCH = 256  # the batch that scaled rates are given for
-WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes puts what is quantised, in a state_dict
 SMALL_8BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller parameters in 32 bits
 
 
@@ -179,7 +179,7 @@ class Optimizers:
         return {f"{i}.{j}.{name}": sharded.whole(value) if torch.is_tensor(value) else torch.tensor(value)
                 for i, part in enumerate(self.parts)
                 for j, state in part.state_dict()["state"].items()
-                for name, value in (state | state.get(WRAPPED, {})).items() if name != WRAPPED}
+                for name, value in (state | state.get(QUANT_STATE, {})).items() if name != QUANT_STATE}
 
     def load(self, tensors: dict[str, torch.Tensor]):
         for i, part in enumerate(self.parts):
