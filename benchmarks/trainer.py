@@ -146,7 +146,7 @@ def run(args, side: str, case: str, results):
         from pixstack.trainer.training.optim import Optimizers
 
         named = [Group([(str(i), p) for i, p in enumerate(learns)])]
-        optimizer = Optimizers(named, Optimizer(rate=1e-5, clip=1.0), 1000)
+        optimizer = Optimizers(named, Optimizer(learning_rate=1e-5, clip=1.0), 1000)
 
         def update(step):
             optimizer.clip()

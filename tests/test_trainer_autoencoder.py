@@ -18,7 +18,7 @@ from pixstack.trainer.training import build, checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"recipe": {"name": "autoencoder"}, "precision": "fp32", "steps": 6, "batch_size": 4, "save_every": 3,
-        "log_every": 1, "device": "cpu", "optimizer": {"rate": 1e-3}, "ema": {"decay": 0.9}}
+        "log_every": 1, "device": "cpu", "optimizer": {"learning_rate": 1e-3}, "ema": {"decay": 0.9}}
 
 
 @pytest.fixture(scope="module")

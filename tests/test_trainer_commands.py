@@ -120,8 +120,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
 
 def test_wrong_settings_end_the_command_with_all_of_them(tmp_path, capsys):
     file = tiny_run.toml(tmp_path, tiny_run.pictures(tmp_path / "set"), tmp_path / "run")
-    said = refusal(capsys, "train", file, "stepz=1", "optimizer.rate=7")
-    assert "did you mean steps" in said and "optimizer.rate=7" in said
+    said = refusal(capsys, "train", file, "stepz=1", "optimizer.learning_rate=7")
+    assert "did you mean steps" in said and "optimizer.learning_rate=7" in said
 
 
 def test_a_word_that_is_no_setting_is_refused(capsys):

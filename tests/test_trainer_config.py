@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -26,7 +27,24 @@ def refusal(path, tmp_path, *words, **sections):
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(path, tmp_path):
-    assert "optimizer.rat is not a setting; did you mean rate" in refusal(path, tmp_path, "optimizer.rat=0.1")
+    said = refusal(path, tmp_path, "optimizer.learning_rat=0.1")
+    assert "optimizer.learning_rat is not a setting; did you mean learning_rate" in said
+
+
+@pytest.mark.parametrize("old, new", load.RENAMED.items())
+def test_the_old_name_of_a_setting_is_refused_with_the_new_one(path, tmp_path, old, new):
+    section = old.partition(".")[0]
+    recipe = "pixelflow" if section != "recipe" else "pixart_dmd" if "follower" in old else "pixelponder"
+    assert f"{old} is called {section}.{new} now." in refusal(path, tmp_path, f"{old}=1", f"recipe.name={recipe}")
+
+
+def test_a_run_folder_of_before_the_new_names_is_read(path, tmp_path):
+    made = tiny_run.settings(path, tmp_path / "run", "optimizer.muon_learning_rate=0.5")
+    raw = load.as_dict(made)
+    raw["optimizer"]["rate"] = raw["optimizer"].pop("learning_rate")
+    raw["optimizer"]["muon_rate"] = raw["optimizer"].pop("muon_learning_rate")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert load.stored(tmp_path) == made
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name(path, tmp_path):
@@ -97,7 +115,7 @@ def test_files_are_looked_into_when_all_that_costs_nothing_is_right(path, tmp_pa
 
 
 @pytest.mark.parametrize("words, part", [
-    (("train", "FILE", "optimizer.rat=1", "recipe.dropout=2"), "optimizer.rat is not a setting; did you mean rate"),
+    (("train", "FILE", "optimizer.learning_rat=1", "recipe.dropout=2"), "did you mean learning_rate"),
     (("train", "recipes/pixart/pixart_emoji_lora.toml", "adapter.rank=0"), "adapter.rank=0 must be at least 1"),
     (("cache", "recipes/ultrapixel/ultrapixel_guide.toml"), "there is no such file or folder"),
     (("train", "recipes/gone.toml"), "there is no such recipe file"),
@@ -119,8 +137,8 @@ def test_a_start_tells_the_sizes_that_model_leaves_out(path, tmp_path):
 
 
 def test_a_word_changes_one_setting_of_a_section(path, tmp_path):
-    changed = tiny_run.settings(path, tmp_path / "run", "optimizer.rate=0.25")
-    assert dataclasses.replace(changed, optimizer=dataclasses.replace(changed.optimizer, rate=1e-3)) \
+    changed = tiny_run.settings(path, tmp_path / "run", "optimizer.learning_rate=0.25")
+    assert dataclasses.replace(changed, optimizer=dataclasses.replace(changed.optimizer, learning_rate=1e-3)) \
         == tiny_run.settings(path, tmp_path / "run")
 
 

@@ -253,6 +253,8 @@ def test_joints_of_folders_are_counted_together(tmp_path):
 class Painter:
     """A recipe that paints the condition, or the mean colour of the prompt's number."""
 
+    of_pictures = False
+
     def sample(self, what, height, width, steps, shift, cfg, seed, conditions=None):
         if conditions:
             return conditions["depth"].float() / 127.5 - 1

@@ -86,7 +86,7 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(path, vae, tmp_path):
 
 
 def test_training_lowers_the_loss(path, vae, tmp_path):
-    tiny_run.train(settings(path, tmp_path / "run", vae, "steps=40", "optimizer.rate=2e-3", "save_every=40",
+    tiny_run.train(settings(path, tmp_path / "run", vae, "steps=40", "optimizer.learning_rate=2e-3", "save_every=40",
                             "optimizer.name=muon"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run") if "loss" in line]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10]), losses

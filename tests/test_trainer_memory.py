@@ -59,7 +59,7 @@ def test_a_layer_in_few_bits_says_nearly_the_same_and_lets_its_gradient_through(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lora_learns_on_blocks_in_few_bits_and_is_exported_as_ever(made, base, tmp_path, kind):
-    words = ("steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=60", "ema.decay=0.0")
+    words = ("steps=60", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=60", "ema.decay=0.0")
     recipe, _ = tiny_run.train(made(*words, f"memory.base={kind}"))
     assert sum(isinstance(m, quantization.FewBits) for m in recipe.modules()) == 7 * 2  # of each block
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]

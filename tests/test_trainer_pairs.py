@@ -352,8 +352,8 @@ def test_passes_of_odd_size_add_up_to_the_whole_batch(made, files, tmp_path):
 
 
 def test_training_draws_the_student_to_its_pairs(made, files, tmp_path):
-    settings = by_heart(made, files, tmp_path / "pairs", "steps=60", "optimizer.rate=2e-3", "optimizer.warm_up=0",
-                        "save_every=60", "ema.decay=0.0", "data.resolution=32", weight=50.0)
+    settings = by_heart(made, files, tmp_path / "pairs", "steps=60", "optimizer.learning_rate=2e-3",
+                        "optimizer.warm_up=0", "save_every=60", "ema.decay=0.0", "data.resolution=32", weight=50.0)
     recipe, batches = recipe_of(settings)
     batch = batches(0, range(6))
 

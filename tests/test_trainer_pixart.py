@@ -251,8 +251,8 @@ def test_came_takes_the_steps_of_its_paper():
 
 @pytest.mark.parametrize("rule, rate", [("none", 1e-3), ("sqrt", 0.5e-3), ("linear", 0.25e-3)])
 def test_the_rate_follows_the_batch(made, rule, rate):
-    settings = made(f"optimizer.scale_rate={rule}")
-    assert optim.Optimizers([], settings.optimizer, 10, 64).rate == pytest.approx(rate)
+    settings = made(f"optimizer.learning_rate_scaling={rule}")
+    assert optim.Optimizers([], settings.optimizer, 10, 64).learning_rate == pytest.approx(rate)
 
 
 # --- Runs
@@ -283,7 +283,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, parts, tmp_path):
 
 
 def test_training_lowers_the_loss(made, tmp_path):
-    tiny_run.train(made("steps=40", "optimizer.rate=3e-3", "optimizer.warm_up=0", "save_every=40",
+    tiny_run.train(made("steps=40", "optimizer.learning_rate=3e-3", "optimizer.warm_up=0", "save_every=40",
                         "validation.every=40", "recipe.variance=0.0"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run") if "loss" in line]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])

@@ -101,8 +101,8 @@ def test_the_teacher_of_an_lcm_lora_is_the_network_without_it(made, base):
 
 @pytest.mark.parametrize("lora", ["true", "false"])
 def test_distillation_lowers_its_loss(made, tmp_path, lora):
-    tiny_run.train(made("pixart_lcm", f"recipe.lora={lora}", "steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0",
-                        "ema.decay=0.95", "save_every=60", "validation.every=60"))
+    tiny_run.train(made("pixart_lcm", f"recipe.lora={lora}", "steps=60", "optimizer.learning_rate=1e-2",
+                        "optimizer.warm_up=0", "ema.decay=0.95", "save_every=60", "validation.every=60"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run") if "loss" in line]
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
 
@@ -159,8 +159,8 @@ def test_gradients_of_student_and_follower_are_clipped_apart(made):
 
 
 def test_the_follower_comes_to_know_the_student(made, tmp_path):
-    tiny_run.train(made("pixart_dmd", "steps=60", "optimizer.rate=3e-3", "optimizer.warm_up=0", "save_every=60",
-                        "recipe.follower_rate=3.0", "validation.every=60"))
+    tiny_run.train(made("pixart_dmd", "steps=60", "optimizer.learning_rate=3e-3", "optimizer.warm_up=0",
+                        "save_every=60", "recipe.follower_learning_rate_multiple=3.0", "validation.every=60"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run") if "loss" in line]
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
 
@@ -183,7 +183,7 @@ def controlled(made, annotator):
 
 
 def test_training_a_controlnet_lowers_the_loss(controlled, tmp_path):
-    tiny_run.train(controlled("steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
+    tiny_run.train(controlled("steps=60", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
     assert sum(losses[-15:]) < 0.95 * sum(losses[:15])
 
@@ -253,7 +253,7 @@ def trained(path, parts, base, annotator, tmp_path_factory):
     Image.new("RGB", (80, 64), (200, 30, 30)).save(folder / "hint.png")
     settings = tiny_pixart.settings(
         path, folder / "run", parts, f"init_from={base}", "recipe.blocks=1", f"recipe.annotator={annotator}", "steps=8",
-        "save_every=8", "optimizer.rate=3e-2", "optimizer.warm_up=0", "ema.decay=0.0", "samples.every=8",
+        "save_every=8", "optimizer.learning_rate=3e-2", "optimizer.warm_up=0", "ema.decay=0.0", "samples.every=8",
         "samples.steps=2", 'samples.prompts=["red card"]', f'recipe.hints=["{folder / "hint.png"}"]', model={},
         recipe="pixart_controlnet")
     tiny_run.train(settings)

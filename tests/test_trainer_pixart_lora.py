@@ -92,7 +92,7 @@ def trained(path, parts, base, tmp_path_factory):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp("trained") / "run"
             settings = tiny_pixart.settings(path, made[kind], parts, f"init_from={base}", "steps=8", "save_every=8",
-                                            "optimizer.rate=3e-2", "optimizer.warm_up=0", "ema.decay=0.0",
+                                            "optimizer.learning_rate=3e-2", "optimizer.warm_up=0", "ema.decay=0.0",
                                             "adapter.rank=4", "adapter.alpha=2", f"adapter.kind={kind}",
                                             recipe="pixart_lora", model={})
             tiny_run.train(settings)
@@ -176,7 +176,7 @@ def test_a_target_that_is_no_layer_is_refused_with_those_that_are(made):
 
 
 def test_training_lowers_the_loss(made, tmp_path):
-    tiny_run.train(made("steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
+    tiny_run.train(made("steps=60", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
 
@@ -220,7 +220,7 @@ def test_a_subject_is_learned_by_a_lora_or_by_all_weights(subject, whole, tmp_pa
 
 
 def test_training_on_a_subject_lowers_the_loss(subject, tmp_path):
-    tiny_run.train(subject("steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
+    tiny_run.train(subject("steps=60", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
     assert sum(losses[-15:]) < 0.95 * sum(losses[:15])
 

@@ -64,7 +64,7 @@ def recipe_of(made):
 
 
 def test_the_loss_is_the_flows_through_the_base_with_residuals_added_whole(made):
-    recipe, batches = recipe_of(made("recipe.least=2"))
+    recipe, batches = recipe_of(made("recipe.min_conditions=2"))
     batch = batches(0, range(6))
     sigma, sets = recipe.draw(0)
     assert len(set(sets)) == 1 and sorted(sets[0]) == [0, 1]
@@ -122,7 +122,7 @@ def test_the_loss_of_the_parity_case_is_the_references(made):
 
 
 def test_the_selection_receives_a_gradient(made):
-    recipe, batches = recipe_of(made("recipe.least=2"))
+    recipe, batches = recipe_of(made("recipe.min_conditions=2"))
     recipe(batches(0, range(6))).mean().backward()
     assert recipe.net.selector.score.weight.grad.abs().max() > 0
     assert recipe.net.selector.type_embedding.weight.grad.abs().max() > 0
@@ -130,14 +130,14 @@ def test_the_selection_receives_a_gradient(made):
 
 def test_every_parameter_has_a_gradient_whatever_hints_are_seen(made):
     for words in ((), ("recipe.selection=released",)):
-        recipe, batches = recipe_of(made("recipe.most=1", *words))
+        recipe, batches = recipe_of(made("recipe.max_conditions=1", *words))
         recipe(batches(0, range(6))).mean().backward()
         assert [n for n, p in recipe.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_released_hears_the_first_of_the_shuffled_conditions_alone(made):
-    recipe, batches = recipe_of(made("recipe.selection=released", "recipe.least=2"))
-    alone, _ = recipe_of(made("recipe.selection=released", "recipe.most=1"))
+    recipe, batches = recipe_of(made("recipe.selection=released", "recipe.min_conditions=2"))
+    alone, _ = recipe_of(made("recipe.selection=released", "recipe.max_conditions=1"))
     batch = batches(0, range(6))
     sigma, sets = recipe.draw(0)
     step = recipe.flow.noising(batch, sigma, "cpu", 0)
@@ -196,7 +196,8 @@ def test_hints_are_made_of_pictures(path, parts, tmp_path, made):
     torch.manual_seed(0)
     net = hed.HED(hed.HEDConfig((4, 4, 4, 4, 4), (1, 1, 1, 1, 1)))
     state_dict.write_file(tmp_path / "hed.safetensors", net.state_dict())
-    one = {**parts["recipe"], "name": "pixelponder", "made": ["hed", "canny"], "hed": str(tmp_path / "hed.safetensors")}
+    one = {**parts["recipe"], "name": "pixelponder", "annotators": ["hed", "canny"],
+           "hed": str(tmp_path / "hed.safetensors")}
     settings = made("data.conditions=[]", recipe=one)
     recipe, batches = recipe_of(settings)
     batch = batches(0, range(6))
@@ -285,12 +286,12 @@ def test_a_run_starts_from_the_blocks_of_its_base(made):
     (("recipe.selections=x",), "recipe.selections is not a setting; did you mean selection"),
     (("recipe.selection=paper",), "recipe.selection='paper' is none of accumulate, released"),
     (("recipe.base=",), "recipe.base is empty"),
-    (("recipe.least=3",), "recipe.least=3, recipe.most=0: there are 2 kinds of hints"),
-    (("recipe.made=[\"depth\"]",), "only canny, hed are drawn from pictures"),
-    (("recipe.made=[\"canny\"]",), "name a kind twice"),
+    (("recipe.min_conditions=3",), "recipe.min_conditions=3, recipe.max_conditions=0: there are 2 kinds of hints"),
+    (("recipe.annotators=[\"depth\"]",), "only canny, hed are drawn from pictures"),
+    (("recipe.annotators=[\"canny\"]",), "name a kind twice"),
     (("data.conditions=[]",), "there are no hints"),
-    (("recipe.made=[\"hed\"]",), "recipe.made has \"hed\": name the file"),
-    (("recipe.made=[\"hed\"]", "recipe.hed=/nowhere"), "recipe.hed='/nowhere': there is no such file"),
+    (("recipe.annotators=[\"hed\"]",), "recipe.annotators has \"hed\": name the file"),
+    (("recipe.annotators=[\"hed\"]", "recipe.hed=/nowhere"), "recipe.hed='/nowhere': there is no such file"),
     (("model.types=[\"canny\"]",), "there is no stem for depth"),
     (("model.selector_width=100",), "width=100 is not a multiple of the head size 128"),
     (("text.padded=false",), "text.padded=false"),
@@ -309,7 +310,7 @@ def test_a_setting_that_cannot_work_is_refused(made, words, part):
 
 
 def test_training_lowers_the_loss(made, tmp_path):
-    tiny_run.train(made("steps=40", "optimizer.rate=1e-3", "optimizer.warm_up=0", "save_every=40"))
+    tiny_run.train(made("steps=40", "optimizer.learning_rate=1e-3", "optimizer.warm_up=0", "save_every=40"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run") if "loss" in line]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10]), losses
 
@@ -322,8 +323,8 @@ def test_the_selection_learns_which_condition_tells_the_picture(made, path, tmp_
     (folder / "told.jsonl").write_text("".join(
         json.dumps({**line, "canny": "blank.png", "depth": line["file"]}) + "\n" for line in lines))
     recipe, one = tiny_run.train(tiny_ponder.settings(
-        folder / "told.jsonl", tmp_path / "run", parts, "steps=120", "optimizer.rate=2e-3", "optimizer.warm_up=0",
-        "save_every=120", "recipe.least=2", "validation.every=120", "ema.decay=0"))
+        folder / "told.jsonl", tmp_path / "run", parts, "steps=120", "optimizer.learning_rate=2e-3",
+        "optimizer.warm_up=0", "save_every=120", "recipe.min_conditions=2", "validation.every=120", "ema.decay=0"))
     last = [line for line in tiny_pixart.log(tmp_path / "run") if "validation_share_depth" in line][-1]
     assert last["validation_share_depth"] > 0.9, last
 
@@ -354,8 +355,8 @@ def trained(path, parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     hints = ",".join(str(path.parent / f"{kind}_red_card.png") for kind in ("canny", "depth"))
     tiny_run.train(tiny_ponder.settings(
-        path, folder, parts, "steps=8", "optimizer.rate=1e-2", "ema.decay=0", "samples.every=8", "save_every=8",
-        "samples.prompts=[\"red card\"]", f"recipe.hints=[\"{hints}\"]", "samples.steps=2"))
+        path, folder, parts, "steps=8", "optimizer.learning_rate=1e-2", "ema.decay=0", "samples.every=8",
+        "save_every=8", "samples.prompts=[\"red card\"]", f"recipe.hints=[\"{hints}\"]", "samples.steps=2"))
     return folder
 
 
@@ -377,7 +378,7 @@ def test_a_finished_run_is_opened_without_the_files_of_its_base(made, parts, tmp
     torch.manual_seed(0)
     net = hed.HED(hed.HEDConfig((4, 4, 4, 4, 4), (1, 1, 1, 1, 1)))
     state_dict.write_file(tmp_path / "hed.safetensors", net.state_dict())
-    tiny_run.train(made(f"recipe.base={tmp_path}/flux.safetensors", 'recipe.made=["hed"]', "steps=1",
+    tiny_run.train(made(f"recipe.base={tmp_path}/flux.safetensors", 'recipe.annotators=["hed"]', "steps=1",
                         f"recipe.hed={tmp_path}/hed.safetensors", f"cache.folder={tmp_path}/cache"))
     for name in ("flux", "hed"):
         (tmp_path / f"{name}.safetensors").unlink()

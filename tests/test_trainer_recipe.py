@@ -141,7 +141,7 @@ def test_muon_takes_the_matrices_of_the_blocks_only(path, tmp_path):
 
 
 def test_muon_trains_a_kernel_as_the_matrix_of_what_each_output_channel_reads():
-    settings = schema.Optimizer(name="muon", muon_rate=0.1)
+    settings = schema.Optimizer(name="muon", muon_learning_rate=0.1)
     kernel = torch.nn.Parameter(torch.randn(6, 3, 3, 3).to(memory_format=torch.channels_last))
     matrix = torch.nn.Parameter(kernel.detach().flatten(1).clone())
     ours = optim.Optimizers([Group([("k", kernel)], matrices={"k"})], settings, 10)
@@ -168,9 +168,9 @@ def test_the_rate_warms_up_then_decays(decay, at_half, at_end):
     from pixstack.trainer.config.schema import Optimizer
 
     settings = Optimizer(warm_up=10, decay=decay)
-    assert optim.rate_at(4, 1000, settings) == pytest.approx(0.5, abs=0.01)
-    assert optim.rate_at(500, 1000, settings) == pytest.approx(at_half)
-    assert optim.rate_at(1000, 1000, settings) == pytest.approx(at_end)
+    assert optim.learning_rate_share(4, 1000, settings) == pytest.approx(0.5, abs=0.01)
+    assert optim.learning_rate_share(500, 1000, settings) == pytest.approx(at_half)
+    assert optim.learning_rate_share(1000, 1000, settings) == pytest.approx(at_end)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def lora_settings(path, tmp_path, *words):
     weights = {k: 0.1 * torch.randn_like(v) for k, v in PixelFlow(shape).state_dict().items()}
     state_dict.write_file(tmp_path / "base.safetensors", weights, checkpoint.metadata(shape))
     return tiny_run.settings(path, tmp_path / "run", f"init_from={tmp_path / 'base.safetensors'}", "recipe.lora=true",
-                             "adapter.rank=4", "text.learn=false", "precision=fp32", "optimizer.rate=3e-2",
+                             "adapter.rank=4", "text.learn=false", "precision=fp32", "optimizer.learning_rate=3e-2",
                              "ema.decay=0.0", *words, model={}), weights
 
 

@@ -68,7 +68,8 @@ def test_a_line_that_was_half_written_is_forgotten(path, tmp_path):
 
 
 def test_training_lowers_the_loss(path, tmp_path):
-    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=40", "optimizer.rate=1e-2", "save_every=40"))
+    words = "steps=40", "optimizer.learning_rate=1e-2", "save_every=40"
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", *words))
     losses = [line["loss"] for line in log(tmp_path / "run")]
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
 
@@ -93,8 +94,9 @@ def test_a_process_killed_while_saving_leaves_the_checkpoint_before(path, tmp_pa
 
 def test_a_run_with_other_settings_is_refused_with_what_differs(path, tmp_path):
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2"))
-    with pytest.raises(ValueError, match="batch_size was 6, now 4\n.*optimizer.rate was 0.001, now 0.5"):
-        tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2", "batch_size=4", "optimizer.rate=0.5"))
+    with pytest.raises(ValueError, match="batch_size was 6, now 4\n.*optimizer.learning_rate was 0.001, now 0.5"):
+        words = "steps=2", "batch_size=4", "optimizer.learning_rate=0.5"
+        tiny_run.train(tiny_run.settings(path, tmp_path / "run", *words))
 
 
 def test_a_run_goes_on_with_other_settings_when_told_so(path, tmp_path):
@@ -147,7 +149,7 @@ def test_a_run_folder_holds_what_its_page_says(path, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_with_advice(path, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"step \d+: the gradient norm is nan. Lower optimizer.rate="):
+    with pytest.raises(FloatingPointError, match=r"step \d+: the gradient norm is nan. Lower optimizer.learning_rate="):
         def spoil(one, step):
             for p in one.accelerator._models[0].parameters():
                 p.data.fill_(float("nan"))

@@ -259,7 +259,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, parts, tmp_path):
 
 
 def test_training_lowers_the_loss_on_pictures_that_it_has_not_seen(made):
-    settings = made("steps=40", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=40", "ema.decay=0")
+    settings = made("steps=40", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=40", "ema.decay=0")
     fresh, _ = recipe_of(settings)
     recipe, run = tiny_run.train(settings)
     held_out = data.fixed(build.collection(settings).held_out, settings.data)
@@ -270,7 +270,7 @@ def test_training_lowers_the_loss_on_pictures_that_it_has_not_seen(made):
 def trained(path, parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     words = ("steps=4", "samples.every=4", "samples.prompts=[\"red card\"]", "samples.steps=2", "ema.decay=0",
-             "optimizer.rate=1e-2")
+             "optimizer.learning_rate=1e-2")
     tiny_run.train(tiny_ultrapixel.settings(path, folder, parts, GUIDED, *words))
     return folder
 
@@ -376,7 +376,7 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, tmp_path
 def test_the_shipped_recipe_shows_the_releases_sizes():
     raw = load.read_toml("recipes/ultrapixel/ultrapixel_guide.toml")
     assert raw["data"]["buckets"] == "ultrapixel" and raw["recipe"]["low_side"] == 24
-    assert optim.Optimizers([], schema.Optimizer(**raw["optimizer"]), 10, 4).rate == 1e-4
+    assert optim.Optimizers([], schema.Optimizer(**raw["optimizer"]), 10, 4).learning_rate == 1e-4
 
 
 def test_pictures_of_several_sizes_train_together(path, parts, tmp_path):

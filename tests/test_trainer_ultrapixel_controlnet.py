@@ -159,7 +159,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, parts, tmp_path):
 
 
 def test_training_lowers_the_loss(made):
-    settings = made("steps=40", "optimizer.rate=3e-2", "save_every=40", "ema.decay=0")
+    settings = made("steps=40", "optimizer.learning_rate=3e-2", "save_every=40", "ema.decay=0")
     fresh, batches = recipe_of(settings)
     recipe, _ = tiny_run.train(settings)
     shown = loader.fixed(batches.items, settings.data)
@@ -172,7 +172,7 @@ def trained(path, parts, tmp_path_factory):
     Image.effect_noise((200, 160), 60).save(folder / "hint.png")
     words = ("steps=3", "samples.every=3", "samples.prompts=[\"red card\"]", "samples.steps=2", "samples.shift=2.0",
              "samples.cfg=1.0", f"recipe.sample_hints=[\"{folder / 'hint.png'}\"]", "ema.decay=0",
-             "optimizer.rate=1e-3")
+             "optimizer.learning_rate=1e-3")
     tiny_run.train(tiny_ultrapixel.settings(path, folder / "run", parts, REAL, *words))
     return folder / "run"
 

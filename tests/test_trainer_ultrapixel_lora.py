@@ -225,7 +225,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(photos, guided, tmp_path):
 
 
 def test_training_lowers_the_loss(plain):
-    settings = plain("steps=40", "optimizer.rate=1e-2", "save_every=40", "ema.decay=0", "recipe.rank=8")
+    settings = plain("steps=40", "optimizer.learning_rate=1e-2", "save_every=40", "ema.decay=0", "recipe.rank=8")
     fresh, batches = recipe_of(settings)
     recipe, _ = tiny_run.train(settings)
     shown = loader.fixed(batches.items, settings.data)
@@ -255,7 +255,8 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(photos, guided, tmp_p
 def trained(photos, guided, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     words = ("steps=6", "samples.every=6", f"samples.prompts=[{json.dumps(CAPTION)}]", "samples.steps=2", "ema.decay=0",
-             "optimizer.rate=2e-2", "recipe.low_until=1", "text.rate=5.0", "optimizer.warm_up=0")
+             "optimizer.learning_rate=2e-2", "recipe.low_until=1", "text.learning_rate_multiple=5.0",
+             "optimizer.warm_up=0")
     tiny_run.train(tiny_ultrapixel.settings("", folder, guided, PERSONAL, *words, data=photos))
     return folder
 

@@ -17,7 +17,7 @@ SETTINGS = {
     "recipe": {"name": "pixelflow"},
     "model": {"heads": 2, "head_dim": 8, "depth": 1, "num_stages": 2},
     "text": {"encoder": "small", "vocabulary": 60, "width": 16, "depth": 1, "heads": 2, "hidden": 32, "max_length": 16},
-    "optimizer": {"rate": 1e-3, "warm_up": 2, "decay": "linear"},
+    "optimizer": {"learning_rate": 1e-3, "warm_up": 2, "decay": "linear"},
     "ema": {"decay": 0.9},
     "steps": 6, "batch_size": 6, "save_every": 3, "log_every": 1, "device": "cpu",
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 def with_recipe(one):
     one.add_argument("recipe", type=Path, help="a TOML file, such as recipes/pixelflow/pixelflow_emoji.toml (shipped)")
-    one.add_argument("settings", nargs="*", metavar="key=value", help="change a setting: optimizer.rate=3e-4")
+    one.add_argument("settings", nargs="*", metavar="key=value", help="change a setting: optimizer.learning_rate=3e-4")
 
 
 def with_run(one):

@@ -15,7 +15,7 @@ from .schema import Config
 
 
 def load(path: Path, words: list[str] = ()) -> Config:
-    """The settings of a TOML file, changed by words such as `optimizer.rate=3e-4`."""
+    """The settings of a TOML file, changed by words such as `optimizer.learning_rate=3e-4`."""
     return parse(read_toml(path), words, str(path))
 
 

@@ -18,6 +18,18 @@ except ModuleNotFoundError:  # Python 3.10
 import typing
 
 TRAINER = Path(__file__).resolve().parents[1]
+RENAMED = {
+    "optimizer.rate": "learning_rate",
+    "optimizer.scale_rate": "learning_rate_scaling",
+    "optimizer.muon_rate": "muon_learning_rate",
+    "text.rate": "learning_rate_multiple",
+    "recipe.follower_rate": "follower_learning_rate_multiple",
+    "recipe.selector_rate": "selector_learning_rate_multiple",
+    "recipe.made": "annotators",
+    "recipe.least": "min_conditions",
+    "recipe.most": "max_conditions",
+}
+"""What settings were called once -> their name in the section now."""
 
 
 def read_toml(path) -> dict:
@@ -65,7 +77,12 @@ def read(raw: dict, words: list[str] = ()) -> tuple[Config | None, list[str]]:
 def stored(folder: Path) -> Config:
     """The settings of a run folder. Values are not looked at: the data of a finished run may be gone."""
     path = folder / "config.json"
-    config, problems = read(json.loads(path.read_text(encoding="utf-8")))
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    for old, name in RENAMED.items():  # of a run that is older than the names
+        section, _, key = old.partition(".")
+        if key in raw.get(section, {}) and name not in raw[section]:
+            raw[section][name] = raw[section].pop(key)
+    config, problems = read(raw)
     if problems:
         raise ValueError(f"{path} cannot work:\n  " + "\n  ".join(problems))
     return config
@@ -85,6 +102,9 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
     good = {}
     for key, value in raw.items():
         full = prefix + key
+        if RENAMED.get(full) in names and key not in names:
+            problems.append(f"{full} is called {prefix}{RENAMED[full]} now.")
+            continue
         if key not in names:
             problems.append(f"{full} is not a setting{nearest(key, names)}.")
             continue

@@ -32,7 +32,7 @@ def general(config: Config) -> list[str]:
     found.one_of("log.wandb", config.log.wandb, ("", "offline", "online"))
     found.need(not config.log.wandb or find_spec("wandb"),
                f"log.wandb={config.log.wandb!r} needs wandb: pip install wandb.")
-    found.one_of("optimizer.scale_rate", config.optimizer.scale_rate, ("none", "sqrt", "linear"))
+    found.one_of("optimizer.learning_rate_scaling", config.optimizer.learning_rate_scaling, ("none", "sqrt", "linear"))
     found.one_of("text.precision", config.text.precision, ("fp32", "bf16"))
     found.one_of("vae.precision", config.vae.precision, ("fp32", "bf16"))
     found.one_of("optimizer.decay", config.optimizer.decay, ("constant", "cosine", "linear"))
@@ -56,7 +56,7 @@ def numbers(config: Config) -> list[str]:
                  "optimizer.weight_decay", "optimizer.clip", "optimizer.eps"):
         found.at_least(name, look_up(config, name), 0)
     found.share("optimizer.decay_from", config.optimizer.decay_from)
-    for name in ("optimizer.rate", "optimizer.muon_rate"):
+    for name in ("optimizer.learning_rate", "optimizer.muon_learning_rate"):
         value = look_up(config, name)
         found.need(0 < value < 1, f"{name}={value} is outside (0, 1).")
     found.need(0 <= config.ema.decay < 1, f"ema.decay={config.ema.decay} is outside [0, 1).")

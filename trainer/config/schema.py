@@ -91,8 +91,8 @@ class Text:
     """Width of the feed-forward layers."""
     max_length: int = 64
     """Tokens after which a caption is cut."""
-    rate: float = 1.0
-    """Learning rate of the text encoder, as a multiple of optimizer.rate."""
+    learning_rate_multiple: float = 1.0
+    """Learning rate of the text encoder, as a multiple of optimizer.learning_rate."""
     cache: str = ""
     """Folder for the embeddings of a frozen encoder, which runs may share; empty: cache.folder, and without that one
     inside the run folder."""
@@ -155,19 +155,19 @@ class Optimizer:
     name: str = "adamw"
     """adamw; adamw8bit: with its moments in 8 bits, by bitsandbytes; muon: Muon for the hidden matrices, AdamW for
     everything else; came: CAME (PixArt-Sigma), which keeps of a matrix's second moment only a row and a column."""
-    rate: float = 1e-4
-    scale_rate: str = "none"
-    """The rate is for a batch of 256, and for another one it is scaled: sqrt (PixArt's rule) or linear. none."""
+    learning_rate: float = 1e-4
+    learning_rate_scaling: str = "none"
+    """sqrt (PixArt's rule) or linear: the learning rate is for a batch of 256, and scaled for another one. none."""
     betas: list[float] | None = None
     """Without it [0.9, 0.999], for came [0.9, 0.999, 0.9999]."""
     eps: float = 0.0
     """What keeps AdamW's denominator from zero; 0 = 1e-8."""
     weight_decay: float = 0.0
-    muon_rate: float = 0.01
+    muon_learning_rate: float = 0.01
     """Learning rate of the matrices that Muon trains."""
     muon_momentum: float = 0.95
     warm_up: int = 0
-    """Steps over which the rate rises from zero."""
+    """Steps over which the learning rate rises from zero."""
     decay: str = "constant"
     """constant, cosine or linear: down to zero ..."""
     decay_from: float = 0.0

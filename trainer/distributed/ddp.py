@@ -29,8 +29,8 @@ class Whole:
         return loss.detach()
 
     def update(self, optimizer: Optimizers, step: int) -> tuple[Tensor, float]:
-        """(norm of the gradients, share of the rate). Raises FloatingPointError, before anything has changed, where
-        the norm is not finite."""
+        """(norm of the gradients, share of the learning rate). Raises FloatingPointError, before anything has changed,
+        where the norm is not finite."""
         norm = optimizer.clip()
         finite(norm, step, self.config)
         return norm, optimizer.step(step)
@@ -38,5 +38,6 @@ class Whole:
 
 def finite(norm: Tensor, step: int, config: Config):
     if not norm.isfinite():
-        raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}. Lower optimizer.rate="
-                                 f"{config.optimizer.rate} or raise optimizer.warm_up={config.optimizer.warm_up}.")
+        settings = config.optimizer
+        raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}. Lower optimizer.learning_rate="
+                                 f"{settings.learning_rate} or raise optimizer.warm_up={settings.warm_up}.")

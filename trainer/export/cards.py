@@ -42,8 +42,8 @@ def card(folder: Path, settings: Config, step: int, files: list[Path]) -> str:
         lines += ["", "## Samples", "", f"![samples]({files[0].stem}.png)", "", *prompts, "",
                   f"At step {int(sheet.stem)}, {s.samples.steps} steps, cfg {s.samples.cfg:g}, seed {s.samples.seed}."]
     facts = {"data": f"`{Path(s.data.path).name}`", "resolution": s.data.resolution, "batch size": s.batch_size,
-             "optimizer": s.optimizer.name, "rate": s.optimizer.rate, "precision": s.precision, "seed": s.seed,
-             "average": s.ema.decay or "none", **{k: unplaced(v) for k, v in vars(s.recipe).items()}}
+             "optimizer": s.optimizer.name, "learning rate": s.optimizer.learning_rate, "precision": s.precision,
+             "seed": s.seed, "ema": s.ema.decay or "none", **{k: unplaced(v) for k, v in vars(s.recipe).items()}}
     if losses:
         facts["validation loss"] = f"{losses[-1]['validation_loss']:.5f} at step {losses[-1]['step']}"
     if s.recipe.has_adapter:
@@ -55,7 +55,7 @@ def card(folder: Path, settings: Config, step: int, files: list[Path]) -> str:
 
 def chosen(settings: Config) -> dict[str, object]:
     """What else shaped the result and is not as it is by default: "section.key" -> value."""
-    told = {"data.path", "data.resolution", "optimizer.name", "optimizer.rate", "ema.decay", "model.stage_c",
+    told = {"data.path", "data.resolution", "optimizer.name", "optimizer.learning_rate", "ema.decay", "model.stage_c",
             "model.guide"}
     found = {}
     for section in ("model", "data", "text", "vae", "optimizer", "ema", "memory"):

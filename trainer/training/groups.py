@@ -10,7 +10,7 @@ from torch import nn
 @dataclass(frozen=True)
 class Group:
     params: list[tuple[str, nn.Parameter]]
-    rate: float = 1.0
+    multiple: float = 1.0
     """Multiple of the learning rate."""
     matrices: frozenset[str] = frozenset()
     """Names of those that Muon may train."""
@@ -27,8 +27,8 @@ def groups(modules: Iterable[tuple[nn.Module | None, float]], matrix: Callable[[
            clipped: str = "") -> list[Group]:
     """A group for each module with parameters that learn. modules: (module, multiple of the learning rate)."""
     found = []
-    for module, rate in modules:
+    for module, multiple in modules:
         learns = [(n, p) for n, p in module.named_parameters() if p.requires_grad] if module is not None else []
         if learns:
-            found.append(Group(learns, rate, frozenset(n for n, _ in learns if matrix(n)), clipped))
+            found.append(Group(learns, multiple, frozenset(n for n, _ in learns if matrix(n)), clipped))
     return found

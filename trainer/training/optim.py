@@ -11,12 +11,12 @@ from ..distributed import sharded
 from ..libraries import QUANT_STATE
 from .groups import Group
 
-RATE_BATCH = 256  # the batch that scaled rates are given for
+SCALED_BATCH = 256  # the batch that scaled learning rates are given for
 SMALL_8BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller parameters in 32 bits
 
 
-def rate_at(step: int, steps: int, settings: Optimizer) -> float:
-    """The share of the full rate at this step."""
+def learning_rate_share(step: int, steps: int, settings: Optimizer) -> float:
+    """The share of the full learning rate at this step."""
     share = min(1.0, (step + 1) / settings.warm_up) if settings.warm_up else 1.0
     start = settings.decay_from * steps
     if settings.decay != "constant" and step >= start:
@@ -25,10 +25,10 @@ def rate_at(step: int, steps: int, settings: Optimizer) -> float:
     return share
 
 
-def scaled_rate(settings: Optimizer, batch_size: int) -> float:
-    """The full rate for this batch (diffusion/utils/optimizer.py of PixArt-sigma@1ce521a, auto_scale_lr)."""
-    share = batch_size / RATE_BATCH
-    return settings.rate * {"none": 1.0, "sqrt": share**0.5, "linear": share}[settings.scale_rate]
+def scaled_learning_rate(settings: Optimizer, batch_size: int) -> float:
+    """The full learning rate for this batch (diffusion/utils/optimizer.py of PixArt-sigma@1ce521a, auto_scale_lr)."""
+    share = batch_size / SCALED_BATCH
+    return settings.learning_rate * {"none": 1.0, "sqrt": share**0.5, "linear": share}[settings.learning_rate_scaling]
 
 
 def adamw_of(settings: Optimizer) -> type[torch.optim.Optimizer]:
@@ -133,7 +133,7 @@ class Optimizers:
 
     def __init__(self, groups: list[Group], settings: Optimizer, steps: int, batch_size: int = 0):
         self.settings, self.steps, self.parts = settings, steps, []
-        self.rate = scaled_rate(settings, batch_size)
+        self.learning_rate = scaled_learning_rate(settings, batch_size)
         adamw, muon, self.clipped = [], [], {}
         for group in groups:
             self.clipped.setdefault(group.clipped, []).extend(p for _, p in group.params)
@@ -142,18 +142,19 @@ class Optimizers:
             ids = {id(p) for p in hidden}
             rest = [p for _, p in group.params if id(p) not in ids]
             if hidden:
-                muon.append({"params": hidden, "lr": settings.muon_rate * group.rate})
+                muon.append({"params": hidden, "lr": settings.muon_learning_rate * group.multiple})
             if rest:
-                adamw.append({"params": rest, "lr": self.rate * group.rate})
+                adamw.append({"params": rest, "lr": self.learning_rate * group.multiple})
         self.parameters = [p for some in self.clipped.values() for p in some]
         if adamw and settings.name == "came":
-            self.parts.append(Came(adamw, self.rate, settings.betas or (0.9, 0.999, 0.9999),
+            self.parts.append(Came(adamw, self.learning_rate, settings.betas or (0.9, 0.999, 0.9999),
                                    weight_decay=settings.weight_decay))
         elif adamw:
             # What is spread over processes and what is not are not taken together.
             apart = {"foreach": False} if any(sharded.is_part(p) for p in self.parameters) else {}
-            self.parts.append(adamw_of(settings)(adamw, lr=self.rate, betas=tuple(settings.betas or (0.9, 0.999)),
-                                                 eps=settings.eps or 1e-8, weight_decay=settings.weight_decay, **apart))
+            betas = tuple(settings.betas or (0.9, 0.999))
+            self.parts.append(adamw_of(settings)(adamw, lr=self.learning_rate, betas=betas, eps=settings.eps or 1e-8,
+                                                 weight_decay=settings.weight_decay, **apart))
         if muon:
             self.parts.append(Muon(
                 muon, momentum=settings.muon_momentum, weight_decay=settings.weight_decay, adjust_lr_fn="original"))
@@ -166,10 +167,10 @@ class Optimizers:
         return torch.stack([one(some, limit) for some in self.clipped.values()]).max()
 
     def step(self, step: int):
-        share = rate_at(step, self.steps, self.settings)
-        for part, rates in zip(self.parts, self.full, strict=True):
-            for group, rate in zip(part.param_groups, rates, strict=True):
-                group["lr"] = rate * share
+        share = learning_rate_share(step, self.steps, self.settings)
+        for part, learning_rates in zip(self.parts, self.full, strict=True):
+            for group, learning_rate in zip(part.param_groups, learning_rates, strict=True):
+                group["lr"] = learning_rate * share
             part.step()
             part.zero_grad(set_to_none=True)
         return share

@@ -31,7 +31,7 @@ def describe(config: Config, found: loader.Collection, recipe, batches: loader.B
     optimizers = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
     lines.append("optimizer  " + ", ".join(
         f"{type(part).__name__} on {sum(p.numel() for g in part.param_groups for p in g['params']):,}"
-        for part in optimizers.parts) + f"; rate {optimizers.rate:.3g}, {config.optimizer.decay}, "
+        for part in optimizers.parts) + f"; learning rate {optimizers.learning_rate:.3g}, {config.optimizer.decay}, "
                                         f"warm-up {config.optimizer.warm_up} steps")
     images = config.steps * config.batch_size
     lines.append(f"steps      {config.steps:,} of {config.batch_size} pictures = {images:,} pictures, "

@@ -139,7 +139,7 @@ class Run:
         flag = torch.tensor(float(self.stop), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
-    def log(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, rate: float):
+    def log(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float):
         self.losses.append(loss)
         if self.main:
             self.bar.update()
@@ -155,7 +155,8 @@ class Run:
             speed = (step - since) * self.config.batch_size / (now - then)
             self.clock = (now, step)
             self.bar.set_postfix(loss=f"{mean.item():.4f}", images_s=f"{speed:.0f}")
-            self.write(step, loss=mean.item(), grad_norm=grad_norm.item(), rate=rate, images_per_second=round(speed, 1))
+            self.write(step, loss=mean.item(), grad_norm=grad_norm.item(), learning_rate=learning_rate,
+                       images_per_second=round(speed, 1))
 
     def write(self, step: int, **values):
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:

@@ -197,8 +197,8 @@ class Dmd(Settings):
     """Where the student takes its one step; `timestep` of PixArtSigmas in ComfyUI."""
     guidance: float = 3.0
     """cfg of the teacher."""
-    follower_rate: float = 1.0
-    """Learning rate of the follower, as a multiple of optimizer.rate."""
+    follower_learning_rate_multiple: float = 1.0
+    """Learning rate of the follower, as a multiple of optimizer.learning_rate."""
     regression: float = 0.0
     """Weight of how differently student and teacher draw the noise of pairs; 0.25 in the release. It needs ..."""
     pairs: str = ""
@@ -216,7 +216,7 @@ class Dmd(Settings):
     def problems(self, config: Config) -> list[str]:
         found = Problems([*of_family(config), *needs_a_start(config)])
         found.need(1 <= self.timestep < TIMESTEPS, f"recipe.timestep={self.timestep} is outside 1 to {TIMESTEPS - 1}.")
-        found.need(self.follower_rate > 0, f"recipe.follower_rate={self.follower_rate} must be above 0.")
+        found.above_zero("recipe.follower_learning_rate_multiple", self.follower_learning_rate_multiple)
         return found + (self.of_regression(config) if self.regression else [])
 
     def of_regression(self, config: Config) -> list[str]:

@@ -64,7 +64,7 @@ class Recipe(Base):
         return mismatches(config, shape) + of_shape(config, shape)
 
     def groups(self, config: Config) -> list[Group]:
-        return groups([(self.diffusion, 1.0), (self.text, config.text.rate)])
+        return groups([(self.diffusion, 1.0), (self.text, config.text.learning_rate_multiple)])
 
     def forward(self, batch: Batch) -> Tensor:
         stage, t_index, dropped = (x[batch.positions.start:batch.positions.stop] for x in self.draw(batch.step))

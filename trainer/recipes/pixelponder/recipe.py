@@ -82,7 +82,7 @@ class Recipe(Base):
     def make_encoders(config: Config, writer: int = 0) -> list:
         """Latents, and the hints of each kind."""
         return [task.frozen_vae(config, writer), *(
-            Hints(kind, kind in config.recipe.made, config.recipe.hed, config.cache.folder, writer)
+            Hints(kind, kind in config.recipe.annotators, config.recipe.hed, config.cache.folder, writer)
             for kind in config.recipe.kinds(config))]
 
     @staticmethod
@@ -99,14 +99,16 @@ class Recipe(Base):
     def groups(self, config: Config) -> list[Group]:
         (all_of,) = groups([(self.net, 1.0)])
         new = ("selector.", "input_hint_", "pos_embed_input.")
-        return [replace(all_of, params=[(n, p) for n, p in all_of.params if n.startswith(new) == is_new], rate=rate)
-                for is_new, rate in ((False, 1.0), (True, self.settings.selector_rate))]
+        params = {is_new: [(n, p) for n, p in all_of.params if n.startswith(new) == is_new] for is_new in (False, True)}
+        return [replace(all_of, params=params[False]),
+                replace(all_of, params=params[True], multiple=self.settings.selector_learning_rate_multiple)]
 
     def draw(self, step: int) -> tuple[Tensor, list[tuple[int, ...]]]:
         """What chance decides about a whole batch: sigma (B,), and the kinds that each picture is shown with."""
         sigma, _, rng = self.flow.draw(step, 0.0)
         s, B = self.settings, self.config.batch_size
-        sets = [chosen(len(self.kinds), s.least, s.most or len(self.kinds), rng) for _ in range(s.choices)]
+        most = s.max_conditions or len(self.kinds)
+        sets = [chosen(len(self.kinds), s.min_conditions, most, rng) for _ in range(s.choices)]
         return sigma, [sets[i * s.choices // B] for i in range(B)]
 
     def forward(self, batch) -> Tensor:
@@ -197,13 +199,14 @@ class Recipe(Base):
 
     @property
     def of_pictures(self) -> bool:
-        return bool(self.settings.made)
+        return bool(self.settings.annotators)
 
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
                conditions: dict[str, Tensor] | None = None) -> Tensor:
-        """conditions: kind -> (B, 3, H, W) uint8, and "" -> pictures, of which recipe.made are drawn; without them
-        those of recipe.hints, where they are for as many prompts. cfg: see `FluxFlow.sample`; shift is not read."""
+        """conditions: kind -> (B, 3, H, W) uint8, and "" -> pictures, of which recipe.annotators make hints; without
+        them those of recipe.hints, where they are for as many prompts. cfg: see `FluxFlow.sample`; shift is not
+        read."""
         if self.base is None:
             self.load_base()
             self.base.to(self.device)
@@ -211,7 +214,7 @@ class Recipe(Base):
         for kind, h in zip(self.kinds, self.hints, strict=True):
             if kind in given:
                 hints.append((kind, seen(given[kind].to(self.device))))
-            elif "" in given and kind in self.settings.made:
+            elif "" in given and kind in self.settings.annotators:
                 hints.append((kind, seen(h.encode(given[""], self.device)["pixels"].to(self.device))))
         if not hints and len(self.settings.hints) == len(what):
             hints = self.named_hints(height, width)

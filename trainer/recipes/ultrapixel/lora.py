@@ -104,8 +104,8 @@ class Recipe(StageCRecipe):
         return found
 
     def groups(self, config: Config) -> list[Group]:
-        """text.rate is the word's."""
-        word = [] if self.change is None else [Group([("change", self.change)], config.text.rate)]
+        """text.learning_rate_multiple is the word's."""
+        word = [] if self.change is None else [Group([("change", self.change)], config.text.learning_rate_multiple)]
         return groups([(self.layers, 1.0)], in_transformer) + word
 
     def high(self, step: int) -> bool:
