@@ -73,7 +73,7 @@ def test_a_size_that_the_stages_do_not_allow_is_refused(path, tmp_path):
     ("recipe.stage_weights=[1,1,1]", "2 numbers"), ("init_from=gone.safetensors", "gone.safetensors"),
     ("data.kind=folder", "takes a folder"), ("steps", "key=value"), ("text=small", "is a section"),
     ("data.templates=[\"no place\"]", "needs a {}"), ("model.preset=xl_t2", "did you mean xl_t2i"),
-    ("text.padded=true", "recipe.name='pixelflow' masks what fills them up"),
+    ("text.padded=true", "recipe.name='pixelflow' masks their padding"),
 ])
 def test_a_setting_that_cannot_work_is_refused(path, tmp_path, word, part):
     assert part in refusal(path, tmp_path, word)

@@ -222,7 +222,7 @@ def test_only_dmd_has_pairs(path, parts, files, tmp_path):
 
 def release(folder, names, shape=(4, 8, 8)):
     """The release's layout, without a note of how it was made."""
-    for kind in pairs.FOLDERS:
+    for kind in pairs.PAIRS:
         (folder / kind).mkdir(parents=True)
         for name in names:
             np.save(folder / kind / f"{name}.npy", np.random.default_rng(0).normal(size=shape).astype(np.float16))
@@ -304,7 +304,7 @@ def test_the_term_is_lpips_of_what_the_student_and_the_pair_draw(made, files, lp
     rows = [0, 2, 4]
     names = [Path(batch.items[row].file).stem for row in rows]
     noise, latent = (torch.stack([torch.from_numpy(np.load(tmp_path / "pairs" / kind / f"{name}.npy")).float()
-                                  for name in names]) for kind in pairs.FOLDERS)
+                                  for name in names]) for kind in pairs.PAIRS)
     context = d.condition([batch.items[row].captions[0] for row in rows])
     with torch.no_grad():
         alpha = d.schedule.alpha(400)
@@ -394,11 +394,11 @@ def test_a_resumed_run_with_pairs_repeats_the_unbroken_run(made, files, tmp_path
     (("recipe.taesd=/nowhere",), "recipe.taesd='/nowhere': there is no such file"),
     (("recipe.hed=",), "needs one of recipe.vgg, the vgg16 of torchvision for LPIPS, and recipe.hed"),
     (("recipe.hed=", "recipe.vgg=/nowhere"), "recipe.vgg='/nowhere': there is no such file"),
-    (("recipe.heads=/nowhere",), "recipe.heads are read with recipe.vgg alone"),
+    (("recipe.heads=/nowhere",), "recipe.heads are read only with recipe.vgg"),
     (("recipe.regression=-1",), "recipe.regression=-1.0 must not be negative"),
 ])
 def test_a_regression_that_lacks_something_is_refused(made, files, tmp_path, words, part):
-    for kind in pairs.FOLDERS:
+    for kind in pairs.PAIRS:
         (tmp_path / "pairs" / kind).mkdir(parents=True)
     whole = ("recipe.regression=0.25", f"recipe.pairs={tmp_path / 'pairs'}", f"recipe.hed={files / 'hed.pth'}",
              f"recipe.taesd={files / 'taesd.safetensors'}")

@@ -135,9 +135,9 @@ def test_a_dry_run_counts_the_parts(path, parts, tmp_path, monkeypatch, way):
     optimizers = optim.Optimizers(recipe.groups(made), made.optimizer, made.steps)
     one, four = (plan.memory(made, recipe, optimizers, 6, processes, cpu=True) for processes in (1, 4))
     every, block = (sum(p.numel() for p in module.parameters()) for module in (recipe.net, recipe.net.blocks))
-    fewer = {"weights": 4 * block, "gradients": 4 * block, "optimizer": 8 * block, "average": 4 * block}
+    fewer = {"weights": 4 * block, "gradients": 4 * block, "optimizer": 8 * block, "ema": 4 * block}
     if way == rules.DEEPSPEED:  # and its own copy of the weights
-        fewer = {"weights": 0, "gradients": 4 * every, "optimizer": 12 * every, "average": 0}
+        fewer = {"weights": 0, "gradients": 4 * every, "optimizer": 12 * every, "ema": 0}
     assert one["optimizer"] >= fewer["optimizer"]
     for name, size in {**fewer, "activations": 0}.items():
         assert one[name] - four[name] == pytest.approx(0.75 * size), name
@@ -146,7 +146,7 @@ def test_a_dry_run_counts_the_parts(path, parts, tmp_path, monkeypatch, way):
 @pytest.mark.parametrize("told, words, part", [
     ({}, ["memory.shard=true", "optimizer.name=came"], "memory.shard=true goes with optimizer.name='adamw'"),
     ({}, ["memory.shard=true", "compile=true"], "memory.shard=true does not go with compile=True"),
-    ({"ACCELERATE_USE_FSDP": "true"}, [], "accelerate was told to use FSDP 1"),
+    ({"ACCELERATE_USE_FSDP": "true"}, [], "accelerate was asked to use FSDP 1"),
     (TOLD[rules.FSDP2], ["optimizer.name=muon"], "accelerate's FSDP goes with optimizer.name='adamw'"),
     ({"ACCELERATE_USE_MEGATRON_LM": "true"}, [], "Megatron-LM"),
 ])

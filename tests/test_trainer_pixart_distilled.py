@@ -68,15 +68,15 @@ def test_the_lcm_loss_of_a_parity_case_is_the_references(made, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_target_is_the_moving_average(made, precision):
+def test_the_target_is_the_ema(made, precision):
     recipe, batches = recipe_of(made("pixart_lcm", "recipe.lora=false", "ema.decay=0.95", f"precision={precision}"))
-    recipe.average = Ema(recipe, 0.95)
+    recipe.ema = Ema(recipe, 0.95)
     other = deepcopy(recipe.net)
     with torch.no_grad():
         for name, p in recipe.net.named_parameters():
-            recipe.average.average[f"net.{name}"] = p + 0.05 * torch.randn_like(p)
+            recipe.ema.weights[f"net.{name}"] = p + 0.05 * torch.randn_like(p)
     other.load_state_dict({**recipe.net.state_dict(),
-                           **{k.removeprefix("net."): v for k, v in recipe.average.average.items()}})
+                           **{k.removeprefix("net."): v for k, v in recipe.ema.weights.items()}})
     d, batch = recipe.denoising, batches(0, range(2))
     x, t, condition = torch.randn(2, 4, 8, 8), torch.tensor([99, 499]), recipe.denoising.condition(batch.captions)
     with d.autocast():
@@ -107,8 +107,8 @@ def test_distillation_lowers_its_loss(made, tmp_path, lora):
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
 
 
-def test_an_lcm_needs_an_average(made):
-    with pytest.raises(ValueError, match="ema.decay=0, and the moving average is the target"):
+def test_an_lcm_needs_an_ema(made):
+    with pytest.raises(ValueError, match="ema.decay=0, and the EMA is the target"):
         made("pixart_lcm", "recipe.lora=false", "ema.decay=0.0")
 
 

@@ -163,7 +163,7 @@ def test_the_average_is_the_papers_formula():
     with torch.no_grad():
         module.weight += 1
     ema.update(0)
-    torch.testing.assert_close(ema.average["weight"], 0.9 * start + 0.1 * (start + 1))
+    torch.testing.assert_close(ema.weights["weight"], 0.9 * start + 0.1 * (start + 1))
 
 
 def test_the_average_is_worn_only_inside():

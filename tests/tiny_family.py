@@ -51,5 +51,5 @@ def make(models: Path, folder: Path) -> SimpleNamespace:
            samples={"prompts": ["one"]})
     export("flux", "flux", model=FLUX, text=padded, vae=flux_vae)
     export("ponder", "pixelponder", model={"depth": 1, "selector_width": 32}, text=padded, vae=flux_vae,
-           recipe={"base": found["flux"].path, "made": ["canny", "hed"], "hed": str(folder / "hed.pth")})
+           recipe={"base": found["flux"].path, "annotators": ["canny", "hed"], "hed": str(folder / "hed.pth")})
     return SimpleNamespace(**found, picture=data.parent / HINTED)

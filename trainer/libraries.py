@@ -59,7 +59,7 @@ def hide_from_ddp(module: nn.Module, names: list[str]):
 
 
 def switch_adapter(layer: nn.Module, on: bool):
-    """Of peft's layers, whose weights keep requires_grad."""
+    """Switches the adapter of one of peft's layers, whose weights keep requires_grad."""
     layer._disable_adapters = not on
 
 
@@ -69,5 +69,6 @@ def stretch_of(p: nn.Parameter):
 
 
 def flat_moments(optimizer) -> list[tuple[list[nn.Parameter], Tensor]]:
-    """Of DeepSpeed's optimizer: (parameters of a group, the tensor whose moments are this process's part of them)."""
+    """What DeepSpeed's optimizer has flattened: (parameters of a group, the tensor whose moments are this process's
+    part of them)."""
     return list(zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True))

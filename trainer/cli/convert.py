@@ -11,7 +11,7 @@ def add_arguments(one):
                      "config.json, and the scheduler_config.json that belongs into the pipeline's scheduler/, of a "
                      "LoRA as peft has it, PeftModel.from_pretrained(pipeline.transformer, folder)")
     one.add_argument("settings", nargs="*", metavar="key=value", help="an entry of the model's configuration that the "
-                     "file does not tell: variant=alpha, token=[cat]")
+                     "file does not say: variant=alpha, token=[cat]")
     one.add_argument("--to", choices=["original", "diffusers", "comfyui", "kohya"], default="comfyui",
                      help="comfyui (default): what ComfyUI loads; original: the release's names; diffusers: its names, "
                      "a LoRA's alpha folded in; kohya: lora_unet_ or lora_prior_unet_ names, of LoRAs only")

@@ -24,7 +24,7 @@ def main(words: list[str] | None = None):
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     # peft imports bitsandbytes where it is installed, which warns that kernels are absent that nothing here calls.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # Where accelerate's launcher asks for FSDP, transformers reads a file in one process alone and leaves nonsense in
+    # Where accelerate's launcher asks for FSDP, transformers reads a file in only one process and leaves nonsense in
     # the others: accelerate's FSDP would mend that, this trainer's does not.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     try:

@@ -16,7 +16,7 @@ def add_arguments(one):
 
 
 def run(args):
-    """Make the pairs of noise and latent that recipe.regression of pixart_dmd learns by heart, on several processes
+    """Make the pairs of noise and latent that recipe.regression of pixart_dmd compares with, on several processes
     too; run it again to go on."""
     from ..config import check
     from ..config.load import read_toml
@@ -38,5 +38,5 @@ def run(args):
     accelerator = Accelerator(cpu=chosen_device(config.device) == "cpu")
     pairs.make(config, build.collection(config).train, out, args.steps, args.cfg, args.batch, accelerator,
                lambda groups: tqdm(groups, unit="batch", disable=not accelerator.is_main_process))
-    accelerator.print(f"{out}: {sum(1 for _ in (out / pairs.LATENTS).rglob('*.npy')):,} pairs")
+    accelerator.print(f"{out}: {sum(1 for _ in (out / pairs.PAIRS[1]).rglob('*.npy')):,} pairs")
     accelerator.end_training()

@@ -30,7 +30,7 @@ class Problems(list[str]):
         self.need(0 <= value < 1, f"recipe.dropout={value} is outside [0, 1).")
 
     def exists(self, name: str, path: str, kind: str = "file or folder"):
-        """Of a path that may be empty."""
+        """Whether a path that may be empty is there."""
         place = Path(path).expanduser()
         there = place.is_file() if kind == "file" else place.exists()
         self.need(not path or there, f"{name}={path!r}: there is no such {kind}.")

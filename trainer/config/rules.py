@@ -87,7 +87,7 @@ def text(config: Config) -> list[str]:
 
 
 def data(settings: Data, batch_size: int, micro: int) -> list[str]:
-    """Of [data]. micro: micro_batch_size."""
+    """Problems with [data]. micro: micro_batch_size."""
     found = Problems()
     found.one_of("data.kind", settings.kind, LAYOUTS)
     found.one_of("data.crop", settings.crop, ("random", "centre", "none"))
@@ -143,7 +143,7 @@ def sections(config: Config) -> list[str]:
                    f"[{section}] is not read by recipe.name={recipe.name!r}: take it out.")
     found.need(not config.text.padded or "text.padded" in recipe.sections,
                f"text.padded=true is for networks that read captions as FLUX does, and recipe.name={recipe.name!r} "
-               "masks what fills them up: take it out.")
+               "masks their padding: take it out.")
     return found
 
 
@@ -170,7 +170,7 @@ def memory(config: Config) -> list[str]:
 
 
 def adapter(settings: Adapter) -> list[str]:
-    """Of [adapter], where the recipe trains one."""
+    """Problems with [adapter], where the recipe trains one."""
     found = Problems()
     found.at_least("adapter.rank", settings.rank, 1)
     found.need(settings.alpha >= 0, f"adapter.alpha={settings.alpha} must not be negative; 0 = the rank.")
@@ -187,22 +187,22 @@ def adapter(settings: Adapter) -> list[str]:
 
 # --- Several processes
 
-def told(name: str) -> bool:
-    """Whether accelerate's launcher was told so."""
+def asked_for(name: str) -> bool:
+    """Whether accelerate's launcher was asked for FSDP, DEEPSPEED or MEGATRON_LM."""
     return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
 
 
 def way(config: Config) -> str:
     """How several processes train together: DDP, FSDP2 or DEEPSPEED."""
-    if told("DEEPSPEED"):
+    if asked_for("DEEPSPEED"):
         return DEEPSPEED
-    return FSDP2 if config.memory.shard or told("FSDP") else DDP
+    return FSDP2 if config.memory.shard or asked_for("FSDP") else DDP
 
 
 def distributed(config: Config) -> list[str]:
     found, chosen = Problems(), way(config)
-    found.need(not told("MEGATRON_LM"),
-               "accelerate was told to use Megatron-LM, which is for language models: launch without it.")
+    found.need(not asked_for("MEGATRON_LM"),
+               "accelerate was asked to use Megatron-LM, which is for language models: launch without it.")
     if chosen == DDP:
         return found
     said = {DEEPSPEED: "DeepSpeed", FSDP2: "memory.shard=true" if config.memory.shard else "accelerate's FSDP"}[chosen]
@@ -210,12 +210,12 @@ def distributed(config: Config) -> list[str]:
                f"{said} goes with optimizer.name='adamw', not {config.optimizer.name!r}, which looks at whole "
                "matrices.")
     if chosen == DEEPSPEED:
-        found.need(not config.memory.shard, "memory.shard=true is FSDP2, and accelerate was told to use DeepSpeed: "
+        found.need(not config.memory.shard, "memory.shard=true is FSDP2, and accelerate was asked to use DeepSpeed: "
                                             "leave one of them out.")
         found += deepspeed(config)
     else:
-        found.need(not told("FSDP") or os.environ.get("FSDP_VERSION", "1") == "2",
-                   "accelerate was told to use FSDP 1, and this trainer shards by FSDP2: launch with "
+        found.need(not asked_for("FSDP") or os.environ.get("FSDP_VERSION", "1") == "2",
+                   "accelerate was asked to use FSDP 1, and this trainer shards by FSDP2: launch with "
                    "--fsdp_version 2 (fsdp_version: 2 in accelerate's file).")
     found += [f"{said} does not go with {name}={value!r}: leave one of them out."
               for name, value in (("compile", config.compile), ("memory.base", config.memory.base),
@@ -226,9 +226,9 @@ def distributed(config: Config) -> list[str]:
 
 
 def deepspeed(config: Config) -> list[str]:
-    """Of what accelerate's launcher was told of DeepSpeed."""
+    """Problems with the DeepSpeed settings of accelerate's launcher."""
     if not find_spec("deepspeed"):
-        return ["accelerate was told to use DeepSpeed, which is not installed: pip install deepspeed, or launch "
+        return ["accelerate was asked to use DeepSpeed, which is not installed: pip install deepspeed, or launch "
                 "without it."]
     from accelerate.utils import DeepSpeedPlugin
 
@@ -236,7 +236,7 @@ def deepspeed(config: Config) -> list[str]:
     stage = settings["zero_optimization"].get("stage")
     instead = "memory.shard=true spreads the weights too (FSDP2)" if stage == 3 else "a launch without DeepSpeed " \
         "joins whole gradients"
-    found.need(stage in (1, 2), f"DeepSpeed was told zero_stage {stage}, and this trainer uses 1 and 2; {instead}.")
+    found.need(stage in (1, 2), f"DeepSpeed was given zero_stage {stage}, and this trainer uses 1 and 2; {instead}.")
     found.need(config.recipe.name != "pixart_dmd",
                "DeepSpeed clips all gradients as one, and recipe.name='pixart_dmd' those of two networks apart: "
                "launch without it, or with memory.shard=true.")

@@ -9,10 +9,10 @@ from typing import Any
 @dataclass(frozen=True)
 class Data:
     kind: str = "auto"
-    """auto: told by what lies there. jsonl: one object a line (file, caption or captions, tags, class, split, and a key
-    for each condition). folder: pictures with a same-name .txt or .json, in folders of any depth. classes: one folder
-    per class (ImageNet layout). data_info: PixArt's data_info.json (path, prompt, sharegpt4v, height, width). sam:
-    images/, captions/, partition/. webdataset: .tar shards. datasets: a Hugging Face data set on disk, or parquet
+    """auto: recognised by what lies there. jsonl: one object a line (file, caption or captions, tags, class, split, and
+    a key for each condition). folder: pictures with a same-name .txt or .json, in folders of any depth. classes: one
+    folder per class (ImageNet layout). data_info: PixArt's data_info.json (path, prompt, sharegpt4v, height, width).
+    sam: images/, captions/, partition/. webdataset: .tar shards. datasets: a Hugging Face data set on disk, or parquet
     files."""
     path: str = ""
     """The file, or the folder. Pictures are turned as their EXIF says, and stand on white where transparent."""
@@ -35,18 +35,18 @@ class Data:
     resolution: int = 256
     """Side of the square in pixels; with buckets, of the square that is as large as the other sizes."""
     resolutions: list[int] = field(default_factory=list)
-    """Several at once: a picture goes to the one nearest to its own area. Empty: data.resolution alone."""
+    """Several at once: a picture goes to the one nearest to its own area. Empty: only data.resolution."""
     buckets: str = ""
     """Empty: squares. pixart: the sizes that PixArt was trained on (256, 512, 1024, 2048, 2880). ultrapixel: its
     rule, multiples of 32. area: all multiples of bucket_multiple that have about the area. A picture goes to the
     nearest aspect ratio; none is left out."""
     bucket_multiple: int = 64
-    """Of buckets = "area": sides are multiples of so many pixels ..."""
+    """With buckets = "area", sides are multiples of so many pixels ..."""
     bucket_ratio: float = 2.0
     """... and at most so many times as long as wide."""
     bucket_group: int = 0
-    """So many pictures in a row of a batch have one size; 0 = the whole batch. Lower it to the pictures in a pass
-    where a bucket has fewer pictures than a batch. A bucket's rest is filled up from its own next round."""
+    """So many pictures in a row of a batch have one size; 0 = the whole batch. Lower it to the pictures in a pass where
+    a bucket has fewer pictures than a batch. The rest of a bucket is padded with pictures of its own next round."""
     crop: str = "random"
     """random: short side to 1.125 x resolution, random crop (the paper); with buckets, resized to cover and cropped
     anywhere along what is too long. centre: ADM's centre crop. none: the picture is square already, and is only
@@ -99,13 +99,13 @@ class Text:
     clean: bool = False
     """Clean captions before a frozen encoder reads them, as PixArt-alpha's were: lower case, no addresses or markup."""
     padded: bool = False
-    """Read captions as FLUX does (recipes flux and pixelponder): filled up to max_length, the filling attended to as if
+    """Read captions as FLUX does (recipes flux and pixelponder): padded to max_length, the padding attended to as if
     it were words."""
     clip: str = ""
     """Folder of CLIP-L (openai/clip-vit-large-patch14, or FLUX's text_encoder), whose vector FLUX reads beside the
     tokens of a frozen T5. Empty: zeros in its place."""
     precision: str = "fp32"
-    """Of a frozen encoder: fp32, or bf16, which takes half the memory (T5-XXL: 9.5 GB)."""
+    """Precision of a frozen encoder: fp32, or bf16, which takes half the memory (T5-XXL: 9.5 GB)."""
 
     @property
     def frozen(self) -> bool:
@@ -135,7 +135,7 @@ class Adapter:
     """lora; loha: the product, place by place, of two of them (arXiv 2108.06098); lokr: a Kronecker product (LyCORIS,
     arXiv 2309.14859), small files of high rank."""
     factor: int = -1
-    """Of lokr: the side of the small one of its two matrices, or what comes nearest to it; -1 = about the root of the
+    """With lokr, the side of the small one of its two matrices, or what comes nearest to it; -1 = about the root of the
     layer's."""
     rank: int = 16
     alpha: float = 0.0
@@ -179,9 +179,9 @@ class Optimizer:
 @dataclass(frozen=True)
 class Ema:
     decay: float = 0.9999
-    """0 = no moving average."""
+    """0 = no exponential moving average of the weights."""
     warm_up: bool = False
-    """Use (1 + step) / (10 + step) while that is lower: the average forgets the random start sooner."""
+    """Use (1 + step) / (10 + step) while that is lower: the EMA forgets the random start sooner."""
 
 
 @dataclass(frozen=True)
@@ -193,17 +193,17 @@ class Memory:
     """So many of those blocks are kept in host memory and copied to the device around their forward and backward
     passes, one ahead; needs checkpoint_activations."""
     shard: bool = False
-    """Of several processes, each keeps only its part of the blocks' weights, gradients and moments (FSDP2). The same as
+    """Each of several processes keeps only its part of the blocks' weights, gradients and moments (FSDP2). The same as
     `accelerate launch --use_fsdp --fsdp_version 2`."""
 
 
 @dataclass(frozen=True)
 class Log:
     wandb: str = ""
-    """Tell Weights & Biases too what tensorboard is told: online, or offline, into RUN/wandb, which `wandb sync` sends
-    later. A run that goes on goes on there. Empty: do not."""
+    """Log to Weights & Biases what is logged to tensorboard: online, or offline, into RUN/wandb, which `wandb sync`
+    sends later. A run that goes on goes on there. Empty: no."""
     project: str = "pixstack"
-    """Of Weights & Biases; the run has the name of this one."""
+    """Project in Weights & Biases; the run has the name of this one."""
 
 
 @dataclass(frozen=True)

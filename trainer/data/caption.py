@@ -70,7 +70,7 @@ class Captioner:
         out = self.net.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
         asked = inputs.get("input_ids")
         if asked is not None and out.shape[1] >= asked.shape[1] and torch.equal(out[:, :asked.shape[1]], asked):
-            out = out[:, asked.shape[1]:]  # models that decode alone repeat the prompt
+            out = out[:, asked.shape[1]:]  # decoder-only models repeat the prompt
         return [" ".join(text.split()) for text in self.tokens.batch_decode(out, skip_special_tokens=True)]
 
 

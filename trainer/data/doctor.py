@@ -272,8 +272,9 @@ def passed_over(report: Report, settings: Data):
     report.add(False, other, "pictures are of a format that is not read, and are left out",
                "save them as PNG, JPEG or WebP.")
     known = shown | {file.with_suffix("") for file in other}
-    alone = [p for p in rest if p.suffix.lower() not in NOT_READ and p.with_suffix("") not in known]
-    report.add(False, alone, "captions have no picture of their name", "bring the pictures, or take the files away.")
+    without_picture = [p for p in rest if p.suffix.lower() not in NOT_READ and p.with_suffix("") not in known]
+    report.add(False, without_picture, "captions have no picture of their name",
+               "bring the pictures, or take the files away.")
 
 
 def doubles(report: Report, there, looked, held):
@@ -320,7 +321,7 @@ def words(report: Report, items, need: str, tokens: Tokens):
                "write a .txt beside each, run `python -m trainer caption`, or give all one with data.caption.")
     uses = Counter(text for i in items for text in i.texts)
     report.add(False, [f"{text!r}: {n:,} pictures" for text, n in uses.most_common() if n > 1],
-               "captions name several pictures", "say what tells them apart, if the model is to tell them apart.")
+               "captions name several pictures", "say what distinguishes them, if the model is to.")
     lengths = {text: tokens.count(text) for text in uses}
     how = "" if tokens.exact else "about "
     fix = "shorten them; what matters most comes first." + (

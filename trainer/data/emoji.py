@@ -2,7 +2,7 @@
 
 Pictures: npm `emoji-datasource-google` (noto: 64 pixels, Apache-2.0), npm `@lobehub/fluent-emoji-3d` (fluent-3d: 256
 pixels, MIT). Words: emoji.json of the first (MIT) and npm `emojibase-data` (MIT).
-An emoji is held out by a hash of its code points alone, so that nobody chose which, and in every style the same.
+An emoji is held out by a hash of only its code points, so that nobody chose which, and in every style the same.
 """
 from __future__ import annotations
 

@@ -352,7 +352,7 @@ READERS = {"jsonl": read_jsonl, "folder": read_folder, "classes": read_classes, 
 NAMED = {"data.jsonl": "jsonl", "metadata.jsonl": "jsonl", "data_info.json": "data_info",
          "InternData/data_info.json": "data_info", "partition/data_info.json": "data_info",
          "dataset_dict.json": "datasets", "state.json": "datasets"}
-"""Files that tell the layout of a folder."""
+"""Files by which the layout of a folder is recognised."""
 ENDINGS = {".jsonl": "jsonl", ".json": "data_info", ".parquet": "datasets", ".tar": "webdataset"}
 
 

@@ -1,4 +1,4 @@
-"""Pictures with captions or classes: what is there, and batches that depend on (seed, step) alone.
+"""Pictures with captions or classes: what is there, and batches that depend only on (seed, step).
 
 A batch is named by its step, not by an iterator's past, so a run that resumes needs no state of the data.
 """
@@ -102,7 +102,7 @@ def complain(path: Path, items: list[Item], settings: Data, need: str):
 
 
 def identity(found: Collection) -> dict:
-    """What tells the training pictures and captions from others, wherever they lie; not what the pictures show."""
+    """What identifies the training pictures and captions, wherever they lie; not what the pictures show."""
     digest = hashlib.sha256()
     for i in found.train:
         digest.update(repr((i.file.name, i.texts, i.tags, i.label, i.prior)).encode())

@@ -47,7 +47,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def measure(file) -> Size:
-    """(height, width) as the picture stands, from its header alone. Raises ValueError with the file's name."""
+    """(height, width) as the picture stands, read from its header only. Raises ValueError with the file's name."""
     try:
         with opened(file) as picture:
             width, height = picture.size
@@ -72,7 +72,7 @@ class Cut:
     top: int
     left: int
     size: Size
-    """Of the crop, which begins at (top, left) of the resized picture."""
+    """Size of the crop, which begins at (top, left) of the resized picture."""
     crop: str
 
     def box(self) -> tuple[float, float, float, float]:
@@ -125,14 +125,14 @@ class Picture:
     pixels: Tensor | None
     """(3, H, W) uint8; None where `features` stand for them"""
     conditions: dict[str, Tensor]
-    """Of the same shape."""
+    """By name, of the same shape."""
     original: Size
     box: tuple[float, float, float, float]
-    """Of the original, before it was mirrored: top, left, bottom, right."""
+    """What was cut out of the original, before it was mirrored: top, left, bottom, right."""
     size: Size
     """(height, width) it is shown at."""
     features: dict[str, Tensor] = field(default_factory=dict)
-    """Of frozen encoders: "encoder.part" -> (...)."""
+    """What frozen encoders made of it: "encoder.part" -> (...)."""
 
     def mirrored(self) -> Picture:
         return Picture(self.pixels.flip(-1), {n: c.flip(-1) for n, c in self.conditions.items()}, self.original,

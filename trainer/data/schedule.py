@@ -10,11 +10,11 @@ from .buckets import Size
 
 
 class Schedule:
-    """Which pictures make up which batch: a function of (seed, step, position) alone.
+    """Which pictures make up which batch: a function only of (seed, step, position).
 
     A bucket shows its pictures in an endless row, all of them in one order, then all of them in another, and so on. The
-    row is cut into groups of `group` pictures. An epoch has the groups that begin in it, in an order of chance; so the
-    rest of a bucket that does not fill a group is filled up with what the bucket shows next, which the next epoch does
+    row is cut into groups of `group` pictures. An epoch has the groups that begin in it, in random order; so the
+    rest of a bucket that does not fill a group is padded with what the bucket shows next, which the next epoch does
     not show again. After n epochs every picture was shown n times at least, and in its bucket's row exactly once in
     each order. With one bucket this is plain shuffling.
     """
@@ -45,9 +45,9 @@ class Schedule:
             self.epochs = {e: known for e, known in self.epochs.items() if e == epoch - 1}
             starts, ends = ([-(-len(row) * e // self.group) for row in self.rows] for e in (epoch, epoch + 1))
             turns = [b for b, (start, end) in enumerate(zip(starts, ends, strict=True)) for _ in range(start, end)]
-            chance = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 7_919 % 2**63)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 7_919 % 2**63)
             numbers = [count(start) for start in starts]  # every bucket's groups come in the order of its row
-            shuffled = [turns[i] for i in torch.randperm(len(turns), generator=chance).tolist()]
+            shuffled = [turns[i] for i in torch.randperm(len(turns), generator=generator).tolist()]
             found = [(bucket, next(numbers[bucket])) for bucket in shuffled]
             self.epochs[epoch] = (self.begun(epoch), found)
         return self.epochs[epoch]
@@ -58,8 +58,8 @@ class Schedule:
             for old in [e for e in kept if e < epoch - 1 - self.group // number]:
                 del kept[old]
             seed = self.seed * 1_000_003 + epoch + bucket * 1_000_000_007_000
-            chance = torch.Generator().manual_seed(seed % 2**63)
-            kept[epoch] = torch.randperm(number, generator=chance).tolist()
+            generator = torch.Generator().manual_seed(seed % 2**63)
+            kept[epoch] = torch.randperm(number, generator=generator).tolist()
         return kept[epoch]
 
     def at(self, step: int, position: int) -> tuple[int, Size]:

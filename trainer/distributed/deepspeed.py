@@ -3,7 +3,7 @@ host memory, where its settings say so. Weights stay whole, and so does everythi
 
 DeepSpeed flattens the parameters of a group and gives each process a stretch of it. What a parameter has of such a
 stretch is in `libraries.stretch_of`; DeepSpeed's own functions that gather it (deepspeed.utils) know the moments of the
-first group alone after the first step, so it is done here.
+first group only after the first step, so it is done here.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .ddp import Whole, finite
 
 
 def plugin():
-    """What accelerate's launcher was told of DeepSpeed: its own questions, or a file."""
+    """DeepSpeed settings of accelerate's launcher: its own questions, or a file."""
     from accelerate.utils import DeepSpeedPlugin
 
     return DeepSpeedPlugin()
@@ -26,9 +26,9 @@ def plugin():
 def settings(config: Config, rounds: int, pictures: int, processes: int) -> dict:
     """DeepSpeed's, of the launcher's and the recipe's; what the launcher left to be decided ("auto") is DeepSpeed's
     default."""
-    told = decided(plugin().deepspeed_config)
+    given = decided(plugin().deepspeed_config)
     return {
-        **{k: v for k, v in told.items() if k not in ("optimizer", "scheduler", "fp16", "bf16")},
+        **{k: v for k, v in given.items() if k not in ("optimizer", "scheduler", "fp16", "bf16")},
         "train_batch_size": rounds * pictures * processes,
         "train_micro_batch_size_per_gpu": pictures,
         "gradient_accumulation_steps": rounds,
@@ -38,8 +38,8 @@ def settings(config: Config, rounds: int, pictures: int, processes: int) -> dict
     }
 
 
-def decided(told: dict) -> dict:
-    return {k: decided(v) if isinstance(v, dict) else v for k, v in told.items() if v not in ("auto", None)}
+def decided(given: dict) -> dict:
+    return {k: decided(v) if isinstance(v, dict) else v for k, v in given.items() if v not in ("auto", None)}
 
 
 def engine(recipe: nn.Module, optimizer: Optimizers, config: Config, rounds: int, pictures: int, processes: int):
@@ -61,9 +61,9 @@ def engine(recipe: nn.Module, optimizer: Optimizers, config: Config, rounds: int
 
 def shares(processes: int) -> tuple[float, float]:
     """(of gradients, of moments) that a process has on its device."""
-    told = plugin().deepspeed_config["zero_optimization"]
-    outside = (told.get("offload_optimizer") or {}).get("device", "none") != "none"
-    return 1 / processes if told.get("stage") == 2 else 1.0, 0.0 if outside else 1 / processes
+    given = plugin().deepspeed_config["zero_optimization"]
+    outside = (given.get("offload_optimizer") or {}).get("device", "none") != "none"
+    return 1 / processes if given.get("stage") == 2 else 1.0, 0.0 if outside else 1 / processes
 
 
 class Zero(Whole):

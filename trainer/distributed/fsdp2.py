@@ -1,5 +1,5 @@
 """The blocks of a network spread over the processes of a run (FSDP2, torch's fully_shard): each process keeps its part
-of every block's weights, gradients, moments and average, and gathers a block while it is at work. What is no block is
+of every block's weights, gradients, moments and EMA, and gathers a block while it is at work. What is no block is
 whole in every process. Checkpoints have whole tensors, whatever the number of processes.
 """
 from __future__ import annotations
@@ -24,7 +24,7 @@ def spread(recipe: nn.Module, accelerator):
     for block in some:
         # A block that says nothing of this keeps its weights until the backward pass, if it is called by itself.
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # What gathers the next block while one is at work, and tells when the last gradient is there.
+    # What gathers the next block while one is at work, and knows when the last gradient is there.
     fully_shard(recipe, mesh=mesh, ignored_params={p for p in recipe.parameters() if p not in parts})
 
 

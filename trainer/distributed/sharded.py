@@ -30,12 +30,12 @@ def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Of a part, gathered from all processes, which must all ask."""
+    """The whole of a tensor, gathered from all processes, which must all ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part(tensor: Tensor, like: Tensor) -> Tensor:
-    """Of a whole tensor, this process's, where `like` is a part."""
+    """This process's part of a whole tensor, where `like` is a part."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

@@ -34,14 +34,14 @@ class Judges:
 
 @torch.no_grad()
 def measure(pictures: Path, reference: Path | None, judges: Judges, device="cpu", progress=lambda items: items) -> dict:
-    """Everything that can be told about a folder of pictures or an .npz, with the judges that there are."""
+    """Everything that can be measured of a folder of pictures or an .npz, with the judges that there are."""
     generated, notes = sample.opened(pictures)
     items, what, names = drawn_from(notes), notes.get("what", []), notes.get("conditions", [])
     if reference and not (judges.hed or judges.inception):
         raise ValueError("--reference needs a network to compare with: --hed or --inception.")
     look = Look(judges, device)
     if judges.clip and not (what and all(isinstance(w, str) for w in what)):
-        raise ValueError(f"--clip: {pictures} has no samples.json that tells the prompts of its pictures.")
+        raise ValueError(f"--clip: {pictures} has no samples.json with the prompts of its pictures.")
     clip = metrics.clip_scores(judges.clip, device) if judges.clip else None
     kept: dict[str, list[Tensor]] = {}
     number = 0

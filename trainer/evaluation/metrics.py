@@ -36,14 +36,14 @@ def kid(one: Tensor, other: Tensor, subsets: int = 100, size: int = 1000, seed: 
     """(mean, standard deviation over subsets) of the unbiased squared maximum mean discrepancy with the kernel
     (x.y / C + 1)^3 (arXiv 1801.01401, section 4). A subset has half of the pictures at most: of whole sets the
     deviation would be none."""
-    chance = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     fewest = min(len(one), len(other))
     if fewest < 2:
         raise ValueError(f"a distance between sets of pictures needs two pictures at least, got {fewest}.")
     size = min(size, max(2, fewest // 2))
     found = []
     for _ in range(subsets):
-        x, y = (f[torch.randperm(len(f), generator=chance)[:size]].double() for f in (one, other))
+        x, y = (f[torch.randperm(len(f), generator=generator)[:size]].double() for f in (one, other))
         xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = sum((k.sum() - k.trace()) / (size * (size - 1)) for k in (xx, yy))
         found.append(within - 2 * xy.mean())
@@ -125,9 +125,9 @@ def ranks(generated: Tensor, references: Tensor, truth: Tensor) -> tuple[Tensor,
 # --- Does a picture follow its condition?
 
 def edge_iou(one: Tensor, other: Tensor) -> Tensor:
-    """Of two edge maps (B, 1, H, W) in [0, 1], edges from 0.5 on: the share of edges that both have, of all that one
-    has, (B,). An edge is common if the other map has one at most 1/256 of the short side away, at least a pixel. Two
-    empty maps are alike (1)."""
+    """Overlap of two edge maps (B, 1, H, W) in [0, 1], edges from 0.5 on: the share of edges that both have, of all
+    that one has, (B,). An edge is common if the other map has one at most 1/256 of the short side away, at least a
+    pixel. Two empty maps are alike (1)."""
     reach = max(1, round(min(one.shape[-2:]) / 256))
     a, b = (m >= 0.5 for m in (one, other))
     near_a, near_b = (F.max_pool2d(m.float(), 2 * reach + 1, 1, reach) > 0 for m in (a, b))

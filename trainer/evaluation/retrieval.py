@@ -1,4 +1,5 @@
-"""`python -m trainer evaluate`: how good are pictures? Of a run: retrieval. Of a folder of `sample`: what can be told.
+"""`python -m trainer evaluate`: how good are pictures? Of a run: retrieval. Of a folder of `sample`: distances and
+scores.
 
 Retrieval: each prompt is the first caption of an item. Its generated picture and every reference picture are shrunk to
 16 x 16 RGB by area, the mean reference is subtracted, and the references are ranked by the cosine of the angle to the

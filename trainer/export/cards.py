@@ -27,7 +27,7 @@ USE = {  # folder of ComfyUI's models/, or before it a recipe -> what to do with
 
 def card(folder: Path, settings: Config, step: int, files: list[Path]) -> str:
     """A model card in Markdown: what the files are, how to use them, how they were made. It names no folder of the
-    machine, and of data and base the last part of the name alone."""
+    machine, and of data and base only the last part of the name."""
     s, name = settings, settings.name
     losses = [one for one in read_log(folder) if "validation_loss" in one and one["step"] <= step]
     lines = [f"# {name}", "", f"Trained with PixStack's recipe `{s.recipe.name}`, step {step} of {s.steps}."]
@@ -55,14 +55,14 @@ def card(folder: Path, settings: Config, step: int, files: list[Path]) -> str:
 
 def chosen(settings: Config) -> dict[str, object]:
     """What else shaped the result and is not as it is by default: "section.key" -> value."""
-    told = {"data.path", "data.resolution", "optimizer.name", "optimizer.learning_rate", "ema.decay", "model.stage_c",
+    named = {"data.path", "data.resolution", "optimizer.name", "optimizer.learning_rate", "ema.decay", "model.stage_c",
             "model.guide"}
     found = {}
     for section in ("model", "data", "text", "vae", "optimizer", "ema", "memory"):
         part = look_up(settings, section)
         plain = vars(type(part)())
         found |= {name: unplaced(value) for key, value in vars(part).items() if value != plain[key]
-                  and (name := f"{section}.{key}") not in told | MAY_CHANGE}
+                  and (name := f"{section}.{key}") not in named | MAY_CHANGE}
     return found
 
 

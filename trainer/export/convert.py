@@ -40,7 +40,7 @@ class Source:
     to: str
     weights: str = "ema"
     config: dict = field(default_factory=dict)
-    """Entries of the configuration that the file does not tell."""
+    """Entries of the configuration that the file does not say."""
     base: Path | None = None
     alpha: float | None = None
     folder: bool = False
@@ -85,7 +85,7 @@ def convert(
 
     source: a file, or a folder of PEFT or diffusers. kind: one of KINDS; "model" takes the base out of a ControlNet
     bundle. to: one of FORMATS. dtype: "keep" or a name of `export.DTYPES`. weights: "ema" or "model", of a training
-    file that has both. config: entries that the file does not tell, such as {"variant": "alpha"}. base: the PixArt
+    file that has both. config: entries that the file does not say, such as {"variant": "alpha"}. base: the PixArt
     model that a ControlNet bundle gets, or that a LoRA is checked against. alpha: of a LoRA that states none. Raises
     ValueError for a file that no converter takes, and where `dest` must not be written.
     """
@@ -341,10 +341,10 @@ def _personalisation(source: Source) -> Result:
     config = None
     if source.base:
         config = ultrapixel_checkpoint.read_stage_c(*state_dict.read_file(source.base))[0]
-    told = {name: str(source.config.pop(name)) for name in ("token", "token_base") if name in source.config}
+    stated = {name: str(source.config.pop(name)) for name in ("token", "token_base") if name in source.config}
     if source.config:
         raise ValueError(f"{', '.join(source.config)} means nothing for a personalisation; token and token_base do.")
-    metadata = source.metadata | {f"pixstack.{name}": value for name, value in told.items()}
+    metadata = source.metadata | {f"pixstack.{name}": value for name, value in stated.items()}
     read = ultrapixel_lora.read(source.tensors, metadata, config, source.alpha or ultrapixel_lora.ALPHA)
     rank = next(iter(read.layers.values()))[1].shape[0]
     found = [f"{len(read.layers)} layers of Stage C, rank {rank}, scale {read.scale:g}"]

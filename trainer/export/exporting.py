@@ -36,18 +36,18 @@ def open_run(folder: Path, step: int | None = None, weights: str = "ema", device
 
 @torch.no_grad()
 def restore_average(recipe: torch.nn.Module, file: Path):
-    """The averages over the parameters that learn; a tied one, which the model's file names twice, is one here."""
-    own, average = dict(recipe.named_parameters()), read_tensors(file)
-    if unknown := sorted(average.keys() - own.keys()):
-        raise ValueError(f"{file} is of another model: {len(unknown)} averages have no parameter here "
+    """The EMA of the parameters that learn; a tied one, which the model's file names twice, is one here."""
+    own, ema = dict(recipe.named_parameters()), read_tensors(file)
+    if unknown := sorted(ema.keys() - own.keys()):
+        raise ValueError(f"{file} is of another model: {len(unknown)} averaged weights have no parameter here "
                          f"({', '.join(unknown[:3])}).")
-    for name, value in average.items():
+    for name, value in ema.items():
         own[name].copy_(value)
 
 
 def written_as(name: str, tensor: Tensor, dtype: str) -> Tensor:
     """As it is written. A LoRA's alpha, one number, stays as it is: rounded it would be another strength. In fp8 are
-    the matrices of blocks and the kernels of a VAE's encoder alone, the rest in bf16: on the small FLUX of emoji that
+    the matrices of blocks and the kernels of a VAE's encoder only, the rest in bf16: on the small FLUX of emoji that
     costs less than a third of what it costs to round everything."""
     if not tensor.is_floating_point() or not tensor.ndim:
         return tensor

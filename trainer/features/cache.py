@@ -96,7 +96,7 @@ class Cached:
 def loader(config: Config, encoders: list, items: list[Item], settings: Data, say: Callable[[str], None]) -> Callable:
     """What loads pictures for `data.Batches` and `data.fixed`: `Cached` if the cache has them all, else Pictures.
 
-    say: told, in a sentence or two, why the cache is not used where there is one.
+    say: called with a sentence or two on why the cache is not used where there is one.
     """
     stores = [e.store for e in encoders]
     if not encoders or None in stores or not items:

@@ -37,8 +37,8 @@ def digest(content: str | bytes) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """What tells the files of an encoder from others, wherever they lie: names, sizes and contents, of files of weights
-    the first and last MiB alone. path: a file or a folder."""
+    """What identifies the files of an encoder, wherever they lie: names, sizes and contents, of files of weights
+    only the first and last MiB. path: a file or a folder."""
     files = [path] if path.is_file() else sorted(
         p for p in path.rglob("*") if p.is_file() and p.suffix in WEIGHTS | {".json", ".model", ".txt"})
     found = hashlib.sha256()

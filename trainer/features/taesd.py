@@ -2,8 +2,9 @@
 pixels along a side of a latent cell. (madebyollin/taesd; comfy/taesd/taesd.py of ComfyUI 0.3.75; AutoencoderTiny of
 diffusers.)
 
-Of all VAEs of pictures that core tells by their keys it is the only small one, because core asks no file for the widths
-of an AutoencoderKL. Its file says by vae_scale and vae_shift how its own latents become those that a family reads.
+Of all VAEs of pictures that core recognises by their keys it is the only small one, because core asks no file for the
+widths of an AutoencoderKL. Its file says by vae_scale and vae_shift how its own latents become those that a family
+reads.
 """
 from __future__ import annotations
 
@@ -91,8 +92,8 @@ def from_core(tensors: Mapping[str, Tensor], what: str) -> Taesd:
 
 
 def read_decoder(path: Path, latent_scale: float) -> Taesd:
-    """The half of a TAESD that draws, from a file of ours or core's, of diffusers (or its folder), or of the decoder
-    alone (madebyollin/taesd: taesd_decoder). latent_scale: of the family that it was made for, whose latents it reads
+    """The half of a TAESD that draws, from a file of ours or core's, of diffusers (or its folder), or of only the
+    decoder (madebyollin/taesd: taesd_decoder). latent_scale: of the family that it was made for, whose latents it reads
     unless the file says otherwise. Raises ValueError for another file."""
     from ...models_impl import state_dict
 
@@ -134,7 +135,7 @@ def perceived(hed: HED, one: Tensor, other: Tensor) -> Tensor:
 
 
 def mean_of_processes(value: Tensor) -> Tensor:
-    """Of a number that each process has of its equal part of a batch."""
+    """Mean over the processes of a number that each has of its equal part of a batch."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
     value = value.clone()

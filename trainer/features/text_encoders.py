@@ -60,8 +60,8 @@ def width(text: nn.Module) -> int:
 
 
 def encode(text: nn.Module, captions: list[str], device, padded: bool = False) -> tuple[Tensor, Tensor]:
-    """-> context (B, L, C), mask (B, L) with True = keep. The empty caption is </s> alone. padded: fill an encoder of
-    ours up as `text.padded` does a frozen one; the mask then keeps everything."""
+    """-> context (B, L, C), mask (B, L) with True = keep. The empty caption is only </s>. padded: pad the captions of
+    an encoder of ours as `text.padded` does a frozen one's; the mask then keeps everything."""
     if isinstance(text, FrozenT5):
         return text.lookup(captions, device)
     ids, mask = text.tokenize(captions)

@@ -111,7 +111,7 @@ def vae_problems(path: str, channels: int, reader: str) -> list[str]:
         if found.get("_class_name") not in VAE_KINDS:
             return [f"vae.path={path!r} is not a VAE's folder: its config.json should name one of "
                     f"{', '.join(VAE_KINDS)}."]
-        told = found.get("latent_channels", 4)  # diffusers' own default
+        stated = found.get("latent_channels", 4)  # diffusers' own default
     else:
         try:
             with safe_open(place, framework="pt") as file:
@@ -122,8 +122,8 @@ def vae_problems(path: str, channels: int, reader: str) -> list[str]:
             return []
         if not shapes:
             return [not_a_vae(path, names)]
-        told = shapes[taesd.MARK][1] if taesd.MARK in shapes else shapes[LAST_OF_ENCODER][0] // 2
-    return [] if told == channels else [f"vae.path={path!r} makes latents of {told} channels, and {reader} reads "
+        stated = shapes[taesd.MARK][1] if taesd.MARK in shapes else shapes[LAST_OF_ENCODER][0] // 2
+    return [] if stated == channels else [f"vae.path={path!r} makes latents of {stated} channels, and {reader} reads "
                                         f"{channels}: name the VAE that belongs to it."]
 
 

@@ -95,7 +95,7 @@ def tensors(net: nn.Module, names: lora.Names, format: str = "comfyui") -> dict[
 
 
 def shapes(net: nn.Module) -> dict[str, torch.Size]:
-    """Of the network's own parameters, under its own names: what `lora.names` of a family reads."""
+    """Shapes of the network's own parameters, under its own names: what `lora.names` of a family reads."""
     found = {key.replace(".base_layer.", "."): value.shape for key, value in net.state_dict().items()
              if not any(mark in key for mark in (".lora_", ".hada_", ".lokr_"))}
     few = {name.replace(".base_layer", ""): m for name, m in net.named_modules() if isinstance(m, FewBits)}

@@ -43,8 +43,8 @@ class Recipe(Protocol):
     """What `make_encoders` made."""
     teacher: Sequence[nn.Module]
     """Frozen networks that are no part of the run folder, and are counted as memory."""
-    average: Ema | None
-    """The moving average, which the loop sets."""
+    ema: Ema | None
+    """The moving average of the weights, which the loop sets."""
     whole: Sequence[str]
     """Modules that are called part by part, which FSDP2 must leave whole in each process."""
     previews: bool
@@ -103,7 +103,7 @@ class Base(nn.Module):
 
     encoders: Sequence[Encoder] = ()
     teacher: Sequence[nn.Module] = ()
-    average: Ema | None = None
+    ema: Ema | None = None
     whole: Sequence[str] = ()
     previews = False
     of_pictures = False

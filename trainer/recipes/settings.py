@@ -47,7 +47,8 @@ class Settings:
 
 
 def sizes(config: Config, multiple: int, remark: str = "") -> list[str]:
-    """Of the sizes that a network is to take: squares, buckets and samples. remark: where the multiple is from."""
+    """Problems with the sizes that a network is to take: squares, buckets and samples. remark: where the multiple is
+    from."""
     found, data = Problems(), config.data
     name = f"data.resolution{'s' * bool(data.resolutions)}"
     squares = [] if data.buckets else [(name, side) for side in data.sides]

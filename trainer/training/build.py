@@ -22,7 +22,7 @@ def collection(config: Config) -> loader.Collection:
 
 
 def recipe(config: Config, found: loader.Collection, folder: Path | None = None) -> nn.Module:
-    """What is trained, at its start. The weights depend on the seed alone."""
+    """What is trained, at its start. The weights depend only on the seed."""
     torch.manual_seed(config.seed)
     words = [text for i in found.train for text in (*i.texts, *i.tags)]
     text = text_encoders.make(config, words + [t.replace("{}", "") for t in config.data.templates], folder)

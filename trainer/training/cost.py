@@ -23,7 +23,7 @@ from ..features import text_encoders
 from ..features.hints import Hints
 from .optim import is_matrix
 
-AT_MOST = 16  # pictures of a pass that are looked at; more are reckoned from these
+AT_MOST = 16  # pictures of a pass that are looked at; more are estimated from these
 aten = torch.ops.aten
 FLOPS = {  # what torch's table leaves out
     aten._scaled_dot_product_flash_attention_for_cpu:
@@ -57,7 +57,7 @@ class Rates:
         return self.known[name]
 
     def flops(self, dtype: torch.dtype) -> float:
-        """Of a product of two matrices, a second."""
+        """Operations a second in a product of two matrices."""
         N = 512 if self.device.type == "cpu" else 4096
         dtype = dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
         if dtype not in self.known:
@@ -117,7 +117,7 @@ class Clock(TorchDispatchMode):
 
     @contextmanager
     def apart(self):
-        """Inside, what operations cost counts here alone."""
+        """Inside, what operations cost counts only here."""
         before, self.cost = self.cost, Cost()
         try:
             yield self.cost
@@ -161,7 +161,7 @@ def of_a_step(config: Config, found: loader.Collection, recipe: nn.Module, parts
 
 
 def of_the_optimizer(recipe: nn.Module, config: Config, rates: Rates) -> Cost:
-    """With the limit of the gradients and the moving average."""
+    """The optimizer's step, with gradient clipping and EMA."""
     found = Cost()
     for group in recipe.groups(config):
         for name, p in group.params:

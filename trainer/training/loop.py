@@ -12,13 +12,13 @@ from .optim import Optimizers
 def train(recipe, batches, config: Config, run, accelerator):
     together = strategy.of(recipe, config, accelerator)
     optimizer = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
-    ema = recipe.average = Ema(recipe, config.ema.decay, config.ema.warm_up)  # LCM's target is made of it
+    ema = recipe.ema = Ema(recipe, config.ema.decay, config.ema.warm_up)  # LCM's target is made of it
     step = run.restore(recipe, ema, optimizer)
     parts = parts_of(config, accelerator.process_index, accelerator.num_processes)
     together.start(optimizer, len(parts), len(parts[0]))
 
     while step < config.steps and not run.asked_to_stop():
-        # Chance depends on (seed, step) alone, so a resumed run repeats the unbroken one.
+        # Random draws depend only on (seed, step), so a resumed run repeats the unbroken one.
         torch.manual_seed(config.seed * 1_000_003 + step)
         total = torch.zeros((), device=accelerator.device)
         for i, part in enumerate(parts):

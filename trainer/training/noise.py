@@ -1,4 +1,4 @@
-"""Chance in training: everything drawn depends on (seed, step, place in the whole batch) alone.
+"""Random draws of training, which depend only on (seed, step, place in the whole batch).
 
 So a resumed run repeats the unbroken one, and neither micro batches nor processes change what is learned.
 """
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 VALIDATION = -1
-"""The seed of everything that is fixed, so that two validations differ by the network alone."""
+"""The seed of everything that is fixed, so that two validations differ only by the network."""
 
 
 def generator(seed: int, step: int) -> torch.Generator:
-    """For what is drawn once a step, for the whole batch."""
+    """Generator of what is drawn once a step, for the whole batch."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 

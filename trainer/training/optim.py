@@ -40,7 +40,7 @@ def adamw_of(settings: Optimizer) -> type[torch.optim.Optimizer]:
 
 
 def moment_bytes(part: torch.optim.Optimizer) -> float:
-    """What an optimizer will remember, reckoned."""
+    """Bytes of an optimizer's state, estimated."""
     def of(p):
         if type(part).__name__ == "AdamW8bit" and p.numel() >= SMALL_8BIT:
             return p.numel() * 2 * (1 + 4 / 256)  # and a scale for each 256
@@ -84,7 +84,7 @@ class Came(torch.optim.Optimizer):
 
 
 def _inverse_root(state: dict, name: str, value: torch.Tensor, beta: float, factored: bool) -> torch.Tensor:
-    """1 / sqrt of the moving average of `value`, of which a matrix keeps the means of rows and columns alone."""
+    """1 / sqrt of the moving average of `value`, of which a matrix keeps only the means of rows and columns."""
     row = state[f"{name}_row"].lerp_(value.mean(-1) if factored else value, 1 - beta)
     if not factored:
         return row.rsqrt()
@@ -98,7 +98,7 @@ def is_matrix(p: torch.Tensor) -> bool:
 
 
 class Muon(torch.optim.Muon):
-    """torch's, which knows matrices alone, for the kernels of convolutions too: each is one of (out, in * h * w), as in
+    """torch's, which takes only matrices, for the kernels of convolutions too: each is one of (out, in * h * w), as in
     Muon's own code (KellerJordan/Muon, muon.py)."""
 
     def __init__(self, groups: list[dict], **settings):

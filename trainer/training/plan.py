@@ -49,10 +49,10 @@ def describe(config: Config, found: loader.Collection, recipe, batches: loader.B
     lines.append("first batch")
     need = config.needs
     batch = batches(0, range(min(8, config.batch_size)))
-    for i, chance in zip(batch.positions, recipe.described(0), strict=False):
+    for i, draws in zip(batch.positions, recipe.described(0), strict=False):
         item = batches.items[batches.index(0, i)]
         what = {"captions": f"{batch.captions[i]!r}, ", "classes": f"class {int(batch.labels[i])}, "}.get(need, "")
-        lines.append(f"  {item.file.name}: {what}{chance}, mean colour "
+        lines.append(f"  {item.file.name}: {what}{draws}, mean colour "
                      f"{batch.pictures[i].float().mean() / 255:.2f}")
     if config.batch_size > 8:
         lines.append(f"  ... {config.batch_size - 8} more")
@@ -69,7 +69,7 @@ def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, proces
         "weights": weights - offload.spared(recipe, config),
         "gradients": 4 * count,
         "optimizer": sum(map(moment_bytes, optimizers.parts)),
-        "average": 4 * count if config.ema.decay else 0,
+        "ema": 4 * count if config.ema.decay else 0,
         "activations": recipe.activation_bytes(pictures, cpu),
     }
     way = rules.way(config)
@@ -77,7 +77,7 @@ def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, proces
         blocks = [p for block in fsdp2.blocks(recipe) for p in block.parameters()]
         learning = sum(p.numel() for p in blocks if p.requires_grad)
         elsewhere = {"weights": sum(p.nbytes for p in blocks), "gradients": 4 * learning, "optimizer": 8 * learning,
-                     "average": 4 * learning if config.ema.decay else 0}
+                     "ema": 4 * learning if config.ema.decay else 0}
         for name, size in elsewhere.items():
             sizes[name] -= (1 - 1 / processes) * size
     if way == rules.DEEPSPEED:
@@ -87,7 +87,7 @@ def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, proces
     return sizes
 
 
-SLOWER = 2  # than reckoned were real steps of pixelflow_emoji (2.1 times) and flux_emoji (1.9), on one CPU core
+SLOWER = 2  # than estimated were real steps of pixelflow_emoji (2.1 times) and flux_emoji (1.9), on one CPU core
 
 
 def duration(config: Config, found: loader.Collection, recipe, parts: list[range], device: torch.device) -> list[str]:
@@ -103,11 +103,11 @@ def duration(config: Config, found: loader.Collection, recipe, parts: list[range
     rest = " " * 11
     least, most = step.seconds, SLOWER * step.seconds
     return [f"time       about {spoken(least)} to {spoken(most)} a step, {spoken(config.steps * least)} to "
-            f"{spoken(config.steps * most)} in all on this {device.type}: not measured, but reckoned",
+            f"{spoken(config.steps * most)} in all on this {device.type}: estimated, not measured",
             f"{rest}from {step.flops / 1e12:,.3g} TFLOP a step and process, and what it reads and writes, at",
             f"{rest}{rates.flops(dtype) / 1e12:,.2g} TFLOP/s and {rates.bytes / 1e9:,.0f} GB/s that a product and a "
             "copy reach here now;",
-            f"{rest}{encoded}; without samples, validation and what processes tell each other"]
+            f"{rest}{encoded}; without samples, validation and communication between processes"]
 
 
 def spoken(seconds: float) -> str:

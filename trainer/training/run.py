@@ -47,7 +47,7 @@ class Run:
 
     @cached_property
     def held_out(self) -> list[loader.Batch]:
-        """What is measured on, in the main process alone, or in all where they need each other for it."""
+        """The batches of a validation: only in the main process, or in all where they need each other for it."""
         if not (self.config.validation.every and self.measures):
             return []
         return loader.fixed(self.items, self.config.data, self.config.micro_batch_size or 64, self.load)
@@ -77,7 +77,7 @@ class Run:
         if found:
             newest = found[-1]
             restore_module(recipe, read_tensors(newest / "model.safetensors"))
-            if ema.average:
+            if ema.weights:
                 ema.load_state_dict(read_tensors(newest / "ema.safetensors"))
             optimizer.load(read_tensors(newest / "optimizer.safetensors"))
             step = self.saved_at = json.loads((newest / "state.json").read_text())["step"]
@@ -201,7 +201,7 @@ class Run:
         tensors = {}
         if self.measures:  # those of all processes are needed where each has a part
             tensors["model"] = module_tensors(recipe)
-            if ema.average:
+            if ema.weights:
                 tensors["ema"] = ema.state_dict()
             tensors["optimizer"] = optimizer.tensors()
         if self.main:

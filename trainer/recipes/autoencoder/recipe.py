@@ -91,7 +91,7 @@ class Recipe(Base):
                 f"{self.model.latent_channels} numbers each"]
 
     def activation_bytes(self, pictures: int, cpu: bool) -> float:
-        """Of so many pictures, from a small one: all layers are convolutions, and the network is of one size."""
+        """Extrapolated from a small picture: all layers are convolutions, and the network is of one size."""
         net, side = taesd.Taesd(self.model.latent_channels).net, 4 * FACTOR
         x = torch.zeros(1, 3, side, side)
         kept = kept_bytes(net, lambda: net.decode(net.encode(x).latents), self.bf16)

@@ -107,8 +107,8 @@ def start(config: Config, text_width: int) -> tuple[FluxConfig, dict[str, Tensor
 
 
 def initialise(net: Flux):
-    """DiT's start (arXiv 2212.09748, section 3.2: adaLN-Zero), which FLUX's authors do not tell: linear layers Xavier,
-    modulations and the last layer zero, so that every block begins as the identity."""
+    """DiT's start (arXiv 2212.09748, section 3.2: adaLN-Zero), which FLUX's authors do not publish: linear layers
+    Xavier, modulations and the last layer zero, so that every block begins as the identity."""
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear):
             zero = name.endswith(("mod.lin", "modulation.lin", "adaLN_modulation.1")) or name == "final_layer.linear"

@@ -25,7 +25,7 @@ class Model:
     single_depth: int = 4
     """Blocks on both joined."""
     channels: int = 16
-    """Of the latent."""
+    """Channels of the latent."""
     pooled_dim: int = 768
     guidance: bool = False
     """Whether the guidance is an input."""
@@ -40,7 +40,7 @@ class Flux(Settings):
     dropout: float = 0.1
     """How often a picture's caption is taken away, for classifier-free guidance."""
     guidance: float = 1.0
-    """What a distilled network (dev) is told while training."""
+    """Guidance that a distilled network (dev) is conditioned on while training."""
 
     def problems(self, config: Config) -> list[str]:
         found, shape = Problems(), None
@@ -57,7 +57,7 @@ RECIPES = {Flux.name: Flux}
 
 
 def new_shape(config: Config, text_width: int) -> FluxConfig:
-    """Of a network that starts from nothing. Raises ValueError for nonsense."""
+    """Shape of a network that starts from nothing. Raises ValueError for nonsense."""
     m = config.model
     return FluxConfig(hidden=m.hidden, heads=m.heads, axes=tuple(m.axes), mlp_hidden=m.mlp_hidden, depth=m.depth,
                       single_depth=m.single_depth, in_channels=4 * m.channels, pooled_dim=m.pooled_dim,
@@ -70,7 +70,7 @@ def of_family(config: Config) -> list[str]:
     found.need(config.text.encoder,
                "text.encoder is empty: FLUX reads captions. Name the folder of its T5, or a text encoder.")
     found.need(not config.text.encoder or config.text.padded,
-               "text.padded=false: FLUX attends to all of text.max_length tokens, those that fill it up too. Set "
+               "text.padded=false: FLUX attends to all of text.max_length tokens, padding included. Set "
                "text.padded=true.")
     found.need(config.vae.path, "vae.path is empty: FLUX draws latents. Name its VAE, a folder or a .safetensors file.")
     found.need(not config.samples.classes, "samples.classes is for class-conditional runs: use samples.prompts.")

@@ -50,7 +50,7 @@ def frozen_vae(config: Config, writer: int = 0) -> vaes.FrozenVae:
 
 
 def shape_problems(config: Config, shape: FluxConfig) -> list[str]:
-    """Of the VAE and the text beside a FLUX of this shape."""
+    """Problems with the VAE and the text beside a FLUX of this shape."""
     return vaes.vae_problems(config.vae.path, shape.in_channels // 4, "this FLUX") + of_shape(config, shape)
 
 
@@ -77,7 +77,7 @@ class FluxFlow:
     """Everything about a FLUX but its weights: latents, captions, noise, the loss, samples."""
 
     def __init__(self, config: Config, shape: FluxConfig, text: nn.Module, vae: vaes.FrozenVae, guidance: float):
-        """guidance: what a distilled network is told while training."""
+        """guidance: what a distilled network is conditioned on while training."""
         self.config, self.shape, self.text, self.vae, self.guidance = config, shape, text, vae, guidance
         self.bf16 = config.precision == "bf16"
         if text_encoders.width(text) != shape.context_dim:
@@ -88,7 +88,7 @@ class FluxFlow:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def draw(self, step: int, dropout: float) -> tuple[Tensor, Tensor, torch.Generator]:
-        """What chance decides about the pictures of a whole batch: sigma (B,), whether the caption is dropped (B,);
+        """Random draws for the pictures of a whole batch: sigma (B,), whether the caption is dropped (B,);
         and the generator, for what else is to be drawn."""
         rng = generator(self.config.seed, step)
         normal = torch.randn(self.config.batch_size, generator=rng)
@@ -101,8 +101,8 @@ class FluxFlow:
             pooled = self.text.pooled(captions, device)
         else:
             pooled = torch.zeros(len(captions), self.shape.pooled_dim, device=device)
-        told = torch.full((len(captions),), self.guidance if guidance is None else guidance, device=device)
-        return {"context": context, "pooled": pooled, "guidance": told}
+        scale = torch.full((len(captions),), self.guidance if guidance is None else guidance, device=device)
+        return {"context": context, "pooled": pooled, "guidance": scale}
 
     def noising(self, batch, sigma: Tensor, device, seed: int, dropped: Tensor | None = None) -> Noising:
         """dropped: (B,) bool, captions that are replaced by the empty one."""
@@ -135,7 +135,8 @@ class FluxFlow:
                device) -> Tensor:
         """Pictures of prompts, (B, 3, H, W) in [-1, 1]. Picture i begins with ComfyUI's noise for seed + i.
 
-        cfg: what a distilled network is told as its guidance; of any other, the scale of classifier-free guidance.
+        cfg: the guidance that a distilled network is conditioned on; of any other, the scale of classifier-free
+        guidance.
         """
         B, distilled = len(prompts), self.shape.guidance
         size = self.shape.in_channels // 4, height // VAE_FACTOR, width // VAE_FACTOR
@@ -143,14 +144,14 @@ class FluxFlow:
         guided = not distilled and cfg != 1
         condition = self.condition([*([""] * B if guided else []), *prompts], device, cfg if distilled else None)
 
-        def told(x, sigma):
+        def guided_velocity(x, sigma):
             if not guided:
                 return predict(x, sigma, condition).float()
             uncond, cond = predict(x.repeat(2, 1, 1, 1), sigma.repeat(2), condition).float().chunk(2)
             return torch.lerp(uncond, cond, cfg)
 
         sigmas = sampling.schedule(steps, (height // CELL) * (width // CELL))
-        latent = sampling.sample(told, noise.to(device), sigmas)
+        latent = sampling.sample(guided_velocity, noise.to(device), sigmas)
         return self.vae.decode(latent / LATENT_SCALE + LATENT_SHIFT)
 
 

@@ -32,7 +32,7 @@ MATCHED = (20, 980)  # the timesteps at which the distributions are compared (ar
 FOLLOWED = (1, 999)  # and those at which the follower learns
 START, RENOISE, FOLLOW = 0, 2, 3  # kinds of noise
 EVERY = 2  # of so many pictures of a batch one is of a pair
-PROBED = 64  # pixels along a side of a picture by which memory is reckoned
+PROBED = 64  # pixels along a side of a picture by which memory is estimated
 
 
 class Recipe(PixArtRecipe):
@@ -105,7 +105,8 @@ class Recipe(PixArtRecipe):
         loss = loss + matching.loss
         if rows:
             apart = self.apart(generated[rows], torch.stack([latent for _, latent in pairs]))
-            share = self.config.batch_size / len(self.paired(range(self.config.batch_size)))  # a mean over pairs alone
+            # A mean over the pairs only.
+            share = self.config.batch_size / len(self.paired(range(self.config.batch_size)))
             loss = loss.index_add(0, torch.tensor(rows, device=d.device), self.settings.regression * share * apart)
         return loss
 

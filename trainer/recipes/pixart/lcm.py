@@ -1,7 +1,7 @@
 """Latent consistency distillation of PixArt (arXiv 2310.04378, 2401.05252): 2 to 8 steps, no guidance.
 
 The student learns to answer alike wherever it is asked along one path of the guided teacher. Of all weights, where the
-target is the moving average [ema] of the student, which is also what is exported; or as a LoRA, whose target is the
+target is the EMA of the student ([ema]), which is also what is exported; or as a LoRA, whose target is the
 student itself and whose teacher is the network without the LoRA. (train_pixart_lcm.py, train_pixart_lcm_lora.py)
 """
 from __future__ import annotations
@@ -67,19 +67,20 @@ class Recipe(PixArtRecipe):
 
     def target(self, x: Tensor, timestep: Tensor, condition: dict) -> Tensor:
         d = self.denoising
-        if self.settings.lora or self.average is None:
+        if self.settings.lora or self.ema is None:
             return d.eps(self.net, x, timestep, condition)
-        # Autocast keeps what it has cast of the student, by parameter, and would give it for the average.
-        with self.average.applied(), torch.autocast(d.device.type, torch.bfloat16, d.bf16, cache_enabled=False):
+        # Autocast keeps what it has cast of the student, by parameter, and would use it in place of the EMA.
+        with self.ema.applied(), torch.autocast(d.device.type, torch.bfloat16, d.bf16, cache_enabled=False):
             return d.eps(self.net, x, timestep, condition)
 
     @torch.no_grad()
     def validate(self, batches: list) -> dict[str, float]:
-        """The same loss at fixed indices with fixed noise; the average is worn already, and so is the target."""
-        average, self.average = self.average, None
+        """The same loss at fixed indices with fixed noise; the EMA weights are in place already, and so is the
+        target."""
+        ema, self.ema = self.ema, None
         losses = [self.distilled(b, spread(b.positions, self.grid.steps), VALIDATION).loss * len(b.positions)
                   for b in batches]
-        self.average = average
+        self.ema = ema
         return {"loss": (sum(losses) / sum(len(b.positions) for b in batches)).item()}
 
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A LoRA or DoRA on a frozen PixArt (arXiv 2106.09685): the error of the noise alone, as in the release's scripts.
+"""A LoRA or DoRA on a frozen PixArt (arXiv 2106.09685): only the error of the noise, as in the release's scripts.
 
 What is exported loads in our LoRA node and in core's, at the scale it was trained with.
 """

@@ -1,4 +1,4 @@
-"""Pairs of a noise and of the latent that a teacher makes of it, which DMD's student learns by heart: one of each
+"""Pairs of a noise and of the latent that a teacher makes of it, which DMD's student learns to reproduce: one of each
 training picture, for its first caption.
 
     FOLDER/
@@ -99,7 +99,7 @@ def make(config: Config, items: list[Item], folder: Path, steps: int, cfg: float
     """Makes the pairs that are not there, and says how many this process made. The teacher is the network that the run
     would start from; DPM-Solver++ as diffusers' pipeline of PixArt runs it, as the release's pairs were made.
 
-    A noise depends on seed and name alone. Groups of `at_once` are always the same pictures, made whole, so that what
+    A noise depends only on seed and name. Groups of `at_once` are always the same pictures, made whole, so that what
     an interrupted command makes later is what it would have made, to the bit.
     """
     for name, value in (("--steps", steps), ("--batch", at_once)):
@@ -112,7 +112,7 @@ def make(config: Config, items: list[Item], folder: Path, steps: int, cfg: float
     if twice := listed([f"{name}.npy" for name, count in counts.items() if count > 1],
                        "pairs would be of several pictures", "Give the pictures other names."):
         raise ValueError("no pairs can be made:\n  " + "\n  ".join(twice))
-    torch.manual_seed(config.seed)  # as in `build.recipe`: a text encoder may begin with chance
+    torch.manual_seed(config.seed)  # as in `build.recipe`: a text encoder may begin with random weights
     with accelerator.main_process_first():
         text = text_encoders.make(config, [t for i in items for t in i.texts],
                                   config.folder if config.text.frozen else None)

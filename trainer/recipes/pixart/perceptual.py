@@ -70,7 +70,7 @@ class Judge(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, found: Tensor, wanted: Tensor) -> Tensor:
-        """Latents (B, C, h, w) times latent_scale -> (B,). The gradient goes to `found` alone."""
+        """Latents (B, C, h, w) times latent_scale -> (B,). Only `found` gets a gradient."""
         with torch.autocast(found.device.type, enabled=False):
             with torch.no_grad():
                 other = self.pictures(wanted)

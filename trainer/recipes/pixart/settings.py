@@ -26,7 +26,7 @@ class Model:
     """A released network: alpha_256, alpha_512, alpha_1024, sigma_256, sigma_512, sigma_1024, sigma_2k, sigma_900m;
     what is set below replaces its values. With init_from it need not be named: the file says what it is."""
     variant: str = ""
-    """alpha or sigma, where a file does not tell: they differ in the VAE."""
+    """alpha or sigma, where a file does not say: they differ in the VAE."""
     depth: int | None = None
     hidden: int | None = None
     heads: int | None = None
@@ -43,7 +43,8 @@ class Model:
     position_range: float | None = None
     """32 for every release but alpha's 256 model, which has 16: set 32 to train it on at 512."""
     micro_conditions: bool | None = None
-    """Tell the network the size and aspect ratio of its picture. true for a start without it adds the embedders."""
+    """Condition the network on the size and aspect ratio of its picture. true for a start without it adds the
+    embedders."""
     kv_factor: int = 0
     """Compress keys and values by so many tokens along a side; 0 = as the start has it. What a start lacks begins as a
     mean, so that training goes on where it was ..."""
@@ -183,7 +184,7 @@ class Lcm(Settings):
         found.one_of("recipe.distance", self.distance, ("huber", "l2"))
         found.need(1 <= self.grid <= TIMESTEPS, f"recipe.grid={self.grid} is outside 1 to {TIMESTEPS}.")
         found.need(self.lora or config.ema.decay,
-                   "ema.decay=0, and the moving average is the target here: the release has 0.95.")
+                   "ema.decay=0, and the EMA is the target here: the release has 0.95.")
         return found + (rules.adapter(config.adapter) if self.lora else [])
 
 
@@ -235,7 +236,7 @@ class Dmd(Settings):
         found.need(not self.vgg or self.heads or installed_heads(),
                    "recipe.heads is empty, and the package lpips, which has them, is not installed: pip install "
                    f"lpips, or name its {LPIPS_HEADS}.")
-        found.need(not self.heads or self.vgg, "recipe.heads are read with recipe.vgg alone.")
+        found.need(not self.heads or self.vgg, "recipe.heads are read only with recipe.vgg.")
         for name in ("taesd", "vgg", "heads", "hed"):
             found.exists(f"recipe.{name}", look_up(self, name), "file")
         found.need(min(config.data.sides) >= LEAST_SEEN, f"recipe.regression sees nothing below {LEAST_SEEN} pixels.")
@@ -276,7 +277,7 @@ def shape_of(config: Config, known: dict) -> PixArtConfig:
 
 
 def new_shape(config: Config, text_width: int | None = None) -> PixArtConfig:
-    """Of a network that starts from nothing. Raises ValueError where [model] does not say enough."""
+    """Shape of a network that starts from nothing. Raises ValueError where [model] does not say enough."""
     known = requested(config.model)
     if text_width:
         known.setdefault("context_dim", text_width)
@@ -312,7 +313,7 @@ def of_shape(config: Config, shape: PixArtConfig) -> list[str]:
 
 
 def of_loss(dropout: float, **weights: float) -> list[str]:
-    """Of settings of the loss, by their names."""
+    """Problems with settings of the loss, by their names."""
     found = Problems()
     found.dropout(dropout)
     for name, value in weights.items():

@@ -28,7 +28,7 @@ CHANGEABLE = ("micro_conditions", "kv_compression", "prediction", "schedule", "z
 class Start:
     config: PixArtConfig
     tensors: dict[str, Tensor]
-    """Of the file; empty without one."""
+    """Weights of the file; empty without one."""
 
     def network(self) -> PixArt:
         """At its start: what the file lacks begins as in a new network."""
@@ -55,7 +55,7 @@ def start(config: Config, text_width: int | None = None) -> Start:
 
 
 def file_problems(config: Config) -> list[str]:
-    """Of init_from and vae.path."""
+    """Problems with init_from and vae.path."""
     try:
         shape = start(config).config
     except (ValueError, OSError) as error:
@@ -64,7 +64,7 @@ def file_problems(config: Config) -> list[str]:
 
 
 def opened(config: Config, text: nn.Module | None, network: dict | None = None) -> PixArt:
-    """The network at its start; or, of a run that is opened again, in the shape that `network` tells."""
+    """The network at its start; or, of a run that is opened again, in the shape that `network` says."""
     if network:
         return PixArt(PixArtConfig.from_dict(network))
     return start(config, text_encoders.width(text) if text is not None else None).network()

@@ -88,7 +88,7 @@ class PixArtDenoising:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def draw(self, step: int, dropout: float) -> tuple[Tensor, Tensor]:
-        """What chance decides about the pictures of a whole batch: timestep (B,) and whether the caption is dropped."""
+        """Random draws for the pictures of a whole batch: timestep (B,) and whether the caption is dropped."""
         rng, B = generator(self.seed, step), self.config.batch_size
         timestep = torch.randint(self.schedule.steps, (B,), generator=rng)
         return timestep, torch.rand(B, generator=rng) < dropout
@@ -130,7 +130,7 @@ class PixArtDenoising:
         return Noising(latent, noise, self.schedule.add_noise(latent, noise, timestep), timestep, condition)
 
     def eps(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """What the network says about the noise alone, (B, C, h, w) float32."""
+        """The network's prediction of the noise, without its variance, (B, C, h, w) float32."""
         said = predict(x, timestep, **condition)[:, : self.shape.in_channels].float()
         return said if self.shape.prediction == "eps" else self.schedule.eps(x, said, timestep)
 
@@ -161,10 +161,10 @@ class PixArtDenoising:
         """
         device, shape = self.device, self.shape
         size = (shape.in_channels, height // VAE_FACTOR, width // VAE_FACTOR)
-        chances = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
 
         def noise(index=0, whole=None):
-            return torch.stack([torch.randn(size, generator=g) for g in chances]).to(device)
+            return torch.stack([torch.randn(size, generator=g) for g in generators]).to(device)
 
         with self.autocast():
             latent = walk(self.guided(predict, prompts, height, width, cfg), noise(), noise)
@@ -173,11 +173,11 @@ class PixArtDenoising:
     def guided(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float) -> sampling.Predict:
         """(x, timestep) -> eps of pictures of prompts, guided from the empty caption. Under `autocast`."""
         B = len(prompts)
-        told = [*([""] * B if cfg != 1 else []), *prompts]
-        condition = self.condition(told, None, (height, width))
+        captions = [*([""] * B if cfg != 1 else []), *prompts]
+        condition = self.condition(captions, None, (height, width))
 
         def eps(x, timestep):
-            both = x.repeat(len(told) // B, 1, 1, 1)
+            both = x.repeat(len(captions) // B, 1, 1, 1)
             t = torch.full((len(both),), float(timestep), device=self.device)
             found = self.eps(predict, both, t, condition)
             if cfg == 1:
@@ -196,7 +196,7 @@ class PixArtDenoising:
 
 
 def label(height: int, width: int) -> float:
-    """What a micro-conditioned network is told as the aspect ratio of a picture of this size: the label of a bucket."""
+    """Aspect ratio that a micro-conditioned network is conditioned on for this size: the label of a bucket."""
     for table in buckets.TABLES.values():
         for ratio, size in table.items():
             if size == (height, width):
@@ -242,7 +242,7 @@ class PixArtRecipe(Base):
         return groups([(self.net, 1.0), (self.text, config.text.learning_rate_multiple)])
 
     def loss_settings(self) -> dict:
-        """Of `losses`, by their names there."""
+        """Arguments of `losses` that are settings here."""
         return {"variance": self.settings.variance, "snr_gamma": self.settings.snr_gamma}
 
     def losses(self, batch, timestep: Tensor, dropped: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
@@ -302,7 +302,7 @@ TARGETS = ["attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear
 
 
 def activation_bytes(shape: PixArtConfig, resolution: int, bf16: bool, checkpointed: bool) -> float:
-    """Of one picture; see `activations.of_network`."""
+    """Bytes kept of one picture; see `activations.of_network`."""
     def probe(depth: int, side: int) -> int:
         net = PixArt(replace(shape, depth=depth, kv_compression=None))
         cells = side * shape.patch_size

@@ -71,7 +71,7 @@ class Recipe(Base):
         return self.losses(batch, stage, t_index, dropped, self.seed)
 
     def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What chance decides about the pictures of a whole batch. It depends on (seed, step) alone."""
+        """Random draws for the pictures of a whole batch; they depend only on (seed, step)."""
         rng, B = generator(self.seed, step), self.batch_size
         stage = sampling.assign_stages(B, self.stages.num_stages, rng, self.settings.stage_weights)
         t_index = torch.randint(sampling.TRAIN_TIMESTEPS, (B,), generator=rng)
@@ -235,7 +235,7 @@ def starting_point(config: Config) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
     if not config.init_from:
         return new_shape(config), {}
     path, wanted = Path(config.init_from).expanduser(), requested(config.model)
-    beside = {**{k: v for k, v in wanted.items() if k == "head_dim"},  # of all sizes, the weights do not tell this
+    beside = {**{k: v for k, v in wanted.items() if k == "head_dim"},  # the one size that the weights do not show
               **PixelFlowConfig.entries_of(checkpoint.config_beside(path) or {})}
     own, tensors = checkpoint.read(*state_dict.read_file(path), beside=beside or None)
     return shape_of({**own.as_dict(), "num_stages": wanted.get("num_stages", own.num_stages)}), tensors
@@ -253,9 +253,9 @@ def mismatches(config: Config, found: PixelFlowConfig) -> list[str]:
     elif not text and not found.num_classes:
         complaints.append(f"init_from={config.init_from} is not class-conditional, and this run is, because "
                           "text.encoder is empty: start from a class-conditional checkpoint, or set text.encoder.")
-    told = ("heads", "head_dim", "depth", "patch_size", "attention_bias", "in_channels", "out_channels")
-    told += ("context_dim",) if text == "small" and found.text_conditional else ()
-    other = [f"{k}={getattr(found, k)} for {wanted[k]}" for k in told if k in wanted and getattr(found, k) != wanted[k]]
+    compared = ("heads", "head_dim", "depth", "patch_size", "attention_bias", "in_channels", "out_channels")
+    compared += ("context_dim",) if text == "small" and found.text_conditional else ()
+    other = [f"{k}={own} for {wanted[k]}" for k in compared if k in wanted and (own := getattr(found, k)) != wanted[k]]
     if other:
         complaints.append(f"init_from={config.init_from} does not fit [model] and [text]: it has {', '.join(other)}.")
     return complaints

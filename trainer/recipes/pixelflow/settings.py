@@ -48,7 +48,7 @@ class PixelFlow(Settings):
             found.need(config.init_from,
                        "init_from is empty: recipe.lora=true trains on a network that is there already.")
         else:
-            found.need(config.adapter == Adapter(), "[adapter] is read with recipe.lora=true alone.")
+            found.need(config.adapter == Adapter(), "[adapter] is read only with recipe.lora=true.")
         try:
             requested(config.model)
             found += [] if config.init_from else of_shape(config, new_shape(config))
@@ -82,7 +82,7 @@ def shape_of(known: dict) -> PixelFlowConfig:
 
 
 def new_shape(config: Config) -> PixelFlowConfig:
-    """Of a network that starts from nothing. Raises ValueError where [model] does not say enough."""
+    """Shape of a network that starts from nothing. Raises ValueError where [model] does not say enough."""
     known = requested(config.model)
     if missing := [k for k in ("heads", "head_dim", "depth") if k not in known]:
         raise ValueError(f"[model] needs a preset ({', '.join(PRESETS)}), or {', '.join(missing)}.")

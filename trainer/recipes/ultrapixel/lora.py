@@ -1,7 +1,7 @@
 """A LoRA of Stage C's attentions (arXiv 2106.09685): a style or a thing, with or without a word of its own.
 
 With a guide, as UltraPixel is personalised: half of the steps at low resolution, half guided at high resolution, so
-that the LoRA serves both passes. Without one, Stage C alone at the pictures' own size.
+that the LoRA serves both passes. Without one, only Stage C at the pictures' own size.
 """
 from __future__ import annotations
 
@@ -117,17 +117,17 @@ class Recipe(StageCRecipe):
         d = self.denoising
 
         def loss(draws) -> Tensor:
-            told = d.told(batch, draws, self.change)
-            return self.loss(d.latents(batch, d.seed), draws.t, told, self.high(batch.step))
+            condition = d.conditioning(batch, draws, self.change)
+            return self.loss(d.latents(batch, d.seed), draws.t, condition, self.high(batch.step))
 
         return self.weighted(batch, loss)
 
-    def loss(self, latents: Latents, t: Tensor, told: dict, high: bool) -> Tensor:
+    def loss(self, latents: Latents, t: Tensor, condition: dict, high: bool) -> Tensor:
         if high:
-            return self.denoising.guided(self.guide, latents, t, told)
+            return self.denoising.guided(self.guide, latents, t, condition)
         if latents.low is not None:
-            return self.denoising.plain(latents.low, latents.noise_low, t, told)
-        return self.denoising.plain(latents.high, latents.noise, t, told)
+            return self.denoising.plain(latents.low, latents.noise_low, t, condition)
+        return self.denoising.plain(latents.high, latents.noise, t, condition)
 
     def described(self, step: int) -> list[str]:
         where = "" if self.guide is None else ", guided" if self.high(step) else ", low resolution"
@@ -136,10 +136,10 @@ class Recipe(StageCRecipe):
     def validate(self, batches: list) -> dict[str, float]:
         d = self.denoising
 
-        def losses(batch, chance):
-            latents, told = d.latents(batch, VALIDATION), d.told(batch, chance, self.change)
+        def losses(batch, draws):
+            latents, condition = d.latents(batch, VALIDATION), d.conditioning(batch, draws, self.change)
             turns = {"loss": False} if self.guide is None else {"low": False, "high": True}
-            return {name: self.loss(latents, chance.t, told, high) for name, high in turns.items()}
+            return {name: self.loss(latents, draws.t, condition, high) for name, high in turns.items()}
 
         return d.validate(batches, losses)
 

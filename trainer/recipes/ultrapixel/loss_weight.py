@@ -39,7 +39,7 @@ class LossWeight(nn.Module):
         own = slice(batch.positions.start, batch.positions.stop)
         rows[own] = torch.stack([torch.ones_like(loss), logsnr.to(loss), loss], dim=1).float()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(rows)  # every place is filled by one process alone
+            torch.distributed.all_reduce(rows)  # every place is filled by one process only
         if self.step != batch.step:
             self.step, self.seen = batch.step, torch.zeros_like(rows)
         self.seen = torch.where(rows[:, :1] > 0, rows, self.seen)

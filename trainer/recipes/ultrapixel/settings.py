@@ -27,7 +27,7 @@ class Model:
     """UltraPixel's guide, ultrapixel_t2i.safetensors or one of ours: for sample pictures, and for the recipes that
     train through it. The guide that a run itself trains starts from init_from."""
     image_encoder: str = ""
-    """A folder with CLIP-L's image tower (openai/clip-vit-large-patch14), whose embeddings are told beside some
+    """A folder with CLIP-L's image tower (openai/clip-vit-large-patch14), whose embeddings are given beside some
     captions, as the releases were trained. Empty: none ever is."""
     previewer: str = ""
     """previewer.safetensors, for quick sample pictures of 8 pixels a cell."""
@@ -49,16 +49,17 @@ class Guide(Settings):
     dropout: float = 0.05
     """How often a picture's caption is taken away, for classifier-free guidance."""
     image_share: float = 0.1
-    """How often a picture's image embedding is told beside its caption; needs model.image_encoder."""
+    """How often a picture's image embedding is given beside its caption; needs model.image_encoder."""
     weight: str = "adaptive"
-    """Of the loss, by its noise level. adaptive: one over a running mean of what the loss was there, as the release;
-    p2: the noise level's own (arXiv 2204.00227); none. The loss in the log is weighted, that of validation never."""
+    """Weight of the loss, by its noise level. adaptive: one over a running mean of what the loss was there, as the
+    release; p2: the noise level's own (arXiv 2204.00227); none. The loss in the log is weighted, that of validation
+    never."""
     low_side: int = 24
     """Cells along a side of the low-resolution latents, of a square; 32 pixels each."""
     low_filter: str = "nearest"
     """How the low-resolution picture is made of the other: nearest, as the release, or antialias."""
     width: int = 1024
-    """Of a guide that starts from nothing, as everything below."""
+    """Width of a guide that starts from nothing, as everything below."""
     heads: int = 32
     feedforward: int = 1024
     max_tokens: int = 1024
@@ -90,13 +91,13 @@ class Lora(Settings):
     dropout: float = 0.05
     """How often a picture's caption is taken away, for classifier-free guidance."""
     image_share: float = 0.1
-    """How often a picture's image embedding is told beside its caption; needs model.image_encoder."""
+    """How often a picture's image embedding is given beside its caption; needs model.image_encoder."""
     weight: str = "adaptive"
-    """Of the loss, by its noise level: adaptive, p2 or none, as for ultrapixel_guide."""
+    """Weight of the loss, by its noise level: adaptive, p2 or none, as for ultrapixel_guide."""
     high_share: float = 0.5
     """With model.guide: share of the steps that are guided, at high resolution ..."""
     low_until: int = 5000
-    """... after so many steps at low resolution alone."""
+    """... after so many steps at low resolution only."""
     low_side: int = 24
     """With model.guide: cells along a side of the low-resolution latents, of a square; 32 pixels each."""
     low_filter: str = "nearest"
@@ -129,18 +130,18 @@ class ControlNet(Settings):
     """canny: edges of the pictures themselves, sought at 224 x 224 as the released ControlNet knows them. Else one of
     data.conditions."""
     channels: int = 1
-    """Of the hint: 1 takes the mean of a condition picture's colours, 3 the colours."""
+    """Channels of the hint: 1 takes the mean of a condition picture's colours, 3 the colours."""
     backbone: str = "effnet"
-    """Of a ControlNet that starts from nothing. effnet: EfficientNetV2-S, its weights taken from the encoder of
-    vae.path; large or simple: new weights."""
+    """Backbone of a ControlNet that starts from nothing. effnet: EfficientNetV2-S, its weights taken from the encoder
+    of vae.path; large or simple: new weights."""
     blocks: list[int] = field(default_factory=lambda: list(ControlNetConfig().blocks))
-    """The ResBlocks that get a residual. ComfyUI's loader knows these alone."""
+    """The ResBlocks that get a residual. ComfyUI's loader knows only these."""
     dropout: float = 0.05
     """How often a picture's caption is taken away, for classifier-free guidance."""
     image_share: float = 0.1
-    """How often a picture's image embedding is told beside its caption; needs model.image_encoder."""
+    """How often a picture's image embedding is given beside its caption; needs model.image_encoder."""
     weight: str = "adaptive"
-    """Of the loss, by its noise level: adaptive, p2 or none, as for ultrapixel_guide."""
+    """Weight of the loss, by its noise level: adaptive, p2 or none, as for ultrapixel_guide."""
     sample_hints: list[str] = field(default_factory=list)
     """Pictures whose hints the sample prompts get, in turn; for another hint than canny, the condition pictures."""
 
@@ -186,7 +187,7 @@ def of_family(config: Config) -> list[str]:
     if not rules.data(config.data, config.batch_size, config.micro_batch_size):
         odd = [size for size in buckets.sizes(config.data) if size[0] % PIXELS or size[1] % PIXELS]
         found += [f"data.resolution has sizes such as {width}x{height}, which are no multiples of {PIXELS}: "
-                  "data.buckets=\"ultrapixel\" has such alone." for height, width in odd[:1]]
+                  "data.buckets=\"ultrapixel\" has only such." for height, width in odd[:1]]
     for side in ("height", "width") if model.stage_b else ():
         size = look_up(samples, side)
         found.need(size % 8 == 0, f"samples.{side}={size} is not a multiple of 8, which Stage B needs.")
@@ -202,7 +203,7 @@ def of_loss(dropout: float, image_share: float, weight: str) -> list[str]:
 
 
 def of_low(config: Config) -> list[str]:
-    """Of the settings of a recipe that has low_side and low_filter."""
+    """Problems with low_side and low_filter, where a recipe has them."""
     s, found, least = config.recipe, Problems(), min(config.data.sides)
     found.at_least("recipe.low_side", s.low_side, 1)
     found.one_of("recipe.low_filter", s.low_filter, FILTERS)

@@ -32,7 +32,7 @@ PROBED = 128  # channels of the nets that memory is measured on; what a net keep
 
 
 def file_problems(config: Config) -> list[str]:
-    """Of the files that every UltraPixel recipe reads."""
+    """Problems with the files that every UltraPixel recipe reads."""
     found, model, text = [], config.model, Path(config.text.encoder).expanduser()
     try:
         shape = read(model.stage_c)[0]
@@ -46,29 +46,29 @@ def file_problems(config: Config) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Chance:
-    """What chance decides about the pictures of a batch, (B,) each, and about all of it together."""
+class Draws:
+    """Random draws for the pictures of a batch, (B,) each, and for all of it together."""
 
     t: Tensor
     dropped: Tensor
     """Whose caption is taken away."""
     shown: Tensor
-    """Whose image embedding is told."""
+    """Whose image embedding is given."""
     turn: float
     """In [0, 1), the same for the whole batch."""
 
-    def part(self, positions: range) -> Chance:
+    def part(self, positions: range) -> Draws:
         own = slice(positions.start, positions.stop)
         return replace(self, t=self.t[own], dropped=self.dropped[own], shown=self.shown[own])
 
     def described(self, extra: str = "") -> list[str]:
-        return [f"t {t:.3f}{' (caption dropped)' if drop else ''}{' (image told)' if show else ''}{extra}"
+        return [f"t {t:.3f}{' (caption dropped)' if drop else ''}{' (image given)' if show else ''}{extra}"
                 for t, drop, show in zip(self.t.tolist(), self.dropped.tolist(), self.shown.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Of a batch, with the noise that goes on them."""
+    """Latents of a batch, with the noise that goes on them."""
 
     high: Tensor
     """(B, C, h, w)"""
@@ -97,12 +97,12 @@ class StageCDenoising:
     def dtype(self) -> torch.dtype:
         return self.net.clip_txt_mapper.weight.dtype
 
-    def draw(self, step: int) -> Chance:
-        """Of a whole batch; it depends on (seed, step) alone."""
+    def draw(self, step: int) -> Draws:
+        """Draws for a whole batch, which depend only on (seed, step)."""
         rng, B, s = generator(self.seed, step), self.config.batch_size, self.config.recipe
         t = sampling.training_t(B, rng)
         dropped, shown = (torch.rand(B, generator=rng) < share for share in (s.dropout, s.image_share))
-        return Chance(t, dropped, shown & bool(self.config.model.image_encoder), torch.rand((), generator=rng).item())
+        return Draws(t, dropped, shown & bool(self.config.model.image_encoder), torch.rand((), generator=rng).item())
 
     def features(self, batch, part: str) -> Tensor:
         """"effnet.high" and so on: from the cache if it gave the batch some, else made now. (B, ...) float32."""
@@ -125,8 +125,8 @@ class StageCDenoising:
 
     def condition(self, captions: list[str], dropped: Tensor | None = None, images: Tensor | None = None,
                   change: Tensor | None = None) -> dict[str, Tensor]:
-        """What Stage C is told. dropped: (B,) bool, captions that are taken away; images: (B, D) embeddings, zeros
-        where none is told; change: of the word that the text encoder was taught."""
+        """What Stage C is conditioned on. dropped: (B,) bool, captions that are taken away; images: (B, D) embeddings,
+        zeros where none is given; change: of the word that the text encoder was taught."""
         if dropped is not None:
             captions = ["" if drop else c for c, drop in zip(captions, dropped.tolist(), strict=True)]
         text, pooled = self.text.lookup(captions, self.device) if self.text.word is None \
@@ -136,15 +136,15 @@ class StageCDenoising:
             found["image"] = images[:, None].to(self.device, self.dtype)
         return found
 
-    def told(self, batch, chance: Chance, change: Tensor | None = None) -> dict[str, Tensor]:
+    def conditioning(self, batch, draws: Draws, change: Tensor | None = None) -> dict[str, Tensor]:
         """`condition` of a batch."""
         images = None
-        if chance.shown.any():
-            images = self.features(batch, "clip_image.embed") * chance.shown[:, None].to(self.device)
-        return self.condition(batch.captions, chance.dropped, images, change)
+        if draws.shown.any():
+            images = self.features(batch, "clip_image.embed") * draws.shown[:, None].to(self.device)
+        return self.condition(batch.captions, draws.dropped, images, change)
 
     def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(the noisy latent, what the network is told of its noise)"""
+        """(the noisy latent, the timestep that says how noisy it is)"""
         logsnr = self.schedule.logsnr(t)
         return sampling.add_noise(clean, noise, logsnr).to(self.dtype), \
             self.schedule.timestep(logsnr).to(clean.device)
@@ -169,14 +169,14 @@ class StageCDenoising:
     def validate(self, batches: list, losses: Callable) -> dict[str, float]:
         """Means over the held-out pictures, at t and with noise that never change, and by quarters of t.
 
-        losses(batch, chance) -> {name: (B,)}.
+        losses(batch, draws) -> {name: (B,)}.
         """
         found, ts = {}, []
         for batch in batches:
             B = len(batch.positions)
             no = torch.zeros(B, dtype=torch.bool)
             t = (spread(batch.positions, T_STEPS) + 0.5) / T_STEPS
-            for name, loss in losses(batch, Chance(t, no, no, 0.0)).items():
+            for name, loss in losses(batch, Draws(t, no, no, 0.0)).items():
                 found.setdefault(name, []).append(loss.cpu())
             ts.append(t)
         found = {name: torch.cat(some) for name, some in found.items()}
@@ -188,7 +188,7 @@ class StageCDenoising:
     def sample(self, prompts: list[str], height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
                guide: Guide | None = None, change: Tensor | None = None, control: list | None = None) -> Tensor:
         """Pictures of prompts: (B, 3, H, W) in [-1, 1], as the nodes draw them. With a guide in two passes, the first
-        at low resolution. control: residuals for (B) pictures, in the first pass alone where there are two."""
+        at low resolution. control: residuals for (B) pictures, only in the first pass where there are two."""
         if self.net is None:
             raise ValueError(f"model.stage_c={self.config.model.stage_c!r}: there is no such file, and nothing is "
                              "drawn without Stage C.")
@@ -204,9 +204,9 @@ class StageCDenoising:
         residuals = [None if r is None else r.repeat(rows // B, 1, 1, 1) for r in control or ()]
 
         def noise(size, stream):
-            chances = [torch.Generator().manual_seed(seed + i + stream * 2**32) for i in range(B)]
+            generators = [torch.Generator().manual_seed(seed + i + stream * 2**32) for i in range(B)]
             return lambda *_: torch.stack([torch.randn(net.config.in_channels, *size, generator=g)
-                                           for g in chances]).to(device)
+                                           for g in generators]).to(device)
 
         def predict(x, timestep, hook=None, control=()):
             eps = net(x.repeat(rows // B, 1, 1, 1).to(self.dtype), timestep.repeat(rows // B), **condition, hook=hook,
@@ -263,11 +263,11 @@ class StageCRecipe(Base):
         """The previewer's are of 8 pixels a cell."""
         return not self.config.model.stage_a
 
-    def weighted(self, batch, loss: Callable[[Chance], Tensor]) -> Tensor:
+    def weighted(self, batch, loss: Callable[[Draws], Tensor]) -> Tensor:
         """Loss of each picture times the weight of its noise level, (B,)."""
         d = self.denoising
-        chance = d.draw(batch.step).part(batch.positions)
-        return self.weight(d.schedule.logsnr(chance.t), loss(chance), batch)
+        draws = d.draw(batch.step).part(batch.positions)
+        return self.weight(d.schedule.logsnr(draws.t), loss(draws), batch)
 
     def blocks(self) -> list[nn.Module]:
         return [block for level in (*self.net.down_blocks, *self.net.up_blocks) for block in level]
@@ -293,7 +293,8 @@ def in_transformer(name: str) -> bool:
 
 
 def activation_bytes(shape: StageCConfig, config: Config) -> float:
-    """Of one picture of the largest size; probes are frozen nets of narrow blocks. See `activations.of_network`."""
+    """Bytes kept of one picture of the largest size; probes are frozen nets of narrow blocks. See
+    `activations.of_network`."""
     narrow = min(PROBED, shape.hidden[0])
     levels, times = len(shape.hidden), shape.hidden[0] / narrow
     heads = max(1, min(shape.heads) * narrow // shape.hidden[0])
