@@ -33,10 +33,10 @@ def run(args):
     cache.stop_once()
     accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
     number, count = accelerator.process_index, accelerator.num_processes
-    found, root = build.collection(config), Path(config.cache.folder).expanduser()
+    collection, root = build.collection(config), Path(config.cache.folder).expanduser()
     text = text_encoders.frozen(config, config.folder, number) if config.text.frozen else None
     readers = find(config.recipe.name).make_encoders(config, number)
-    parts = ((found.train, config.data), (found.held_out, cache.cut_by(config.data)))
+    parts = ((collection.train, config.data), (collection.held_out, cache.cut_by(config.data)))
     taken = {"text": text and text.store if args.captions else None, "captions": args.captions,
              "latent": readers[0].store if readers and args.latents else None, "latents": args.latents}
     if args.captions or args.latents:
@@ -50,7 +50,7 @@ def run(args):
         return
     if text:
         captions = list(dict.fromkeys(["", *config.samples.prompts,
-                                       *(c for i in found.train + found.held_out for c in i.texts)]))
+                                       *(c for i in collection.train + collection.held_out for c in i.texts)]))
         text.prepare(captions[number::count], accelerator.device, tqdm)
         accelerator.print(f"{text.store.folder}: {len(text.store):,} captions")
     for items, settings in parts if readers else ():

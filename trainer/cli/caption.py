@@ -35,7 +35,7 @@ def run(args):
         raise ValueError(f"--out {args.out} is what is read. Choose another name.")
     if not args.out and kind not in ("folder", "classes"):
         raise ValueError(f"{path} does not keep its captions in .txt files: name a new jsonl with --out.")
-    found = layouts.read(path, kind, Data(path=str(path), conditions=names))
+    data_set = layouts.read(path, kind, Data(path=str(path), conditions=names))
     model = caption.Captioner(args.model, chosen_device(args.device), args.max_tokens)
-    made = caption.caption(found, model, args.prompt, args.answer, args.out, args.overwrite, args.batch, tqdm)
+    made = caption.caption(data_set, model, args.prompt, args.answer, args.out, args.overwrite, args.batch, tqdm)
     print(f"{made:,} captions written: {args.out or args.data}")

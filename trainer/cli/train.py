@@ -33,34 +33,35 @@ def run(args):
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     accelerator = Accelerator(cpu=config.device == "cpu" or not gpu)
     parts = loop.parts_of(config, accelerator.process_index, accelerator.num_processes)
-    found = build.collection(config)
+    collection = build.collection(config)
     if args.dry_run:
         from ..training import plan
 
-        batches = loader.Batches(found.train, config.data, config.seed, config.batch_size)
-        recipe = plan.on_meta(lambda: build.recipe(config, found))
-        lines = plan.describe(config, found, recipe, batches, parts, accelerator.num_processes, accelerator.device)
+        batches = loader.Batches(collection.train, config.data, config.seed, config.batch_size)
+        recipe = plan.on_meta(lambda: build.recipe(config, collection))
+        lines = plan.describe(config, collection, recipe, batches, parts, accelerator.num_processes, accelerator.device)
         return accelerator.print("\n".join(lines))
 
-    run = Run(config, accelerator, found.held_out)
+    run = Run(config, accelerator, collection.held_out)
     with accelerator.main_process_first():  # it clears the folder and makes the tokenizer that the others read
         run.open()
-        recipe = build.recipe(config, found, run.folder)
+        recipe = build.recipe(config, collection, run.folder)
         offload.place(recipe, config, accelerator.device)
     if isinstance(recipe.text, text_encoders.FROZEN):
-        captions = [c for i in found.train + found.held_out for c in i.texts]
+        captions = [c for i in collection.train + collection.held_out for c in i.texts]
         with accelerator.main_process_first():
             recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
-    load = cache.loader(config, recipe.encoders, found.train, config.data, accelerator.print)
+    load = cache.loader(config, recipe.encoders, collection.train, config.data, accelerator.print)
     run.load = cache.loader(config, recipe.encoders, run.items, cache.cut_by(config.data), accelerator.print)
-    batches = loader.Batches(found.train, config.data, config.seed, config.batch_size, load)
+    batches = loader.Batches(collection.train, config.data, config.seed, config.batch_size, load)
     if config.compile:
         recipe.compile_blocks()
     if accelerator.is_main_process:
-        if said := build.other_data(run.folder, found):
+        if said := build.other_data(run.folder, collection):
             print(said)
-        build.write_facts(run.folder, recipe, found)
-        print(f"{config.folder}: {loader.summary(found)}; {sum(p.numel() for p in recipe.parameters()):,} parameters")
+        build.write_facts(run.folder, recipe, collection)
+        count = sum(p.numel() for p in recipe.parameters())
+        print(f"{config.folder}: {loader.summary(collection)}; {count:,} parameters")
         if accelerator.num_processes > 1:
             print(f"{accelerator.num_processes} processes, {strategy.IN_WORDS[strategy.way(config)]}")
     with closing(run):

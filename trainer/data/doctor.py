@@ -191,8 +191,8 @@ def tokens_of(path: Path) -> Tokens:
 def tokens_of_recipe(config: Config) -> Tokens:
     from ..features import text_encoders
 
-    found = loader.read(config.data, need="", strict=False)
-    text = text_encoders.make(config, [t for i in found.train for t in (*i.texts, *i.tags)], None)
+    collection = loader.read(config.data, need="", strict=False)
+    text = text_encoders.make(config, [t for i in collection.train for t in (*i.texts, *i.tags)], None)
     limits = (text.places if isinstance(text, text_encoders.FrozenClip) else config.text.max_length,)
     if isinstance(text, text_encoders.FROZEN):
         read = clean_caption if isinstance(text, text_encoders.FrozenT5) and text.clean else str
@@ -229,14 +229,14 @@ def examine(settings: Data, need: str, tokens: Tokens | None = None, batch_size:
             progress=lambda items, total: items) -> Report:
     """need: "captions", "classes", "pictures" for neither, or "" for whichever the data have."""
     report = Report()
-    found = loader.read(settings, need="", strict=False)
-    items, held = found.train + found.held_out, set(map(id, found.held_out))
+    collection = loader.read(settings, need="", strict=False)
+    items, held = collection.train + collection.held_out, set(map(id, collection.held_out))
     need = need or ("classes" if all(i.label >= 0 and not i.texts for i in items) else "captions")
     missing = {id(i) for i in items if isinstance(i.file, Path) and not i.file.is_file()}
     with ThreadPoolExecutor(settings.workers) as pool:
         there = [i for i in items if id(i) not in missing]
         looked = list(progress(pool.map(look, there), len(there)))
-    report.summary.append(loader.summary(found))
+    report.summary.append(loader.summary(collection))
     files(report, settings, items, missing, there, looked)
     passed_over(report, settings)
     doubles(report, there, looked, held)

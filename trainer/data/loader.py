@@ -60,10 +60,10 @@ def read(settings: Data, need: str, strict: bool = True) -> Collection:
     """The items of a data set. need: "captions" or "classes", which every item must then have; else neither. strict:
     refuse items whose files are missing."""
     path = Path(settings.path).expanduser()
-    found = layouts.read(path, settings.kind, settings)
-    train, held_out, prior = found.train, found.held_out, []
+    data_set = layouts.read(path, settings.kind, settings)
+    train, held_out, prior = data_set.train, data_set.held_out, []
     if settings.held_out_path:
-        other = layouts.read(Path(settings.held_out_path).expanduser(), settings.kind, settings, found.classes)
+        other = layouts.read(Path(settings.held_out_path).expanduser(), settings.kind, settings, data_set.classes)
         held_out = held_out + other.train
     if settings.prior_path:
         prior = layouts.read(Path(settings.prior_path).expanduser(), "auto", settings).train
@@ -77,7 +77,7 @@ def read(settings: Data, need: str, strict: bool = True) -> Collection:
     train = train + prior
     if strict:
         complain(path, train + held_out, settings, need)
-    return Collection(train, held_out, found.classes)
+    return Collection(train, held_out, data_set.classes)
 
 
 def complain(path: Path, items: list[Item], settings: Data, need: str):
@@ -101,12 +101,12 @@ def complain(path: Path, items: list[Item], settings: Data, need: str):
         raise ValueError(f"{path} cannot be trained on:\n  " + "\n  ".join(complaints))
 
 
-def identity(found: Collection) -> dict:
+def identity(collection: Collection) -> dict:
     """What identifies the training pictures and captions, wherever they lie; not what the pictures show."""
     digest = hashlib.sha256()
-    for i in found.train:
+    for i in collection.train:
         digest.update(repr((i.file.name, i.texts, i.tags, i.label, i.prior)).encode())
-    return {"pictures": len(found.train), "digest": digest.hexdigest()[:40]}
+    return {"pictures": len(collection.train), "digest": digest.hexdigest()[:40]}
 
 
 def words(caption: str) -> tuple[str, ...]:

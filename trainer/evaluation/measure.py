@@ -106,8 +106,8 @@ def drawn_from(notes: dict) -> list[Item]:
     if not notes.get("data") or Path(notes["data"]).suffix == ".txt":
         return []
     names = list(filter(None, notes["conditions"]))  # "" is the picture itself
-    found = layouts.read(Path(notes["data"]), "auto", Data(path=notes["data"], conditions=names))
-    return found.train + found.held_out
+    data_set = layouts.read(Path(notes["data"]), "auto", Data(path=notes["data"], conditions=names))
+    return data_set.train + data_set.held_out
 
 
 def shown_at(items: list[Item], size: tuple[int, int]) -> Iterator[Tensor]:

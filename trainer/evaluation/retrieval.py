@@ -30,8 +30,8 @@ def evaluate(recipe, config: Config, path: Path, seen: int = 256, steps: int = 1
              seed: int = 0, progress=lambda items: items) -> tuple[dict, list]:
     """(numbers per split, [(prompt, split, picture, place, reference)]) for the jsonl at `path`. References are the
     pictures as squares; a run with conditions draws each item after its own."""
-    found, side, results, rows = layouts.read(path, "jsonl", config.data), config.data.resolution, {}, []
-    items, names = found.train + found.held_out, config.data.conditions
+    data_set, side, results, rows = layouts.read(path, "jsonl", config.data), config.data.resolution, {}, []
+    items, names = data_set.train + data_set.held_out, config.data.conditions
     loader.complain(path, items, config.data, "captions")
     entries = [json.loads(line) for line in layouts.read_text(path).split("\n") if line.strip()]
     entries = sorted(entries, key=lambda e: e.get("split", "train") != "train")  # as `items` are
@@ -45,7 +45,7 @@ def evaluate(recipe, config: Config, path: Path, seen: int = 256, steps: int = 1
         conditions[""] = pixels
     known = metrics.colours(references)
     for split in ("train", "held_out"):
-        chosen = range(len(found.train)) if split == "train" else range(len(found.train), len(items))
+        chosen = range(len(data_set.train)) if split == "train" else range(len(data_set.train), len(items))
         if split == "train":  # a fixed selection that nobody chose
             chosen = sorted(sorted(chosen, key=lambda i: hashlib.sha256(files[i].encode()).digest())[:seen])
         if not chosen:

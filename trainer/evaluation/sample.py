@@ -70,8 +70,8 @@ def source(path: Path, config: Config, need: str) -> tuple[list, list[Item]]:
     if path.suffix == ".txt":
         prompts = [line.strip() for line in layouts.read_text(path).splitlines() if line.strip()]
         return ([int(p) for p in prompts] if classes and all(p.isdigit() for p in prompts) else prompts), []
-    found = layouts.read(path, "auto", replace(config.data, path=str(path)))
-    items = found.train + found.held_out
+    data_set = layouts.read(path, "auto", replace(config.data, path=str(path)))
+    items = data_set.train + data_set.held_out
     if need == "pictures":
         return [str(i.file) for i in items], items
     if classes:

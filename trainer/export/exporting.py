@@ -20,12 +20,12 @@ def open_run(folder: Path, step: int | None = None, weights: str = "ema", device
     """The trained recipe of a run folder, ready to sample: (recipe, settings, step)."""
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} is not a run folder: it has no config.json.")
-    found = checkpoints(folder)
-    steps = [int(p.name) for p in found]
-    if not found or (step is not None and step not in steps):
+    saved = checkpoints(folder)
+    steps = [int(p.name) for p in saved]
+    if not saved or (step is not None and step not in steps):
         raise ValueError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}; there are: "
                          f"{', '.join(map(str, steps)) or 'none'}.")
-    chosen = found[-1 if step is None else steps.index(step)]
+    chosen = saved[-1 if step is None else steps.index(step)]
     settings = stored(folder)
     recipe = build.reopened(settings, folder)
     restore_module(recipe, read_tensors(chosen / "model.safetensors"))

@@ -105,13 +105,13 @@ def vae_problems(path: str, channels: int, reader: str) -> list[str]:
     if place.is_dir():
         folder = place / "vae" if (place / "vae" / "config.json").is_file() else place
         try:
-            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            problems = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            found = {}
-        if found.get("_class_name") not in VAE_KINDS:
+            problems = {}
+        if problems.get("_class_name") not in VAE_KINDS:
             return [f"vae.path={path!r} is not a VAE's folder: its config.json should name one of "
                     f"{', '.join(VAE_KINDS)}."]
-        stated = found.get("latent_channels", 4)  # diffusers' own default
+        stated = problems.get("latent_channels", 4)  # diffusers' own default
     else:
         try:
             with safe_open(place, framework="pt") as file:

@@ -49,13 +49,13 @@ class Settings:
 def sizes(config: Config, multiple: int, remark: str = "") -> list[str]:
     """Problems with the sizes that a network is to take: squares, buckets and samples. remark: where the multiple is
     from."""
-    found, data = Problems(), config.data
+    problems, data = Problems(), config.data
     name = f"data.resolution{'s' * bool(data.resolutions)}"
     squares = [] if data.buckets else [(name, side) for side in data.sides]
     for name, side in (*squares, ("samples.height", config.samples.height), ("samples.width", config.samples.width)):
-        found.need(side % multiple == 0, f"{name}={side} is not a multiple of {multiple}{remark}.")
+        problems.need(side % multiple == 0, f"{name}={side} is not a multiple of {multiple}{remark}.")
     if data.buckets and not rules.data(data, config.batch_size, config.micro_batch_size):
         odd = [size for size in buckets.sizes(data) if size[0] % multiple or size[1] % multiple]
-        found += [f"data.buckets={data.buckets!r} has sizes such as {width}x{height}, no multiples of {multiple}"
-                  f"{remark}: take \"area\" with a data.bucket_multiple." for height, width in odd[:1]]
-    return found
+        problems += [f"data.buckets={data.buckets!r} has sizes such as {width}x{height}, no multiples of {multiple}"
+                     f"{remark}: take \"area\" with a data.bucket_multiple." for height, width in odd[:1]]
+    return problems

@@ -140,11 +140,12 @@ class Blank:
         return found
 
 
-def of_a_step(config: Config, found: loader.Collection, recipe: nn.Module, parts: list[range], rates: Rates) -> Cost:
+def of_a_step(config: Config, collection: loader.Collection, recipe: nn.Module, parts: list[range],
+              rates: Rates) -> Cost:
     """With the encoding of its pictures unless cache.folder has them encoded. recipe: with its weights on the meta
     device; it cannot be used afterwards."""
     clock = Clock(rates)
-    batches = loader.Batches(found.train, config.data, config.seed, config.batch_size,
+    batches = loader.Batches(collection.train, config.data, config.seed, config.batch_size,
                            lambda items, settings: Blank(items, settings, clock))
     for net in (recipe, *recipe.teacher):
         imagine(net, clock)

@@ -15,13 +15,13 @@ from . import cost
 from .optim import Optimizers, moment_bytes
 
 
-def describe(config: Config, found: loader.Collection, recipe, batches: loader.Batches, parts: list[range],
+def describe(config: Config, collection: loader.Collection, recipe, batches: loader.Batches, parts: list[range],
              processes: int, device: torch.device):
     """The plan in lines of text. recipe: with its weights on the meta device; it cannot be used afterwards."""
     learns = [(n, p) for n, p in recipe.named_parameters() if p.requires_grad]
     count = sum(p.numel() for _, p in learns)
     lines = [f"run        {config.folder} ({config.recipe.name}, {config.precision}, seed {config.seed})",
-             f"data       {loader.summary(found)}",
+             f"data       {loader.summary(collection)}",
              f"parameters {count:,} learn, {quantization.size(recipe) - count:,} frozen"]
     parents: dict[str, int] = {}
     for name, p in learns:
@@ -35,7 +35,7 @@ def describe(config: Config, found: loader.Collection, recipe, batches: loader.B
                                         f"warm-up {config.optimizer.warm_up} steps")
     images = config.steps * config.batch_size
     lines.append(f"steps      {config.steps:,} of {config.batch_size} pictures = {images:,} pictures, "
-                 f"{images / len(found.train):.1f} epochs; {processes} process(es), "
+                 f"{images / len(collection.train):.1f} epochs; {processes} process(es), "
                  f"{len(parts)} pass(es) of {len(parts[0])}")
     if len(batches.buckets) > 1:
         lines.append("sizes      " + ", ".join(f"{w}x{h}: {len(some):,}" for (h, w), some in batches.buckets.items()))
@@ -57,7 +57,7 @@ def describe(config: Config, found: loader.Collection, recipe, batches: loader.B
     if config.batch_size > 8:
         lines.append(f"  ... {config.batch_size - 8} more")
     where = next(i for i, line in enumerate(lines) if line.startswith("memory"))
-    return lines[:where + 1] + duration(config, found, recipe, parts, device) + lines[where + 1:]
+    return lines[:where + 1] + duration(config, collection, recipe, parts, device) + lines[where + 1:]
 
 
 def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, processes: int,
@@ -90,11 +90,12 @@ def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, proces
 SLOWER = 2  # than estimated were real steps of pixelflow_emoji (2.1 times) and flux_emoji (1.9), on one CPU core
 
 
-def duration(config: Config, found: loader.Collection, recipe, parts: list[range], device: torch.device) -> list[str]:
+def duration(config: Config, collection: loader.Collection, recipe, parts: list[range],
+             device: torch.device) -> list[str]:
     """How long a step and the run would take on this device, and how that is known."""
     rates = cost.Rates(device)
     try:
-        step = cost.of_a_step(config, found, recipe, parts, rates)
+        step = cost.of_a_step(config, collection, recipe, parts, rates)
     except (RuntimeError, NotImplementedError) as error:  # of operations that look at values, which are not there
         return [f"time       cannot be estimated for these settings: {first_line(error)}"]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

@@ -72,10 +72,10 @@ class Run:
             write_whole(path, json.dumps(settings, indent=2))
 
     def restore(self, recipe: nn.Module, ema, optimizer) -> int:
-        found = checkpoints(self.folder)
+        saved = checkpoints(self.folder)
         step = 0
-        if found:
-            newest = found[-1]
+        if saved:
+            newest = saved[-1]
             restore_module(recipe, read_tensors(newest / "model.safetensors"))
             if ema.weights:
                 ema.load_state_dict(read_tensors(newest / "ema.safetensors"))

@@ -38,23 +38,26 @@ class Autoencoder(Settings):
     feature_weight: float = 0.1
 
     def problems(self, config: Config) -> list[str]:
-        found, model, prompts = Problems(), config.model, config.samples.prompts
+        problems, model, prompts = Problems(), config.model, config.samples.prompts
         for name in ("noise", "kl", "feature_weight"):
-            found.at_least(f"recipe.{name}", look_up(self, name), 0)
-        found.at_least("model.latent_channels", model.latent_channels, 1)
-        found.above_zero("model.latent_scale", model.latent_scale)
-        found.need(not config.text.encoder, f"text.encoder={config.text.encoder!r}: an autoencoder reads no captions.")
-        found.need(not config.vae.path, f"vae.path={config.vae.path!r}: an autoencoder is trained here; to go on with "
-                                        "one of ours name it in init_from.")
-        found.need(not config.samples.classes, "samples.classes: an autoencoder draws pictures again: name picture "
-                                               "files in samples.prompts.")
+            problems.at_least(f"recipe.{name}", look_up(self, name), 0)
+        problems.at_least("model.latent_channels", model.latent_channels, 1)
+        problems.above_zero("model.latent_scale", model.latent_scale)
+        problems.need(not config.text.encoder,
+                      f"text.encoder={config.text.encoder!r}: an autoencoder reads no captions.")
+        problems.need(not config.vae.path,
+                      f"vae.path={config.vae.path!r}: an autoencoder is trained here; to go on with "
+                      "one of ours name it in init_from.")
+        problems.need(not config.samples.classes, "samples.classes: an autoencoder draws pictures again: name picture "
+                                                  "files in samples.prompts.")
         absent = [p for p in prompts if not Path(p).expanduser().is_file()]
-        found.need(not absent, f"samples.prompts are picture files for an autoencoder; not there: {', '.join(absent)}.")
-        found += sizes(config, FACTOR)
-        found.exists("recipe.features", self.features, "file")
-        found.need(not self.features or min(config.data.sides) >= LEAST,
-                   f"recipe.features sees nothing below {LEAST} pixels.")
-        return found
+        problems.need(not absent,
+                      f"samples.prompts are picture files for an autoencoder; not there: {', '.join(absent)}.")
+        problems += sizes(config, FACTOR)
+        problems.exists("recipe.features", self.features, "file")
+        problems.need(not self.features or min(config.data.sides) >= LEAST,
+                      f"recipe.features sees nothing below {LEAST} pixels.")
+        return problems
 
 
 RECIPES = {Autoencoder.name: Autoencoder}

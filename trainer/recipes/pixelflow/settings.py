@@ -40,27 +40,28 @@ class PixelFlow(Settings):
     on a GPU, dense on a CPU, where it is the faster one."""
 
     def problems(self, config: Config) -> list[str]:
-        found, text, samples = Problems(), config.text.encoder, config.samples
-        found.dropout(self.dropout)
-        found.one_of("recipe.packing", self.packing, ("auto", "packed", "dense"))
+        problems, text, samples = Problems(), config.text.encoder, config.samples
+        problems.dropout(self.dropout)
+        problems.one_of("recipe.packing", self.packing, ("auto", "packed", "dense"))
         if self.lora:
-            found += rules.adapter(config.adapter)
-            found.need(config.init_from,
-                       "init_from is empty: recipe.lora=true trains on a network that is there already.")
+            problems += rules.adapter(config.adapter)
+            problems.need(config.init_from,
+                          "init_from is empty: recipe.lora=true trains on a network that is there already.")
         else:
-            found.need(config.adapter == Adapter(), "[adapter] is read only with recipe.lora=true.")
+            problems.need(config.adapter == Adapter(), "[adapter] is read only with recipe.lora=true.")
         try:
             requested(config.model)
-            found += [] if config.init_from else of_shape(config, new_shape(config))
+            problems += [] if config.init_from else of_shape(config, new_shape(config))
         except ValueError as error:
-            found.append(str(error))
-        found.need(not (text and samples.classes), "samples.classes is for class-conditional runs, this one has a text "
-                                                   "encoder: use samples.prompts.")
-        found.need(text or not samples.prompts,
-                   "samples.prompts needs a text encoder: set text.encoder, or use samples.classes.")
-        found.need(text or config.data.kind != "folder",
-                   "data.kind=\"folder\" has no classes: use \"classes\", or set text.encoder for captions.")
-        return found
+            problems.append(str(error))
+        problems.need(not (text and samples.classes),
+                      "samples.classes is for class-conditional runs, this one has a text "
+                      "encoder: use samples.prompts.")
+        problems.need(text or not samples.prompts,
+                      "samples.prompts needs a text encoder: set text.encoder, or use samples.classes.")
+        problems.need(text or config.data.kind != "folder",
+                      "data.kind=\"folder\" has no classes: use \"classes\", or set text.encoder for captions.")
+        return problems
 
 
 RECIPES = {PixelFlow.name: PixelFlow}
@@ -91,9 +92,9 @@ def new_shape(config: Config) -> PixelFlowConfig:
 
 def of_shape(config: Config, shape: PixelFlowConfig) -> list[str]:
     """What a network of this shape cannot take."""
-    found = Problems(sizes(config, shape.size_multiple, " (patch size times 2^(stages-1))"))
+    problems = Problems(sizes(config, shape.size_multiple, " (patch size times 2^(stages-1))"))
     weights = config.recipe.stage_weights
-    found.need(weights is None or (len(weights) == shape.num_stages and min(weights) >= 0 and sum(weights) > 0),
-               f"recipe.stage_weights={weights} must be {shape.num_stages} numbers that are not negative, because the "
-               f"model has {shape.num_stages} stages.")
-    return found
+    problems.need(weights is None or (len(weights) == shape.num_stages and min(weights) >= 0 and sum(weights) > 0),
+                  f"recipe.stage_weights={weights} must be {shape.num_stages} numbers that are not negative, because "
+                  f"the model has {shape.num_stages} stages.")
+    return problems

@@ -19,6 +19,7 @@ from ....models_impl.pixelponder import checkpoint
 from ....models_impl.pixelponder.config import PixelPonderConfig, SelectorConfig
 from ....models_impl.pixelponder.model import Control, PixelPonder
 from ....models_impl.pixelponder.patch_select import Accumulate, Released
+from ...config.problems import Problems
 from ...config.schema import Config
 from ...data import pictures
 from ...features.hints import Hints, chosen, seen
@@ -92,9 +93,10 @@ class Recipe(Base):
         except (ValueError, OSError) as error:
             return [f"recipe.base={config.recipe.base}, [model], init_from: {error}"]
         unknown = [k for k in config.recipe.kinds(config) if k not in shape.types]
-        found = [f"there is no stem for {', '.join(unknown)}; the network knows {', '.join(shape.types)} (model.types)."
-                 ] if unknown else []
-        return found + task.shape_problems(config, shape.trunk)
+        problems = Problems()
+        problems.need(not unknown, f"there is no stem for {', '.join(unknown)}; the network knows "
+                                   f"{', '.join(shape.types)} (model.types).")
+        return problems + task.shape_problems(config, shape.trunk)
 
     def groups(self, config: Config) -> list[Group]:
         (all_of,) = groups([(self.net, 1.0)])

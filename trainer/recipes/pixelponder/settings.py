@@ -63,37 +63,39 @@ class PixelPonder(Settings):
         return [*config.data.conditions, *self.annotators]
 
     def problems(self, config: Config) -> list[str]:
-        found, kinds, prompts = Problems(), self.kinds(config), config.samples.prompts
-        found.one_of("recipe.selection", self.selection, ("accumulate", "released"))
+        problems, kinds, prompts = Problems(), self.kinds(config), config.samples.prompts
+        problems.one_of("recipe.selection", self.selection, ("accumulate", "released"))
         unknown = [k for k in self.annotators if k not in ANNOTATORS]
-        found.need(not unknown, f"recipe.annotators={unknown}: only {', '.join(ANNOTATORS)} are drawn from pictures.")
-        found.need(len(set(kinds)) == len(kinds),
-                   f"data.conditions and recipe.annotators name a kind twice: {', '.join(kinds)}.")
-        found.need(kinds, "there are no hints: name those that the data have in data.conditions, or set "
-                          "recipe.annotators = [\"canny\"].")
-        found.need("hed" not in self.annotators or self.hed,
-                   "recipe.annotators has \"hed\": name the file of its network in recipe.hed.")
-        found.exists("recipe.hed", self.hed)
+        problems.need(not unknown,
+                      f"recipe.annotators={unknown}: only {', '.join(ANNOTATORS)} are drawn from pictures.")
+        problems.need(len(set(kinds)) == len(kinds),
+                      f"data.conditions and recipe.annotators name a kind twice: {', '.join(kinds)}.")
+        problems.need(kinds, "there are no hints: name those that the data have in data.conditions, or set "
+                             "recipe.annotators = [\"canny\"].")
+        problems.need("hed" not in self.annotators or self.hed,
+                      "recipe.annotators has \"hed\": name the file of its network in recipe.hed.")
+        problems.exists("recipe.hed", self.hed)
         most = self.max_conditions or len(kinds)
-        found.need(1 <= self.min_conditions <= most <= len(kinds) or not kinds,
-                   f"recipe.min_conditions={self.min_conditions}, recipe.max_conditions={self.max_conditions}: there "
-                   f"are {len(kinds)} kinds of hints.")
-        found.need(1 <= self.choices <= config.batch_size,
-                   f"recipe.choices={self.choices} is not in 1 to batch_size={config.batch_size}.")
-        found.above_zero("recipe.rounds", self.rounds)
-        found.above_zero("recipe.selector_learning_rate_multiple", self.selector_learning_rate_multiple)
-        found.need(not self.hints or len(self.hints) == len(prompts),
-                   f"recipe.hints has {len(self.hints)} entries, samples.prompts {len(prompts)}.")
+        problems.need(1 <= self.min_conditions <= most <= len(kinds) or not kinds,
+                      f"recipe.min_conditions={self.min_conditions}, recipe.max_conditions={self.max_conditions}: "
+                      f"there are {len(kinds)} kinds of hints.")
+        problems.need(1 <= self.choices <= config.batch_size,
+                      f"recipe.choices={self.choices} is not in 1 to batch_size={config.batch_size}.")
+        problems.above_zero("recipe.rounds", self.rounds)
+        problems.above_zero("recipe.selector_learning_rate_multiple", self.selector_learning_rate_multiple)
+        problems.need(not self.hints or len(self.hints) == len(prompts),
+                      f"recipe.hints has {len(self.hints)} entries, samples.prompts {len(prompts)}.")
         for files in (entry.split(",") for entry in self.hints):
-            found.need(len(files) == len(kinds), f"recipe.hints: {','.join(files)!r} names {len(files)} files for the "
-                                                 f"kinds {', '.join(kinds)}.")
+            problems.need(len(files) == len(kinds),
+                          f"recipe.hints: {','.join(files)!r} names {len(files)} files for the "
+                          f"kinds {', '.join(kinds)}.")
             absent = [f for f in files if not Path(f).expanduser().is_file()]
-            found.need(not absent, f"recipe.hints: {', '.join(absent)} not there.")
-        found.need(config.text.frozen or not config.text.learn,
-                   "text.learn=true: the text encoder is the base's and stays as it is. Set text.learn=false.")
-        found.need(self.base, "recipe.base is empty: name the FLUX that is guided.")
-        found.exists("recipe.base", self.base)
-        return found + flux.of_family(config)
+            problems.need(not absent, f"recipe.hints: {', '.join(absent)} not there.")
+        problems.need(config.text.frozen or not config.text.learn,
+                      "text.learn=true: the text encoder is the base's and stays as it is. Set text.learn=false.")
+        problems.need(self.base, "recipe.base is empty: name the FLUX that is guided.")
+        problems.exists("recipe.base", self.base)
+        return problems + flux.of_family(config)
 
     def bases(self, config: Config) -> list[str]:
         return [self.base]

@@ -103,13 +103,13 @@ class Recipe(StageCRecipe):
 
     @staticmethod
     def file_problems(config: Config) -> list[str]:
-        found = file_problems(config)
-        if not any(p.startswith("[model]") for p in found):
+        problems = file_problems(config)
+        if not any(p.startswith("[model]") for p in problems):
             try:
                 shape_of(config, read(config.model.stage_c)[0])
             except ValueError as error:
-                found.append(str(error))
-        return found
+                problems.append(str(error))
+        return problems
 
     def groups(self, config: Config) -> list[Group]:
         return groups([(self.controlnet, 1.0)], in_transformer)

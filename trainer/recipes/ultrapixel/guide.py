@@ -50,16 +50,16 @@ class Recipe(StageCRecipe):
 
     @staticmethod
     def file_problems(config: Config) -> list[str]:
-        found, side = file_problems(config), config.recipe.low_side
-        if any(p.startswith("[model]") for p in found):
-            return found
+        problems, side = file_problems(config), config.recipe.low_side
+        if any(p.startswith("[model]") for p in problems):
+            return problems
         try:
             shape = shape_of(config, read(config.model.stage_c)[0])
         except ValueError as error:
-            return [*found, str(error)]
+            return [*problems, str(error)]
         if side**2 > shape.max_tokens:
-            found.append(f"recipe.low_side={side} makes {side**2} cells, the guide takes {shape.max_tokens}.")
-        return found
+            problems.append(f"recipe.low_side={side} makes {side**2} cells, the guide takes {shape.max_tokens}.")
+        return problems
 
     def groups(self, config: Config) -> list[Group]:
         return groups([(self.guide, 1.0)], in_transformer)

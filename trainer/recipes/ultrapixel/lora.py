@@ -95,13 +95,13 @@ class Recipe(StageCRecipe):
 
     @staticmethod
     def file_problems(config: Config) -> list[str]:
-        found = file_problems(config)
-        if config.init_from and not any(p.startswith("[model]") for p in found):
+        problems = file_problems(config)
+        if config.init_from and not any(p.startswith("[model]") for p in problems):
             try:
                 start(config, read(config.model.stage_c)[0])
             except ValueError as error:
-                found.append(f"init_from={config.init_from}: {error}")
-        return found
+                problems.append(f"init_from={config.init_from}: {error}")
+        return problems
 
     def groups(self, config: Config) -> list[Group]:
         """text.learning_rate_multiple is the word's."""

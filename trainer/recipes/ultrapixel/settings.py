@@ -104,17 +104,17 @@ class Lora(Settings):
     """nearest, as the release, or antialias."""
 
     def problems(self, config: Config) -> list[str]:
-        found = Problems([*of_family(config), *of_loss(self.dropout, self.image_share, self.weight),
-                          *(of_low(config) if config.model.guide else ())])
-        found.at_least("recipe.rank", self.rank, 1)
-        found.above_zero("recipe.alpha", self.alpha)
-        found.need(bool(self.word) == bool(self.word_base),
-                   f"recipe.word={self.word!r} and recipe.word_base={self.word_base!r} belong together: a new word "
-                   "begins as the mean of known ones (\"^cat</w>\").")
-        found.need(not any(c.isspace() for c in self.word), f"recipe.word={self.word!r} must be one word.")
-        found.share("recipe.high_share", self.high_share)
-        found.at_least("recipe.low_until", self.low_until, 0)
-        return found
+        problems = Problems([*of_family(config), *of_loss(self.dropout, self.image_share, self.weight),
+                             *(of_low(config) if config.model.guide else ())])
+        problems.at_least("recipe.rank", self.rank, 1)
+        problems.above_zero("recipe.alpha", self.alpha)
+        problems.need(bool(self.word) == bool(self.word_base),
+                      f"recipe.word={self.word!r} and recipe.word_base={self.word_base!r} belong together: a new word "
+                      "begins as the mean of known ones (\"^cat</w>\").")
+        problems.need(not any(c.isspace() for c in self.word), f"recipe.word={self.word!r} must be one word.")
+        problems.share("recipe.high_share", self.high_share)
+        problems.at_least("recipe.low_until", self.low_until, 0)
+        return problems
 
     def bases(self, config: Config) -> list[str]:
         return [config.model.stage_c, config.model.guide]
@@ -146,17 +146,17 @@ class ControlNet(Settings):
     """Pictures whose hints the sample prompts get, in turn; for another hint than canny, the condition pictures."""
 
     def problems(self, config: Config) -> list[str]:
-        found = Problems([*of_family(config), *of_loss(self.dropout, self.image_share, self.weight)])
+        problems = Problems([*of_family(config), *of_loss(self.dropout, self.image_share, self.weight)])
         known = (CANNY, *config.data.conditions)
-        found.need(self.hint in known, f"recipe.hint={self.hint!r} is none of {', '.join(known)}"
-                                       f"{nearest(self.hint, known)}: name it in data.conditions too.")
-        found.need(self.channels in (1, 3), f"recipe.channels={self.channels} must be 1 or 3.")
-        found.need(not config.samples.every or self.sample_hints,
-                   f"samples.every={config.samples.every} draws pictures, and recipe.sample_hints names none to take "
-                   "their hints from.")
+        problems.need(self.hint in known, f"recipe.hint={self.hint!r} is none of {', '.join(known)}"
+                                          f"{nearest(self.hint, known)}: name it in data.conditions too.")
+        problems.need(self.channels in (1, 3), f"recipe.channels={self.channels} must be 1 or 3.")
+        problems.need(not config.samples.every or self.sample_hints,
+                      f"samples.every={config.samples.every} draws pictures, and recipe.sample_hints names none to "
+                      "take their hints from.")
         for path in self.sample_hints:
-            found.need(Path(path).expanduser().is_file(), f"recipe.sample_hints: there is no file {path!r}.")
-        return found
+            problems.need(Path(path).expanduser().is_file(), f"recipe.sample_hints: there is no file {path!r}.")
+        return problems
 
     def bases(self, config: Config) -> list[str]:
         return [config.model.stage_c, config.model.guide]
@@ -167,39 +167,41 @@ RECIPES = {kind.name: kind for kind in (Guide, Lora, ControlNet)}
 
 def of_family(config: Config) -> list[str]:
     """What every UltraPixel recipe needs."""
-    found, model, text, samples = Problems(), config.model, config.text, config.samples
+    problems, model, text, samples = Problems(), config.model, config.text, config.samples
     for name in (*FILES, "image_encoder"):
-        found.exists(f"model.{name}", look_up(model, name))
-    found.need(model.stage_c, "model.stage_c is empty: name Stage C of Stable Cascade (stage_c_bf16.safetensors), the "
-                              "base that UltraPixel builds on.")
-    found.need(text.encoder, "text.encoder is empty: Stage C reads captions. Name the folder of CLIP-G's text tower "
-                             "(text_encoder of stabilityai/stable-cascade, with its tokenizer).")
-    found.need(not text.encoder or text.frozen,
-               f"text.encoder={text.encoder!r}: Stage C reads CLIP-G, a folder as transformers saves it.")
-    found.need(config.vae.path, "vae.path is empty: Stage C draws latents of Stable Cascade's semantic encoder. Name "
-                                "effnet_encoder.safetensors.")
-    found.need(not samples.classes, "samples.classes is for class-conditional runs: use samples.prompts.")
-    found.need(bool(model.stage_b) == bool(model.stage_a),
-               "model.stage_b and model.stage_a belong together: name both, or neither.")
-    found.need(not samples.every or model.previewer or model.stage_a,
-               f"samples.every={samples.every} asks for pictures, and nothing here makes pictures of latents: name "
-               "model.previewer, or model.stage_b and model.stage_a, or set it to 0.")
+        problems.exists(f"model.{name}", look_up(model, name))
+    problems.need(model.stage_c,
+                  "model.stage_c is empty: name Stage C of Stable Cascade (stage_c_bf16.safetensors), the "
+                  "base that UltraPixel builds on.")
+    problems.need(text.encoder, "text.encoder is empty: Stage C reads captions. Name the folder of CLIP-G's text tower "
+                                "(text_encoder of stabilityai/stable-cascade, with its tokenizer).")
+    problems.need(not text.encoder or text.frozen,
+                  f"text.encoder={text.encoder!r}: Stage C reads CLIP-G, a folder as transformers saves it.")
+    problems.need(config.vae.path,
+                  "vae.path is empty: Stage C draws latents of Stable Cascade's semantic encoder. Name "
+                  "effnet_encoder.safetensors.")
+    problems.need(not samples.classes, "samples.classes is for class-conditional runs: use samples.prompts.")
+    problems.need(bool(model.stage_b) == bool(model.stage_a),
+                  "model.stage_b and model.stage_a belong together: name both, or neither.")
+    problems.need(not samples.every or model.previewer or model.stage_a,
+                  f"samples.every={samples.every} asks for pictures, and nothing here makes pictures of latents: name "
+                  "model.previewer, or model.stage_b and model.stage_a, or set it to 0.")
     if not rules.data(config.data, config.batch_size, config.micro_batch_size):
         odd = [size for size in buckets.sizes(config.data) if size[0] % PIXELS or size[1] % PIXELS]
-        found += [f"data.resolution has sizes such as {width}x{height}, which are no multiples of {PIXELS}: "
-                  "data.buckets=\"ultrapixel\" has only such." for height, width in odd[:1]]
+        problems += [f"data.resolution has sizes such as {width}x{height}, which are no multiples of {PIXELS}: "
+                     "data.buckets=\"ultrapixel\" has only such." for height, width in odd[:1]]
     for side in ("height", "width") if model.stage_b else ():
         size = look_up(samples, side)
-        found.need(size % 8 == 0, f"samples.{side}={size} is not a multiple of 8, which Stage B needs.")
-    return found
+        problems.need(size % 8 == 0, f"samples.{side}={size} is not a multiple of 8, which Stage B needs.")
+    return problems
 
 
 def of_loss(dropout: float, image_share: float, weight: str) -> list[str]:
-    found = Problems()
-    found.share("recipe.dropout", dropout)
-    found.share("recipe.image_share", image_share)
-    found.one_of("recipe.weight", weight, WEIGHTS)
-    return found
+    problems = Problems()
+    problems.share("recipe.dropout", dropout)
+    problems.share("recipe.image_share", image_share)
+    problems.one_of("recipe.weight", weight, WEIGHTS)
+    return problems
 
 
 def of_low(config: Config) -> list[str]:

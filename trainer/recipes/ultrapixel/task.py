@@ -33,16 +33,16 @@ PROBED = 128  # channels of the nets that memory is measured on; what a net keep
 
 def file_problems(config: Config) -> list[str]:
     """Problems with the files that every UltraPixel recipe reads."""
-    found, model, text = [], config.model, Path(config.text.encoder).expanduser()
+    problems, model, text = [], config.model, Path(config.text.encoder).expanduser()
     try:
         shape = read(model.stage_c)[0]
         if model.guide:
             fitting(read(model.guide, checkpoint.read_guide)[0], shape, f"model.guide={model.guide}")
     except (ValueError, OSError) as error:
-        found.append(f"[model]: {error}")
+        problems.append(f"[model]: {error}")
     if text.is_dir() and not text_encoders.is_clip(config.text.encoder):
-        found.append(f"text.encoder={config.text.encoder!r} is no CLIP: Stage C reads CLIP-G.")
-    return found
+        problems.append(f"text.encoder={config.text.encoder!r} is no CLIP: Stage C reads CLIP-G.")
+    return problems
 
 
 @dataclass(frozen=True)
