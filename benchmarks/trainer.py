@@ -71,7 +71,7 @@ def ours(args, case: str):
     if case == "lora":
         net.requires_grad_(False)
         if args.precision == "bf16":
-            net.to(torch.bfloat16)  # as pixart.frozen
+            net.to(torch.bfloat16)  # as recipes/pixart/start.frozen
         net = adapters.attach(net, Adapter(rank=RANK), task.TARGETS)
     net.gradient_checkpointing = args.checkpoint
     net.to(args.device)

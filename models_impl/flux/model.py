@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import checkpointing
 from ..attention import attention as dense_attention
 from .config import FluxConfig
 
@@ -257,9 +258,7 @@ class FluxTrunk(nn.Module):
         return self.img_in(img), self.txt_in(context), vec, rope
 
     def run(self, block: nn.Module, *inputs):
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        return checkpointing.run(block, *inputs, checkpointed=self.gradient_checkpointing)
 
 
 class Flux(FluxTrunk):

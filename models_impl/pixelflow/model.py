@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import checkpointing
 from ..attention import attention as dense_attention
 from ..attention import packed_attention
 from .config import PixelFlowConfig
@@ -299,10 +300,7 @@ class PixelFlow(nn.Module):
             condition = condition + self.class_embedder(class_labels, h.dtype)
         condition = condition + self.latent_size_embedder(latent_size, h.dtype)
         for block in self.transformer_blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = torch.utils.checkpoint.checkpoint(block, h, condition, context, flow, use_reentrant=False)
-            else:
-                h = block(h, condition, context, flow)
+            h = checkpointing.run(block, h, condition, context, flow, checkpointed=self.gradient_checkpointing)
         shift, scale = (flow.spread(m) for m in self.proj_out_1(F.silu(condition)).chunk(2, dim=-1))
         return self.proj_out_2(modulate(F.layer_norm(h, h.shape[-1:], eps=EPS), shift, scale))
 

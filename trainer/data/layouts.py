@@ -1,7 +1,7 @@
 """The ways in which people keep pictures with captions: every layout becomes a list of items.
 
 A picture inside an archive is an item like any other, because it is read at its place: a batch is named by its step
-(`data.Batches`), so any picture may be asked for at any time, and a reader that only streams would not do.
+(`loader.Batches`), so any picture may be asked for at any time, and a reader that only streams would not do.
 """
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Whole:
 
     def start(self, optimizer: Optimizers, rounds: int, pictures: int):
         """When weights and moments are where the run goes on. rounds: batches a step; pictures: in each of them."""
-        placed = bool(self.config.memory.swap_blocks)  # by `swap`
+        placed = bool(self.config.memory.swap_blocks)  # by `offload`
         self.model = self.accelerator.prepare(self.recipe, device_placement=[not placed])
 
     def backward(self, batch, rounds: int, last: bool) -> Tensor:

@@ -84,7 +84,7 @@ def convert(
     """Writes `dest` (a .safetensors file; to diffusers a folder too, of models and LoRAs) and returns what was done.
 
     source: a file, or a folder of PEFT or diffusers. kind: one of KINDS; "model" takes the base out of a ControlNet
-    bundle. to: one of FORMATS. dtype: "keep" or a name of `export.DTYPES`. weights: "ema" or "model", of a training
+    bundle. to: one of FORMATS. dtype: "keep" or a name of `exporting.DTYPES`. weights: "ema" or "model", of a training
     file that has both. config: entries that the file does not say, such as {"variant": "alpha"}. base: the PixArt
     model that a ControlNet bundle gets, or that a LoRA is checked against. alpha: of a LoRA that states none. Raises
     ValueError for a file that no converter takes, and where `dest` must not be written.

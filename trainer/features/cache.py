@@ -1,16 +1,8 @@
-"""Features that frozen encoders made of captions and pictures, kept on disk: `python -m trainer cache recipe.toml`.
-
-    FOLDER/
-      pictures.jsonl                  what every picture file was when it was last read, and the digest of its bytes
-      NAME-<digest>/encoder.json      which encoder, with which settings, made what lies here
-      NAME-<digest>/*.safetensors     shards; the header of each is its part of the index
-
-A feature is found by the content it was made from (a caption, or the bytes of a picture and how it was cut) and by what
-made it, so nothing that changed is ever taken for what it was: it is missing, and `lacking` says why. Shards appear
-whole or not at all, so a process that is killed leaves nothing half-written and the next one goes on after it.
+"""Features that frozen encoders made of pictures, found by the bytes of a picture and how it was cut: the command
+`cache` makes them, and a run that finds all of its own opens no picture. They lie in a `store.Store`.
 
 An encoder of pictures is anything with `name`, `of` ("" for the picture, or the name of a condition), `store` (a Store
-or None) and `encode(pictures (B, 3, H, W) uint8, device) -> {part: (B, ...)}`; `encoders.FrozenVae` is one.
+or None) and `encode(pictures (B, 3, H, W) uint8, device) -> {part: (B, ...)}`; `vaes.FrozenVae` is one.
 """
 from __future__ import annotations
 
@@ -35,7 +27,6 @@ AT_ONCE = 8  # pictures decoded and encoded together
 ORIGINAL, BOX = "original", "box"  # parts beside an encoder's own: what `pictures.Picture` says of the cut
 
 
-# --- Pictures
 
 def key_of(item: Item, of: str, size: Size, crop: str, mirrored: bool, digests: Digests) -> str:
     """Where the features of a picture, or of its condition `of`, lie. A condition is cut as its picture is."""
@@ -55,7 +46,7 @@ def shown(items: list[Item], settings: Data) -> Iterator[tuple[Item, Size]]:
 
 
 def cut_by(settings: Data) -> Data:
-    """The settings under which held-out pictures are shown (`data.fixed`)."""
+    """The settings under which held-out pictures are shown (`loader.fixed`)."""
     return replace(settings, flip=False, crop="centre" if settings.crop == "random" else settings.crop)
 
 
@@ -94,7 +85,7 @@ class Cached:
 
 
 def loader(config: Config, encoders: list, items: list[Item], settings: Data, say: Callable[[str], None]) -> Callable:
-    """What loads pictures for `data.Batches` and `data.fixed`: `Cached` if the cache has them all, else Pictures.
+    """What loads pictures for `loader.Batches` and `loader.fixed`: `Cached` if the cache has them all, else Pictures.
 
     say: called with a sentence or two on why the cache is not used where there is one.
     """

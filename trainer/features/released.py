@@ -14,7 +14,6 @@ from ..data.pictures import measure, plan
 from .cache import BOX, ORIGINAL, key_of, shown
 from .store import Digests, Store, digest
 
-# --- The releases' own feature files (PixArt-alpha/PixArt-sigma@1ce521a, tools/extract_features.py)
 
 def file_names(item: Item, root: Path) -> tuple[str, str]:
     """What the releases may call the features of a picture: the stem of its file (SAM), or "folder_stem" with every

@@ -103,7 +103,7 @@ class FrozenT5(nn.Module):
 
     def __init__(self, name: str, max_length: int, cache: Path, tokens: str = "", clean: bool = False,
                  precision: str = "fp32", writer: int = 0, padded: bool = False, clip: str = ""):
-        """padded, clip: see `config.Text`."""
+        """padded, clip: see `schema.Text`."""
         super().__init__()
         hide_broken_torchvision()
         from transformers import AutoConfig, AutoTokenizer

@@ -137,7 +137,7 @@ def not_a_vae(path: str, names) -> str:
 
 def read_vae(path: Path) -> nn.Module:
     """A VAE from a folder of diffusers, or from one file under the names of diffusers or of the original LDM, its sizes
-    found from the shapes, or of TAESD as core knows it (`autoencoder`). Raises ValueError for anything else."""
+    found from the shapes, or of TAESD as core knows it (`taesd`). Raises ValueError for anything else."""
     if not path.exists():
         raise ValueError(f"vae.path={str(path)!r}: there is no such file or folder.")
     hide_broken_torchvision()

@@ -66,7 +66,7 @@ class FewBits(nn.Module):
 class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: FewBits) -> Tensor:
-        # Detached, for the layer's own may be elsewhere by then (`swap`).
+        # Detached, for the layer's own may be elsewhere by then (`offload`).
         ctx.layer, kept = layer, [None if t is None else t.detach() for t in (layer.packed, layer.scale, layer.table)]
         ctx.save_for_backward(*kept)
         return F.linear(x, layer.whole(x.dtype, *kept), None if layer.bias is None else layer.bias.to(x.dtype))

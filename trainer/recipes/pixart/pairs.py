@@ -6,7 +6,7 @@ training picture, for its first caption.
                                           have none
       InternImgs_DMD_noises/NAME.npy      (C, h, w) float16
       InternImgs_DMD_latents/NAME.npy     of the same shape, times latent_scale
-NAME is what the release calls the features of a picture (`cache.file_names`). Each file is whole or not there.
+NAME is what the release calls the features of a picture (`released.file_names`). Each file is whole or not there.
 (diffusion/data/datasets/dmd.py, tools/generate_dmd_data_noise_pairs.py of PixArt-alpha/PixArt-sigma@1ce521a)
 """
 from __future__ import annotations
