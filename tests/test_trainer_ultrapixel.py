@@ -152,7 +152,7 @@ def test_captions_are_dropped_and_images_told_as_often_as_the_settings_say(made,
     assert torch.equal(d.draw(3).t, chance.t) and not torch.equal(d.draw(4).t, chance.t)
     batch = batches(3, range(8))
     chance = replace(chance, dropped=torch.arange(500) == 0, shown=torch.arange(500) == 1).part(range(8))
-    told = d.told(batch, chance)
+    told = d.conditioning(batch, chance)
     empty = recipe.text.lookup([""], "cpu")[0]
     assert torch.equal(told["text"][0], empty[0]) and not torch.equal(told["text"][1], empty[0])
     assert told["image"][1].any() and not told["image"][0].any()

@@ -100,8 +100,8 @@ def test_a_lora_begins_as_nothing_and_scales_by_alpha_over_rank(plain):
     x, timestep = d.noisy(latents.high, latents.noise, chance.t)
     bare = tiny_ultrapixel.network(StageC, tiny_ultrapixel.C)
     with torch.no_grad():
-        torch.testing.assert_close(recipe.net(x, timestep, **d.told(batch, chance)),
-                                   bare(x, timestep, **d.told(batch, chance)))
+        torch.testing.assert_close(recipe.net(x, timestep, **d.conditioning(batch, chance)),
+                                   bare(x, timestep, **d.conditioning(batch, chance)))
 
 
 def test_all_attentions_learn_and_nothing_else_does(plain):
@@ -122,7 +122,7 @@ def test_a_personalisation_learns_at_low_resolution_first_and_in_turns_then(pers
     for step, expected in ((low, lambda latents, *a: d.plain(latents.low, latents.noise_low, *a)),
                            (high, lambda latents, *a: d.guided(recipe.guide, latents, *a))):
         batch = batches(step, range(4))
-        told = d.told(batch, d.draw(step), recipe.change)
+        told = d.conditioning(batch, d.draw(step), recipe.change)
         torch.testing.assert_close(recipe(batch), expected(d.latents(batch, 0), d.draw(step).t, told))
 
 
