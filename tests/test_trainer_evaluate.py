@@ -229,7 +229,7 @@ def test_what_cannot_be_measured_is_said(tmp_path, judges):
     made = pictures(tmp_path / "s", 2)
     assert "no such run, folder or file" in refusal(tmp_path / "gone")
     assert "needs a network to compare with: --hed or --inception" in refusal(made, "--reference", made)
-    assert "no samples.json that tells the prompts" in refusal(made, "--clip", tmp_path)
+    assert "no samples.json with the prompts" in refusal(made, "--clip", tmp_path)
     assert "is no TorchScript file" in refusal(made, "--inception", judges / "hed.safetensors")
     assert "cannot be read as a CLIP" in refusal(write_notes(made), "--clip", tmp_path)
 
