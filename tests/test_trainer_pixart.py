@@ -330,7 +330,7 @@ def test_an_export_in_fp8_rounds_the_matrices_of_blocks_alone(trained, tmp_path,
 
 
 def test_what_fp8_cannot_hold_is_not_made_nan():
-    assert exporting.stored("blocks.0.x", torch.tensor([[1e4, -1e4]]), "fp8").float().tolist() == [[448.0, -448.0]]
+    assert exporting.written_as("blocks.0.x", torch.tensor([[1e4, -1e4]]), "fp8").float().tolist() == [[448.0, -448.0]]
 
 
 def test_a_model_card_says_how_it_was_made_and_names_no_folder(trained, parts, tmp_path):
