@@ -63,15 +63,16 @@ def ours(args, case: str):
     """(parameters that learn, loss(step) -> tensor)"""
     import torch
     from pixstack.models_impl.pixart.sampling import NoiseSchedule
-    from pixstack.trainer import adapters, pixart
-    from pixstack.trainer.config import Adapter
+    from pixstack.trainer.config.schema import Adapter
+    from pixstack.trainer.recipes import adapters
+    from pixstack.trainer.recipes.pixart import task
 
     config, net = weights(args)
     if case == "lora":
         net.requires_grad_(False)
         if args.precision == "bf16":
-            net.to(torch.bfloat16)  # as pixart.frozen
-        net = adapters.attach(net, Adapter(rank=RANK), pixart.TARGETS)
+            net.to(torch.bfloat16)  # as recipes/pixart/start.frozen
+        net = adapters.attach(net, Adapter(rank=RANK), task.TARGETS)
     net.gradient_checkpointing = args.checkpoint
     net.to(args.device)
     schedule = NoiseSchedule()
@@ -80,9 +81,9 @@ def ours(args, case: str):
         latent, noise, timestep, text = (t.to(args.device) for t in batch_of(args, step))
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=args.device)
         noisy = schedule.add_noise(latent, noise, timestep)
-        given = pixart.Noising(latent, noise, noisy, timestep, {"context": text, "mask": mask})
+        given = task.Noising(latent, noise, noisy, timestep, {"context": text, "mask": mask})
         with torch.autocast(args.device, torch.bfloat16, args.precision == "bf16"):
-            return sum(pixart.losses(net, given, config, schedule, 0.0)).mean()
+            return sum(task.losses(net, given, config, schedule, 0.0)).mean()
 
     return net, loss
 
@@ -90,7 +91,7 @@ def ours(args, case: str):
 def peer(args, case: str):
     import torch
     from pixstack.models_impl.pixart.checkpoint import to_diffusers
-    from pixstack.trainer.encoders import hide_broken_torchvision
+    from pixstack.trainer.libraries import hide_broken_torchvision
 
     hide_broken_torchvision()
     from diffusers import DDPMScheduler, PixArtTransformer2DModel
@@ -140,11 +141,12 @@ def run(args, side: str, case: str, results):
     module, loss = {"ours": ours, "peer": peer}[side](args, case)
     learns = [p for p in module.parameters() if p.requires_grad]
     if side == "ours":
-        from pixstack.trainer.config import Optimizer
-        from pixstack.trainer.optim import Optimizers
+        from pixstack.trainer.config.schema import Optimizer
+        from pixstack.trainer.training.groups import Group
+        from pixstack.trainer.training.optim import Optimizers
 
-        named = [{"params": [(str(i), p) for i, p in enumerate(learns)], "rate": 1.0, "matrices": set()}]
-        optimizer = Optimizers(named, Optimizer(rate=1e-5, clip=1.0), 1000)
+        named = [Group([(str(i), p) for i, p in enumerate(learns)])]
+        optimizer = Optimizers(named, Optimizer(learning_rate=1e-5, clip=1.0), 1000)
 
         def update(step):
             optimizer.clip()

@@ -8,8 +8,8 @@ import torch
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
 from pixstack.models_impl.state_dict import read_file, write_file
-from pixstack.trainer import export
-from pixstack.trainer.recipes.pixart_controlnet import shaped
+from pixstack.trainer.data.pictures import shown
+from pixstack.trainer.export import exporting
 from tiny_family import SIDE
 
 PROMPT, SEED, STEPS, CFG = "smiling red card", 7, 4, 3.0  # core's scheduler "simple" is exact where steps divide 10,000
@@ -129,7 +129,7 @@ def test_a_pixart_lora_changes_the_picture_as_in_the_trainer(family, loader):
 
 def hint_image(family):
     """The edges that the trainer's recipe finds in its picture, as LoadImage would give them: (1, H, W, 3)."""
-    edges = family.edges.recipe.hint.annotated(shaped(family.picture, (SIDE, SIDE))[None], "cpu")
+    edges = family.edges.recipe.hint.annotated(shown(family.picture, SIDE, SIDE)[None], "cpu")
     return edges.movedim(1, -1).float() / 255
 
 
@@ -222,7 +222,7 @@ def test_the_storage_of_a_small_flux_may_be_chosen(family, dtype, kind):
 def test_an_export_in_fp8_loads_as_what_it_holds(family, name, folder):
     tensors, metadata = read_file(Path(getattr(family, name).path))
     file = f"tiny_family_{name}_fp8.safetensors"
-    rounded = {key: export.stored(key, value, "fp8") for key, value in tensors.items()}
+    rounded = {key: exporting.written_as(key, value, "fp8") for key, value in tensors.items()}
     write_file(family.models / folder / file, rounded, metadata)
     key, wanted = next((k, v) for k, v in rounded.items() if v.dtype == torch.float8_e4m3fn)
     if name == "pixart":
@@ -277,9 +277,9 @@ def test_text_and_latents_of_another_model_are_refused(family):
 def test_core_s_vae_goes_there_and_back_as_the_trainer_s(family, name):
     (vae,) = run(family, "VAELoader", vae_name=getattr(family, name).file)
     ours = (family.pixart.recipe.denoising if name == "vae" else family.flux.recipe.flow).vae
-    shown = shaped(family.picture, (SIDE, SIDE))[None]
-    (latent,) = run(family, "VAEEncode", vae=vae, pixels=shown.movedim(1, -1) / 255)
-    expected = ours.encode(shown, "cpu")["mean"]
+    picture = shown(family.picture, SIDE, SIDE)[None]
+    (latent,) = run(family, "VAEEncode", vae=vae, pixels=picture.movedim(1, -1) / 255)
+    expected = ours.encode(picture, "cpu")["mean"]
     close(latent["samples"], expected)
     (again,) = run(family, "VAEDecode", vae=vae, samples=latent)
     torch.testing.assert_close(again.movedim(-1, 1), (ours.decode(expected) + 1) / 2, rtol=1e-3, atol=1e-3)

@@ -83,6 +83,76 @@ def test_the_rule_lets_honest_imports_pass(path, source):
     assert not violations(source, path)
 
 
+def imports_of(folder: str) -> dict[str, set[str]]:
+    """Which modules of a folder each of its modules imports, at its top or inside a function."""
+    files = python_files(folder)
+    paths = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in files}
+    graph = {}
+    for module, path in paths.items():
+        package = module.split(".") if path.endswith("__init__.py") else module.split(".")[:-1]
+        found = set()
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                above = package[: len(package) - node.level + 1]
+                base = ".".join([*above, *(node.module.split(".") if node.module else [])])
+                found |= {name if (name := f"{base}.{alias.name}") in paths else base for alias in node.names}
+        graph[module] = found & paths.keys() - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that import each other, directly or by way of others."""
+    def reached(start: str) -> set[str]:
+        found, todo = set(), [start]
+        while todo:
+            new = graph[todo.pop()] - found
+            found |= new
+            todo += new
+        return found
+
+    reach = {module: reached(module) for module in graph}
+    groups = {frozenset(m for m in reach[module] if module in reach[m]) for module in graph}
+    return [set(group) for group in groups if group]
+
+
+def floors(graph: dict[str, set[str]]) -> list[str]:
+    """The longest chain of imports."""
+    known: dict[str, list[str]] = {}
+
+    def below(module: str) -> list[str]:
+        if module not in known:
+            known[module] = [module, *max((below(m) for m in graph[module]), key=len, default=[])]
+        return known[module]
+
+    return max((below(module) for module in graph), key=len)
+
+
+def test_circles_and_floors_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [{"b", "c"}]
+    assert floors({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
+
+
+def test_no_modules_of_the_trainer_import_each_other_in_a_circle():
+    assert not circles(imports_of("trainer"))
+
+
+def test_the_trainer_has_at_most_nine_floors():
+    chain = floors(imports_of("trainer"))
+    assert len(chain) <= 9, " > ".join(chain)
+
+
+def test_only_commands_import_what_imports_every_recipe():
+    users = {module for module, found in imports_of("trainer").items() if "trainer.config.check" in found}
+    assert users and all(module.startswith("trainer.cli.") for module in users), users
+
+
+@pytest.mark.parametrize("path", python_files("trainer"))
+def test_no_function_of_the_trainer_is_longer_than_a_screen(path):
+    functions = [node for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+                 if isinstance(node, ast.FunctionDef)]
+    assert not [f.name for f in functions if f.end_lineno - f.lineno >= 60]
+
+
 def test_the_root_imports_nothing_until_comfyui_asks():
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     at_once = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]

@@ -9,11 +9,16 @@ import torch
 from PIL import Image
 from pixstack.models_impl.annotators import hed
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import autoencoder, build, cli, config, data, encoders, export, pictures, run
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.config import check
+from pixstack.trainer.data import loader, pictures
+from pixstack.trainer.export import exporting
+from pixstack.trainer.features import taesd, vaes
+from pixstack.trainer.training import build, checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"recipe": {"name": "autoencoder"}, "precision": "fp32", "steps": 6, "batch_size": 4, "save_every": 3,
-        "log_every": 1, "device": "cpu", "optimizer": {"rate": 1e-3}, "ema": {"decay": 0.9}}
+        "log_every": 1, "device": "cpu", "optimizer": {"learning_rate": 1e-3}, "ema": {"decay": 0.9}}
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +32,12 @@ def path(tmp_path_factory):
 
 
 def settings(path, out, *words, **more):
-    return config.parse({**BASE, "data": {"path": str(path), **tiny_run.IMAGE}, "out": str(out), **more}, words)
+    return check.parse({**BASE, "data": {"path": str(path), **tiny_run.IMAGE}, "out": str(out), **more}, words)
 
 
 def recipe_of(made):
     found = build.collection(made)
-    return build.recipe(made, found), data.Batches(found.train, made.data, made.seed, made.batch_size)
+    return build.recipe(made, found), loader.Batches(found.train, made.data, made.seed, made.batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, tmp_path):
     tiny_run.train(broken, interrupt)
     tiny_run.train(broken)
     for name in ("model", "ema", "optimizer"):
-        one, other = (run.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
+        one, other = (checkpoints.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
                       for n in ("unbroken", "broken"))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert tiny_pixart.log(tmp_path / "unbroken") == tiny_pixart.log(tmp_path / "broken")
@@ -92,7 +97,7 @@ def test_hed_features_see_more_difference_the_more_there_is(path, tmp_path):
     net = hed.HED(hed.HEDConfig((4, 4, 4, 4, 4), (1, 1, 1, 1, 1)))
     write_file(tmp_path / "hed.safetensors", net.state_dict())
     one, other = torch.rand(2, 1, 3, 32, 32)
-    far, near, none = (autoencoder.perceived(net, one, torch.lerp(one, other, share)) for share in (1.0, 0.1, 0.0))
+    far, near, none = (taesd.perceived(net, one, torch.lerp(one, other, share)) for share in (1.0, 0.1, 0.0))
     assert far > near > none == 0
     plain, batches = recipe_of(settings(path, tmp_path))
     judged, _ = recipe_of(settings(path, tmp_path, f"recipe.features={tmp_path / 'hed.safetensors'}"))
@@ -124,7 +129,7 @@ def test_latents_of_an_export_have_unit_variance_where_a_model_sees_them(path, t
         recipe.square.copy_(recipe.net.encode(batch.pictures.float() / 127.5 - 1).latents.square().mean())
     ((tensors, metadata),) = recipe.files().values()
     write_file(tmp_path / "vae.safetensors", tensors, metadata)
-    vae = encoders.FrozenVae(str(tmp_path / "vae.safetensors"))
+    vae = vaes.FrozenVae(str(tmp_path / "vae.safetensors"))
     latent = (vae.encode(batch.pictures, "cpu")["mean"] - 0.1159) * 0.3611
     torch.testing.assert_close(latent.square().mean(), torch.tensor(1.0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(vae.decode(vae.encode(batch.pictures, "cpu")["mean"]), recipe.again(batch.pictures),
@@ -132,9 +137,9 @@ def test_latents_of_an_export_have_unit_variance_where_a_model_sees_them(path, t
 
 
 def test_an_export_is_where_another_run_may_start(path, trained, tmp_path):
-    (file,) = export.export(trained, tmp_path, "vae", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "vae", dtype="fp32")
     made = settings(path, tmp_path / "run", f"init_from={file}", "model.latent_channels=16")
-    average = run.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
+    average = checkpoints.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
     recipe, _ = recipe_of(made)
     assert all(torch.equal(value, average[f"net.{key}"]) for key, value in recipe.net.state_dict().items())
     with pytest.raises(ValueError, match="has 16 latent channels, model.latent_channels=4"):
@@ -152,9 +157,9 @@ def test_samples_show_pictures_beside_what_becomes_of_them(path, trained, tmp_pa
 def test_core_loads_an_export_as_a_vae(path, trained, host):
     from importlib import import_module
 
-    (file,) = export.export(trained, Path(host.models), "tiny_autoencoder", dtype="fp32")
+    (file,) = exporting.export(trained, Path(host.models), "tiny_autoencoder", dtype="fp32")
     vae = import_module("nodes").VAELoader().load_vae(file.name)[0]
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     shown = pictures.tensor(Image.open(path.parent / "images/red_card.png"))[None]
     latent = vae.encode(shown.movedim(1, -1) / 255)
     assert latent.shape == (1, 16, 2, 2)
@@ -165,8 +170,8 @@ def test_core_loads_an_export_as_a_vae(path, trained, host):
 
 
 def test_a_dry_run_of_the_shipped_recipe_says_what_would_happen(path, tmp_path, capsys):
-    cli.main(["train", str(ROOT / "trainer/recipes/autoencoder_emoji.toml"), "--dry-run", f"data.path={path}",
-              f"out={tmp_path}/run"])
+    cli.main(["train", str(ROOT / "trainer/recipes/autoencoder/autoencoder_emoji.toml"), "--dry-run",
+              f"data.path={path}", f"out={tmp_path}/run"])
     said = capsys.readouterr().out
     for part in ("256 latent cells of 4 numbers each", "2,445,063 learn", "memory     about", "square.png: as it is"):
         assert part in said, part

@@ -6,8 +6,9 @@ import tiny_run
 import torch
 from PIL import Image
 from pixstack.models_impl.pixart import buckets as pixart
-from pixstack.trainer import buckets, config, data
-from pixstack.trainer.config import Data
+from pixstack.trainer.config import check
+from pixstack.trainer.config.schema import Data
+from pixstack.trainer.data import buckets, loader
 
 SHAPES = [(32, 32)] * 7 + [(64, 32)] * 5 + [(32, 64)] * 3 + [(16, 100)]
 AREA = dict(buckets="area", resolution=32, bucket_multiple=8, bucket_ratio=4.0, crop="centre", caption="a wall")
@@ -23,7 +24,7 @@ def folder(tmp_path):
 
 def batches(folder, batch_size=4, seed=0, **settings):
     settings = Data(kind="folder", path=str(folder), **{**AREA, **settings})
-    return data.Batches(data.read(settings, "captions").train, settings, seed, batch_size)
+    return loader.Batches(loader.read(settings, "captions").train, settings, seed, batch_size)
 
 
 def test_a_batch_has_one_size_and_that_is_the_size_of_its_bucket(folder):
@@ -135,7 +136,7 @@ def test_a_batch_tells_what_was_cut_out_of_which_size(tmp_path):
 
 def test_fixed_batches_hold_every_picture_once_in_batches_of_one_size(folder):
     settings = Data(kind="folder", path=str(folder), **AREA)
-    found = data.fixed(data.read(settings, "captions").train, settings, 4)
+    found = loader.fixed(loader.read(settings, "captions").train, settings, 4)
     assert sorted(i.file.name for b in found for i in b.items) == [f"{i:02d}.png" for i in range(16)]
     assert [len(b.positions) for b in found] == [len(b.pictures) for b in found]
     assert [b.positions.start for b in found][1:] == [b.positions.stop for b in found][:-1]
@@ -175,5 +176,5 @@ def test_pixelflow_trains_on_shapes_of_every_kind(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     raw = {**tiny_run.SETTINGS, "batch_size": 4, "steps": 4, "out": str(out), "validation": {"every": 4},
            "data": {"path": str(folder), "held_out_path": str(folder), **AREA, "bucket_group": 2}}
-    tiny_run.train(config.parse(raw, ["micro_batch_size=2"]))
+    tiny_run.train(check.parse(raw, ["micro_batch_size=2"]))
     assert (out / "checkpoints/00000004/model.safetensors").exists()

@@ -15,7 +15,12 @@ import tiny_pixart
 import tiny_run
 import torch
 from PIL import Image
-from pixstack.trainer import build, cache, cli, data, encoders, recipes
+from pixstack.trainer import recipes
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.data import loader
+from pixstack.trainer.features import cache, released, text_encoders, vaes
+from pixstack.trainer.features import store as stores
+from pixstack.trainer.training import build
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,42 +50,42 @@ def loaded(settings):
 
 
 def test_a_shard_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    store = cache.Store(tmp_path, "latent", {"encoder": "a"})
+    store = stores.Store(tmp_path, "latent", {"encoder": "a"})
     store.put("one", {"mean": torch.ones(3)})
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(SystemExit("killed")))
     with pytest.raises(SystemExit):
         store.write()
     monkeypatch.undo()
-    assert "one" not in cache.Store(tmp_path, "latent", {"encoder": "a"})
-    again = cache.Store(tmp_path, "latent", {"encoder": "a"})
+    assert "one" not in stores.Store(tmp_path, "latent", {"encoder": "a"})
+    again = stores.Store(tmp_path, "latent", {"encoder": "a"})
     again.put("one", {"mean": torch.ones(3), "std": torch.zeros(2)})
     again.write()
-    found = cache.Store(tmp_path, "latent", {"encoder": "a"}).get("one")
+    found = stores.Store(tmp_path, "latent", {"encoder": "a"}).get("one")
     assert found.keys() == {"mean", "std"} and torch.equal(found["mean"], torch.ones(3))
 
 
 def test_two_writers_do_not_overwrite_each_other(tmp_path):
     for writer in (0, 1, 0):
-        store = cache.Store(tmp_path, "text", {}, writer)
+        store = stores.Store(tmp_path, "text", {}, writer)
         store.put(f"{writer} {len(store)}", {"tokens": torch.ones(1)})
         store.write()
-    assert len(cache.Store(tmp_path, "text", {})) == 3
+    assert len(stores.Store(tmp_path, "text", {})) == 3
 
 
 def test_many_shards_are_read_with_few_of_them_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SHARD_BYTES", 1)
-    monkeypatch.setattr(cache, "OPEN_SHARDS", 2)
-    store = cache.Store(tmp_path, "text", {})
+    monkeypatch.setattr(stores, "SHARD_BYTES", 1)
+    monkeypatch.setattr(stores, "OPEN_SHARDS", 2)
+    store = stores.Store(tmp_path, "text", {})
     for i in range(5):
         store.put(str(i), {"tokens": torch.tensor([i])})
     assert [store.get(str(i))["tokens"].item() for i in range(5)] == list(range(5)) and len(store.handles) == 2
 
 
 def test_another_encoder_is_another_store_that_says_what_differs(tmp_path):
-    old = cache.Store(tmp_path, "latent", {"encoder": "a", "precision": "fp32"})
+    old = stores.Store(tmp_path, "latent", {"encoder": "a", "precision": "fp32"})
     old.put("one", {"mean": torch.ones(1)})
     old.write()
-    new = cache.Store(tmp_path, "latent", {"encoder": "b", "precision": "fp32"})
+    new = stores.Store(tmp_path, "latent", {"encoder": "b", "precision": "fp32"})
     assert "one" not in new
     assert new.others() == [f"{old.folder}: encoder was 'a', now 'b'"]
 
@@ -89,7 +94,7 @@ def test_an_encoder_is_known_by_its_bytes_and_not_by_its_place(tmp_path):
     for name, byte in (("here", b"a"), ("there", b"a"), ("other", b"b")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(byte * 10)
-    here, there, other = (cache.fingerprint(tmp_path / n) for n in ("here", "there", "other"))
+    here, there, other = (stores.fingerprint(tmp_path / n) for n in ("here", "there", "other"))
     assert here == there != other
 
 
@@ -101,7 +106,7 @@ def test_training_from_the_cache_is_training_from_the_pictures(made, tmp_path):
     load, said, recipe, found = loaded(settings)
     assert said == []
     recipe.load_state_dict(plain[0].state_dict())
-    batch = data.Batches(found.train, settings.data, settings.seed, settings.batch_size, load)(3, range(6))
+    batch = loader.Batches(found.train, settings.data, settings.seed, settings.batch_size, load)(3, range(6))
     assert batch.pictures is None and set(batch.features) == {"latent.mean", "latent.std"}
     torch.testing.assert_close(recipe(batch), expected, rtol=1e-5, atol=1e-6)
     assert not recipe.denoising.vae.vae  # the VAE was never loaded
@@ -111,8 +116,8 @@ def test_a_batch_of_features_knows_what_was_cut_out_of_what(made, tmp_path):
     settings = made("data.resolution=64", "data.crop=centre")
     filled(settings, tmp_path)
     load, _, _, found = loaded(settings)
-    cached, plain = (data.Batches(found.train, settings.data, 0, 6, some)(0, range(6))
-                     for some in (load, data.Pictures))
+    cached, plain = (loader.Batches(found.train, settings.data, 0, 6, some)(0, range(6))
+                     for some in (load, loader.Pictures))
     assert torch.equal(cached.sizes, plain.sizes) and torch.equal(cached.boxes, plain.boxes)
 
 
@@ -123,7 +128,7 @@ def test_every_size_of_a_bucketed_set_is_cached(made, path, tmp_path):
     filled(settings, tmp_path)
     load, said, recipe, found = loaded(settings)
     assert said == []
-    batches = data.Batches(found.train, settings.data, 0, settings.batch_size, load)
+    batches = loader.Batches(found.train, settings.data, 0, settings.batch_size, load)
     shapes = {tuple(batches(step, range(2)).features["latent.mean"].shape[2:]) for step in range(8)}
     assert len(shapes) == 2
     assert recipe(batches(0, range(2))).isfinite().all()
@@ -155,16 +160,16 @@ def test_a_cache_of_another_vae_is_named(made, tmp_path):
 def test_nothing_is_made_twice(made, tmp_path, monkeypatch):
     settings = made()
     filled(settings, tmp_path)
-    monkeypatch.setattr(encoders.FrozenVae, "encode", None)
-    monkeypatch.setattr(encoders.FrozenT5, "embed", None)
+    monkeypatch.setattr(vaes.FrozenVae, "encode", None)
+    monkeypatch.setattr(text_encoders.FrozenT5, "embed", None)
     filled(settings, tmp_path)
 
 
 def test_a_cache_that_was_killed_goes_on_where_it_was(made, tmp_path, monkeypatch):
     settings = made()
     monkeypatch.setattr(cache, "AT_ONCE", 2)
-    monkeypatch.setattr(cache, "SHARD_BYTES", 1)
-    encode, seen = encoders.FrozenVae.encode, []
+    monkeypatch.setattr(stores, "SHARD_BYTES", 1)
+    encode, seen = vaes.FrozenVae.encode, []
 
     def count(self, pictures, device):
         if len(seen) == 2:
@@ -172,7 +177,7 @@ def test_a_cache_that_was_killed_goes_on_where_it_was(made, tmp_path, monkeypatc
         seen.append(len(pictures))
         return encode(self, pictures, device)
 
-    monkeypatch.setattr(encoders.FrozenVae, "encode", count)
+    monkeypatch.setattr(vaes.FrozenVae, "encode", count)
     with pytest.raises(SystemExit):
         filled(settings, tmp_path)
     seen.append(0)  # from here on nobody kills it
@@ -195,8 +200,8 @@ def test_what_was_made_before_a_picture_that_cannot_be_read_is_kept(parts, tmp_p
 
 
 def test_captions_that_were_embedded_before_a_stop_are_kept(path, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoders, "AT_ONCE", 4)
-    embed, seen = encoders.FrozenT5.embed, []
+    monkeypatch.setattr(text_encoders, "AT_ONCE", 4)
+    embed, seen = text_encoders.FrozenT5.embed, []
 
     def stopped(self, captions, device):
         seen.append(len(captions))
@@ -204,18 +209,18 @@ def test_captions_that_were_embedded_before_a_stop_are_kept(path, parts, tmp_pat
             raise KeyboardInterrupt
         embed(self, captions, device)
 
-    monkeypatch.setattr(encoders.FrozenT5, "embed", stopped)
+    monkeypatch.setattr(text_encoders.FrozenT5, "embed", stopped)
     settings = tiny_pixart.settings(path, tmp_path / "run", parts, f"cache.folder={tmp_path / 'cache'}")
     with pytest.raises(SystemExit):
         filled(settings, tmp_path)
-    assert len(encoders.frozen(settings).store) == 8
+    assert len(text_encoders.frozen(settings).store) == 8
 
 
 def test_signals_that_come_again_do_not_interrupt_the_writing_of_what_was_made(path, parts, tmp_path, monkeypatch):
     """As a launcher sends them, to itself and to its processes."""
-    monkeypatch.setattr(encoders, "AT_ONCE", 4)
+    monkeypatch.setattr(text_encoders, "AT_ONCE", 4)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    embed, write = encoders.FrozenT5.embed, cache.Store.write
+    embed, write = text_encoders.FrozenT5.embed, stores.Store.write
 
     def stopped(self, captions, device):
         embed(self, captions, device)
@@ -226,8 +231,8 @@ def test_signals_that_come_again_do_not_interrupt_the_writing_of_what_was_made(p
             os.kill(os.getpid(), number)
         write(self)
 
-    monkeypatch.setattr(encoders.FrozenT5, "embed", stopped)
-    monkeypatch.setattr(cache.Store, "write", interrupted)
+    monkeypatch.setattr(text_encoders.FrozenT5, "embed", stopped)
+    monkeypatch.setattr(stores.Store, "write", interrupted)
     settings = tiny_pixart.settings(path, tmp_path / "run", parts, f"cache.folder={tmp_path / 'cache'}")
     try:
         with pytest.raises(SystemExit):
@@ -236,13 +241,13 @@ def test_signals_that_come_again_do_not_interrupt_the_writing_of_what_was_made(p
         for number, handler in before.items():
             signal.signal(number, handler)
     monkeypatch.undo()
-    assert len(encoders.frozen(settings).store) == 4
+    assert len(text_encoders.frozen(settings).store) == 4
 
 
 def test_a_random_crop_is_not_taken_from_the_cache(made, tmp_path):
     settings = made("data.crop=random")
     load, (said,), _, _ = loaded(settings)
-    assert load is data.Pictures and "makes another picture every time" in said
+    assert load is loader.Pictures and "makes another picture every time" in said
 
 
 def test_a_cache_without_a_folder_is_refused(path, parts, tmp_path, capsys):
@@ -267,8 +272,9 @@ def test_a_run_trains_from_the_cache_what_it_trains_from_pictures(made, path, pa
 def test_a_cache_killed_by_the_system_leaves_only_whole_shards(made, tmp_path):
     """kill -9 while it writes, and again, until it is done; every shard in between can be read."""
     file = tiny_pixart.toml(tmp_path, made())
-    code = ("import sys; sys.path[:0] = ['package', 'tests']; from pixstack.trainer import cache, cli; "
-            "cache.AT_ONCE = 1; cache.SHARD_BYTES = 1; cli.main(['cache', sys.argv[1]])")
+    code = ("import sys; sys.path[:0] = ['package', 'tests']; from pixstack.trainer.cli import main; "
+            "from pixstack.trainer.features import cache, store; "
+            "cache.AT_ONCE = 1; store.SHARD_BYTES = 1; main.main(['cache', sys.argv[1]])")
     command = [sys.executable, "-c", code, file]
     for _ in range(4):
         running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -279,7 +285,7 @@ def test_a_cache_killed_by_the_system_leaves_only_whole_shards(made, tmp_path):
                 running.wait()
             time.sleep(0.01)
         for shard in (tmp_path / "cache").rglob("*.safetensors"):
-            with cache.safe_open(shard, framework="pt") as opened:
+            with stores.safe_open(shard, framework="pt") as opened:
                 assert all(opened.get_tensor(key).isfinite().all() for key in opened.keys())
         if running.returncode == 0:
             break
@@ -303,11 +309,11 @@ def test_feature_files_of_a_release_are_read_and_written(made, path, tmp_path):
     cli.main(["cache", file, "--read", "--captions", str(captions), "--latents", str(latents)])
     load, said, recipe, items = loaded(other)
     assert said == []
-    theirs, ours = (data.Batches(items.train, settings.data, 0, 6, some)(0, range(6)).features
+    theirs, ours = (loader.Batches(items.train, settings.data, 0, 6, some)(0, range(6)).features
                     for some in (load, loaded(settings)[0]))
     assert all(torch.equal(theirs[k], ours[k]) for k in ours)
     first = items.train[0].texts[0]
-    taken, own = (build.recipe(s, items).text.store.get(cache.digest(first))["tokens"] for s in (other, settings))
+    taken, own = (build.recipe(s, items).text.store.get(stores.digest(first))["tokens"] for s in (other, settings))
     torch.testing.assert_close(taken.float(), own.float(), rtol=1e-2, atol=1e-3)  # the release keeps float16
 
 
@@ -323,8 +329,8 @@ def test_a_feature_file_of_another_size_is_named(made, tmp_path, capsys):
 
 
 def test_the_name_of_a_nested_file_is_the_releases(tmp_path):
-    item = data.Item(tmp_path / "a/b/c.png")
-    assert cache.file_names(item, tmp_path) == ("a/b_c", "c")
+    item = loader.Item(tmp_path / "a/b/c.png")
+    assert released.file_names(item, tmp_path) == ("a/b_c", "c")
 
 
 # --- The VAE
@@ -334,13 +340,13 @@ def test_the_name_of_a_nested_file_is_the_releases(tmp_path):
 def test_a_vae_of_one_file_says_what_its_folder_says(tmp_path, parts, names):
     from pixstack.models_impl.state_dict import write_file
 
-    folder = encoders.read_vae(Path(parts["vae"]["path"]))
+    folder = vaes.read_vae(Path(parts["vae"]["path"]))
     tensors = folder.state_dict()
     if names == "ldm":
         tensors = {f"first_stage_model.{k}": v for k, v in to_ldm(tensors).items()}
     write_file(tmp_path / "vae.safetensors", tensors)
     picture = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    one, other = (encoders.FrozenVae(str(p)).encode(picture, "cpu") for p in
+    one, other = (vaes.FrozenVae(str(p)).encode(picture, "cpu") for p in
                   (tmp_path / "vae.safetensors", parts["vae"]["path"]))
     torch.testing.assert_close(one, other)
 
@@ -371,15 +377,15 @@ def to_ldm(tensors):
 def test_a_file_that_is_no_vae_is_refused_by_name(tmp_path):
     tiny_pixart.released(tmp_path / "net.safetensors")
     with pytest.raises(ValueError, match="net.safetensors' is not a VAE. The keys are those of PixArt"):
-        encoders.read_vae(tmp_path / "net.safetensors")
+        vaes.read_vae(tmp_path / "net.safetensors")
 
 
 def test_the_random_choice_to_mirror_is_the_same_with_and_without_the_cache(made, tmp_path):
     settings = made("data.flip=true")
     filled(settings, tmp_path)
     load, _, _, found = loaded(settings)
-    cached, plain = load(found.train, settings.data), data.Pictures(found.train, settings.data)
-    vae = encoders.FrozenVae(settings.vae.path)
+    cached, plain = load(found.train, settings.data), loader.Pictures(found.train, settings.data)
+    vae = vaes.FrozenVae(settings.vae.path)
     for seed in range(6):
         ours = cached.load(0, (64, 64), random.Random(seed)).features["latent.mean"]
         theirs = vae.encode(plain.load(0, (64, 64), random.Random(seed)).pixels[None], "cpu")["mean"][0]

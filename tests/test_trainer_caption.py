@@ -4,8 +4,9 @@ import json
 import pytest
 import torch
 from PIL import Image
-from pixstack.trainer import caption, cli, data, layouts
-from pixstack.trainer.config import Data
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.config.schema import Data
+from pixstack.trainer.data import caption, layouts, loader
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", "describe", "this", "red", "blue", "wall",
@@ -78,7 +79,7 @@ def test_a_jsonl_keeps_what_the_data_set_said(tmp_path, folder):
     out = tmp_path / "new/captions.jsonl"
     assert caption.caption(found, Parrot(), "look:", out=out) == 2
     settings = Data(path=str(out), conditions=["hed"])
-    again = data.read(settings, "", strict=False)
+    again = loader.read(settings, "", strict=False)
     item, = again.train
     assert (item.captions, item.described, item.tags, item.size) == (("a wall",), ("look: 0",), ("brick",), (16, 24))
     assert item.file.samefile(folder / "red_wall.png") and item.conditions["hed"].samefile(tmp_path / "hed.png")

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
-from pixstack.trainer import cli, export, run
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.export import exporting
+from pixstack.trainer.training import checkpoints
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,39 +49,39 @@ def test_a_dry_run_says_what_would_happen(tmp_path, capsys):
 def test_a_dry_run_counts_the_parameters_that_a_run_has(trained, tmp_path, capsys):
     config = json.loads((trained / "config.json").read_text())
     cli.main(["train", str(tiny_run.toml(tmp_path, config["data"]["path"], tmp_path / "run")), "--dry-run"])
-    tensors = run.read_tensors(trained / "checkpoints/00000020/ema.safetensors")
+    tensors = checkpoints.read_tensors(trained / "checkpoints/00000020/ema.safetensors")
     assert f"parameters {sum(t.numel() for t in tensors.values()):,} learn" in capsys.readouterr().out
 
 
 def test_what_was_trained_is_what_is_exported(trained, tmp_path):
-    image, text = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    image, text = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
     assert (image.name, text.name) == ("tiny_16.safetensors", "tiny_t5.safetensors")
     shape, tensors = checkpoint.read(*state_dict.read_file(image))
     assert (shape.heads, shape.head_dim, shape.num_stages, shape.resolution, shape.context_dim) == (2, 8, 2, 16, 16)
-    average = run.read_tensors(trained / "checkpoints/00000020/ema.safetensors")
+    average = checkpoints.read_tensors(trained / "checkpoints/00000020/ema.safetensors")
     for key, value in tensors.items():
         assert torch.equal(value, average[f"diffusion.{key}"]), key
 
 
 def test_the_word_table_that_is_exported_is_the_average(trained, tmp_path):
-    _, text = export.export(trained, tmp_path, "tiny", dtype="fp32")
-    average = run.read_tensors(trained / "checkpoints/00000020/ema.safetensors")["text.t5.shared.weight"]
-    raw = run.read_tensors(trained / "checkpoints/00000020/model.safetensors")["text.t5.shared.weight"]
+    _, text = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
+    average = checkpoints.read_tensors(trained / "checkpoints/00000020/ema.safetensors")["text.t5.shared.weight"]
+    raw = checkpoints.read_tensors(trained / "checkpoints/00000020/model.safetensors")["text.t5.shared.weight"]
     assert torch.equal(state_dict.read_file(text)[0]["shared.weight"], average) and not torch.equal(raw, average)
 
 
 def test_an_average_of_another_model_is_refused(trained, tmp_path):
-    recipe, _, _ = export.open_run(trained)
-    run.write_tensors(tmp_path / "ema.safetensors", {"diffusion.gone": torch.zeros(1)})
+    recipe, _, _ = exporting.open_run(trained)
+    checkpoints.write_tensors(tmp_path / "ema.safetensors", {"diffusion.gone": torch.zeros(1)})
     with pytest.raises(ValueError, match="of another model: .*diffusion.gone"):
-        export.restore_average(recipe, tmp_path / "ema.safetensors")
+        exporting.restore_average(recipe, tmp_path / "ema.safetensors")
 
 
 def test_an_exported_text_encoder_reads_as_the_trained_one(trained, tmp_path):
     from pixstack.models_impl.text.t5 import TextEncoder
 
-    _, text = export.export(trained, tmp_path, "tiny", dtype="fp32")
-    recipe, _, _ = export.open_run(trained)
+    _, text = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
+    recipe, _, _ = exporting.open_run(trained)
     ids, mask = recipe.text.tokenize(["red card", ""])
     opened = TextEncoder.read(text).eval()
     assert torch.equal(opened.tokenize(["red card", ""])[0], ids)
@@ -88,7 +90,7 @@ def test_an_exported_text_encoder_reads_as_the_trained_one(trained, tmp_path):
 
 
 def test_exported_weights_draw_in_comfyui(trained, host):
-    image, text = export.export(trained, Path(host.models), "trained")
+    image, text = exporting.export(trained, Path(host.models), "trained")
     graph = json.loads((ROOT / "tests/prompts/pixelflow_text_to_image.json").read_text())
     wanted = {"model_name": image.name, "encoder_name": text.name, "width": 16, "height": 16, "batch_size": 2,
               "steps": 1}
@@ -119,12 +121,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
 
 def test_wrong_settings_end_the_command_with_all_of_them(tmp_path, capsys):
     file = tiny_run.toml(tmp_path, tiny_run.pictures(tmp_path / "set"), tmp_path / "run")
-    said = refusal(capsys, "train", file, "stepz=1", "optimizer.rate=7")
-    assert "did you mean steps" in said and "optimizer.rate=7" in said
+    said = refusal(capsys, "train", file, "stepz=1", "optimizer.learning_rate=7")
+    assert "did you mean steps" in said and "optimizer.learning_rate=7" in said
 
 
 def test_a_word_that_is_no_setting_is_refused(capsys):
-    assert "not understood: --fast" in refusal(capsys, "train", "recipes/pixelflow_emoji.toml", "--fast")
+    assert "not understood: --fast" in refusal(capsys, "train", "recipes/pixelflow/pixelflow_emoji.toml", "--fast")
 
 
 def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, capsys):
@@ -147,14 +149,14 @@ def test_what_the_system_refuses_is_said_in_a_sentence(trained, tmp_path, capsys
 
 def test_a_file_that_the_disk_has_no_room_for_is_named(tmp_path):
     with pytest.raises(OSError, match="nowhere/model.safetensors cannot be written"):
-        run.write_tensors(tmp_path / "nowhere/model.safetensors", {"x": torch.zeros(1)})
+        checkpoints.write_tensors(tmp_path / "nowhere/model.safetensors", {"x": torch.zeros(1)})
 
 
 def test_a_command_that_is_interrupted_ends_without_a_trace(monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "settings", interrupted)
+    monkeypatch.setattr(cli.COMMANDS["settings"], "run", interrupted)
     said = refusal(capsys, "settings")
     assert said.startswith("130") and "stopped" in said and "Traceback" not in said
 
@@ -204,7 +206,8 @@ def launched(tmp_path, *launcher):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("step 2 of 2") == 1, done.stdout  # one run, whatever the number of processes
-    return [run.read_tensors(tmp_path / name / "checkpoints/00000002/model.safetensors") for name in ("one", "two")]
+    return [checkpoints.read_tensors(tmp_path / name / "checkpoints/00000002/model.safetensors")
+            for name in ("one", "two")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares processes on the CPU")

@@ -1,5 +1,9 @@
 import dataclasses
+import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import tiny_run
@@ -7,7 +11,8 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
-from pixstack.trainer import build, config
+from pixstack.trainer.config import check, load, rules
+from pixstack.trainer.training import build
 
 
 @pytest.fixture
@@ -22,7 +27,24 @@ def refusal(path, tmp_path, *words, **sections):
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(path, tmp_path):
-    assert "optimizer.rat is not a setting; did you mean rate" in refusal(path, tmp_path, "optimizer.rat=0.1")
+    said = refusal(path, tmp_path, "optimizer.learning_rat=0.1")
+    assert "optimizer.learning_rat is not a setting; did you mean learning_rate" in said
+
+
+@pytest.mark.parametrize("old, new", load.RENAMED.items())
+def test_the_old_name_of_a_setting_is_refused_with_the_new_one(path, tmp_path, old, new):
+    section = old.partition(".")[0]
+    recipe = "pixelflow" if section != "recipe" else "pixart_dmd" if "follower" in old else "pixelponder"
+    assert f"{old} is called {section}.{new} now." in refusal(path, tmp_path, f"{old}=1", f"recipe.name={recipe}")
+
+
+def test_a_run_folder_of_before_the_new_names_is_read(path, tmp_path):
+    made = tiny_run.settings(path, tmp_path / "run", "optimizer.muon_learning_rate=0.5")
+    raw = load.as_dict(made)
+    raw["optimizer"]["rate"] = raw["optimizer"].pop("learning_rate")
+    raw["optimizer"]["muon_rate"] = raw["optimizer"].pop("muon_learning_rate")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert load.stored(tmp_path) == made
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name(path, tmp_path):
@@ -51,7 +73,7 @@ def test_a_size_that_the_stages_do_not_allow_is_refused(path, tmp_path):
     ("recipe.stage_weights=[1,1,1]", "2 numbers"), ("init_from=gone.safetensors", "gone.safetensors"),
     ("data.kind=folder", "takes a folder"), ("steps", "key=value"), ("text=small", "is a section"),
     ("data.templates=[\"no place\"]", "needs a {}"), ("model.preset=xl_t2", "did you mean xl_t2i"),
-    ("text.padded=true", "recipe.name='pixelflow' masks what fills them up"),
+    ("text.padded=true", "recipe.name='pixelflow' masks their padding"),
 ])
 def test_a_setting_that_cannot_work_is_refused(path, tmp_path, word, part):
     assert part in refusal(path, tmp_path, word)
@@ -75,16 +97,38 @@ def checkpoint_file(folder, **shape):
     ({"context_dim": 24}, {}, "context_dim=24 for 16"),
     ({"context_dim": 16, "depth": 2}, {}, "depth=2 for 1"),
 ])
-def test_a_start_that_does_not_fit_is_reported_with_the_rest(path, tmp_path, shape, sections, part):
+def test_everything_that_does_not_fit_a_start_is_reported_at_once(path, tmp_path, shape, sections, part):
     file = checkpoint_file(tmp_path, **shape)
-    said = refusal(path, tmp_path, f"init_from={file}", "recipe.dropout=2.0", "data.resolution=18", **sections)
-    assert part in said and "recipe.dropout=2.0" in said and "resolution=18 is not a multiple of 8" in said
+    said = refusal(path, tmp_path, f"init_from={file}", "data.resolution=18", **sections)
+    assert part in said and "resolution=18 is not a multiple of 8" in said
 
 
-def test_a_start_that_is_no_checkpoint_is_reported_with_the_rest(path, tmp_path):
+def test_a_start_that_is_no_checkpoint_is_refused(path, tmp_path):
     (tmp_path / "start.pt").write_bytes(b"nothing")
-    said = refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", "recipe.dropout=2.0", model={})
-    assert "start.pt is neither" in said and "recipe.dropout=2.0" in said
+    assert "start.pt is neither" in refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", model={})
+
+
+def test_files_are_looked_into_when_all_that_costs_nothing_is_right(path, tmp_path):
+    (tmp_path / "start.pt").write_bytes(b"nothing")
+    said = refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", "recipe.dropout=2.0", "stepz=3")
+    assert "recipe.dropout=2.0" in said and "stepz" in said and "neither" not in said
+
+
+@pytest.mark.parametrize("words, part", [
+    (("train", "FILE", "optimizer.learning_rat=1", "recipe.dropout=2"), "did you mean learning_rate"),
+    (("train", "recipes/pixart/pixart_emoji_lora.toml", "adapter.rank=0"), "adapter.rank=0 must be at least 1"),
+    (("cache", "recipes/ultrapixel/ultrapixel_guide.toml"), "there is no such file or folder"),
+    (("train", "recipes/gone.toml"), "there is no such recipe file"),
+    (("settings",), "batch_size = 64"), (("--help",), "doctor"), (("train", "--help"), "key=value"),
+], ids=" ".join)
+def test_settings_that_cannot_work_and_help_are_told_without_torch(path, tmp_path, words, part):
+    file = tiny_run.toml(tmp_path, path, tmp_path / "run")
+    script = ("import sys; sys.argv[0] = 'trainer'; from pixstack.trainer.cli import main\n"
+              "try: main.main()\n"
+              "finally: print('heavy:', sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", script, *[str(file) if w == "FILE" else w for w in words]], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(load.TRAINER.parent / "package")})
+    assert part in done.stdout + done.stderr and "heavy: []" in done.stdout
 
 
 def test_a_start_tells_the_sizes_that_model_leaves_out(path, tmp_path):
@@ -93,8 +137,8 @@ def test_a_start_tells_the_sizes_that_model_leaves_out(path, tmp_path):
 
 
 def test_a_word_changes_one_setting_of_a_section(path, tmp_path):
-    changed = tiny_run.settings(path, tmp_path / "run", "optimizer.rate=0.25")
-    assert dataclasses.replace(changed, optimizer=dataclasses.replace(changed.optimizer, rate=1e-3)) \
+    changed = tiny_run.settings(path, tmp_path / "run", "optimizer.learning_rate=0.25")
+    assert dataclasses.replace(changed, optimizer=dataclasses.replace(changed.optimizer, learning_rate=1e-3)) \
         == tiny_run.settings(path, tmp_path / "run")
 
 
@@ -104,25 +148,30 @@ def test_a_whole_number_serves_as_a_number(path, tmp_path):
 
 def test_settings_survive_the_way_through_the_run_folder(path, tmp_path):
     made = tiny_run.settings(path, tmp_path / "run", "recipe.stage_weights=[2,1]")
-    assert config.parse(config.as_dict(made)) == made
+    assert check.parse(load.as_dict(made)) == made
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (config.HERE / "recipes").glob("*.toml")))
-def test_a_shipped_recipe_lacks_nothing_but_files(name):
+@pytest.mark.parametrize("path", sorted(load.TRAINER.glob("recipes/*/*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_lacks_nothing_but_files(path):
     with pytest.raises(ValueError) as caught:
-        config.load(f"recipes/{name}", ["data.path=/nowhere"])
+        check.load(path, ["data.path=/nowhere"])
     problems = str(caught.value).splitlines()[1:]
     assert problems[0] == "  data.path='/nowhere': there is no such file or folder."
     assert all(re.search("there is no (such )?file", p) for p in problems), problems
 
 
 def test_a_recipe_file_that_is_not_there_names_those_that_are():
-    with pytest.raises(ValueError, match="recipes/pixelflow_emoji.toml"):
-        config.load("recipes/gone.toml")
+    with pytest.raises(ValueError, match="recipes/pixelflow/pixelflow_emoji.toml"):
+        check.load("recipes/gone.toml")
+
+
+def test_a_recipe_file_that_was_moved_is_named_where_it_is_now():
+    with pytest.raises(ValueError, match="It is trainer/recipes/pixart/pixart_sigma.toml now"):
+        check.load("trainer/recipes/pixart_sigma.toml")
 
 
 def test_a_package_that_is_missing_is_named(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
     said = refusal(path, tmp_path, "optimizer.name=adamw8bit", "log.wandb=offline")
     assert "pip install bitsandbytes" in said and "pip install wandb" in said
 

@@ -25,7 +25,7 @@ from pixstack.models_impl.ultrapixel.guidance import Guide
 from pixstack.models_impl.ultrapixel.model import StageC
 from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.models_impl.ultrapixel.stage_b import StageB
-from pixstack.trainer import cli
+from pixstack.trainer.cli import main as cli
 
 WIDTH = 72
 CONFIG = PixArtConfig(depth=2, hidden=WIDTH, heads=1, context_dim=16, token_limit=120, latent_scale=0.18215,

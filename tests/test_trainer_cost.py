@@ -2,7 +2,8 @@
 import pytest
 import tiny_pixart
 import torch
-from pixstack.trainer import build, cost, data, loop, plan
+from pixstack.trainer.data import loader
+from pixstack.trainer.training import build, cost, loop, plan
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -10,7 +11,7 @@ def counted(settings):
     """Flops of the passes of a real step, its captions embedded before."""
     found = build.collection(settings)
     recipe = build.recipe(settings, found)
-    batches = data.Batches(found.train, settings.data, settings.seed, settings.batch_size)
+    batches = loader.Batches(found.train, settings.data, settings.seed, settings.batch_size)
     recipe.text.prepare(["", *(c for i in found.train for c in i.texts)], "cpu")
     counter = FlopCounterMode(display=False)
     with counter:
@@ -19,7 +20,7 @@ def counted(settings):
     return counter.get_total_flops()
 
 
-def reckoned(settings):
+def estimated(settings):
     found = build.collection(settings)
     recipe = plan.on_meta(lambda: build.recipe(settings, found))
     rates = cost.Rates(torch.device("cpu"))
@@ -33,10 +34,10 @@ def reckoned(settings):
 ], ids=lambda words: words[0])
 def test_the_flops_of_a_step_are_those_of_a_real_one(path, parts, tmp_path, words):
     tiny_pixart.released(tmp_path / "base.safetensors", depth=5)
-    # Real captions here have 4 tokens and more, and are reckoned as long as they may be.
+    # Real captions here have 4 tokens and more, and are estimated to be as long as they may be.
     made = tiny_pixart.settings(path, tmp_path / "run", parts, f"init_from={tmp_path / 'base.safetensors'}",
                                 "text.max_length=5", f"text.cache={tmp_path}", *words, model={})
-    real, ours = counted(made), reckoned(made).flops
+    real, ours = counted(made), estimated(made).flops
     assert 0.97 * real < ours < 1.05 * real
 
 

@@ -5,13 +5,13 @@ import pytest
 import tiny_run
 import torch
 from PIL import Image
-from pixstack.trainer import data, emoji, pictures
-from pixstack.trainer import tokenizer as tokenizers_
-from pixstack.trainer.config import Data
+from pixstack.trainer.config.schema import Data
+from pixstack.trainer.data import emoji, loader, pictures
+from pixstack.trainer.features import tokenizer as tokenizers_
 
 
 def items(tmp_path):
-    return data.read(Data(path=str(tiny_run.pictures(tmp_path / "set"))), "captions")
+    return loader.read(Data(path=str(tiny_run.pictures(tmp_path / "set"))), "captions")
 
 
 def folder_of(tmp_path, size=(20, 16), names=("a", "b")):
@@ -30,20 +30,20 @@ def test_a_folder_reads_captions_beside_its_pictures(tmp_path):
     folder_of(tmp_path)
     (tmp_path / "a.txt").write_text("a grey wall\nconcrete\n")
     (tmp_path / "b.json").write_text(json.dumps({"caption": "another wall"}))
-    found = data.read(Data(kind="folder", path=str(tmp_path)), "captions")
+    found = loader.read(Data(kind="folder", path=str(tmp_path)), "captions")
     assert [i.captions for i in found.train] == [("a grey wall", "concrete"), ("another wall",)]
 
 
 def test_pictures_without_captions_are_listed(tmp_path):
     with pytest.raises(ValueError, match=r"2 pictures have no caption:\n.*a\.png\n.*b\.png"):
-        data.read(Data(kind="folder", path=str(folder_of(tmp_path))), "captions")
+        loader.read(Data(kind="folder", path=str(folder_of(tmp_path))), "captions")
 
 
 def test_class_folders_number_their_classes_in_order(tmp_path):
     for name in ("n02", "n01"):
         (tmp_path / name).mkdir()
         folder_of(tmp_path / name, names=(name,))
-    found = data.read(Data(kind="classes", path=str(tmp_path)), "classes")
+    found = loader.read(Data(kind="classes", path=str(tmp_path)), "classes")
     assert found.classes == ["n01", "n02"] and [i.label for i in found.train] == [0, 1]
 
 
@@ -56,20 +56,20 @@ def class_folders(root, *names):
 
 def test_held_out_folders_have_the_numbers_of_the_training_classes(tmp_path):
     train, held_out = class_folders(tmp_path / "train", "ant", "bee", "cat"), class_folders(tmp_path / "held", "cat")
-    found = data.read(Data(kind="classes", path=train, held_out_path=held_out), "classes")
+    found = loader.read(Data(kind="classes", path=train, held_out_path=held_out), "classes")
     assert [i.label for i in found.held_out] == [2] and found.classes == ["ant", "bee", "cat"]
 
 
 def test_a_held_out_folder_of_no_class_is_named(tmp_path):
     train, held_out = class_folders(tmp_path / "train", "ant"), class_folders(tmp_path / "held", "ant", "dog")
     with pytest.raises(ValueError, match=r"no class that is trained on:\n    dog"):
-        data.read(Data(kind="classes", path=train, held_out_path=held_out), "classes")
+        loader.read(Data(kind="classes", path=train, held_out_path=held_out), "classes")
 
 
 def test_hidden_or_empty_folders_are_no_classes(tmp_path):
     train = class_folders(tmp_path, "ant", ".thumbnails", "bee")
     (tmp_path / "april").mkdir()
-    assert data.read(Data(kind="classes", path=train), "classes").classes == ["ant", "bee"]
+    assert loader.read(Data(kind="classes", path=train), "classes").classes == ["ant", "bee"]
 
 
 def test_a_picture_stands_as_its_exif_says(tmp_path):
@@ -95,7 +95,7 @@ def test_a_picture_that_is_too_large_is_named(tmp_path, monkeypatch):
 def test_an_unreadable_picture_is_named(tmp_path):
     found = items(tmp_path)
     found.train[0].file.write_bytes(b"not a picture")
-    batches = data.Batches(found.train, Data(resolution=16, crop="none"), 0, 8)
+    batches = loader.Batches(found.train, Data(resolution=16, crop="none"), 0, 8)
     with pytest.raises(ValueError, match=found.train[0].file.name):
         batches(0, range(8))
 
@@ -104,11 +104,11 @@ def test_a_broken_line_of_a_jsonl_is_named(tmp_path):
     path = tiny_run.pictures(tmp_path / "set")
     path.write_text(path.read_text() + "{oops\n")
     with pytest.raises(ValueError, match="line 13"):
-        data.read(Data(path=str(path)), "captions")
+        loader.read(Data(path=str(path)), "captions")
 
 
 def test_an_epoch_shows_every_picture_once(tmp_path):
-    batches = data.Batches(items(tmp_path).train, Data(), seed=3, batch_size=4)
+    batches = loader.Batches(items(tmp_path).train, Data(), seed=3, batch_size=4)
     shown = [batches.index(step, p) for step in range(4) for p in range(4)]
     assert sorted(shown[:8]) == sorted(shown[8:]) == list(range(8)) and shown[:8] != shown[8:]
 
@@ -116,7 +116,7 @@ def test_an_epoch_shows_every_picture_once(tmp_path):
 def test_a_batch_depends_on_its_step_alone(tmp_path):
     found = items(tmp_path)
     settings = Data(resolution=8, crop="random", flip=True, tag_share=0.5, templates=["a {}"], template_share=0.5)
-    one, other = (data.Batches(found.train, settings, 0, 6) for _ in range(2))
+    one, other = (loader.Batches(found.train, settings, 0, 6) for _ in range(2))
     for step in range(3):
         one(step, range(6), following=(step + 1, range(6)))
     a, b = one(3, range(6)), other(3, range(6))
@@ -124,7 +124,7 @@ def test_a_batch_depends_on_its_step_alone(tmp_path):
 
 
 def test_parts_of_a_batch_are_the_batch(tmp_path):
-    batches = data.Batches(items(tmp_path).train, Data(resolution=8, tag_share=0.5), 0, 6)
+    batches = loader.Batches(items(tmp_path).train, Data(resolution=8, tag_share=0.5), 0, 6)
     whole, parts = batches(1, range(6)), [batches(1, range(3)), batches(1, range(3, 6))]
     assert torch.equal(whole.pictures, torch.cat([p.pictures for p in parts]))
     assert whole.captions == parts[0].captions + parts[1].captions

@@ -7,10 +7,11 @@ import pytest
 import tiny_pixart
 import tiny_run
 from PIL import Image
-from pixstack.trainer import cli, doctor, pictures
-from pixstack.trainer import tokenizer as tokenizers_
-from pixstack.trainer.config import Data
-from pixstack.trainer.layouts import Item
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.config.schema import Data
+from pixstack.trainer.data import doctor, pictures
+from pixstack.trainer.data.layouts import Item
+from pixstack.trainer.features import tokenizer as tokenizers_
 
 
 def scene(seed, size=(96, 80)):

@@ -9,7 +9,9 @@ from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.annotators.canny import canny
 from pixstack.models_impl.annotators.hed import HED, HEDConfig
-from pixstack.trainer import cli, config, evaluate, metrics
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.config import schema
+from pixstack.trainer.evaluation import metrics, retrieval
 from torch import nn
 
 
@@ -227,7 +229,7 @@ def test_what_cannot_be_measured_is_said(tmp_path, judges):
     made = pictures(tmp_path / "s", 2)
     assert "no such run, folder or file" in refusal(tmp_path / "gone")
     assert "needs a network to compare with: --hed or --inception" in refusal(made, "--reference", made)
-    assert "no samples.json that tells the prompts" in refusal(made, "--clip", tmp_path)
+    assert "no samples.json with the prompts" in refusal(made, "--clip", tmp_path)
     assert "is no TorchScript file" in refusal(made, "--inception", judges / "hed.safetensors")
     assert "cannot be read as a CLIP" in refusal(write_notes(made), "--clip", tmp_path)
 
@@ -251,6 +253,8 @@ def test_joints_of_folders_are_counted_together(tmp_path):
 class Painter:
     """A recipe that paints the condition, or the mean colour of the prompt's number."""
 
+    of_pictures = False
+
     def sample(self, what, height, width, steps, shift, cfg, seed, conditions=None):
         if conditions:
             return conditions["depth"].float() / 127.5 - 1
@@ -264,8 +268,8 @@ def of_a_run(folder, sizes, **settings):
     entries = [{"image": f"picture{i}.png", "text": str(40 * i), "depth": f"depth{i}.png",
                 "split": ("held_out", "train")[i % 2]} for i in range(len(sizes))]
     (folder / "data.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    made = config.Config(data=config.Data(path=str(folder / "data.jsonl"), resolution=32, crop="centre", **settings))
-    return evaluate.evaluate(Painter(), made, folder / "data.jsonl")
+    made = schema.Config(data=schema.Data(path=str(folder / "data.jsonl"), resolution=32, crop="centre", **settings))
+    return retrieval.evaluate(Painter(), made, folder / "data.jsonl")
 
 
 @pytest.mark.parametrize("settings", [{}, {"buckets": "area", "bucket_multiple": 8}, {"conditions": ["depth"]}])

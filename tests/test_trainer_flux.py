@@ -10,7 +10,11 @@ import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.flux import checkpoint, sampling
 from pixstack.models_impl.flux.model import pack, unpack
-from pixstack.trainer import build, config, data, export, flux, run
+from pixstack.trainer.config import check
+from pixstack.trainer.data import loader
+from pixstack.trainer.export import exporting
+from pixstack.trainer.recipes.flux import task
+from pixstack.trainer.training import build, checkpoints
 
 MODEL = {"hidden": 128, "heads": 1, "mlp_hidden": 512, "depth": 1, "single_depth": 1, "pooled_dim": 8}
 
@@ -29,7 +33,7 @@ def settings(path, out, vae, *words, **more):
     raw = {**tiny_run.SETTINGS, "recipe": {"name": "flux"}, "precision": "fp32", "model": MODEL, "out": str(out),
            "text": {**tiny_run.SETTINGS["text"], "padded": True}, "vae": {"path": vae},
            "data": {"path": str(path), "resolution": 32, "crop": "none"}, **more}
-    return config.parse(raw, words)
+    return check.parse(raw, words)
 
 
 def recipe_of(made):
@@ -39,7 +43,7 @@ def recipe_of(made):
     for p in recipe.net.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
-    return recipe, data.Batches(found.train, made.data, made.seed, made.batch_size)
+    return recipe, loader.Batches(found.train, made.data, made.seed, made.batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +60,13 @@ def test_the_loss_is_that_of_rectified_flow(path, vae, tmp_path):
     sigma, dropped, _ = recipe.flow.draw(0, 0.0)
     assert not dropped.any()
     latent = (recipe.flow.vae.latents(batch, "cpu", 0) - 0.1159) * 0.3611
-    noise = flux.batch_noise(0, 0, range(6), latent.shape[1:], "cpu")
+    noise = task.batch_noise(0, 0, range(6), latent.shape[1:], "cpu")
     noisy = sampling.add_noise(latent, noise, sigma)
     ids, mask = recipe.text.tokenize(batch.captions)
     whole = torch.zeros(6, 16, dtype=torch.int64)
     whole[:, :ids.shape[1]] = ids
     context = recipe.text(whole, torch.ones(6, 16, dtype=torch.bool))
-    said = recipe.net(pack(noisy), sigma, context, torch.zeros(6, 8), img_ids=flux.ids_of(noisy))
+    said = recipe.net(pack(noisy), sigma, context, torch.zeros(6, 8), img_ids=task.ids_of(noisy))
     torch.testing.assert_close(recipe(batch), sampling.loss(unpack(said, 4, 4), latent, noise))
 
 
@@ -82,7 +86,7 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(path, vae, tmp_path):
 
 
 def test_training_lowers_the_loss(path, vae, tmp_path):
-    tiny_run.train(settings(path, tmp_path / "run", vae, "steps=40", "optimizer.rate=2e-3", "save_every=40",
+    tiny_run.train(settings(path, tmp_path / "run", vae, "steps=40", "optimizer.learning_rate=2e-3", "save_every=40",
                             "optimizer.name=muon"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run") if "loss" in line]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10]), losses
@@ -102,7 +106,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, vae, tmp_path):
     tiny_run.train(broken, interrupt)
     tiny_run.train(broken)
     for name in ("model", "ema", "optimizer"):
-        one, other = (run.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
+        one, other = (checkpoints.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
                       for n in ("unbroken", "broken"))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert tiny_pixart.log(tmp_path / "unbroken") == tiny_pixart.log(tmp_path / "broken")
@@ -134,9 +138,9 @@ def test_a_sample_without_distillation_is_guided_by_the_empty_caption(path, vae,
 
 
 def test_an_export_is_where_a_run_may_start_and_what_a_pixelponder_is_trained_on(path, vae, trained, tmp_path):
-    net, text = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    net, text = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
     shape, tensors = checkpoint.read(*state_dict.read_file(net))
-    average = run.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
+    average = checkpoints.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
     assert all(torch.equal(value, average[f"net.{key}"]) for key, value in tensors.items())
     recipe = build.recipe(made := settings(path, tmp_path / "a", vae, f"init_from={net}"), build.collection(made))
     assert all(torch.equal(value, tensors[key]) for key, value in recipe.net.state_dict().items())
@@ -144,7 +148,7 @@ def test_an_export_is_where_a_run_may_start_and_what_a_pixelponder_is_trained_on
            "recipe": {"name": "pixelponder", "base": str(net)}, "out": str(tmp_path / "run"),
            "text": {"encoder": str(text), "learn": False, "padded": True, "max_length": 16},
            "data": {"path": str(path), **tiny_ponder.IMAGE}}
-    ponder, _ = tiny_run.train(config.parse(raw))
+    ponder, _ = tiny_run.train(check.parse(raw))
     assert ponder.net.config.trunk.context_dim == shape.context_dim == 16
     assert ponder.flow.condition(["red card"], "cpu")["context"].shape == (1, 16, 16)
 
@@ -155,8 +159,8 @@ def test_core_flux_predicts_with_an_export_what_the_trainer_predicts(trained, ho
     core, comfy = import_module("nodes"), import_module("comfy")
     for name in ("sample", "samplers", "model_detection", "ldm.flux.model"):
         import_module(f"comfy.{name}")
-    file, _ = export.export(trained, Path(host.models), "tiny_flux_trained", dtype="fp32")
-    recipe, _, _ = export.open_run(trained)
+    file, _ = exporting.export(trained, Path(host.models), "tiny_flux_trained", dtype="fp32")
+    recipe, _, _ = exporting.open_run(trained)
     there = node.SimpleNamespace(comfy=comfy)
     there.model = core.UNETLoader().load_unet(file.name, "default")[0]
     recipe.requires_grad_(False)

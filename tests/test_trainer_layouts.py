@@ -6,8 +6,8 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
-from pixstack.trainer import data, layouts, pictures
-from pixstack.trainer.config import Data
+from pixstack.trainer.config.schema import Data
+from pixstack.trainer.data import layouts, loader, pictures
 
 
 def picture(path, colour=(200, 30, 30), size=(20, 16)):
@@ -17,7 +17,7 @@ def picture(path, colour=(200, 30, 30), size=(20, 16)):
 
 
 def read(path, need="captions", **settings):
-    return data.read(Data(path=str(path), **settings), need)
+    return loader.read(Data(path=str(path), **settings), need)
 
 
 def test_sigmas_labels_have_both_captions_and_the_size(tmp_path):
@@ -37,7 +37,7 @@ def test_captions_are_mixed_in_the_share_that_is_asked_for(tmp_path):
     (tmp_path / "data_info.json").write_text(json.dumps([{"path": "0.png", "prompt": "p", "sharegpt4v": "long"}]))
     for share in (0.0, 0.25, 1.0):
         settings = Data(path=str(tmp_path), described_share=share, resolution=8)
-        made = data.Batches(data.read(settings, "captions").train, settings, 0, 1)
+        made = loader.Batches(loader.read(settings, "captions").train, settings, 0, 1)
         item = made.items[0]
         said = [made.caption(item, made.rng(step, 0, "caption")) for step in range(400)]
         assert said.count("long") / 400 == pytest.approx(share, abs=0.06)
@@ -47,7 +47,7 @@ def test_an_item_with_a_long_caption_alone_is_captioned(tmp_path):
     picture(tmp_path / "0.png")
     (tmp_path / "data_info.json").write_text(json.dumps([{"path": "0.png", "sharegpt4v": "long"}]))
     settings = Data(path=str(tmp_path), described_share=0.0, resolution=8)
-    batch = data.Batches(data.read(settings, "captions").train, settings, 0, 1)(0, range(1))
+    batch = loader.Batches(loader.read(settings, "captions").train, settings, 0, 1)(0, range(1))
     assert batch.captions == ["long"]
 
 
@@ -88,7 +88,7 @@ def ponder(tmp_path, size=(64, 48)):
 def test_a_condition_is_cut_and_mirrored_as_its_picture(tmp_path, crop, buckets):
     settings = Data(path=str(ponder(tmp_path)), conditions=list(NAMES), resolution=32, crop=crop, flip=True,
                     buckets=buckets, bucket_multiple=8)
-    made = data.Batches(data.read(settings, "captions").train, settings, 0, 1)
+    made = loader.Batches(loader.read(settings, "captions").train, settings, 0, 1)
     mirrored = set()
     for step in range(8):
         batch = made(step, range(1))
@@ -106,7 +106,7 @@ def test_a_condition_of_another_size_is_cut_in_proportion(tmp_path):
         with Image.open(tmp_path / "set/image.png") as whole:
             whole.resize(size, Image.BICUBIC).save(tmp_path / "set/hed.png")
         settings = Data(path=str(path), conditions=["hed"], resolution=32, crop="random")
-        batch = data.Batches(data.read(settings, "captions").train, settings, 0, 1)(0, range(1))
+        batch = loader.Batches(loader.read(settings, "captions").train, settings, 0, 1)(0, range(1))
         difference = batch.conditions["hed"].float() - batch.pictures.float()
         assert difference[:, :, 2:-2, 2:-2].abs().max() <= 4
 
@@ -116,7 +116,7 @@ def test_a_condition_of_another_shape_is_named_with_both_sizes(tmp_path):
     picture(tmp_path / "set/depth.png", size=(48, 48))
     settings = Data(path=str(path), conditions=["depth"], resolution=32)
     with pytest.raises(ValueError, match=r"depth\.png: it is 48x48.*its picture, 64x48"):
-        data.Batches(data.read(settings, "captions").train, settings, 0, 1)(0, range(1))
+        loader.Batches(loader.read(settings, "captions").train, settings, 0, 1)(0, range(1))
 
 
 def test_a_condition_that_is_missing_is_named(tmp_path):
@@ -158,9 +158,9 @@ def test_shards_are_read_at_their_places(tmp_path):
                 add(archive, f"x/{key}.png", png((ord(key), 0, 0)))
                 add(archive, f"x/{key}.txt", f"picture {key}".encode())
     settings = Data(path=str(tmp_path), resolution=8, conditions=["hed"])
-    found = data.read(settings, "captions").train
+    found = loader.read(settings, "captions").train
     assert [i.captions for i in found] == [("picture a",), ("picture b",), ("picture c",)]
-    batch = data.Batches(found, settings, 0, 3)(0, range(3))
+    batch = loader.Batches(found, settings, 0, 3)(0, range(3))
     for caption, shown, hed in zip(batch.captions, batch.pictures, batch.conditions["hed"], strict=True):
         assert shown[0].float().mean() == ord(caption[-1]) and (hed == 9).all()
     assert batch.sizes.tolist() == [[16, 20]] * 3
@@ -198,10 +198,10 @@ def test_a_hugging_face_data_set_is_read_from_its_folder(rows, tmp_path):
 
     DatasetDict(train=rows, test=rows.select([0])).save_to_disk(tmp_path / "set")
     settings = Data(path=str(tmp_path / "set"), resolution=8, conditions=["hed"])
-    found = data.read(settings, "captions")
+    found = loader.read(settings, "captions")
     assert (len(found.train), len(found.held_out), found.classes) == (4, 1, ["ant", "bee"])
     assert [i.label for i in found.train] == [0, 1, 0, 1]
-    batch = data.Batches(found.train, settings, 0, 4)(0, range(4))
+    batch = loader.Batches(found.train, settings, 0, 4)(0, range(4))
     for caption, shown, hed in zip(batch.captions, batch.pictures, batch.conditions["hed"], strict=True):
         assert shown[0].float().mean() == 10 * int(caption[-1]) and (hed == shown).all()
 

@@ -10,9 +10,11 @@ import tiny_ultrapixel
 import torch
 from pixstack.models_impl import lora, state_dict
 from pixstack.models_impl.pixart.lora import names
-from pixstack.trainer import build, cli, plan, quantised, swap
-from pixstack.trainer.export import open_run
-from pixstack.trainer.run import module_tensors, read_tensors
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.export.exporting import open_run
+from pixstack.trainer.memory import offload, quantization
+from pixstack.trainer.training import build, plan
+from pixstack.trainer.training.checkpoints import module_tensors, read_tensors
 from tiny_pixart import recipe_of
 from torch import nn
 from weights import tiny_hed
@@ -43,7 +45,7 @@ def made(path, parts, base, tmp_path):
 def test_a_layer_in_few_bits_says_nearly_the_same_and_lets_its_gradient_through(kind, far, bytes):
     torch.manual_seed(0)
     whole = nn.Linear(64, 96).requires_grad_(False)
-    few = quantised.FewBits(whole, kind)
+    few = quantization.FewBits(whole, kind)
     assert sum(p.nbytes for n, p in few.named_parameters() if n != "bias") == bytes
     kept, x = [], torch.randn(5, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -58,9 +60,9 @@ def test_a_layer_in_few_bits_says_nearly_the_same_and_lets_its_gradient_through(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lora_learns_on_blocks_in_few_bits_and_is_exported_as_ever(made, base, tmp_path, kind):
-    words = ("steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=60", "ema.decay=0.0")
+    words = ("steps=60", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=60", "ema.decay=0.0")
     recipe, _ = tiny_run.train(made(*words, f"memory.base={kind}"))
-    assert sum(isinstance(m, quantised.FewBits) for m in recipe.modules()) == 7 * 2  # of each block
+    assert sum(isinstance(m, quantization.FewBits) for m in recipe.modules()) == 7 * 2  # of each block
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
     assert all("lora_" in name or "y_embedding" in name for name in module_tensors(recipe))
@@ -105,7 +107,7 @@ def alike(settings) -> tuple[float, int]:
         recipe, batches = recipe_of(settings(word))
         recipe(batches(0, range(4))).mean().backward()
         found.append(torch.cat([p.grad.flatten().float() for p in recipe.parameters() if p.grad is not None]))
-        few = sum(isinstance(m, quantised.FewBits) for m in recipe.modules())
+        few = sum(isinstance(m, quantization.FewBits) for m in recipe.modules())
     return torch.cosine_similarity(*found, dim=0).item(), few
 
 
@@ -135,8 +137,8 @@ def test_gradients_reach_a_controlnet_through_blocks_in_few_bits(tmp_path, kind)
         recipe, batches = recipe_of(tiny_ponder.settings(pictures, tmp_path / "run", parts, f"memory.base={base}"))
         recipe(batches(0, range(6))).mean().backward()
         found[base] = torch.cat([p.grad.flatten() for p in recipe.net.parameters() if p.grad is not None])
-    assert any(isinstance(m, quantised.FewBits) for m in recipe.base.modules())
-    assert not any(isinstance(m, quantised.FewBits) for m in recipe.net.modules())
+    assert any(isinstance(m, quantization.FewBits) for m in recipe.base.modules())
+    assert not any(isinstance(m, quantization.FewBits) for m in recipe.net.modules())
     assert torch.cosine_similarity(found[""], found[kind], dim=0) > 0.9
 
 
@@ -171,8 +173,8 @@ def test_blocks_come_back_for_both_passes(made, words, monkeypatch):
         away = torch.zeros_like(tensor)
         return away.fill_(float("nan")) if tensor.is_floating_point() and tensor.itemsize > 1 else away
 
-    monkeypatch.setattr(swap.Swap, "rest", nothing)
-    swap.place(recipe, made(*words, "memory.swap_blocks=2"), torch.device("cpu"))
+    monkeypatch.setattr(offload.Swap, "rest", nothing)
+    offload.place(recipe, made(*words, "memory.swap_blocks=2"), torch.device("cpu"))
     found, got = gradients(recipe, batches)
     assert torch.equal(losses, found)
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
@@ -181,7 +183,7 @@ def test_blocks_come_back_for_both_passes(made, words, monkeypatch):
 def test_one_block_is_on_its_way_while_another_is_at_work(made):
     settings = made("checkpoint_activations=true", "memory.swap_blocks=2")
     recipe, batches = recipe_of(settings)
-    held, swapping = [], swap.place(recipe, settings, torch.device("cpu"))
+    held, swapping = [], offload.place(recipe, settings, torch.device("cpu"))
     for i, block in enumerate(recipe.net.blocks):
         block.register_forward_pre_hook(lambda *_, i=i: held.append((i, sorted(swapping.here))))
     recipe(batches(0, range(6))).mean().backward()
@@ -213,4 +215,4 @@ def test_swapping_that_cannot_work_is_refused(made, words, part):
 def test_more_blocks_than_there_are_are_refused_with_their_number(made):
     settings = made("checkpoint_activations=true", "memory.swap_blocks=9")
     with pytest.raises(ValueError, match="there are 2 blocks that do not learn"):
-        swap.place(recipe_of(settings)[0], settings, torch.device("cpu"))
+        offload.place(recipe_of(settings)[0], settings, torch.device("cpu"))

@@ -15,8 +15,14 @@ from accelerate import Accelerator
 from pixstack.models_impl.annotators import hed
 from pixstack.models_impl.pixart import sampling
 from pixstack.models_impl.state_dict import read_file, write_file
-from pixstack.trainer import autoencoder, build, cli, layouts, pairs, perceptual, plan, run
-from pixstack.trainer.config import Data
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.config.schema import Data
+from pixstack.trainer.data import layouts
+from pixstack.trainer.features import taesd
+from pixstack.trainer.memory import activations
+from pixstack.trainer.recipes.pixart import pairs, perceptual
+from pixstack.trainer.recipes.pixart import settings as recipe_settings
+from pixstack.trainer.training import build, checkpoints
 from safetensors.torch import load_file, save_file
 from tiny_pixart import recipe_of
 from torch.nn import functional as F
@@ -40,7 +46,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     tiny_pixart.released(folder / "base.safetensors")
     torch.manual_seed(0)
-    net = autoencoder.Taesd().net
+    net = taesd.Taesd().net
     save_file(net.state_dict(), folder / "taesd.safetensors")
     torch.save(hed.HED(hed.HEDConfig((8, 8, 8, 8, 8), (1, 1, 1, 1, 1))).state_dict(), folder / "hed.pth")
     return folder
@@ -107,7 +113,7 @@ def test_lpips_is_the_formula_of_the_paper(lpips_files):
 
 
 def test_the_heads_of_the_installed_package_are_found():
-    file = perceptual.installed_heads()
+    file = recipe_settings.installed_heads()
     if file is None:
         pytest.skip("the package lpips is not installed")
     assert sorted(read_file(file)[0]) == [f"lin{n}.model.1.weight" for n in range(5)]
@@ -126,13 +132,13 @@ def test_a_decoder_draws_scaled_latents_as_diffusers_does(files, tmp_path, kind)
     net.load_state_dict(load_file(files / "taesd.safetensors"))
     file = files / "taesd.safetensors"
     if kind == "core":
-        write_file(file := tmp_path / "core.safetensors", autoencoder.to_core(net, LATENT_SCALE, 0.0))
+        write_file(file := tmp_path / "core.safetensors", taesd.to_core(net, LATENT_SCALE, 0.0))
     elif kind == "decoder alone":
-        plain = {k.removeprefix("taesd_decoder."): v for k, v in autoencoder.to_core(net, 1.0, 0.0).items()
+        plain = {k.removeprefix("taesd_decoder."): v for k, v in taesd.to_core(net, 1.0, 0.0).items()
                  if k.startswith("taesd_decoder.")}
         torch.save(plain, file := tmp_path / "taesd_decoder.pth")
     latent = torch.randn(2, 4, 4, 3)
-    judge = perceptual.Judge(autoencoder.read_decoder(file, LATENT_SCALE), perceptual.Lpips(), LATENT_SCALE)
+    judge = perceptual.Judge(taesd.read_decoder(file, LATENT_SCALE), perceptual.Lpips(), LATENT_SCALE)
     torch.testing.assert_close(judge.pictures(latent), net.decode(latent).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
 
 
@@ -216,7 +222,7 @@ def test_only_dmd_has_pairs(path, parts, files, tmp_path):
 
 def release(folder, names, shape=(4, 8, 8)):
     """The release's layout, without a note of how it was made."""
-    for kind in pairs.FOLDERS:
+    for kind in pairs.PAIRS:
         (folder / kind).mkdir(parents=True)
         for name in names:
             np.save(folder / kind / f"{name}.npy", np.random.default_rng(0).normal(size=shape).astype(np.float16))
@@ -298,7 +304,7 @@ def test_the_term_is_lpips_of_what_the_student_and_the_pair_draw(made, files, lp
     rows = [0, 2, 4]
     names = [Path(batch.items[row].file).stem for row in rows]
     noise, latent = (torch.stack([torch.from_numpy(np.load(tmp_path / "pairs" / kind / f"{name}.npy")).float()
-                                  for name in names]) for kind in pairs.FOLDERS)
+                                  for name in names]) for kind in pairs.PAIRS)
     context = d.condition([batch.items[row].captions[0] for row in rows])
     with torch.no_grad():
         alpha = d.schedule.alpha(400)
@@ -346,8 +352,8 @@ def test_passes_of_odd_size_add_up_to_the_whole_batch(made, files, tmp_path):
 
 
 def test_training_draws_the_student_to_its_pairs(made, files, tmp_path):
-    settings = by_heart(made, files, tmp_path / "pairs", "steps=60", "optimizer.rate=2e-3", "optimizer.warm_up=0",
-                        "save_every=60", "ema.decay=0.0", "data.resolution=32", weight=50.0)
+    settings = by_heart(made, files, tmp_path / "pairs", "steps=60", "optimizer.learning_rate=2e-3",
+                        "optimizer.warm_up=0", "save_every=60", "ema.decay=0.0", "data.resolution=32", weight=50.0)
     recipe, batches = recipe_of(settings)
     batch = batches(0, range(6))
 
@@ -375,7 +381,8 @@ def test_a_resumed_run_with_pairs_repeats_the_unbroken_run(made, files, tmp_path
     tiny_run.train(broken, interrupt)
     tiny_run.train(broken)
     one, other = ({f"{file}.{k}": v for file in ("model", "ema", "optimizer")
-                   for k, v in run.read_tensors(tmp_path / n / "checkpoints/00000003" / f"{file}.safetensors").items()}
+                   for k, v in checkpoints.read_tensors(
+                       tmp_path / n / "checkpoints/00000003" / f"{file}.safetensors").items()}
                   for n in ("unbroken", "broken"))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
@@ -387,11 +394,11 @@ def test_a_resumed_run_with_pairs_repeats_the_unbroken_run(made, files, tmp_path
     (("recipe.taesd=/nowhere",), "recipe.taesd='/nowhere': there is no such file"),
     (("recipe.hed=",), "needs one of recipe.vgg, the vgg16 of torchvision for LPIPS, and recipe.hed"),
     (("recipe.hed=", "recipe.vgg=/nowhere"), "recipe.vgg='/nowhere': there is no such file"),
-    (("recipe.heads=/nowhere",), "recipe.heads are read with recipe.vgg alone"),
+    (("recipe.heads=/nowhere",), "recipe.heads are read only with recipe.vgg"),
     (("recipe.regression=-1",), "recipe.regression=-1.0 must not be negative"),
 ])
 def test_a_regression_that_lacks_something_is_refused(made, files, tmp_path, words, part):
-    for kind in pairs.FOLDERS:
+    for kind in pairs.PAIRS:
         (tmp_path / "pairs" / kind).mkdir(parents=True)
     whole = ("recipe.regression=0.25", f"recipe.pairs={tmp_path / 'pairs'}", f"recipe.hed={files / 'hed.pth'}",
              f"recipe.taesd={files / 'taesd.safetensors'}")
@@ -401,13 +408,13 @@ def test_a_regression_that_lacks_something_is_refused(made, files, tmp_path, wor
 
 
 def test_a_vgg_without_heads_asks_for_the_package(made, files, lpips_files, tmp_path, monkeypatch):
-    monkeypatch.setattr(perceptual, "installed_heads", lambda: None)
+    monkeypatch.setattr(recipe_settings, "installed_heads", lambda: None)
     with pytest.raises(ValueError, match="package lpips, which has them, is not installed: pip install lpips, or name"):
         made("recipe.regression=0.25", f"recipe.vgg={lpips_files[0]}")
 
 
 def test_a_decoder_of_another_family_is_refused(made, files, tmp_path):
-    torch.save(autoencoder.Taesd(16).net.state_dict(), tmp_path / "taef1.pth")
+    torch.save(taesd.Taesd(16).net.state_dict(), tmp_path / "taef1.pth")
     settings = by_heart(made, files, tmp_path / "pairs")
     with pytest.raises(ValueError, match="taef1.pth' draws latents of 16 channels, and this PixArt makes 4"):
         recipe_of(replace(settings, recipe=replace(settings.recipe, taesd=str(tmp_path / "taef1.pth"))))
@@ -423,7 +430,7 @@ def test_a_dry_run_counts_the_pairs_decoder_and_judge(made, files, tmp_path, cap
     assert all("TFLOP a step" in line for line in lines)
     recipe, _ = recipe_of(settings)
     judge, latent = deepcopy(recipe.teacher[1]), torch.randn(3, 4, 8, 8, requires_grad=True)
-    kept = plan.kept_bytes(judge, lambda: judge(latent, torch.randn(3, 4, 8, 8)), bf16=False)
+    kept = activations.kept_bytes(judge, lambda: judge(latent, torch.randn(3, 4, 8, 8)), bf16=False)
     more = recipe.activation_bytes(6, True)
     recipe.pairs = None
     assert more - recipe.activation_bytes(6, True) == pytest.approx(kept, rel=0.05)

@@ -14,26 +14,28 @@ import tiny_pixart
 import tiny_recipes
 import tiny_run
 import torch
-from pixstack.trainer import config, optim, parallel, plan
+from pixstack.trainer.config import check, load, rules
+from pixstack.trainer.distributed import strategy
 from pixstack.trainer.recipes import RECIPES
-from pixstack.trainer.run import read_tensors
+from pixstack.trainer.training import optim, plan
+from pixstack.trainer.training.checkpoints import read_tensors
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
 TWO = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TOLD = {  # what `accelerate launch` tells by
-    parallel.DDP: {},
-    parallel.FSDP2: {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-    parallel.DEEPSPEED: {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    rules.DDP: {},
+    rules.FSDP2: {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    rules.DEEPSPEED: {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
 }
-WAYS = [pytest.param(way, marks=pytest.mark.skipif(way == parallel.DEEPSPEED and find_spec("deepspeed") is None,
+WAYS = [pytest.param(way, marks=pytest.mark.skipif(way == rules.DEEPSPEED and find_spec("deepspeed") is None,
                                                    reason="DeepSpeed is not installed")) for way in TOLD]
 
 
 REFUSED = {
-    (parallel.DEEPSPEED, "pixart_dmd"): "DeepSpeed clips all gradients as one",
-    (parallel.DEEPSPEED, "pixelponder choices"): "DeepSpeed needs recipe.choices=1",
-    (parallel.FSDP2, "pixelponder choices"): "accelerate's FSDP needs recipe.choices=1",
+    (rules.DEEPSPEED, "pixart_dmd"): "DeepSpeed clips all gradients as one",
+    (rules.DEEPSPEED, "pixelponder choices"): "DeepSpeed needs recipe.choices=1",
+    (rules.FSDP2, "pixelponder choices"): "accelerate's FSDP needs recipe.choices=1",
 }
 
 
@@ -66,7 +68,7 @@ def two(one, request, tmp_path_factory):
     way, folder = request.param, tmp_path_factory.mktemp("two")
     found = {name: dataclasses.replace(settings, out=str(folder / name)) for name, settings in one.items()
              if (way, name) not in REFUSED}
-    (folder / "list.json").write_text(json.dumps([config.as_dict(settings) for settings in found.values()]))
+    (folder / "list.json").write_text(json.dumps([load.as_dict(settings) for settings in found.values()]))
     said = launched(way, ROOT / "tests/tiny_run.py", folder / "list.json")
     assert said.count(f"{way} of 2 processes") == len(found)
     return way, found
@@ -79,7 +81,7 @@ def test_two_processes_learn_what_one_learns(one, two, name, monkeypatch):
     if (way, name) in REFUSED:
         monkeypatch.setattr(os, "environ", {**os.environ, **TOLD[way]})
         with pytest.raises(ValueError, match=REFUSED[way, name]):
-            config.parse(config.as_dict(one[name]))
+            check.parse(load.as_dict(one[name]))
         return
     folders = one[name].folder, found[name].folder
     for file in ("model", "ema", "optimizer"):
@@ -108,7 +110,7 @@ def test_a_run_with_parts_goes_on_to_the_bit_and_in_one_process(path, parts, tmp
         return read_tensors(tmp_path / name / f"checkpoints/00000004/{file}.safetensors")
 
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # as `accelerate launch --use_fsdp` says unasked
-    assert parallel.SAID[way] in train("whole")
+    assert strategy.IN_WORDS[way] in train("whole")
     for name in ("broken", "alone"):
         copytree(tmp_path / "whole", tmp_path / name)
         rmtree(tmp_path / name / "checkpoints/00000004")
@@ -134,9 +136,9 @@ def test_a_dry_run_counts_the_parts(path, parts, tmp_path, monkeypatch, way):
     optimizers = optim.Optimizers(recipe.groups(made), made.optimizer, made.steps)
     one, four = (plan.memory(made, recipe, optimizers, 6, processes, cpu=True) for processes in (1, 4))
     every, block = (sum(p.numel() for p in module.parameters()) for module in (recipe.net, recipe.net.blocks))
-    fewer = {"weights": 4 * block, "gradients": 4 * block, "optimizer": 8 * block, "average": 4 * block}
-    if way == parallel.DEEPSPEED:  # and its own copy of the weights
-        fewer = {"weights": 0, "gradients": 4 * every, "optimizer": 12 * every, "average": 0}
+    fewer = {"weights": 4 * block, "gradients": 4 * block, "optimizer": 8 * block, "ema": 4 * block}
+    if way == rules.DEEPSPEED:  # and its own copy of the weights
+        fewer = {"weights": 0, "gradients": 4 * every, "optimizer": 12 * every, "ema": 0}
     assert one["optimizer"] >= fewer["optimizer"]
     for name, size in {**fewer, "activations": 0}.items():
         assert one[name] - four[name] == pytest.approx(0.75 * size), name
@@ -145,8 +147,8 @@ def test_a_dry_run_counts_the_parts(path, parts, tmp_path, monkeypatch, way):
 @pytest.mark.parametrize("told, words, part", [
     ({}, ["memory.shard=true", "optimizer.name=came"], "memory.shard=true goes with optimizer.name='adamw'"),
     ({}, ["memory.shard=true", "compile=true"], "memory.shard=true does not go with compile=True"),
-    ({"ACCELERATE_USE_FSDP": "true"}, [], "accelerate was told to use FSDP 1"),
-    (TOLD[parallel.FSDP2], ["optimizer.name=muon"], "accelerate's FSDP goes with optimizer.name='adamw'"),
+    ({"ACCELERATE_USE_FSDP": "true"}, [], "accelerate was asked to use FSDP 1"),
+    (TOLD[rules.FSDP2], ["optimizer.name=muon"], "accelerate's FSDP goes with optimizer.name='adamw'"),
     ({"ACCELERATE_USE_MEGATRON_LM": "true"}, [], "Megatron-LM"),
 ])
 def test_what_does_not_go_with_parts_is_refused(path, parts, tmp_path, monkeypatch, told, words, part):

@@ -9,9 +9,11 @@ import tiny_run
 import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixart import checkpoint, sampling
-from pixstack.trainer import autoencoder, export, optim, run
-from pixstack.trainer.noise import batch_noise
-from pixstack.trainer.pixart import Noising
+from pixstack.trainer.export import cards, exporting
+from pixstack.trainer.features import taesd
+from pixstack.trainer.recipes.pixart.task import Noising, losses
+from pixstack.trainer.training import checkpoints, optim
+from pixstack.trainer.training.noise import batch_noise
 from tiny_pixart import recipe_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +62,7 @@ def test_the_loss_of_a_parity_case_is_the_references(made, name):
     d = recipe.denoising
     noisy = d.schedule.add_noise(i["x_start"], i["noise"], i["timestep"])
     step = Noising(i["x_start"], i["noise"], noisy, i["timestep"], {})
-    loss = sum(d.losses(lambda x, t: i["model_output"], step, snr_switch=config.get("snr", False)))
+    loss = sum(losses(lambda x, t: i["model_output"], step, d.shape, d.schedule, snr_switch=config.get("snr", False)))
     torch.testing.assert_close(loss, outputs["loss"], rtol=1e-4, atol=1e-4)
 
 
@@ -88,7 +90,7 @@ def test_a_v_prediction_network_learns_the_velocity(made):
     d = recipe.denoising
     step = d.noising(batch, d.drawn(batch, 0)[0], None, 0)
     perfect = d.schedule.velocity(step.latent, step.noise, step.timestep)
-    error, bound = d.losses(lambda x, t, **_: torch.cat([perfect, perfect], 1), step, 0.0)
+    error, bound = losses(lambda x, t, **_: torch.cat([perfect, perfect], 1), step, d.shape, d.schedule, 0.0)
     assert error.abs().max() < 1e-9 and not bound.any()
     assert recipe(batch).isfinite().all()
 
@@ -137,12 +139,12 @@ def test_activation_checkpointing_leaves_gradients_as_they_are(made):
 
 
 def test_validation_says_the_same_twice_and_in_small_batches(made):
-    from pixstack.trainer import data
+    from pixstack.trainer.data import loader
 
     recipe, batches = recipe_of(made())
-    whole = recipe.validate(data.fixed(batches.items, batches.settings))
-    assert recipe.validate(data.fixed(batches.items, batches.settings)) == whole
-    assert recipe.validate(data.fixed(batches.items, batches.settings, 3)) == pytest.approx(whole, rel=1e-4)
+    whole = recipe.validate(loader.fixed(batches.items, batches.settings))
+    assert recipe.validate(loader.fixed(batches.items, batches.settings)) == whole
+    assert recipe.validate(loader.fixed(batches.items, batches.settings, 3)) == pytest.approx(whole, rel=1e-4)
     assert set(whole) == {"loss", "variance", "quarter0", "quarter1", "quarter2", "quarter3"}
 
 
@@ -190,7 +192,7 @@ def test_a_vae_of_other_latents_is_refused_before_anything_is_read(made, tmp_pat
     assert words in refusal(made, f"vae.path={folder}")
     file = folder / "diffusion_pytorch_model.safetensors"
     assert words in refusal(made, f"vae.path={file}")
-    tensors = autoencoder.to_core(autoencoder.Taesd(16).net, 1.0, 0.0)
+    tensors = taesd.to_core(taesd.Taesd(16).net, 1.0, 0.0)
     state_dict.write_file(tmp_path / "taesd.safetensors", tensors)
     assert words in refusal(made, f"vae.path={tmp_path / 'taesd.safetensors'}")
 
@@ -249,8 +251,8 @@ def test_came_takes_the_steps_of_its_paper():
 
 @pytest.mark.parametrize("rule, rate", [("none", 1e-3), ("sqrt", 0.5e-3), ("linear", 0.25e-3)])
 def test_the_rate_follows_the_batch(made, rule, rate):
-    settings = made(f"optimizer.scale_rate={rule}")
-    assert optim.Optimizers([], settings.optimizer, 10, 64).rate == pytest.approx(rate)
+    settings = made(f"optimizer.learning_rate_scaling={rule}")
+    assert optim.Optimizers([], settings.optimizer, 10, 64).learning_rate == pytest.approx(rate)
 
 
 # --- Runs
@@ -259,7 +261,7 @@ def test_the_rate_follows_the_batch(made, rule, rate):
 def weights(folder, step=6):
     at = folder / "checkpoints" / f"{step:08d}"
     return {f"{file}.{k}": v for file in ("model", "ema", "optimizer")
-            for k, v in run.read_tensors(at / f"{file}.safetensors").items()}
+            for k, v in checkpoints.read_tensors(at / f"{file}.safetensors").items()}
 
 
 def test_a_resumed_run_repeats_the_unbroken_run(path, parts, tmp_path):
@@ -281,7 +283,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, parts, tmp_path):
 
 
 def test_training_lowers_the_loss(made, tmp_path):
-    tiny_run.train(made("steps=40", "optimizer.rate=3e-3", "optimizer.warm_up=0", "save_every=40",
+    tiny_run.train(made("steps=40", "optimizer.learning_rate=3e-3", "optimizer.warm_up=0", "save_every=40",
                         "validation.every=40", "recipe.variance=0.0"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run") if "loss" in line]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -302,10 +304,10 @@ def test_a_run_writes_sample_pictures(trained):
 
 
 def test_what_was_trained_is_what_is_exported(trained, tmp_path):
-    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
     shape, tensors = checkpoint.read(*state_dict.read_file(file))
     assert (shape.depth, shape.hidden, shape.heads, shape.sample_size, shape.context_dim) == (2, 72, 2, 8, 16)
-    average = run.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
+    average = checkpoints.read_tensors(trained / "checkpoints/00000004/ema.safetensors")
     for key, value in tensors.items():
         assert torch.equal(value, average[f"net.{key}"]), key
 
@@ -313,8 +315,8 @@ def test_what_was_trained_is_what_is_exported(trained, tmp_path):
 def test_an_export_in_fp8_rounds_the_matrices_of_blocks_alone(trained, tmp_path, host):
     from importlib import import_module
 
-    (whole,) = export.export(trained, tmp_path, "whole", dtype="fp32")
-    (file,) = export.export(trained, Path(host.models), "tiny_pixart_fp8", dtype="fp8")
+    (whole,) = exporting.export(trained, tmp_path, "whole", dtype="fp32")
+    (file,) = exporting.export(trained, Path(host.models), "tiny_pixart_fp8", dtype="fp8")
     full, small = (state_dict.read_file(one)[0] for one in (whole, file))
     rounded = {k for k, v in small.items() if v.dtype == torch.float8_e4m3fn}
     assert rounded == {k for k, v in full.items() if v.ndim > 1 and "block" in k}
@@ -328,11 +330,11 @@ def test_an_export_in_fp8_rounds_the_matrices_of_blocks_alone(trained, tmp_path,
 
 
 def test_what_fp8_cannot_hold_is_not_made_nan():
-    assert export.stored("blocks.0.x", torch.tensor([[1e4, -1e4]]), "fp8").float().tolist() == [[448.0, -448.0]]
+    assert exporting.written_as("blocks.0.x", torch.tensor([[1e4, -1e4]]), "fp8").float().tolist() == [[448.0, -448.0]]
 
 
 def test_a_model_card_says_how_it_was_made_and_names_no_folder(trained, parts, tmp_path):
-    from pixstack.trainer import cli
+    from pixstack.trainer.cli import main as cli
 
     cli.main(["export", str(trained), "--out", str(tmp_path / "out"), "--name", "tiny", "--card"])
     said = (tmp_path / "out/tiny.md").read_text()
@@ -347,18 +349,18 @@ def test_a_run_too_short_for_a_log_has_its_card(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     (folder / "log.jsonl").unlink(missing_ok=True)
-    files = export.export(folder, tmp_path / "out", "tiny")
-    assert [f.name for f in export.write_card(folder, tmp_path / "out", files)] == ["tiny.md", "tiny.png"]
+    files = exporting.export(folder, tmp_path / "out", "tiny")
+    assert [f.name for f in cards.write_card(folder, tmp_path / "out", files)] == ["tiny.md", "tiny.png"]
 
 
 def test_comfyui_predicts_with_an_export_what_the_trainer_predicts(trained, host):
     from importlib import import_module
 
-    (file,) = export.export(trained, Path(host.models), "tiny_pixart_full", dtype="fp32")
+    (file,) = exporting.export(trained, Path(host.models), "tiny_pixart_full", dtype="fp32")
     nodes = import_module("nodes").NODE_CLASS_MAPPINGS
     model = nodes["PixStack_PixArtLoader"].execute(
         model_name=file.name, variant="auto", prediction="auto", positions="auto", weights="ema", dtype="fp32").args[0]
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([321.0]), torch.randn(1, 5, 16)
     with torch.no_grad():
         theirs = model.model.diffusion_model(x, t, context)
@@ -367,14 +369,14 @@ def test_comfyui_predicts_with_an_export_what_the_trainer_predicts(trained, host
 
 
 def test_the_noise_of_a_sample_does_not_depend_on_the_pictures_beside_it(trained):
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     both = recipe.sample(["red card", "blue square"], 64, 64, 2, 1.0, 4.5, 3)
     second = recipe.sample(["blue square"], 64, 64, 2, 1.0, 4.5, 4)
     torch.testing.assert_close(both[1:], second, rtol=1e-3, atol=1e-3)
 
 
 def test_a_dry_run_says_what_would_happen(path, parts, tmp_path, capsys):
-    from pixstack.trainer import cli
+    from pixstack.trainer.cli import main as cli
 
     raw = {"recipe": {"name": "pixart"}, "data": {"path": str(path), **tiny_pixart.IMAGE}, **parts,
            "model": {"depth": 2, "hidden": 72, "heads": 2}}

@@ -16,10 +16,13 @@ from adapters.pixart_sampling import toy
 from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixart import checkpoint, sampling
-from pixstack.trainer import build, cache, cli, data, export, optim, run
-from pixstack.trainer.ema import Ema
-from pixstack.trainer.pictures import tensor
-from pixstack.trainer.recipes.pixart_controlnet import shaped
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.data import loader, sheets
+from pixstack.trainer.data.pictures import shown, tensor
+from pixstack.trainer.export import exporting
+from pixstack.trainer.features import cache
+from pixstack.trainer.training import build, checkpoints, optim
+from pixstack.trainer.training.ema import Ema
 from tiny_pixart import recipe_of
 from weights import tiny_hed
 
@@ -66,15 +69,15 @@ def test_the_lcm_loss_of_a_parity_case_is_the_references(made, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_target_is_the_moving_average(made, precision):
+def test_the_target_is_the_ema(made, precision):
     recipe, batches = recipe_of(made("pixart_lcm", "recipe.lora=false", "ema.decay=0.95", f"precision={precision}"))
-    recipe.average = Ema(recipe, 0.95)
+    recipe.ema = Ema(recipe, 0.95)
     other = deepcopy(recipe.net)
     with torch.no_grad():
         for name, p in recipe.net.named_parameters():
-            recipe.average.average[f"net.{name}"] = p + 0.05 * torch.randn_like(p)
+            recipe.ema.weights[f"net.{name}"] = p + 0.05 * torch.randn_like(p)
     other.load_state_dict({**recipe.net.state_dict(),
-                           **{k.removeprefix("net."): v for k, v in recipe.average.average.items()}})
+                           **{k.removeprefix("net."): v for k, v in recipe.ema.weights.items()}})
     d, batch = recipe.denoising, batches(0, range(2))
     x, t, condition = torch.randn(2, 4, 8, 8), torch.tensor([99, 499]), recipe.denoising.condition(batch.captions)
     with d.autocast():
@@ -99,14 +102,14 @@ def test_the_teacher_of_an_lcm_lora_is_the_network_without_it(made, base):
 
 @pytest.mark.parametrize("lora", ["true", "false"])
 def test_distillation_lowers_its_loss(made, tmp_path, lora):
-    tiny_run.train(made("pixart_lcm", f"recipe.lora={lora}", "steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0",
-                        "ema.decay=0.95", "save_every=60", "validation.every=60"))
+    tiny_run.train(made("pixart_lcm", f"recipe.lora={lora}", "steps=60", "optimizer.learning_rate=1e-2",
+                        "optimizer.warm_up=0", "ema.decay=0.95", "save_every=60", "validation.every=60"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run") if "loss" in line]
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
 
 
-def test_an_lcm_needs_an_average(made):
-    with pytest.raises(ValueError, match="ema.decay=0, and the moving average is the target"):
+def test_an_lcm_needs_an_ema(made):
+    with pytest.raises(ValueError, match="ema.decay=0, and the EMA is the target"):
         made("pixart_lcm", "recipe.lora=false", "ema.decay=0.0")
 
 
@@ -157,8 +160,8 @@ def test_gradients_of_student_and_follower_are_clipped_apart(made):
 
 
 def test_the_follower_comes_to_know_the_student(made, tmp_path):
-    tiny_run.train(made("pixart_dmd", "steps=60", "optimizer.rate=3e-3", "optimizer.warm_up=0", "save_every=60",
-                        "recipe.follower_rate=3.0", "validation.every=60"))
+    tiny_run.train(made("pixart_dmd", "steps=60", "optimizer.learning_rate=3e-3", "optimizer.warm_up=0",
+                        "save_every=60", "recipe.follower_learning_rate_multiple=3.0", "validation.every=60"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run") if "loss" in line]
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
 
@@ -181,13 +184,13 @@ def controlled(made, annotator):
 
 
 def test_training_a_controlnet_lowers_the_loss(controlled, tmp_path):
-    tiny_run.train(controlled("steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
+    tiny_run.train(controlled("steps=60", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
     assert sum(losses[-15:]) < 0.95 * sum(losses[:15])
 
 
 def test_a_controlnet_begins_by_changing_nothing(controlled):
-    from pixstack.trainer import build
+    from pixstack.trainer.training import build
 
     settings = controlled()
     recipe = build.recipe(settings, build.collection(settings))
@@ -228,7 +231,7 @@ def test_a_controlnet_trains_from_the_cache_what_it_trains_from_pictures(control
     expected = recipe(batches(0, range(6)))
     cache.fill(batches.items, settings.data, recipe.encoders, tmp_path / "cache", "cpu")
     load = cache.loader(settings, recipe.encoders, batches.items, settings.data, pytest.fail)
-    batch = data.Batches(batches.items, settings.data, 0, 6, load)(0, range(6))
+    batch = loader.Batches(batches.items, settings.data, 0, 6, load)(0, range(6))
     assert set(batch.features) == {"latent.mean", "latent.std", "hint.mean", "hint.std"}
     torch.testing.assert_close(recipe(batch), expected, rtol=1e-4, atol=1e-5)
 
@@ -251,7 +254,7 @@ def trained(path, parts, base, annotator, tmp_path_factory):
     Image.new("RGB", (80, 64), (200, 30, 30)).save(folder / "hint.png")
     settings = tiny_pixart.settings(
         path, folder / "run", parts, f"init_from={base}", "recipe.blocks=1", f"recipe.annotator={annotator}", "steps=8",
-        "save_every=8", "optimizer.rate=3e-2", "optimizer.warm_up=0", "ema.decay=0.0", "samples.every=8",
+        "save_every=8", "optimizer.learning_rate=3e-2", "optimizer.warm_up=0", "ema.decay=0.0", "samples.every=8",
         "samples.steps=2", 'samples.prompts=["red card"]', f'recipe.hints=["{folder / "hint.png"}"]', model={},
         recipe="pixart_controlnet")
     tiny_run.train(settings)
@@ -259,7 +262,7 @@ def trained(path, parts, base, annotator, tmp_path_factory):
 
 
 def test_a_controlnet_run_draws_after_its_hint(trained):
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     with_hint = recipe.sample(["red card"], 64, 64, 2, 1.0, 4.5, 0)
     without = recipe.sample(["red card", "red card"], 64, 64, 2, 1.0, 4.5, 0)[:1]
     assert (with_hint - without).abs().max() > 1e-3 and (trained / "samples/00000008.png").exists()
@@ -268,20 +271,20 @@ def test_a_controlnet_run_draws_after_its_hint(trained):
 def test_sample_draws_after_the_edges_of_a_data_sets_pictures(trained, path, tmp_path):
     cli.main(["sample", str(trained), "--data", str(path), "--count", "3", "--out", str(tmp_path / "out"), "--device",
               "cpu"])
-    recipe, config, _ = export.open_run(trained)
+    recipe, config, _ = exporting.open_run(trained)
     items = build.collection(config).train[:3]
-    pictures = torch.stack([shaped(i.file, (64, 64)) for i in items])
+    pictures = torch.stack([shown(i.file, 64, 64) for i in items])
     given = [i.texts[0] for i in items], 64, 64, config.samples.steps, config.samples.shift, config.samples.cfg, 0
     wanted, free = recipe.sample(*given, conditions={"": pictures}), recipe.sample(*given)
     drawn = [tensor(Image.open(tmp_path / f"out/{i:06d}.png")) for i in range(3)]
-    assert all(torch.equal(d, tensor(w)) for d, w in zip(drawn, run.to_images(wanted), strict=True))
+    assert all(torch.equal(d, tensor(w)) for d, w in zip(drawn, sheets.to_images(wanted), strict=True))
     assert not torch.equal(wanted, free)
 
 
 def test_an_exported_controlnet_is_read_as_it_was_trained(trained, tmp_path):
-    (file,) = export.export(trained, tmp_path, "edges", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "edges", dtype="fp32")
     config, blocks, tensors = checkpoint.read_controlnet(*state_dict.read_file(file))
-    saved = run.read_tensors(trained / "checkpoints/00000008/model.safetensors")
+    saved = checkpoints.read_tensors(trained / "checkpoints/00000008/model.safetensors")
     assert blocks == 1 and config.hidden == 72
     for key, value in tensors.items():
         assert torch.equal(value, saved[f"control.{key}"]), key
@@ -289,7 +292,7 @@ def test_an_exported_controlnet_is_read_as_it_was_trained(trained, tmp_path):
 
 def test_comfyui_draws_with_an_exported_controlnet_what_the_trainer_draws(trained, base, host):
     models = Path(host.models)
-    (file,) = export.export(trained, models, "tiny_trained_edges", dtype="fp32")
+    (file,) = exporting.export(trained, models, "tiny_trained_edges", dtype="fp32")
     (models / "diffusion_models/tiny_control_base.safetensors").write_bytes(base.read_bytes())
     nodes = import_module("nodes").NODE_CLASS_MAPPINGS
 
@@ -309,7 +312,7 @@ def test_comfyui_draws_with_an_exported_controlnet_what_the_trainer_draws(traine
                                                          torch.zeros_like(noise), seed=7)
              for conditioning in (both[:2], [[[text, {}]]] * 2)]
 
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     d = recipe.denoising
     scale = d.shape.latent_scale
     predict = recipe.controlled(scale * hint)
@@ -336,14 +339,14 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(path, parts, base, 
     tiny_run.train(unbroken)
     command = [sys.executable, "-m", "trainer", "train", tiny_pixart.toml(tmp_path, broken)]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while running.poll() is None and len(run.checkpoints(tmp_path / "broken")) < 2:
+    while running.poll() is None and len(checkpoints.checkpoints(tmp_path / "broken")) < 2:
         time.sleep(0.005)
     running.kill()
     running.wait()
-    reached = int(run.checkpoints(tmp_path / "broken")[-1].name)
+    reached = int(checkpoints.checkpoints(tmp_path / "broken")[-1].name)
     assert 2 <= reached < 40
     tiny_run.train(broken)
-    one, other = (run.read_tensors(tmp_path / n / "checkpoints/00000040/ema.safetensors")
+    one, other = (checkpoints.read_tensors(tmp_path / n / "checkpoints/00000040/ema.safetensors")
                   for n in ("unbroken", "broken"))
     assert all(torch.equal(one[k], other[k]) for k in one)
 
@@ -363,7 +366,8 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, parts, base, annotator, tm
     tiny_run.train(broken, interrupt)
     tiny_run.train(broken)
     one, other = ({f"{file}.{k}": v for file in ("model", "ema", "optimizer")
-                   for k, v in run.read_tensors(tmp_path / n / "checkpoints/00000003" / f"{file}.safetensors").items()}
+                   for k, v in checkpoints.read_tensors(
+                       tmp_path / n / "checkpoints/00000003" / f"{file}.safetensors").items()}
                   for n in ("unbroken", "broken"))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert tiny_pixart.log(tmp_path / "unbroken") == tiny_pixart.log(tmp_path / "broken")

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 from pixstack.models_impl import lora, state_dict
 from pixstack.models_impl.pixart.lora import names
-from pixstack.trainer import adapters, cli, data, export
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.data import loader as data
+from pixstack.trainer.export import exporting
+from pixstack.trainer.recipes import adapters
 from tiny_pixart import recipe_of
 
 
@@ -32,7 +35,7 @@ def test_only_the_adapter_learns_and_is_saved(made, tmp_path):
     recipe, _ = tiny_run.train(made("steps=2", "adapter.rank=4"))
     learns = {n for n, p in recipe.named_parameters() if p.requires_grad}
     assert learns and all(".lora_A." in n or ".lora_B." in n for n in learns)
-    from pixstack.trainer.run import read_tensors
+    from pixstack.trainer.training.checkpoints import read_tensors
 
     saved = read_tensors(tmp_path / "run/checkpoints/00000002/model.safetensors")
     assert saved.keys() == learns | {"net.y_embedder.y_embedding"}
@@ -89,7 +92,7 @@ def trained(path, parts, base, tmp_path_factory):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp("trained") / "run"
             settings = tiny_pixart.settings(path, made[kind], parts, f"init_from={base}", "steps=8", "save_every=8",
-                                            "optimizer.rate=3e-2", "optimizer.warm_up=0", "ema.decay=0.0",
+                                            "optimizer.learning_rate=3e-2", "optimizer.warm_up=0", "ema.decay=0.0",
                                             "adapter.rank=4", "adapter.alpha=2", f"adapter.kind={kind}",
                                             recipe="pixart_lora", model={})
             tiny_run.train(settings)
@@ -123,7 +126,7 @@ def trainers(recipe):
 ])
 def test_comfyui_applies_an_export_at_the_scale_it_was_trained_with(trained, base, host, tmp_path, kind, loader, to):
     models, trained = Path(host.models), trained(kind)
-    (file,) = export.export(trained, models, "tiny_trained", dtype="fp32")
+    (file,) = exporting.export(trained, models, "tiny_trained", dtype="fp32")
     if to:
         cli.main(["convert", str(file), str(models / "loras/tiny_converted.safetensors"), "--to", to, "--overwrite",
                   "--base", str(base)])
@@ -138,7 +141,7 @@ def test_comfyui_applies_an_export_at_the_scale_it_was_trained_with(trained, bas
                                                              alpha=0.0).args[0]
     else:
         applied = nodes["LoraLoaderModelOnly"]().load_lora_model_only(model, file.name, 1.0)[0]
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     wanted = trainers(recipe)
     torch.testing.assert_close(predicted(applied), wanted, rtol=1e-3, atol=1e-4)
     assert (predicted(model) - wanted).abs().max() > 0.02
@@ -173,7 +176,7 @@ def test_a_target_that_is_no_layer_is_refused_with_those_that_are(made):
 
 
 def test_training_lowers_the_loss(made, tmp_path):
-    tiny_run.train(made("steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
+    tiny_run.train(made("steps=60", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
 
@@ -212,18 +215,19 @@ def test_a_subject_is_learned_by_a_lora_or_by_all_weights(subject, whole, tmp_pa
     recipe, _ = tiny_run.train(subject(f"recipe.lora={str(not whole).lower()}", "steps=2"))
     learns = [n for n, p in recipe.named_parameters() if p.requires_grad]
     assert all(".lora_" in n for n in learns) != whole
-    (file,) = export.export(tmp_path / "run", tmp_path / "out", "dog")
+    (file,) = exporting.export(tmp_path / "run", tmp_path / "out", "dog")
     assert file.parent.name == ("diffusion_models" if whole else "loras")
 
 
 def test_training_on_a_subject_lowers_the_loss(subject, tmp_path):
-    tiny_run.train(subject("steps=60", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
+    tiny_run.train(subject("steps=60", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
     assert sum(losses[-15:]) < 0.95 * sum(losses[:15])
 
 
 def test_the_class_pictures_are_cached_with_the_others(subject, tmp_path):
-    from pixstack.trainer import build, cache
+    from pixstack.trainer.features import cache
+    from pixstack.trainer.training import build
 
     settings = subject(f"cache.folder={tmp_path / 'cache'}")
     found = build.collection(settings)

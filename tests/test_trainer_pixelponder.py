@@ -19,9 +19,15 @@ from pixstack.models_impl.pixelponder import checkpoint
 from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectorConfig
 from pixstack.models_impl.pixelponder.model import PixelPonder
 from pixstack.models_impl.pixelponder.patch_select import Accumulate, AsRun
-from pixstack.trainer import build, cache, cli, data, encoders, export, flux, run
-from pixstack.trainer.pixelponder import chosen
-from pixstack.trainer.recipes import pixelponder as recipes
+from pixstack.trainer import libraries
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.data import loader
+from pixstack.trainer.export import cards, exporting
+from pixstack.trainer.features import cache, text_encoders
+from pixstack.trainer.features.hints import chosen
+from pixstack.trainer.recipes.flux import task
+from pixstack.trainer.recipes.pixelponder import recipe as recipes
+from pixstack.trainer.training import build, checkpoints
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,26 +57,26 @@ def recipe_of(made):
     torch.manual_seed(1)
     for p in recipe.net.input_hint_block_share[-1].parameters():
         torch.nn.init.normal_(p, std=0.5)
-    return recipe, data.Batches(found.train, made.data, made.seed, made.batch_size)
+    return recipe, loader.Batches(found.train, made.data, made.seed, made.batch_size)
 
 
 # --- The loss
 
 
 def test_the_loss_is_the_flows_through_the_base_with_residuals_added_whole(made):
-    recipe, batches = recipe_of(made("recipe.least=2"))
+    recipe, batches = recipe_of(made("recipe.min_conditions=2"))
     batch = batches(0, range(6))
     sigma, sets = recipe.draw(0)
     assert len(set(sets)) == 1 and sorted(sets[0]) == [0, 1]
     latent = (recipe.flow.vae.latents(batch, "cpu", 0) - 0.1159) * 0.3611
-    noise = torch.stack([flux.batch_noise(0, 0, range(i, i + 1), latent.shape[1:], "cpu")[0] for i in range(6)])
+    noise = torch.stack([task.batch_noise(0, 0, range(i, i + 1), latent.shape[1:], "cpu")[0] for i in range(6)])
     noisy = sampling.add_noise(latent, noise, sigma)
     context, mask = recipe.text.lookup(batch.captions, "cpu")
     assert mask.all() and context.shape == (6, 12, 16)
     given = (sigma, context, recipe.text.pooled(batch.captions, "cpu"), torch.full((6,), 4.0))
     kinds = [("canny", "depth")[i] for i in sets[0]]
     hints = [(kind, batch.conditions[kind].float() / 127.5 - 1) for kind in kinds]
-    ids = flux.ids_of(noisy)
+    ids = task.ids_of(noisy)
     control = recipe.net(pack(noisy), *given, img_ids=ids,
                          select=Accumulate(recipe.net.selector).begin(recipe.net.conditions(hints)))
     said = recipe.base(pack(noisy), *given, img_ids=ids, residuals=control.residuals(1.0))
@@ -116,7 +122,7 @@ def test_the_loss_of_the_parity_case_is_the_references(made):
 
 
 def test_the_selection_receives_a_gradient(made):
-    recipe, batches = recipe_of(made("recipe.least=2"))
+    recipe, batches = recipe_of(made("recipe.min_conditions=2"))
     recipe(batches(0, range(6))).mean().backward()
     assert recipe.net.selector.score.weight.grad.abs().max() > 0
     assert recipe.net.selector.type_embedding.weight.grad.abs().max() > 0
@@ -124,14 +130,14 @@ def test_the_selection_receives_a_gradient(made):
 
 def test_every_parameter_has_a_gradient_whatever_hints_are_seen(made):
     for words in ((), ("recipe.selection=released",)):
-        recipe, batches = recipe_of(made("recipe.most=1", *words))
+        recipe, batches = recipe_of(made("recipe.max_conditions=1", *words))
         recipe(batches(0, range(6))).mean().backward()
         assert [n for n, p in recipe.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_released_hears_the_first_of_the_shuffled_conditions_alone(made):
-    recipe, batches = recipe_of(made("recipe.selection=released", "recipe.least=2"))
-    alone, _ = recipe_of(made("recipe.selection=released", "recipe.most=1"))
+    recipe, batches = recipe_of(made("recipe.selection=released", "recipe.min_conditions=2"))
+    alone, _ = recipe_of(made("recipe.selection=released", "recipe.max_conditions=1"))
     batch = batches(0, range(6))
     sigma, sets = recipe.draw(0)
     step = recipe.flow.noising(batch, sigma, "cpu", 0)
@@ -165,9 +171,9 @@ def test_bf16_gives_nearly_the_loss_of_fp32(made):
 
 def test_validation_says_the_same_twice_and_in_small_batches(made):
     recipe, batches = recipe_of(made())
-    whole = recipe.validate(data.fixed(batches.items, batches.settings))
-    assert recipe.validate(data.fixed(batches.items, batches.settings)) == whole
-    assert recipe.validate(data.fixed(batches.items, batches.settings, 3)) == pytest.approx(whole, rel=1e-4)
+    whole = recipe.validate(loader.fixed(batches.items, batches.settings))
+    assert recipe.validate(loader.fixed(batches.items, batches.settings)) == whole
+    assert recipe.validate(loader.fixed(batches.items, batches.settings, 3)) == pytest.approx(whole, rel=1e-4)
     assert whole["share_canny"] + whole["share_depth"] == pytest.approx(1)
 
 
@@ -190,7 +196,8 @@ def test_hints_are_made_of_pictures(path, parts, tmp_path, made):
     torch.manual_seed(0)
     net = hed.HED(hed.HEDConfig((4, 4, 4, 4, 4), (1, 1, 1, 1, 1)))
     state_dict.write_file(tmp_path / "hed.safetensors", net.state_dict())
-    one = {**parts["recipe"], "name": "pixelponder", "made": ["hed", "canny"], "hed": str(tmp_path / "hed.safetensors")}
+    one = {**parts["recipe"], "name": "pixelponder", "annotators": ["hed", "canny"],
+           "hed": str(tmp_path / "hed.safetensors")}
     settings = made("data.conditions=[]", recipe=one)
     recipe, batches = recipe_of(settings)
     batch = batches(0, range(6))
@@ -227,17 +234,17 @@ def test_cached_features_give_the_loss_of_the_pictures_themselves(made, tmp_path
     cache.fill(batches.items, settings.data, recipe.encoders, tmp_path / "cache", "cpu")
     told = []
     load = cache.loader(settings, recipe.encoders, batches.items, settings.data, told.append)
-    batch = data.Batches(batches.items, settings.data, 0, 6, load)(0, range(6))
+    batch = loader.Batches(batches.items, settings.data, 0, 6, load)(0, range(6))
     assert not told and batch.pictures is None
     torch.testing.assert_close(recipe(batch), plain)
 
 
 def test_a_caption_is_read_as_flux_reads_it(parts, tmp_path):
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
     t5, clip = parts["text"]["encoder"], parts["text"]["clip"]
-    text = encoders.FrozenT5(t5, 12, tmp_path, padded=True, clip=clip)
+    text = text_encoders.FrozenT5(t5, 12, tmp_path, padded=True, clip=clip)
     context, mask = text.lookup(["a red card"], "cpu")
     ids = AutoTokenizer.from_pretrained(t5)(["a red card"], padding="max_length", max_length=12,
                                             return_tensors="pt").input_ids
@@ -279,12 +286,12 @@ def test_a_run_starts_from_the_blocks_of_its_base(made):
     (("recipe.selections=x",), "recipe.selections is not a setting; did you mean selection"),
     (("recipe.selection=paper",), "recipe.selection='paper' is none of accumulate, released"),
     (("recipe.base=",), "recipe.base is empty"),
-    (("recipe.least=3",), "recipe.least=3, recipe.most=0: there are 2 kinds of hints"),
-    (("recipe.made=[\"depth\"]",), "only canny, hed are drawn from pictures"),
-    (("recipe.made=[\"canny\"]",), "name a kind twice"),
+    (("recipe.min_conditions=3",), "recipe.min_conditions=3, recipe.max_conditions=0: there are 2 kinds of hints"),
+    (("recipe.annotators=[\"depth\"]",), "only canny, hed are drawn from pictures"),
+    (("recipe.annotators=[\"canny\"]",), "name a kind twice"),
     (("data.conditions=[]",), "there are no hints"),
-    (("recipe.made=[\"hed\"]",), "recipe.made has \"hed\": name the file"),
-    (("recipe.made=[\"hed\"]", "recipe.hed=/nowhere"), "recipe.hed='/nowhere': there is no such file"),
+    (("recipe.annotators=[\"hed\"]",), "recipe.annotators has \"hed\": name the file"),
+    (("recipe.annotators=[\"hed\"]", "recipe.hed=/nowhere"), "recipe.hed='/nowhere': there is no such file"),
     (("model.types=[\"canny\"]",), "there is no stem for depth"),
     (("model.selector_width=100",), "width=100 is not a multiple of the head size 128"),
     (("text.padded=false",), "text.padded=false"),
@@ -303,7 +310,7 @@ def test_a_setting_that_cannot_work_is_refused(made, words, part):
 
 
 def test_training_lowers_the_loss(made, tmp_path):
-    tiny_run.train(made("steps=40", "optimizer.rate=1e-3", "optimizer.warm_up=0", "save_every=40"))
+    tiny_run.train(made("steps=40", "optimizer.learning_rate=1e-3", "optimizer.warm_up=0", "save_every=40"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run") if "loss" in line]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10]), losses
 
@@ -316,8 +323,8 @@ def test_the_selection_learns_which_condition_tells_the_picture(made, path, tmp_
     (folder / "told.jsonl").write_text("".join(
         json.dumps({**line, "canny": "blank.png", "depth": line["file"]}) + "\n" for line in lines))
     recipe, one = tiny_run.train(tiny_ponder.settings(
-        folder / "told.jsonl", tmp_path / "run", parts, "steps=120", "optimizer.rate=2e-3", "optimizer.warm_up=0",
-        "save_every=120", "recipe.least=2", "validation.every=120", "ema.decay=0"))
+        folder / "told.jsonl", tmp_path / "run", parts, "steps=120", "optimizer.learning_rate=2e-3",
+        "optimizer.warm_up=0", "save_every=120", "recipe.min_conditions=2", "validation.every=120", "ema.decay=0"))
     last = [line for line in tiny_pixart.log(tmp_path / "run") if "validation_share_depth" in line][-1]
     assert last["validation_share_depth"] > 0.9, last
 
@@ -336,7 +343,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, parts, tmp_path):
     tiny_run.train(broken, interrupt)
     tiny_run.train(broken)
     for name in ("model", "ema", "optimizer"):
-        one, other = (run.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
+        one, other = (checkpoints.read_tensors(tmp_path / n / f"checkpoints/00000006/{name}.safetensors")
                       for n in ("unbroken", "broken"))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert not any(key.startswith("base.") for key in one)
@@ -348,14 +355,14 @@ def trained(path, parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     hints = ",".join(str(path.parent / f"{kind}_red_card.png") for kind in ("canny", "depth"))
     tiny_run.train(tiny_ponder.settings(
-        path, folder, parts, "steps=8", "optimizer.rate=1e-2", "ema.decay=0", "samples.every=8", "save_every=8",
-        "samples.prompts=[\"red card\"]", f"recipe.hints=[\"{hints}\"]", "samples.steps=2"))
+        path, folder, parts, "steps=8", "optimizer.learning_rate=1e-2", "ema.decay=0", "samples.every=8",
+        "save_every=8", "samples.prompts=[\"red card\"]", f"recipe.hints=[\"{hints}\"]", "samples.steps=2"))
     return folder
 
 
 def test_samples_follow_the_hints_that_are_named(trained, path):
     assert Image.open(trained / "samples/00000008.png").size == (32, 32)
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     named = recipe.sample(["red card"], 32, 32, 2, 1.0, 4.0, 0)
     free = recipe.sample(["red card"] * 2, 32, 32, 2, 1.0, 4.0, 0)[:1]  # not as many as recipe.hints
     conditions = {kind: torch.stack([recipes.pictures.shown(path.parent / f"{kind}_red_card.png", 32, 32)])
@@ -371,11 +378,11 @@ def test_a_finished_run_is_opened_without_the_files_of_its_base(made, parts, tmp
     torch.manual_seed(0)
     net = hed.HED(hed.HEDConfig((4, 4, 4, 4, 4), (1, 1, 1, 1, 1)))
     state_dict.write_file(tmp_path / "hed.safetensors", net.state_dict())
-    tiny_run.train(made(f"recipe.base={tmp_path}/flux.safetensors", 'recipe.made=["hed"]', "steps=1",
+    tiny_run.train(made(f"recipe.base={tmp_path}/flux.safetensors", 'recipe.annotators=["hed"]', "steps=1",
                         f"recipe.hed={tmp_path}/hed.safetensors", f"cache.folder={tmp_path}/cache"))
     for name in ("flux", "hed"):
         (tmp_path / f"{name}.safetensors").unlink()
-    (file,) = export.export(tmp_path / "run", tmp_path / "out", "tiny")
+    (file,) = exporting.export(tmp_path / "run", tmp_path / "out", "tiny")
     assert checkpoint.read(*state_dict.read_file(file))[0].selector
 
 
@@ -411,8 +418,8 @@ def test_comfyui_makes_of_an_export_what_the_trainer_makes(trained, host, path):
     core, comfy = import_module("nodes"), import_module("comfy")
     for name in ("sample", "samplers", "model_detection", "ldm.flux.model"):
         import_module(f"comfy.{name}")
-    (file,) = export.export(trained, Path(host.models), "tiny_trained_ponder", dtype="fp32")
-    recipe, config, _ = export.open_run(trained)
+    (file,) = exporting.export(trained, Path(host.models), "tiny_trained_ponder", dtype="fp32")
+    recipe, config, _ = exporting.open_run(trained)
     recipe.load_base()
     state_dict.write_file(Path(host.models) / "diffusion_models/tiny_trained_flux.safetensors",
                           recipe.base.state_dict())
@@ -446,7 +453,7 @@ def test_comfyui_makes_of_an_export_what_the_trainer_makes(trained, host, path):
 
 
 def test_a_card_names_the_base_and_the_nodes_of_its_family(trained, tmp_path):
-    export.write_card(trained, tmp_path, export.export(trained, tmp_path, "tiny"))
+    cards.write_card(trained, tmp_path, exporting.export(trained, tmp_path, "tiny"))
     card = (tmp_path / "tiny.md").read_text()
     assert "It stands on `flux.safetensors`, whose licence applies." in card
     assert "Load it with 'Load PixelPonder'" in card and "PixArt" not in card

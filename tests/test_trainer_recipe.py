@@ -5,7 +5,11 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
-from pixstack.trainer import adapters, build, config, data, optim
+from pixstack.trainer.config import schema
+from pixstack.trainer.data import loader
+from pixstack.trainer.recipes import adapters
+from pixstack.trainer.training import build, optim
+from pixstack.trainer.training.groups import Group
 
 
 @pytest.fixture
@@ -22,7 +26,7 @@ def recipe_of(path, tmp_path, *words, **sections):
     for p in recipe.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
-    return recipe, data.Batches(found.train, settings.data, settings.seed, settings.batch_size)
+    return recipe, loader.Batches(found.train, settings.data, settings.seed, settings.batch_size)
 
 
 CLASSES = {"text": {}, "samples": {"classes": [0, 3]}}
@@ -49,8 +53,8 @@ def test_the_loss_is_the_papers(path, tmp_path):
     """At the start the network says zero, so a picture's loss is the mean square of end - start."""
     settings = tiny_run.settings(path, tmp_path / "run", "precision=fp32", "model.num_stages=1")
     recipe = build.recipe(settings, build.collection(settings))
-    batch = data.Batches(build.collection(settings).train, settings.data, 0, 6)(0, range(6))
-    from pixstack.trainer.recipes.pixelflow import picture_noise
+    batch = loader.Batches(build.collection(settings).train, settings.data, 0, 6)(0, range(6))
+    from pixstack.trainer.recipes.pixelflow.recipe import picture_noise
     noise = torch.stack([picture_noise(0, 0, p, (3, 16, 16), "cpu") for p in range(6)])
     expected = (batch.pictures / 127.5 - 1 - noise).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(recipe(batch), expected)
@@ -84,14 +88,14 @@ def test_activation_checkpointing_leaves_gradients_as_they_are(path, tmp_path):
 
 def test_validation_says_the_same_twice(path, tmp_path):
     recipe, batches = recipe_of(path, tmp_path)
-    fixed = data.fixed(batches.items, batches.settings)
+    fixed = loader.fixed(batches.items, batches.settings)
     first = recipe.validate(fixed)
     assert recipe.validate(fixed) == first and set(first) == {"loss", "stage0", "stage1"}
 
 
 def test_validation_in_small_batches_says_the_same(path, tmp_path):
     recipe, batches = recipe_of(path, tmp_path)
-    whole, parts = (recipe.validate(data.fixed(batches.items, batches.settings, n)) for n in (64, 3))
+    whole, parts = (recipe.validate(loader.fixed(batches.items, batches.settings, n)) for n in (64, 3))
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
@@ -137,10 +141,10 @@ def test_muon_takes_the_matrices_of_the_blocks_only(path, tmp_path):
 
 
 def test_muon_trains_a_kernel_as_the_matrix_of_what_each_output_channel_reads():
-    settings = config.Optimizer(name="muon", muon_rate=0.1)
+    settings = schema.Optimizer(name="muon", muon_learning_rate=0.1)
     kernel = torch.nn.Parameter(torch.randn(6, 3, 3, 3).to(memory_format=torch.channels_last))
     matrix = torch.nn.Parameter(kernel.detach().flatten(1).clone())
-    ours = optim.Optimizers([{"params": [("k", kernel)], "rate": 1.0, "matrices": {"k"}}], settings, 10)
+    ours = optim.Optimizers([Group([("k", kernel)], matrices={"k"})], settings, 10)
     torchs = torch.optim.Muon([matrix], lr=0.1, momentum=settings.muon_momentum, weight_decay=settings.weight_decay,
                               adjust_lr_fn="original")
     for _ in range(2):
@@ -154,27 +158,28 @@ def test_muon_trains_a_kernel_as_the_matrix_of_what_each_output_channel_reads():
 
 def test_muon_leaves_depthwise_kernels_to_adamw():
     kernel = torch.nn.Parameter(torch.randn(6, 1, 2, 2))
-    group = {"params": [("k", kernel)], "rate": 1.0, "matrices": {"k"}}
-    parts = optim.Optimizers([group], config.Optimizer(name="muon"), 10).parts
+    group = Group([("k", kernel)], matrices={"k"})
+    parts = optim.Optimizers([group], schema.Optimizer(name="muon"), 10).parts
     assert [type(part) for part in parts] == [torch.optim.AdamW]
 
 
 @pytest.mark.parametrize("decay, at_half, at_end", [("constant", 1, 1), ("linear", 0.5, 0), ("cosine", 0.5, 0)])
 def test_the_rate_warms_up_then_decays(decay, at_half, at_end):
-    from pixstack.trainer.config import Optimizer
+    from pixstack.trainer.config.schema import Optimizer
 
     settings = Optimizer(warm_up=10, decay=decay)
-    assert optim.rate_at(4, 1000, settings) == pytest.approx(0.5, abs=0.01)
-    assert optim.rate_at(500, 1000, settings) == pytest.approx(at_half)
-    assert optim.rate_at(1000, 1000, settings) == pytest.approx(at_end)
+    assert optim.learning_rate_share(4, 1000, settings) == pytest.approx(0.5, abs=0.01)
+    assert optim.learning_rate_share(500, 1000, settings) == pytest.approx(at_half)
+    assert optim.learning_rate_share(1000, 1000, settings) == pytest.approx(at_end)
 
 
 @pytest.fixture(scope="module")
 def outside_t5(tmp_path_factory):
     """A T5 as transformers saves one."""
-    from pixstack.trainer import encoders, tokenizer
+    from pixstack.trainer import libraries
+    from pixstack.trainer.features import tokenizer
 
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     folder = tmp_path_factory.mktemp("t5")
@@ -207,7 +212,7 @@ def lora_settings(path, tmp_path, *words):
     weights = {k: 0.1 * torch.randn_like(v) for k, v in PixelFlow(shape).state_dict().items()}
     state_dict.write_file(tmp_path / "base.safetensors", weights, checkpoint.metadata(shape))
     return tiny_run.settings(path, tmp_path / "run", f"init_from={tmp_path / 'base.safetensors'}", "recipe.lora=true",
-                             "adapter.rank=4", "text.learn=false", "precision=fp32", "optimizer.rate=3e-2",
+                             "adapter.rank=4", "text.learn=false", "precision=fp32", "optimizer.learning_rate=3e-2",
                              "ema.decay=0.0", *words, model={}), weights
 
 
@@ -215,19 +220,19 @@ def test_a_pixelflow_lora_does_in_comfyui_what_it_does_in_the_trainer(path, tmp_
     from importlib import import_module
     from pathlib import Path
 
-    from pixstack.trainer import export
+    from pixstack.trainer.export import exporting
 
     settings, weights = lora_settings(path, tmp_path)
     tiny_run.train(settings)
     models = Path(host.models)
     (models / "diffusion_models/tiny_flow_base.safetensors").write_bytes((tmp_path / "base.safetensors").read_bytes())
-    (file,) = [f for f in export.export(tmp_path / "run", models, "tiny_flow", dtype="fp32") if "loras" in str(f)]
+    (file,) = [f for f in exporting.export(tmp_path / "run", models, "tiny_flow", dtype="fp32") if "loras" in str(f)]
     nodes = import_module("nodes").NODE_CLASS_MAPPINGS
     model = nodes["PixStack_PixelFlowLoader"].execute("tiny_flow_base.safetensors", "ema", "default").args[0]
     model = nodes["LoraLoaderModelOnly"]().load_lora_model_only(model, file.name, 1.0)[0]
     model.patch_model()
     patched = model.model.diffusion_model.state_dict()
-    recipe, _, _ = export.open_run(tmp_path / "run")
+    recipe, _, _ = exporting.open_run(tmp_path / "run")
     for name, layer in adapters.adapted(recipe.diffusion).items():
         whole = layer.base_layer.weight + layer.get_delta_weight("default")
         torch.testing.assert_close(patched[f"{name}.weight"].float(), whole.detach(), rtol=1e-3, atol=1e-3)
@@ -238,7 +243,7 @@ def test_a_pixelflow_lora_does_in_comfyui_what_it_does_in_the_trainer(path, tmp_
 def test_only_the_adapter_of_a_pixelflow_lora_learns(path, tmp_path):
     settings, _ = lora_settings(path, tmp_path)
     recipe = build.recipe(settings, build.collection(settings))
-    learns = [n for group in recipe.groups(settings) for n, _ in group["params"]]
+    learns = [n for group in recipe.groups(settings) for n, _ in group.params]
     assert learns and all(".lora_" in n for n in learns)
 
 

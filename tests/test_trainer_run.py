@@ -6,8 +6,10 @@ from importlib.util import find_spec
 import pytest
 import tiny_run
 import torch
-from pixstack.trainer import export, run, tokenizer
-from pixstack.trainer.ema import Ema
+from pixstack.trainer.export import exporting
+from pixstack.trainer.features import tokenizer
+from pixstack.trainer.training import checkpoints
+from pixstack.trainer.training.ema import Ema
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def path(tmp_path):
 def weights(folder, step=6):
     at = folder / "checkpoints" / f"{step:08d}"
     return {f"{file}.{k}": v for file in ("model", "ema", "optimizer")
-            for k, v in run.read_tensors(at / f"{file}.safetensors").items()}
+            for k, v in checkpoints.read_tensors(at / f"{file}.safetensors").items()}
 
 
 def log(folder):
@@ -41,7 +43,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, tmp_path, words):
     tiny_run.train(unbroken)
     broken = tiny_run.settings(path, tmp_path / "broken", *words)
     tiny_run.train(broken, interrupt)
-    assert [p.name for p in run.checkpoints(tmp_path / "broken")] == ["00000004"]  # Ctrl-C saved where it was
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "broken")] == ["00000004"]  # Ctrl-C saved where it was
     tiny_run.train(broken)
     expected, found = weights(tmp_path / "unbroken"), weights(tmp_path / "broken")
     assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
@@ -66,7 +68,8 @@ def test_a_line_that_was_half_written_is_forgotten(path, tmp_path):
 
 
 def test_training_lowers_the_loss(path, tmp_path):
-    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=40", "optimizer.rate=1e-2", "save_every=40"))
+    words = "steps=40", "optimizer.learning_rate=1e-2", "save_every=40"
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", *words))
     losses = [line["loss"] for line in log(tmp_path / "run")]
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
 
@@ -83,7 +86,7 @@ def test_a_process_killed_while_saving_leaves_the_checkpoint_before(path, tmp_pa
     monkeypatch.setattr(os, "replace", die)
     with pytest.raises(SystemExit):
         tiny_run.train(settings)
-    assert [p.name for p in run.checkpoints(tmp_path / "run")] == ["00000003"]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["00000003"]
     monkeypatch.undo()
     tiny_run.train(settings)
     assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {"00000003", "00000006"}
@@ -91,14 +94,15 @@ def test_a_process_killed_while_saving_leaves_the_checkpoint_before(path, tmp_pa
 
 def test_a_run_with_other_settings_is_refused_with_what_differs(path, tmp_path):
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2"))
-    with pytest.raises(ValueError, match="batch_size was 6, now 4\n.*optimizer.rate was 0.001, now 0.5"):
-        tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2", "batch_size=4", "optimizer.rate=0.5"))
+    with pytest.raises(ValueError, match="batch_size was 6, now 4\n.*optimizer.learning_rate was 0.001, now 0.5"):
+        words = "steps=2", "batch_size=4", "optimizer.learning_rate=0.5"
+        tiny_run.train(tiny_run.settings(path, tmp_path / "run", *words))
 
 
 def test_a_run_goes_on_with_other_settings_when_told_so(path, tmp_path):
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2"))
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=4", "resume=changed"))
-    assert run.checkpoints(tmp_path / "run")[-1].name == "00000004"
+    assert checkpoints.checkpoints(tmp_path / "run")[-1].name == "00000004"
 
 
 def test_settings_that_only_watch_may_change(path, tmp_path):
@@ -125,12 +129,12 @@ def test_a_folder_that_holds_a_run_is_refused_by_resume_never(path, tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(path, tmp_path):
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "save_every=1", "keep=2"))
-    assert [p.name for p in run.checkpoints(tmp_path / "run")] == ["00000005", "00000006"]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["00000005", "00000006"]
 
 
 def test_keep_0_keeps_every_checkpoint(path, tmp_path):
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "save_every=2", "keep=0"))
-    assert [p.name for p in run.checkpoints(tmp_path / "run")] == ["00000002", "00000004", "00000006"]
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["00000002", "00000004", "00000006"]
 
 
 def test_a_run_folder_holds_what_its_page_says(path, tmp_path):
@@ -145,7 +149,7 @@ def test_a_run_folder_holds_what_its_page_says(path, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_with_advice(path, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"step \d+: the gradient norm is nan. Lower optimizer.rate="):
+    with pytest.raises(FloatingPointError, match=r"step \d+: the gradient norm is nan. Lower optimizer.learning_rate="):
         def spoil(one, step):
             for p in one.accelerator._models[0].parameters():
                 p.data.fill_(float("nan"))
@@ -159,7 +163,7 @@ def test_the_average_is_the_papers_formula():
     with torch.no_grad():
         module.weight += 1
     ema.update(0)
-    torch.testing.assert_close(ema.average["weight"], 0.9 * start + 0.1 * (start + 1))
+    torch.testing.assert_close(ema.weights["weight"], 0.9 * start + 0.1 * (start + 1))
 
 
 def test_the_average_is_worn_only_inside():
@@ -191,7 +195,7 @@ def test_a_run_opens_without_its_data(path, tmp_path):
     settings = tiny_run.settings(path, tmp_path / "run", "steps=2")
     recipe, _ = tiny_run.train(settings)
     path.rename(path.with_name("gone"))
-    opened, _, step = export.open_run(tmp_path / "run", weights="model")
+    opened, _, step = exporting.open_run(tmp_path / "run", weights="model")
     assert step == 2
     for key, value in recipe.state_dict().items():
         assert torch.equal(value, opened.state_dict()[key]), key
@@ -203,8 +207,8 @@ def test_moments_in_8_bits_take_a_quarter_and_learn_like_the_whole_ones(path, tm
         settings = tiny_run.settings(path, tmp_path / name, f"optimizer.name={name}", "text.hidden=300", "steps=12",
                                      "save_every=12", "ema.decay=0.0")
         recipe, _ = tiny_run.train(settings)
-        saved = run.read_tensors(tmp_path / name / "checkpoints/00000012/optimizer.safetensors")
-        large = [i for i, p in enumerate(p for g in recipe.groups(settings) for _, p in g["params"])
+        saved = checkpoints.read_tensors(tmp_path / name / "checkpoints/00000012/optimizer.safetensors")
+        large = [i for i, p in enumerate(p for g in recipe.groups(settings) for _, p in g.params)
                  if p.numel() >= 4096]
         moments = ("exp_avg", "exp_avg_sq", "state1", "state2")
         sizes.append(sum(saved[f"0.{i}.{m}"].nbytes for i in large for m in moments if f"0.{i}.{m}" in saved))

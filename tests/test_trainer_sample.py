@@ -10,8 +10,9 @@ import pytest
 import tiny_run
 import torch
 from PIL import Image
-from pixstack.trainer import cli, sample
-from pixstack.trainer.layouts import Item
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.data.layouts import Item
+from pixstack.trainer.evaluation import sample
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,6 +118,8 @@ class Echo:
 
     text = object()
 
+    previews = False
+
     def sample(self, what, height, width, steps, shift, cfg, seed, conditions):
         assert [tuple(c.shape) for c in conditions.values()] == [(len(what), 3, height, width)] * 2
         return conditions["hed"].float() / 127.5 - 1
@@ -159,6 +162,8 @@ def test_none_is_not_taken_for_unsaid(trained, tmp_path, word):
 class Rounding:
     """A recipe that draws multiples of 16."""
 
+    previews = False
+
     def sample(self, what, height, width, steps, shift, cfg, seed):
         return torch.zeros(len(what), 3, height // 16 * 16, width // 16 * 16)
 
@@ -175,6 +180,8 @@ def test_a_size_that_the_model_does_not_draw_is_refused_and_leaves_nothing_in_th
 
 class Pair:
     """A recipe that draws two pictures side by side, as the autoencoder's."""
+
+    previews = False
 
     def sample(self, what, height, width, steps, shift, cfg, seed):
         return torch.zeros(len(what), 3, height, 2 * width)

@@ -12,12 +12,14 @@ from pixstack.models_impl.pixelflow import checkpoint as pixelflow_checkpoint
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import cli, config
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.config import check, load
 from weights import tiny_hed
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 4096  # of T5-XXL's tokens
-SHIPPED = sorted(p.name for p in (config.HERE / "recipes").glob("*.toml") if not p.name.startswith("ultrapixel"))
+FILES = {p.name: p for p in sorted(load.TRAINER.glob("recipes/*/*.toml"))}
+SHIPPED = [name for name in FILES if not name.startswith("ultrapixel")]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def files(tmp_path_factory):
 
 def words(root, name):
     """What a person would change about a shipped recipe: where the files are."""
-    raw = config.read_toml(f"recipes/{name}")
+    raw = load.read_toml(FILES[name])
     found = [f"out={root}/runs/{name}", "device=cpu"]
     kind, recipe = raw["data"].get("kind", "folder"), raw["recipe"]["name"]
     on_flux = recipe in ("flux", "pixelponder")
@@ -86,7 +88,7 @@ def words(root, name):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_plans_its_run(files, name, capsys):
-    cli.main(["train", f"recipes/{name}", "--dry-run", *words(files, name)])
+    cli.main(["train", str(FILES[name]), "--dry-run", *words(files, name)])
     said = capsys.readouterr().out
     for part in ("parameters ", "memory     about", "time       about", "first batch"):
         assert part in said, said
@@ -96,4 +98,4 @@ def test_a_shipped_recipe_plans_its_run(files, name, capsys):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_an_unknown_setting_of_a_shipped_recipe_is_refused(files, name):
     with pytest.raises(ValueError, match="recipe.nonsense is not a setting"):
-        config.load(f"recipes/{name}", [*words(files, name), "recipe.nonsense=1"])
+        check.load(FILES[name], [*words(files, name), "recipe.nonsense=1"])

@@ -12,8 +12,13 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.ultrapixel import checkpoint, sampling
 from pixstack.models_impl.ultrapixel.guidance import Guide
 from pixstack.models_impl.ultrapixel.model import StageC
-from pixstack.trainer import build, cli, config, data, export, optim, ultrapixel
-from pixstack.trainer.noise import batch_noise
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.config import load, schema
+from pixstack.trainer.data import loader as data
+from pixstack.trainer.export import exporting
+from pixstack.trainer.recipes.ultrapixel import task
+from pixstack.trainer.training import build, optim
+from pixstack.trainer.training.noise import batch_noise
 from tiny_ultrapixel import GUIDED, recipe_of
 
 
@@ -57,7 +62,7 @@ def test_the_loss_of_the_parity_case_is_the_references_gradients_included(made, 
     recipe, _ = recipe_of(made(f"model.stage_c={tmp_path / 'stage_c.safetensors'}", f"text.encoder={clip}",
                                f"init_from={tmp_path / 'guide.safetensors'}", "batch_size=3"))
     d, condition = recipe.denoising, {"text": i["clip_text"], "pooled": i["clip_text_pooled"], "image": i["clip_img"]}
-    latents = ultrapixel.Latents(i["latents"], i["epsilon"], i["latents_lr"], i["epsilon_lr"])
+    latents = task.Latents(i["latents"], i["epsilon"], i["latents_lr"], i["epsilon_lr"])
     loss, logsnr = d.guided(recipe.guide, latents, i["t"], condition), d.schedule.logsnr(i["t"])
     torch.testing.assert_close(loss, outputs["loss"], rtol=1e-4, atol=1e-4)
 
@@ -112,7 +117,7 @@ def test_only_the_guide_learns_and_all_of_it(made):
     assert all(p.grad is None and not p.requires_grad for p in recipe.net.parameters())
     assert all(p.grad is not None and p.grad.any() for p in recipe.guide.parameters())
     (group,) = recipe.groups(recipe.config)
-    assert {id(p) for _, p in group["params"]} == {id(p) for p in recipe.guide.parameters()}
+    assert {id(p) for _, p in group.params} == {id(p) for p in recipe.guide.parameters()}
 
 
 def test_the_frozen_net_is_in_bf16_and_the_guide_that_learns_in_float32(made):
@@ -147,7 +152,7 @@ def test_captions_are_dropped_and_images_told_as_often_as_the_settings_say(made,
     assert torch.equal(d.draw(3).t, chance.t) and not torch.equal(d.draw(4).t, chance.t)
     batch = batches(3, range(8))
     chance = replace(chance, dropped=torch.arange(500) == 0, shown=torch.arange(500) == 1).part(range(8))
-    told = d.told(batch, chance)
+    told = d.conditioning(batch, chance)
     empty = recipe.text.lookup([""], "cpu")[0]
     assert torch.equal(told["text"][0], empty[0]) and not torch.equal(told["text"][1], empty[0])
     assert told["image"][1].any() and not told["image"][0].any()
@@ -254,7 +259,7 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, parts, tmp_path):
 
 
 def test_training_lowers_the_loss_on_pictures_that_it_has_not_seen(made):
-    settings = made("steps=40", "optimizer.rate=1e-2", "optimizer.warm_up=0", "save_every=40", "ema.decay=0")
+    settings = made("steps=40", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=40", "ema.decay=0")
     fresh, _ = recipe_of(settings)
     recipe, run = tiny_run.train(settings)
     held_out = data.fixed(build.collection(settings).held_out, settings.data)
@@ -265,7 +270,7 @@ def test_training_lowers_the_loss_on_pictures_that_it_has_not_seen(made):
 def trained(path, parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     words = ("steps=4", "samples.every=4", "samples.prompts=[\"red card\"]", "samples.steps=2", "ema.decay=0",
-             "optimizer.rate=1e-2")
+             "optimizer.learning_rate=1e-2")
     tiny_run.train(tiny_ultrapixel.settings(path, folder, parts, GUIDED, *words))
     return folder
 
@@ -297,12 +302,12 @@ def test_without_anything_that_makes_pictures_a_sample_says_what_to_name(made):
 
 
 def test_an_exported_guide_does_what_the_trained_one_does(trained, tmp_path):
-    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
     assert file.parent.name == "model_patches"
     shape, tensors = checkpoint.read_guide(*state_dict.read_file(file))
     guide = Guide(shape)
     state_dict.load_into(guide, tensors, "the guide")
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     torch.manual_seed(0)
     x, t, told = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.8]), recipe.denoising.condition(["red card", "a cat"])
     with torch.no_grad():
@@ -319,13 +324,13 @@ def test_comfyui_predicts_with_an_exported_guide_what_the_trainer_predicts(train
     from importlib import import_module
 
     shutil.copy(parts["model"]["stage_c"], host.models / "diffusion_models" / "stage_c_of_the_trainer.safetensors")
-    (file,) = export.export(trained, host.models, "guide_of_the_trainer", dtype="fp32")
+    (file,) = exporting.export(trained, host.models, "guide_of_the_trainer", dtype="fp32")
     core = import_module("nodes")
     net = core.UNETLoader().load_unet("stage_c_of_the_trainer.safetensors", "default")[0].model.diffusion_model.float()
     loader = core.NODE_CLASS_MAPPINGS["PixStack_UltraPixelGuideLoader"]
     guide = loader.execute(guide_name=file.name).args[0].model
     nodes = sys.modules[sys.modules[loader.__module__].ultrapixel.__name__]
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     torch.manual_seed(0)
     x, t, told = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.8]), recipe.denoising.condition(["red card", "a cat"])
     low, kept, no_image = torch.randn(2, 16, 2, 2), torch.full((2,), 0.05), torch.zeros(2, 1, 768)
@@ -348,8 +353,8 @@ def test_a_finished_run_is_exported_where_stage_c_is_not(trained, tmp_path):
     raw = json.loads((tmp_path / "run/config.json").read_text())
     raw["model"]["stage_c"] = "/nowhere/stage_c.safetensors"
     (tmp_path / "run/config.json").write_text(json.dumps(raw))
-    assert export.export(tmp_path / "run", tmp_path / "out", "tiny")[0].is_file()
-    recipe, _, _ = export.open_run(tmp_path / "run")
+    assert exporting.export(tmp_path / "run", tmp_path / "out", "tiny")[0].is_file()
+    recipe, _, _ = exporting.open_run(tmp_path / "run")
     with pytest.raises(ValueError, match="model.stage_c='/nowhere"):
         recipe.sample(["red card"], 128, 128, 2, 1.0, 4.0, 0)
 
@@ -357,9 +362,10 @@ def test_a_finished_run_is_exported_where_stage_c_is_not(trained, tmp_path):
 def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, tmp_path, capsys):
     words = [f"{section}.{key}={value}" for section, values in parts.items() for key, value in values.items()]
     guide = tiny_ultrapixel.guide_file(tmp_path / "guide.safetensors")
-    cli.main(["train", "recipes/ultrapixel_guide.toml", "--dry-run", *words, f"init_from={guide}", "data.kind=jsonl",
-              f"data.path={path}", "data.resolution=256", "recipe.low_side=2", f"cache.folder={tmp_path / 'cache'}",
-              f"out={tmp_path}/run", "device=cpu", "samples.height=256", "samples.width=256"])
+    cli.main(["train", "recipes/ultrapixel/ultrapixel_guide.toml", "--dry-run", *words, f"init_from={guide}",
+              "data.kind=jsonl", f"data.path={path}", "data.resolution=256", "recipe.low_side=2",
+              f"cache.folder={tmp_path / 'cache'}", f"out={tmp_path}/run", "device=cpu", "samples.height=256",
+              "samples.width=256"])
     said = capsys.readouterr().out
     for part in ("learn", "guide:", "4 pictures of 256x256 pixels, 64 cells each, guided by 2x2 cells",
                  "4 pass(es) of 1", "memory     about", "t 0."):
@@ -368,9 +374,9 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, tmp_path
 
 
 def test_the_shipped_recipe_shows_the_releases_sizes():
-    raw = config.read_toml("recipes/ultrapixel_guide.toml")
+    raw = load.read_toml("recipes/ultrapixel/ultrapixel_guide.toml")
     assert raw["data"]["buckets"] == "ultrapixel" and raw["recipe"]["low_side"] == 24
-    assert optim.Optimizers([], config.Optimizer(**raw["optimizer"]), 10, 4).rate == 1e-4
+    assert optim.Optimizers([], schema.Optimizer(**raw["optimizer"]), 10, 4).learning_rate == 1e-4
 
 
 def test_pictures_of_several_sizes_train_together(path, parts, tmp_path):

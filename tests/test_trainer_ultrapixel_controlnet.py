@@ -16,7 +16,10 @@ from pixstack.models_impl.annotators.canny import canny
 from pixstack.models_impl.ultrapixel import checkpoint
 from pixstack.models_impl.ultrapixel.controlnet import ControlNet
 from pixstack.models_impl.ultrapixel.model import StageC
-from pixstack.trainer import cache, cli, data, export
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.data import loader
+from pixstack.trainer.export import exporting
+from pixstack.trainer.features import cache
 from tiny_ultrapixel import recipe_of
 
 pytestmark = pytest.mark.long
@@ -67,9 +70,9 @@ def test_the_loss_is_that_of_stage_c_with_the_residuals_of_the_edges(made):
     assert 0 < edges.mean() < 0.5
     chance, latents = d.draw(0), d.latents(batch, 0)
     x, timestep = d.noisy(latents.high, latents.noise, chance.t)
-    said = recipe.net(x, timestep, **d.told(batch, chance), control=recipe.controlnet(edges))
+    said = recipe.net(x, timestep, **d.conditioning(batch, chance), control=recipe.controlnet(edges))
     torch.testing.assert_close(recipe(batch), (said - latents.noise).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
-    bare = recipe.net(x, timestep, **d.told(batch, chance))
+    bare = recipe.net(x, timestep, **d.conditioning(batch, chance))
     assert (said - bare).abs().max() > 0.01
 
 
@@ -77,7 +80,8 @@ def test_a_fresh_controlnet_changes_nothing_and_has_the_encoders_backbone(made, 
     recipe, batches = recipe_of(made("recipe.weight=none", "recipe.dropout=0.0", recipe=REAL))
     batch, d = batches(0, range(2)), recipe.denoising
     latents, chance = d.latents(batch, 0), d.draw(0).part(range(2))
-    torch.testing.assert_close(recipe(batch), d.plain(latents.high, latents.noise, chance.t, d.told(batch, chance)))
+    expected = d.plain(latents.high, latents.noise, chance.t, d.conditioning(batch, chance))
+    torch.testing.assert_close(recipe(batch), expected)
     known = state_dict.read_file(parts["vae"]["path"])[0]
     own = recipe.controlnet.backbone.state_dict()
     assert torch.equal(own["0.0.weight"], known["backbone.0.0.weight"][:, :1])
@@ -120,7 +124,7 @@ def test_hints_and_latents_come_from_the_cache_where_it_has_them(made, tmp_path)
     recipe, batches = recipe_of(settings)
     said = []
     load = cache.loader(settings, recipe.encoders, batches.items, settings.data, said.append)
-    cached = data.Batches(batches.items, settings.data, settings.seed, settings.batch_size, load)(0, range(4))
+    cached = loader.Batches(batches.items, settings.data, settings.seed, settings.batch_size, load)(0, range(4))
     assert not said and cached.pictures is None
     assert set(cached.features) == {"effnet.high", "hint.image"}
     torch.testing.assert_close(recipe.losses(cached, recipe.denoising.draw(0), 0),
@@ -157,10 +161,10 @@ def test_a_resumed_run_repeats_the_unbroken_run(path, parts, tmp_path):
 
 
 def test_training_lowers_the_loss(made):
-    settings = made("steps=40", "optimizer.rate=3e-2", "save_every=40", "ema.decay=0")
+    settings = made("steps=40", "optimizer.learning_rate=3e-2", "save_every=40", "ema.decay=0")
     fresh, batches = recipe_of(settings)
     recipe, _ = tiny_run.train(settings)
-    shown = data.fixed(batches.items, settings.data)
+    shown = loader.fixed(batches.items, settings.data)
     assert recipe.validate(shown)["loss"] < 0.95 * fresh.validate(shown)["loss"]
 
 
@@ -170,7 +174,7 @@ def trained(path, parts, tmp_path_factory):
     Image.effect_noise((200, 160), 60).save(folder / "hint.png")
     words = ("steps=3", "samples.every=3", "samples.prompts=[\"red card\"]", "samples.steps=2", "samples.shift=2.0",
              "samples.cfg=1.0", f"recipe.sample_hints=[\"{folder / 'hint.png'}\"]", "ema.decay=0",
-             "optimizer.rate=1e-3")
+             "optimizer.learning_rate=1e-3")
     tiny_run.train(tiny_ultrapixel.settings(path, folder / "run", parts, REAL, *words))
     return folder / "run"
 
@@ -203,11 +207,11 @@ def test_samples_follow_their_hints(made):
 
 
 def test_core_loads_an_exported_controlnet_and_says_what_the_trained_one_says(trained, host):
-    (file,) = export.export(trained, host.models, "controlnet_of_the_trainer", dtype="fp32")
+    (file,) = exporting.export(trained, host.models, "controlnet_of_the_trainer", dtype="fp32")
     assert file.parent.name == "controlnet"
     shape, tensors = checkpoint.read_controlnet(*state_dict.read_file(file))
     assert (shape.in_channels, shape.blocks, shape.hidden) == (1, tuple(EIGHT), 64)
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     own = ControlNet(shape).eval()
     state_dict.load_into(own, tensors, "the ControlNet")
     core = import_module("nodes").ControlNetLoader().load_controlnet(file.name)[0]
@@ -224,9 +228,9 @@ def test_core_loads_an_exported_controlnet_and_says_what_the_trained_one_says(tr
 def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, trained, tmp_path, capsys):
     words = [f"{section}.{key}={value}" for section, values in parts.items() for key, value in values.items()]
     shutil.copytree(trained, tmp_path / "done")
-    (file,) = export.export(tmp_path / "done", tmp_path / "out", "tiny")
+    (file,) = exporting.export(tmp_path / "done", tmp_path / "out", "tiny")
     Image.new("RGB", (64, 64)).save(tmp_path / "hint.png")
-    cli.main(["train", "recipes/ultrapixel_controlnet.toml", "--dry-run", *words, f"init_from={file}",
+    cli.main(["train", "recipes/ultrapixel/ultrapixel_controlnet.toml", "--dry-run", *words, f"init_from={file}",
               "data.kind=jsonl", f"data.path={path}", f"cache.folder={tmp_path / 'cache'}", f"out={tmp_path}/run",
               f"recipe.sample_hints=['{tmp_path / 'hint.png'}']", "device=cpu"])
     said = capsys.readouterr().out

@@ -14,7 +14,11 @@ from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.ultrapixel import checkpoint, lora
 from pixstack.models_impl.ultrapixel.model import StageC
-from pixstack.trainer import cli, data, encoders, export
+from pixstack.trainer import libraries
+from pixstack.trainer.cli import main as cli
+from pixstack.trainer.data import loader
+from pixstack.trainer.export import exporting
+from pixstack.trainer.features import text_encoders
 from tiny_ultrapixel import recipe_of
 
 PLAIN = {"name": "ultrapixel_lora"}
@@ -96,8 +100,8 @@ def test_a_lora_begins_as_nothing_and_scales_by_alpha_over_rank(plain):
     x, timestep = d.noisy(latents.high, latents.noise, chance.t)
     bare = tiny_ultrapixel.network(StageC, tiny_ultrapixel.C)
     with torch.no_grad():
-        torch.testing.assert_close(recipe.net(x, timestep, **d.told(batch, chance)),
-                                   bare(x, timestep, **d.told(batch, chance)))
+        torch.testing.assert_close(recipe.net(x, timestep, **d.conditioning(batch, chance)),
+                                   bare(x, timestep, **d.conditioning(batch, chance)))
 
 
 def test_all_attentions_learn_and_nothing_else_does(plain):
@@ -118,7 +122,7 @@ def test_a_personalisation_learns_at_low_resolution_first_and_in_turns_then(pers
     for step, expected in ((low, lambda latents, *a: d.plain(latents.low, latents.noise_low, *a)),
                            (high, lambda latents, *a: d.guided(recipe.guide, latents, *a))):
         batch = batches(step, range(4))
-        told = d.told(batch, d.draw(step), recipe.change)
+        told = d.conditioning(batch, d.draw(step), recipe.change)
         torch.testing.assert_close(recipe(batch), expected(d.latents(batch, 0), d.draw(step).t, told))
 
 
@@ -130,7 +134,7 @@ def test_the_word_is_learned(personal):
     encoder = recipe.text.encoder[0]
     assert all(p.grad is None for p in encoder.parameters())
     (layers, word) = recipe.groups(recipe.config)
-    assert word["params"] == [("change", recipe.change)]
+    assert word.params == [("change", recipe.change)]
 
 
 def test_a_word_begins_as_the_mean_of_the_words_of_its_pattern(personal):
@@ -148,7 +152,7 @@ def test_a_word_begins_as_the_mean_of_the_words_of_its_pattern(personal):
 
 
 def test_the_tokens_are_those_before_the_last_norm_and_the_end_token_fills_up(parts, tmp_path):
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import CLIPTextModelWithProjection, CLIPTokenizerFast
 
     folder = parts["text"]["encoder"]
@@ -158,7 +162,7 @@ def test_the_tokens_are_those_before_the_last_norm_and_the_end_token_fills_up(pa
     mask = (torch.arange(77) < len(row)).long()[None]
     with torch.no_grad():
         found = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    text = encoders.FrozenClip(folder, tmp_path)
+    text = text_encoders.FrozenClip(folder, tmp_path)
     said, pooled = text.lookup(["a red cat"], "cpu")
     torch.testing.assert_close(said, found.hidden_states[-1], rtol=1e-2, atol=1e-2)  # kept in bf16
     torch.testing.assert_close(pooled, found.text_embeds, rtol=1e-2, atol=1e-2)
@@ -221,22 +225,22 @@ def test_a_resumed_run_repeats_the_unbroken_run(photos, guided, tmp_path):
 
 
 def test_training_lowers_the_loss(plain):
-    settings = plain("steps=40", "optimizer.rate=1e-2", "save_every=40", "ema.decay=0", "recipe.rank=8")
+    settings = plain("steps=40", "optimizer.learning_rate=1e-2", "save_every=40", "ema.decay=0", "recipe.rank=8")
     fresh, batches = recipe_of(settings)
     recipe, _ = tiny_run.train(settings)
-    shown = data.fixed(batches.items, settings.data)
+    shown = loader.fixed(batches.items, settings.data)
     assert recipe.validate(shown)["loss"] < 0.95 * fresh.validate(shown)["loss"]
 
 
 def test_validation_measures_both_resolutions(personal):
     recipe, batches = recipe_of(personal())
-    found = recipe.validate(data.fixed(batches.items, batches.settings))
+    found = recipe.validate(loader.fixed(batches.items, batches.settings))
     assert found["loss"] == pytest.approx((found["low"] + found["high"]) / 2)
 
 
 def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(photos, guided, tmp_path, capsys):
     words = [f"{section}.{key}={value}" for section, values in guided.items() for key, value in values.items()]
-    cli.main(["train", "recipes/ultrapixel_lora.toml", "--dry-run", *words, f"data.path={photos['path']}",
+    cli.main(["train", "recipes/ultrapixel/ultrapixel_lora.toml", "--dry-run", *words, f"data.path={photos['path']}",
               "data.caption=a photo of a cat [roubaobao]", "data.resolution=256", "recipe.low_side=2",
               f"out={tmp_path}/run", "device=cpu", "samples.height=256", "samples.width=256"])
     said = capsys.readouterr().out
@@ -251,7 +255,8 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(photos, guided, tmp_p
 def trained(photos, guided, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     words = ("steps=6", "samples.every=6", f"samples.prompts=[{json.dumps(CAPTION)}]", "samples.steps=2", "ema.decay=0",
-             "optimizer.rate=2e-2", "recipe.low_until=1", "text.rate=5.0", "optimizer.warm_up=0")
+             "optimizer.learning_rate=2e-2", "recipe.low_until=1", "text.learning_rate_multiple=5.0",
+             "optimizer.warm_up=0")
     tiny_run.train(tiny_ultrapixel.settings("", folder, guided, PERSONAL, *words, data=photos))
     return folder
 
@@ -266,9 +271,9 @@ def same_prediction(recipe, net, caption, change):
 
 
 def test_an_exported_personalisation_does_what_the_trained_one_does(trained, tmp_path):
-    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
     assert file.parent.name == "loras"
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     net, found = merged(recipe, file)
     assert (found.token, found.base, found.token_rows) == ("[mycat]", "^cat</w>", [recipe.text.word_row])
     torch.testing.assert_close(found.token_change, recipe.change)
@@ -281,7 +286,7 @@ def test_an_exported_personalisation_does_what_the_trained_one_does(trained, tmp
 
 @pytest.mark.parametrize("to", ["original", "kohya", "comfyui"])
 def test_convert_takes_the_file_to_every_format_and_back(trained, tmp_path, to):
-    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
+    (file,) = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
     cli.main(["convert", str(file), str(tmp_path / "there.safetensors"), "--to", to])
     base = ["--base", json.loads((trained / "config.json").read_text())["model"]["stage_c"]]
     cli.main(["convert", str(tmp_path / "there.safetensors"), str(tmp_path / "back.safetensors"), *base])
@@ -297,8 +302,8 @@ def test_convert_takes_the_file_to_every_format_and_back(trained, tmp_path, to):
 
 
 def test_a_run_goes_on_from_an_export(trained, personal, tmp_path):
-    (file,) = export.export(trained, tmp_path, "tiny", dtype="fp32")
-    old, _, _ = export.open_run(trained)
+    (file,) = exporting.export(trained, tmp_path, "tiny", dtype="fp32")
+    old, _, _ = exporting.open_run(trained)
     new, _ = recipe_of(personal(f"init_from={file}", "recipe.alpha=2.0"))
     assert torch.equal(new.change, old.change)
     for name in old.layers:
@@ -322,7 +327,7 @@ def clip_g_for_both(host, folder):
     import cascade_weights
     import comfy
 
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     file = host.models / "text_encoders" / "clip_g_of_the_trainer.safetensors"
@@ -371,11 +376,11 @@ def test_comfyui_reads_captions_and_the_learned_word_as_the_trainer_does(parts, 
 
 def test_cores_lora_loader_takes_the_file_and_draws_as_the_trainer_does(trained, parts, host):
     shutil.copy(parts["model"]["stage_c"], host.models / "diffusion_models" / "stage_c_of_the_lora.safetensors")
-    (file,) = export.export(trained, host.models, "cat_of_the_trainer", dtype="fp32")
+    (file,) = exporting.export(trained, host.models, "cat_of_the_trainer", dtype="fp32")
     core = import_module("nodes")
     model = core.UNETLoader().load_unet("stage_c_of_the_lora.safetensors", "default")[0]
     patched = core.LoraLoaderModelOnly().load_lora_model_only(model, file.name, 1.0)[0]
-    recipe, _, _ = export.open_run(trained)
+    recipe, _, _ = exporting.open_run(trained)
     assert len(patched.patches) == 2 * len(recipe.layers)  # out_proj, and in_proj in three parts
     patched.patch_model()
     net = patched.model.diffusion_model.float()

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import tiny_recipes
 import virtual_gpu
-from pixstack.trainer import build, data, encoders, loop, swap
-from pixstack.trainer import cache as features
-from pixstack.trainer.run import Run
+from pixstack.trainer.data import loader
+from pixstack.trainer.features import cache as features
+from pixstack.trainer.features import text_encoders
+from pixstack.trainer.memory import offload
+from pixstack.trainer.training import build, loop
+from pixstack.trainer.training.run import Run
 from virtual_gpu import VirtualGPU, Waits
 
 FOLDER = tempfile.TemporaryDirectory()
@@ -33,12 +36,12 @@ def trained(name: str, precision: str) -> Waits:
         run = Run(config, accelerator, found.held_out)
         run.open()
         recipe = build.recipe(config, found, run.folder)
-        swap.place(recipe, config, accelerator.device)
-        if isinstance(recipe.text, encoders.FROZEN):
+        offload.place(recipe, config, accelerator.device)
+        if isinstance(recipe.text, text_encoders.FROZEN):
             captions = [caption for item in found.train + found.held_out for caption in item.texts]
             recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
         load = features.loader(config, recipe.encoders, found.train, config.data, accelerator.print)
-        batches = data.Batches(found.train, config.data, config.seed, config.batch_size, load)
+        batches = loader.Batches(found.train, config.data, config.seed, config.batch_size, load)
         build.write_facts(run.folder, recipe, found)
         run.save = lambda *_: None  # which reads every weight
         run.log = lambda step, **_: marks.append(dict(gpu.waits))

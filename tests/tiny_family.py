@@ -10,7 +10,7 @@ import tiny_run
 import torch
 import weights
 from pixstack.models_impl import state_dict
-from pixstack.trainer import config
+from pixstack.trainer.config import check
 
 T5 = weights.ROOT / "assets/text_encoders/pixelflow_emoji_t5.safetensors"
 TEXT = {"encoder": str(T5), "learn": False, "max_length": 32}
@@ -32,7 +32,7 @@ def make(models: Path, folder: Path) -> SimpleNamespace:
         raw = {**{k: v for k, v in tiny_run.SETTINGS.items() if k not in ("model", "text")}, "precision": "fp32",
                "data": {"path": str(data), "resolution": SIDE, "crop": "none"}, "out": str(folder / name), **sections}
         raw["recipe"] = {"name": kind, **sections.get("recipe", {})}
-        made, _ = tiny_pixart.recipe_of(config.parse(raw))
+        made, _ = tiny_pixart.recipe_of(check.parse(raw))
         for pattern, (tensors, metadata) in made.files().items():
             path = models / pattern.format(name=f"tiny_family_{name}")
             state_dict.write_file(path, {k: v.detach().clone() for k, v in tensors.items()}, metadata)
@@ -51,5 +51,5 @@ def make(models: Path, folder: Path) -> SimpleNamespace:
            samples={"prompts": ["one"]})
     export("flux", "flux", model=FLUX, text=padded, vae=flux_vae)
     export("ponder", "pixelponder", model={"depth": 1, "selector_width": 32}, text=padded, vae=flux_vae,
-           recipe={"base": found["flux"].path, "made": ["canny", "hed"], "hed": str(folder / "hed.pth")})
+           recipe={"base": found["flux"].path, "annotators": ["canny", "hed"], "hed": str(folder / "hed.pth")})
     return SimpleNamespace(**found, picture=data.parent / HINTED)

@@ -7,7 +7,11 @@ from pixstack.models_impl.pixart import checkpoint
 from pixstack.models_impl.pixart.config import PixArtConfig
 from pixstack.models_impl.pixart.model import PixArt
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import build, config, data, encoders, tokenizer
+from pixstack.trainer import libraries
+from pixstack.trainer.config import check, load
+from pixstack.trainer.data import loader
+from pixstack.trainer.features import tokenizer
+from pixstack.trainer.training import build
 from safetensors import safe_open
 from tiny_run import COLOURS, SETTINGS
 
@@ -18,7 +22,7 @@ IMAGE = {"resolution": 64, "crop": "none"}
 
 def t5(folder, width=WIDTH):
     """As transformers saves one."""
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     made = tokenizer.train([f"a {c} {s}" for c in COLOURS for s in ("square", "card")], 60)
@@ -32,7 +36,7 @@ def t5(folder, width=WIDTH):
 
 def vae(folder, latent_channels=4):
     """As diffusers saves one: eight pixels along a side of a latent cell."""
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -52,7 +56,7 @@ def settings(path, out, sections, *words, recipe="pixart", **more):
     """sections: of `parts`."""
     raw = {**SETTINGS, "recipe": {"name": recipe}, "model": {k: v for k, v in SHAPE.items() if k != "context_dim"},
            "data": {"path": str(path), **IMAGE}, "out": str(out), "precision": "fp32", **sections, **more}
-    return config.parse(raw, words)
+    return check.parse(raw, words)
 
 
 def released(path, seed=0, scale=0.1, **entries):
@@ -72,12 +76,12 @@ def recipe_of(made):
     for p in recipe.parameters():
         if p.requires_grad and not p.any():
             torch.nn.init.normal_(p, std=0.1)
-    return recipe, data.Batches(found.train, made.data, made.seed, made.batch_size)
+    return recipe, loader.Batches(found.train, made.data, made.seed, made.batch_size)
 
 
 def toml(folder, made):
     """Settings as a file, for the command line."""
-    raw = config.as_dict(made)
+    raw = load.as_dict(made)
     lines = [f"{k} = {json.dumps(v)}" for k, v in raw.items() if not isinstance(v, dict)]
     for section, values in raw.items():
         if isinstance(values, dict):

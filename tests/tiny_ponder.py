@@ -10,7 +10,9 @@ from pixstack.models_impl.flux import checkpoint
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
 from pixstack.models_impl.state_dict import write_file
-from pixstack.trainer import config, encoders, tokenizer
+from pixstack.trainer import libraries
+from pixstack.trainer.config import check
+from pixstack.trainer.features import tokenizer
 
 # heads as wide as the release's, which core's loader counts on
 FLUX = FluxConfig(hidden=128, heads=1, mlp_hidden=512, depth=2, single_depth=2, context_dim=tiny_pixart.WIDTH,
@@ -22,7 +24,7 @@ POOLED = 12
 
 def clip(folder):
     """As transformers saves one, of another width than the T5."""
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
     made = tokenizer.train([f"a {c} {s}" for c in tiny_run.COLOURS for s in ("square", "card")], 60)
@@ -69,4 +71,4 @@ def settings(path, out, sections, *words, **more):
     """sections: of `parts`."""
     raw = {**tiny_run.SETTINGS, "precision": "fp32", "model": MODEL, "data": {"path": str(path), **IMAGE},
            "out": str(out), **sections, "recipe": {"name": "pixelponder", **sections["recipe"]}, **more}
-    return config.parse(raw, words)
+    return check.parse(raw, words)

@@ -6,20 +6,20 @@ import tiny_ponder
 import tiny_run
 import tiny_ultrapixel
 from PIL import Image
-from pixstack.trainer import config
+from pixstack.trainer.config import check, schema
 from weights import tiny_hed
 
 COMMON = {"precision": "fp32", "steps": 3, "batch_size": 4, "save_every": 3, "log_every": 1, "device": "cpu",
           "threads": 1,
           # with the usual eps the size of gradients does not matter, and one near zero moves as far as any
-          "optimizer": {"rate": 1e-2, "eps": 1e-3, "clip": 0.3}, "ema": {"decay": 0.9}}
+          "optimizer": {"learning_rate": 1e-2, "eps": 1e-3, "clip": 0.3}, "ema": {"decay": 0.9}}
 LORA = {"rank": 4}
 NAMES = ("pixelflow", "pixart", "pixart_lora", "pixart_dreambooth", "pixart_controlnet", "pixart_lcm",
          "pixart_lcm lora", "pixart_dmd", "ultrapixel_guide", "ultrapixel_lora", "ultrapixel_lora personal",
          "ultrapixel_controlnet", "pixelponder", "pixelponder choices", "flux", "autoencoder")
 
 
-def every(folder: Path, out: Path) -> dict[str, config.Config]:
+def every(folder: Path, out: Path) -> dict[str, schema.Config]:
     """Settings by a name that begins with the recipe's; the runs go to `out`, what they need is made in `folder`."""
     folder.mkdir()
     squares = tiny_run.pictures(folder / "squares", size=64)
@@ -73,6 +73,6 @@ def every(folder: Path, out: Path) -> dict[str, config.Config]:
         "pixelponder choices": {"model": tiny_ponder.MODEL, **ponder, "recipe": {"choices": 2, **ponder["recipe"]},
                                 "data": pictures(hinted, tiny_ponder.IMAGE)},
     }
-    return {name: config.parse({**COMMON, **more, "out": str(out / name),
+    return {name: check.parse({**COMMON, **more, "out": str(out / name),
                                 "recipe": {**more.get("recipe", {}), "name": name.split()[0]}})
             for name in NAMES for more in [raw.pop(name)]}

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from PIL import Image
-from pixstack.trainer import build, config, data, loop, parallel
-from pixstack.trainer.run import Run
+from pixstack.trainer.config import check, rules
+from pixstack.trainer.data import loader
+from pixstack.trainer.training import build, loop
+from pixstack.trainer.training.run import Run
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "black": (0, 0, 0),
            "white": (250, 250, 250), "yellow": (240, 220, 40)}
@@ -15,7 +17,7 @@ SETTINGS = {
     "recipe": {"name": "pixelflow"},
     "model": {"heads": 2, "head_dim": 8, "depth": 1, "num_stages": 2},
     "text": {"encoder": "small", "vocabulary": 60, "width": 16, "depth": 1, "heads": 2, "hidden": 32, "max_length": 16},
-    "optimizer": {"rate": 1e-3, "warm_up": 2, "decay": "linear"},
+    "optimizer": {"learning_rate": 1e-3, "warm_up": 2, "decay": "linear"},
     "ema": {"decay": 0.9},
     "steps": 6, "batch_size": 6, "save_every": 3, "log_every": 1, "device": "cpu",
 }
@@ -42,7 +44,7 @@ def pictures(folder, size=16):
 
 def settings(path, out, *words, **sections):
     raw = {**SETTINGS, "data": {"path": str(path), **IMAGE}, "out": str(out), **sections}
-    return config.parse(raw, words)
+    return check.parse(raw, words)
 
 
 def train(settings, interrupt=None):
@@ -59,8 +61,8 @@ def train(settings, interrupt=None):
         log = run.log
         run.log = lambda step, **values: (log(step, **values), interrupt(run, step))
     with closing(run):
-        loop.train(recipe, data.Batches(found.train, settings.data, settings.seed, settings.batch_size), settings, run,
-                   accelerator)
+        batches = loader.Batches(found.train, settings.data, settings.seed, settings.batch_size)
+        loop.train(recipe, batches, settings, run, accelerator)
     return recipe, run
 
 
@@ -78,7 +80,7 @@ def toml(folder, path, out):
 
 if __name__ == "__main__":  # every run of a JSON list of settings, in this process and in those launched with it
     for raw in json.loads(Path(sys.argv[1]).read_text()):
-        made = config.parse(raw)
+        made = check.parse(raw)
         train(made)
         if Accelerator().is_main_process:
-            print(f"{parallel.way(made)} of {Accelerator().num_processes} processes")
+            print(f"{rules.way(made)} of {Accelerator().num_processes} processes")

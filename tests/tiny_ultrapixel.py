@@ -13,8 +13,11 @@ from pixstack.models_impl.ultrapixel.model import StageC
 from pixstack.models_impl.ultrapixel.previewer import Previewer
 from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.models_impl.ultrapixel.stage_b import StageB
-from pixstack.trainer import build, config, data, encoders, run
-from pixstack.trainer.ultrapixel import FrozenEffnet
+from pixstack.trainer import libraries
+from pixstack.trainer.config import check, load
+from pixstack.trainer.data import loader
+from pixstack.trainer.recipes.ultrapixel.encoders import FrozenEffnet
+from pixstack.trainer.training import build, checkpoints
 from safetensors import safe_open
 from torch import nn
 
@@ -82,7 +85,7 @@ def remembered():
 
 def clip(folder, width=C.text_dim, pooled=C.pooled_dim):
     """As transformers saves CLIP-G's text tower and its tokenizer: letters, and the words that tests use."""
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,7 @@ def clip(folder, width=C.text_dim, pooled=C.pooled_dim):
 
 def vision(folder):
     """As transformers saves CLIP-L's image tower."""
-    encoders.hide_broken_torchvision()
+    libraries.hide_broken_torchvision()
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
@@ -147,7 +150,7 @@ def guide_file(path, **more):
 def settings(path, out, sections, recipe, *words, **more):
     raw = {**tiny_run.SETTINGS, "recipe": recipe, "data": {"path": str(path), **IMAGE}, "out": str(out),
            "precision": "fp32", "batch_size": 4, **sections, **more}
-    return config.parse(raw, words)
+    return check.parse(raw, words)
 
 
 def case(name):
@@ -163,12 +166,12 @@ def case(name):
 def weights(folder, step=6):
     at = folder / "checkpoints" / f"{step:08d}"
     return {f"{file}.{k}": v for file in ("model", "ema", "optimizer")
-            for k, v in run.read_tensors(at / f"{file}.safetensors").items()}
+            for k, v in checkpoints.read_tensors(at / f"{file}.safetensors").items()}
 
 
 def toml(folder, made):
     """The settings as a file, for the command line."""
-    raw = config.as_dict(made)
+    raw = load.as_dict(made)
     lines = [f"{k} = {json.dumps(v)}" for k, v in raw.items() if not isinstance(v, dict)]
     for section, values in raw.items():
         if isinstance(values, dict):
@@ -180,7 +183,7 @@ def toml(folder, made):
 def recipe_of(made):
     """(the recipe of settings, its batches)"""
     found = build.collection(made)
-    return build.recipe(made, found), data.Batches(found.train, made.data, made.seed, made.batch_size)
+    return build.recipe(made, found), loader.Batches(found.train, made.data, made.seed, made.batch_size)
 
 
 def log(folder: Path):

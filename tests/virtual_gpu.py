@@ -300,7 +300,7 @@ def _autocast(op, to, without, *args, **kwargs):
 # --- What runs on it
 
 def accelerator() -> SimpleNamespace:
-    """What the trainer asks of accelerate's, for one process on the device; `swap.place` puts the recipe there."""
+    """What the trainer asks of accelerate's, for one process on the device; `offload.place` puts the recipe there."""
     return SimpleNamespace(
         device=torch.device(GPU), num_processes=1, process_index=0, is_main_process=True, print=lambda *_: None,
         main_process_first=nullcontext, no_sync=lambda model: nullcontext(), prepare=lambda model, **_: model,

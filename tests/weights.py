@@ -28,7 +28,7 @@ from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectorC
 from pixstack.models_impl.pixelponder.model import PixelPonder
 from pixstack.models_impl.state_dict import write_file
 from pixstack.models_impl.text.t5 import TextEncoder
-from pixstack.trainer import tokenizer
+from pixstack.trainer.features import tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 32  # of the text tokens

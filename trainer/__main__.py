@@ -8,4 +8,4 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     # The root must leave sys.path: our `nodes` and `kernels` would shadow ComfyUI's and Hugging Face's.
     sys.path[:] = [str(ROOT / "package")] + [p for p in sys.path if Path(p or ".").resolve() != ROOT]
-    import_module("pixstack.trainer.cli").main()
+    import_module("pixstack.trainer.cli.main").main()

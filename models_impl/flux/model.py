@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ...kernels.attention import attention as dense_attention
 from ...kernels.modulated_norm import modulated_norm
 from ...kernels.rope import rope_matrices, rotate
+from .. import checkpointing
 from .config import FluxConfig
 
 EPS = 1e-6
@@ -247,9 +248,7 @@ class FluxTrunk(nn.Module):
         return self.img_in(img), self.txt_in(context), vec, rope
 
     def run(self, block: nn.Module, *inputs):
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        return checkpointing.run(block, *inputs, checkpointed=self.gradient_checkpointing)
 
 
 class Flux(FluxTrunk):

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ...kernels.attention import attention as dense_attention
 from ...kernels.modulated_norm import modulated_norm
+from .. import checkpointing
 from .config import VAE_FACTOR, KVCompression, PixArtConfig
 
 if TYPE_CHECKING:
@@ -359,9 +359,7 @@ class PixArt(nn.Module):
         return h.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, h*p, w*q)
 
     def _run(self, block: Block, *inputs) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        return checkpointing.run(block, *inputs, checkpointed=self.gradient_checkpointing)
 
     def _embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> tokens with their positions, (B, N, D)."""

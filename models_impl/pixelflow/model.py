@@ -18,6 +18,7 @@ from ...kernels.attention import attention as dense_attention
 from ...kernels.modulated_norm import modulate, modulated_norm
 from ...kernels.rope import rope_matrices, rotate
 from ...kernels.varlen_attention import packed_attention
+from .. import checkpointing
 from .config import PixelFlowConfig
 
 EPS = 1e-6
@@ -295,10 +296,7 @@ class PixelFlow(nn.Module):
         condition = condition + self.latent_size_embedder(latent_size, h.dtype)
         for block in self.transformer_blocks:
             before_block(block)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = torch.utils.checkpoint.checkpoint(block, h, condition, context, flow, use_reentrant=False)
-            else:
-                h = block(h, condition, context, flow)
+            h = checkpointing.run(block, h, condition, context, flow, checkpointed=self.gradient_checkpointing)
         before_block(None)
         shift, scale = (flow.spread(m) for m in self.proj_out_1(F.silu(condition)).chunk(2, dim=-1))
         return self.proj_out_2(modulated_norm(h, shift, scale))

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import checkpointing
 from .config import CascadeConfig
 
 EPS = 1e-6
@@ -304,6 +304,4 @@ class UNet(nn.Module):
         return x
 
     def _run(self, block: nn.Module, *args) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+        return checkpointing.run(block, *args, checkpointed=self.gradient_checkpointing)

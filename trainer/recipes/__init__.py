@@ -1,43 +1,32 @@
-"""What the loss is. A recipe is a small torch module; its file also defines the settings of [recipe] and [model].
-
-    Settings, Model            dataclasses of the two sections, the doc under each field
-    sections                   which of [vae], [adapter], memory.base and text.padded it reads
-    problems(config)           everything wrong with the settings, in sentences, before anything is allocated
-    make_encoders(config)      the frozen encoders of pictures whose features the cache may keep; `encoders`: its own
-    Recipe(config, text, classes, network)   network: what `network()` said, of a run that is opened again
-    look_at(items)             only where a recipe wants to see what it will be trained on, before it is
-    groups(config)             what learns: {"params": [(name, parameter)], "rate": multiple, "matrices": names}
-    forward(batch)             the loss of each picture, (B,)
-    described(step), buckets(step), activation_bytes(pictures, cpu)      for --dry-run
-    validate(batches), sample(what, height, width, steps, shift, cfg, seed)
-    previews                   where there is one: whether samples may be smaller than what was asked for
-    whole                      where parts of it are called one by one: names of what FSDP2 leaves whole (`shard`)
-    of_pictures                where there are hints: whether `sample` makes them of pictures, conditions[""]
-    network(), files()         for the run folder, and what export writes: path -> (tensors, metadata)
-
-Recipes are not made of one another: what several need has a module of its own (`pixart.py`, `adapters.py`).
-"""
+"""The recipes by name. Each family has a folder: the settings of its recipes (settings.py, without torch), its task, a
+small class `Recipe` for each recipe (contract.py says what it must have), and a TOML file for each run that somebody
+can start."""
 from __future__ import annotations
 
 from importlib import import_module
 
-RECIPES = {name: name for name in (  # name in [recipe] -> module here, whose class `Recipe` it is
-    "pixelflow",
-    "pixart",
-    "pixart_lora",
-    "pixart_controlnet",
-    "pixart_dreambooth",
-    "pixart_lcm",
-    "pixart_dmd",
-    "ultrapixel_guide",
-    "ultrapixel_lora",
-    "ultrapixel_controlnet",
-    "pixelponder",
-    "flux",
-    "autoencoder",
-)}
-PICTURES_ALONE = {"autoencoder"}  # of these: neither captions nor classes, and samples.prompts are picture files
+RECIPES = {  # name in [recipe] -> family
+    "pixelflow": "pixelflow",
+    "pixart": "pixart",
+    "pixart_lora": "pixart",
+    "pixart_controlnet": "pixart",
+    "pixart_dreambooth": "pixart",
+    "pixart_lcm": "pixart",
+    "pixart_dmd": "pixart",
+    "ultrapixel_guide": "ultrapixel",
+    "ultrapixel_lora": "ultrapixel",
+    "ultrapixel_controlnet": "ultrapixel",
+    "pixelponder": "pixelponder",
+    "flux": "flux",
+    "autoencoder": "autoencoder",
+}
 
 
-def find(name: str):
-    return import_module(f".{RECIPES[name]}", __package__).Recipe
+def settings_of(name: str) -> type:
+    """The dataclass of [recipe]; imports no torch."""
+    return import_module(f".{RECIPES[name]}.settings", __package__).RECIPES[name]
+
+
+def find(name: str) -> type:
+    """The class that is trained."""
+    return import_module(f".{settings_of(name).module}", __package__).Recipe

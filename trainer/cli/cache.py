@@ -1,0 +1,60 @@
+"""`python -m trainer cache`."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from .options import accelerator_of, with_recipe
+
+
+def add_arguments(one):
+    with_recipe(one)
+    one.add_argument("--read", action="store_true", help="take over the feature files of a PixArt release")
+    one.add_argument("--write", action="store_true", help="write the cache's features as a PixArt release has them")
+    one.add_argument("--captions", type=Path, help="with --read or --write: the folder of .npz caption features")
+    one.add_argument("--latents", type=Path, help="with --read or --write: the folder of .npy VAE features")
+
+
+def run(args):
+    """Extract the features of frozen encoders once, into cache.folder; run it again to go on."""
+    from ..config.check import load
+
+    config = load(args.recipe, args.settings)
+
+    from tqdm import tqdm
+
+    from ..features import cache, released, text_encoders
+    from ..recipes import find
+    from ..training import build
+
+    if not config.cache.folder:
+        raise ValueError("cache.folder is empty: name where the features are to be kept.")
+    cache.stop_once()
+    accelerator = accelerator_of(config.device)
+    number, count = accelerator.process_index, accelerator.num_processes
+    collection, root = build.collection(config), Path(config.cache.folder).expanduser()
+    text = text_encoders.frozen(config, config.folder, number) if config.text.frozen else None
+    readers = find(config.recipe.name).make_encoders(config, number)
+    parts = ((collection.train, config.data), (collection.held_out, cache.cut_by(config.data)))
+    taken = {"text": text and text.store if args.captions else None, "captions": args.captions,
+             "latent": readers[0].store if readers and args.latents else None, "latents": args.latents}
+    if args.captions or args.latents:
+        if not args.read and not args.write:
+            raise ValueError("--captions and --latents name folders of the release's feature files: say --read or "
+                             "--write.")
+        for items, settings in parts:
+            done = released.read_released(items, settings, **taken) if args.read else \
+                released.write_released(items, settings, **taken, limit=config.text.max_length)
+            accelerator.print("\n".join(done))
+        return
+    if text:
+        captions = list(dict.fromkeys(["", *config.samples.prompts,
+                                       *(c for i in collection.train + collection.held_out for c in i.texts)]))
+        text.prepare(captions[number::count], accelerator.device, tqdm)
+        accelerator.print(f"{text.store.folder}: {len(text.store):,} captions")
+    for items, settings in parts if readers else ():
+        cache.fill(items, settings, readers, root, accelerator.device, tqdm, (number, count))
+    accelerator.wait_for_everyone()
+    for reader in readers:
+        reader.store.refresh()
+        accelerator.print(f"{reader.store.folder}: {len(reader.store):,} pictures")
+    accelerator.end_training()

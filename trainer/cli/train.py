@@ -1,0 +1,68 @@
+"""`python -m trainer train`."""
+from __future__ import annotations
+
+from contextlib import closing
+
+from .options import accelerator_of, with_recipe
+
+
+def add_arguments(one):
+    with_recipe(one)
+    one.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
+
+
+def run(args):
+    """Train by a recipe file; run it again to go on."""
+    from ..config.check import load
+
+    config = load(args.recipe, args.settings)
+
+    import torch
+
+    from ..data import loader
+    from ..distributed import strategy
+    from ..features import cache, text_encoders
+    from ..memory import offload
+    from ..training import build, loop
+    from ..training.run import Run
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    accelerator = accelerator_of(config.device)
+    parts = loop.parts_of(config, accelerator.process_index, accelerator.num_processes)
+    collection = build.collection(config)
+    if args.dry_run:
+        from ..training import plan
+
+        batches = loader.Batches(collection.train, config.data, config.seed, config.batch_size)
+        recipe = plan.on_meta(lambda: build.recipe(config, collection))
+        lines = plan.describe(config, collection, recipe, batches, parts, accelerator.num_processes, accelerator.device)
+        return accelerator.print("\n".join(lines))
+
+    run = Run(config, accelerator, collection.held_out)
+    with accelerator.main_process_first():  # it clears the folder and makes the tokenizer that the others read
+        run.open()
+        recipe = build.recipe(config, collection, run.folder)
+        offload.place(recipe, config, accelerator.device)
+    if isinstance(recipe.text, text_encoders.FROZEN):
+        captions = [c for i in collection.train + collection.held_out for c in i.texts]
+        with accelerator.main_process_first():
+            recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
+    load = cache.loader(config, recipe.encoders, collection.train, config.data, accelerator.print)
+    run.load = cache.loader(config, recipe.encoders, run.items, cache.cut_by(config.data), accelerator.print)
+    batches = loader.Batches(collection.train, config.data, config.seed, config.batch_size, load)
+    if config.compile:
+        recipe.compile_blocks()
+    if accelerator.is_main_process:
+        if said := build.other_data(run.folder, collection):
+            print(said)
+        build.write_facts(run.folder, recipe, collection)
+        count = sum(p.numel() for p in recipe.parameters())
+        print(f"{config.folder}: {loader.summary(collection)}; {count:,} parameters")
+        if accelerator.num_processes > 1:
+            print(f"{accelerator.num_processes} processes, {strategy.IN_WORDS[strategy.way(config)]}")
+    with closing(run):
+        step = loop.train(recipe, batches, config, run, accelerator)
+    if accelerator.is_main_process:
+        print(f"step {step} of {config.steps}: {config.folder}")
+    accelerator.end_training()

@@ -1,0 +1,45 @@
+"""`python -m trainer settings`: every setting with its default and the doc that stands under it."""
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import sys
+import textwrap
+import typing
+
+from ..recipes import RECIPES, settings_of
+from .schema import Config
+
+
+def describe() -> list[str]:
+    lines = []
+    for name, kind in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            lines += ["", f"[{name}]", *section(kind)]
+    for name in RECIPES:
+        settings = settings_of(name)
+        lines += ["", f"[recipe]  with name = {name!r}", *section(settings)]
+        lines += ["", "[model]", *section(settings.Model)]
+    return section(Config) + lines
+
+
+def section(kind) -> list[str]:
+    docs, fields, lines = docs_of(kind), {f.name: f for f in dataclasses.fields(kind)}, []
+    for name, field in fields.items():
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        if dataclasses.is_dataclass(default) or name in ("recipe", "model"):
+            continue
+        shown = "(none)" if default is None else json.dumps(default)
+        lines.append(f"{name} = {shown}")
+        lines += textwrap.wrap(docs.get(name, ""), 108, initial_indent="    ", subsequent_indent="    ")
+    return lines
+
+
+def docs_of(kind) -> dict[str, str]:
+    """Python drops the strings under fields; the source has them."""
+    tree = ast.parse(inspect.getsource(sys.modules[kind.__module__]))
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == kind.__name__).body
+    return {one.target.id: " ".join(below.value.value.split()) for one, below in zip(body, body[1:], strict=False)
+            if isinstance(one, ast.AnnAssign) and isinstance(below, ast.Expr)}

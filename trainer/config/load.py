@@ -1,0 +1,178 @@
+"""Settings from TOML and `key=value` words, strictly: names and types."""
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from ..recipes import RECIPES, settings_of
+from .problems import nearest
+from .schema import Config, look_up
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+import typing
+
+TRAINER = Path(__file__).resolve().parents[1]
+RENAMED = {
+    "optimizer.rate": "learning_rate",
+    "optimizer.scale_rate": "learning_rate_scaling",
+    "optimizer.muon_rate": "muon_learning_rate",
+    "text.rate": "learning_rate_multiple",
+    "recipe.follower_rate": "follower_learning_rate_multiple",
+    "recipe.selector_rate": "selector_learning_rate_multiple",
+    "recipe.made": "annotators",
+    "recipe.least": "min_conditions",
+    "recipe.most": "max_conditions",
+}
+"""What settings were called once -> their name in the section now."""
+
+
+def read_toml(path) -> dict:
+    found = next((p for p in (Path(path), TRAINER / path, TRAINER / "recipes" / path) if p.is_file()), None)
+    if found is None:
+        shipped = {p.name: p.relative_to(TRAINER).as_posix() for p in sorted(TRAINER.glob("recipes/*/*.toml"))}
+        if moved := shipped.get(Path(path).name):
+            raise ValueError(f"{path}: there is no such recipe file. It is trainer/{moved} now.")
+        raise ValueError(f"{path}: there is no such recipe file. Shipped with the trainer: "
+                         f"{', '.join(shipped.values())}.")
+    try:
+        return tomllib.loads(found.read_text(encoding="utf-8-sig"))  # Windows' editors put a mark first
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{found} is not valid TOML: {error}") from None
+
+
+def read(raw: dict, words: list[str] = ()) -> tuple[Config | None, list[str]]:
+    """(the settings, what does not fit): names and types only. What does not fit stands at its default; the recipe is
+    None where its name is unknown. words: key=value each, which count before `raw`."""
+    problems, raw = [], {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            problems.append(f"{word!r} is not of the form key=value.")
+            continue
+        section, key = raw, name.strip()
+        if "." in key:
+            section_name, key = key.split(".", 1)
+            section = raw.setdefault(section_name, {})
+        section[key] = value_of(text)
+
+    recipe, kinds = raw.get("recipe", {}), {}
+    name = recipe.pop("name", None) if isinstance(recipe, dict) else None
+    if name in RECIPES:
+        settings = settings_of(name)
+        kinds = {"recipe": settings, "model": settings.Model}
+    else:
+        problems.append(f"[recipe] name = {name!r} is none of {', '.join(RECIPES)}{nearest(name, RECIPES)}.")
+    config = build(Config, raw, kinds, problems)
+    if config and kinds:
+        config = dataclasses.replace(config, **{k: look_up(config, k) or kind() for k, kind in kinds.items()})
+    return config, problems
+
+
+def stored(folder: Path) -> Config:
+    """The settings of a run folder. Values are not looked at: the data of a finished run may be gone."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    for old, name in RENAMED.items():  # of a run that is older than the names
+        section, _, key = old.partition(".")
+        if key in raw.get(section, {}) and name not in raw[section]:
+            raw[section][name] = raw[section].pop(key)
+    config, problems = read(raw)
+    if problems:
+        raise ValueError(f"{path} cannot work:\n  " + "\n  ".join(problems))
+    return config
+
+
+def value_of(text: str):
+    """A word's value as TOML reads it; what TOML cannot read is a plain string."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    good = {}
+    for key, value in raw.items():
+        full = prefix + key
+        if RENAMED.get(full) in names and key not in names:
+            problems.append(f"{full} is called {prefix}{RENAMED[full]} now.")
+            continue
+        if key not in names:
+            problems.append(f"{full} is not a setting{nearest(key, names)}.")
+            continue
+        kind = kinds.get(key, hints[key])
+        if dataclasses.is_dataclass(kind):
+            if isinstance(value, dict):
+                good[key] = build(kind, value, {}, problems, f"{full}.")
+            else:
+                problems.append(f"{full} is a section, [{full}], not a value ({value!r}).")
+        elif kind is Any:
+            pass  # a section of an unknown recipe, already reported
+        else:
+            value, fits = convert(value, kind)
+            if fits:
+                good[key] = value
+            else:
+                problems.append(f"{full}={value!r} should be {in_words(kind)}.")
+    try:
+        return cls(**good)
+    except (TypeError, ValueError) as error:
+        problems.append(f"{prefix or 'settings: '}{error}")
+        return None
+
+
+def convert(value, kind):
+    """(value as `kind`, whether it fits). An int serves as a float, and nothing else is bent."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, UnionType):
+        for one in args:
+            converted, fits = convert(value, one)
+            if fits:
+                return converted, True
+        return value, False
+    if origin is list:
+        if not isinstance(value, list):
+            return value, False
+        pairs = [convert(v, args[0]) for v in value]
+        return [v for v, _ in pairs], all(fits for _, fits in pairs)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value), True
+    return value, isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def in_words(kind) -> str:
+    if typing.get_origin(kind) is list:
+        return f"a list of {typing.get_args(kind)[0].__name__}"
+    if typing.get_args(kind):
+        return " or ".join(in_words(k) for k in typing.get_args(kind) if k is not type(None))
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(kind, str(kind))
+
+
+def differences(old: Config, new: Config, free: set[str]) -> list[str]:
+    """Settings with other values, in words, without those that are `free` to change."""
+    found = []
+
+    def compare(a: dict, b: dict, prefix: str):
+        for key in a.keys() | b.keys():
+            name = prefix + key
+            if isinstance(a.get(key), dict) and isinstance(b.get(key), dict) and name not in free:
+                compare(a[key], b[key], name + ".")
+            elif a.get(key) != b.get(key) and name not in free:
+                found.append(f"{name} was {a.get(key)!r}, now {b.get(key)!r}")
+
+    compare(as_dict(old), as_dict(new), "")
+    return sorted(found)
+
+
+def as_dict(config: Config) -> dict:
+    raw = dataclasses.asdict(config)
+    raw["recipe"] = {"name": config.recipe.name, **raw["recipe"]}
+    return raw

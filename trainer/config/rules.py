@@ -1,0 +1,251 @@
+"""What settings may be, as far as that shows without looking into a file: nothing heavy is imported here."""
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from ...models_impl.pixart.buckets import TABLES
+from .problems import Problems
+from .schema import Adapter, Config, Data, Vae, look_up
+
+LAYOUTS = {"auto": "either", "jsonl": "a file", "folder": "a folder", "classes": "a folder", "sam": "a folder",
+           "data_info": "a file", "webdataset": "either", "datasets": "either"}
+"""data.kind -> what data.path is then."""
+ADAPTERS = "lora", "loha", "lokr"
+BASES = "fp8", "nf4"
+DDP, FSDP2, DEEPSPEED = "ddp", "fsdp2", "deepspeed"
+
+
+def problems(config: Config) -> list[str]:
+    """Everything that shows without the recipe's own rules (`Settings.problems`)."""
+    problems = [*data(config.data, config.batch_size, config.micro_batch_size), *general(config), *numbers(config),
+                *text(config)]
+    return problems + [*sections(config), *memory(config), *distributed(config)] if config.recipe else problems
+
+
+def general(config: Config) -> list[str]:
+    problems = Problems()
+    problems.one_of("optimizer.name", config.optimizer.name, ("adamw", "adamw8bit", "muon", "came"))
+    problems.need(config.optimizer.name != "adamw8bit" or find_spec("bitsandbytes"),
+                  "optimizer.name='adamw8bit' needs bitsandbytes: pip install bitsandbytes, or use adamw or came.")
+    problems.one_of("log.wandb", config.log.wandb, ("", "offline", "online"))
+    problems.need(not config.log.wandb or find_spec("wandb"),
+                  f"log.wandb={config.log.wandb!r} needs wandb: pip install wandb.")
+    problems.one_of("optimizer.learning_rate_scaling", config.optimizer.learning_rate_scaling,
+                    ("none", "sqrt", "linear"))
+    problems.one_of("text.precision", config.text.precision, ("fp32", "bf16"))
+    problems.one_of("vae.precision", config.vae.precision, ("fp32", "bf16"))
+    problems.one_of("optimizer.decay", config.optimizer.decay, ("constant", "cosine", "linear"))
+    problems.one_of("precision", config.precision, ("bf16", "fp32"))
+    problems.one_of("device", config.device, ("auto", "cpu"))
+    problems.one_of("resume", config.resume, ("auto", "changed", "never"))
+    for name in ("init_from", "text.tokenizer", "text.clip", "vae.path"):
+        problems.exists(name, look_up(config, name))
+    if config.text.encoder.endswith(".safetensors"):
+        problems.need(Path(config.text.encoder).expanduser().is_file(),
+                      f"text.encoder={config.text.encoder!r}: there is no such file or folder.")
+    return problems
+
+
+def numbers(config: Config) -> list[str]:
+    problems = Problems()
+    for name in ("steps", "batch_size", "save_every", "log_every", "samples.steps", "text.max_length",
+                 "text.vocabulary", "text.width", "text.depth", "text.heads"):
+        problems.at_least(name, look_up(config, name), 1)
+    for name in ("micro_batch_size", "threads", "keep", "samples.every", "validation.every", "optimizer.warm_up",
+                 "optimizer.weight_decay", "optimizer.clip", "optimizer.eps"):
+        problems.at_least(name, look_up(config, name), 0)
+    problems.share("optimizer.decay_from", config.optimizer.decay_from)
+    for name in ("optimizer.learning_rate", "optimizer.muon_learning_rate"):
+        value = look_up(config, name)
+        problems.need(0 < value < 1, f"{name}={value} is outside (0, 1).")
+    problems.need(0 <= config.ema.decay < 1, f"ema.decay={config.ema.decay} is outside [0, 1).")
+    betas, count = config.optimizer.betas, 3 if config.optimizer.name == "came" else 2
+    problems.need(betas is None or (len(betas) == count and all(0 <= b < 1 for b in betas)),
+                  f"optimizer.betas={betas} must be {('two', 'three')[count - 2]} numbers in [0, 1).")
+    micro = config.micro_batch_size
+    problems.need(micro < 1 or config.batch_size % micro == 0,
+                  f"batch_size={config.batch_size} is not a multiple of micro_batch_size={micro}.")
+    problems.need(not config.samples.every or config.samples.prompts or config.samples.classes,
+                  f"samples.every={config.samples.every} draws pictures, and neither samples.prompts nor "
+                  "samples.classes says of what.")
+    return problems
+
+
+def text(config: Config) -> list[str]:
+    problems, changing = Problems(), [f"data.{name}={value}" for name in ("tag_share", "template_share")
+                                      if (value := look_up(config.data, name)) > 0]
+    problems.need(not (config.text.frozen and changing),
+                  f"{', '.join(changing)} makes other captions at every step, and the embeddings of a frozen encoder "
+                  "are made once, before training: set it to 0 and write such captions into the data, or let an "
+                  "encoder learn.")
+    problems.need(not config.text.clip or config.text.frozen,
+                  "text.clip goes with a frozen T5: name its folder, text.encoder.")
+    problems.need(config.text.width % max(config.text.heads, 1) == 0 or config.text.encoder != "small",
+                  f"text.width={config.text.width} is not a multiple of text.heads={config.text.heads}.")
+    return problems
+
+
+def data(settings: Data, batch_size: int, micro: int) -> list[str]:
+    """Problems with [data]. micro: micro_batch_size."""
+    problems = Problems()
+    problems.one_of("data.kind", settings.kind, LAYOUTS)
+    problems.one_of("data.crop", settings.crop, ("random", "centre", "none"))
+    problems.one_of("data.buckets", settings.buckets, ("", "pixart", "ultrapixel", "area"))
+    for name in ("path", "held_out_path", "prior_path"):
+        problems.exists(f"data.{name}", look_up(settings, name))
+    problems.need(settings.path, "data.path is empty: name the pictures.")
+    path, takes = Path(settings.path).expanduser(), LAYOUTS.get(settings.kind, "either")
+    if settings.path and path.exists() and takes != "either":
+        problems.need(path.is_file() == (takes == "a file"), f"data.path={settings.path!r} is a "
+                      f"{'file' if path.is_file() else 'folder'}, and data.kind={settings.kind!r} takes {takes}.")
+    problems.at_least("data.workers", settings.workers, 1)
+    problems.need(min(settings.sides) >= 1, f"data.resolution{'s' * bool(settings.resolutions)}="
+                                            f"{settings.resolutions or settings.resolution} must be at least 1.")
+    for name in ("tag_share", "template_share", "described_share"):
+        problems.share(f"data.{name}", look_up(settings, name))
+    problems.need(all("{}" in t for t in settings.templates),
+                  "data.templates: each one needs a {} where the caption goes.")
+    return problems + of_buckets(settings, batch_size, micro)
+
+
+def of_buckets(settings: Data, batch_size: int, micro: int) -> list[str]:
+    problems, sides, group = Problems(), settings.sides, settings.bucket_group
+    if settings.buckets == "pixart":
+        problems.need(set(sides) <= set(TABLES), f"data.buckets='pixart' has tables for {', '.join(map(str, TABLES))}, "
+                                                 f"not for data.resolution={', '.join(map(str, sides))}.")
+    if settings.buckets == "area":
+        problems.need(1 <= settings.bucket_multiple <= min(sides),
+                      f"data.bucket_multiple={settings.bucket_multiple} is "
+                      f"not in 1 to {min(sides)}, the resolution.")
+        problems.at_least("data.bucket_ratio", settings.bucket_ratio, 1)
+    problems.need(not (settings.buckets and settings.crop == "none"),
+                  "data.crop='none' takes squares, and data.buckets are of other shapes: use centre or random.")
+    problems.at_least("data.bucket_group", group, 0)
+    problems.need(group < 1 or batch_size % group == 0,
+                  f"batch_size={batch_size} is not a multiple of data.bucket_group={group}.")
+    problems.need(group < 1 or micro < 1 or group % micro == 0,
+                  f"data.bucket_group={group} is not a multiple of micro_batch_size={micro}, whose pictures have one "
+                  "size.")
+    if settings.prior_path:
+        group, share = group or batch_size, settings.prior_share
+        problems.need(0 < share < 1, f"data.prior_share={share} is outside (0, 1).")
+        problems.need(1 <= group * share < group,
+                      f"data.prior_share={share} of {group} pictures of one size is no whole prior picture, or "
+                      "leaves no other: use a larger batch_size.")
+    return problems
+
+
+def sections(config: Config) -> list[str]:
+    """What stands in sections that the recipe does not read."""
+    problems, recipe = Problems(), config.recipe
+    for section, plain in (("vae", Vae()), ("adapter", Adapter())):
+        problems.need(section in recipe.sections or look_up(config, section) == plain,
+                      f"[{section}] is not read by recipe.name={recipe.name!r}: take it out.")
+    problems.need(not config.text.padded or "text.padded" in recipe.sections,
+                  f"text.padded=true is for networks that read captions as FLUX does, and recipe.name={recipe.name!r} "
+                  "masks their padding: take it out.")
+    return problems
+
+
+def memory(config: Config) -> list[str]:
+    problems, recipe, kind, count = Problems(), config.recipe, config.memory.base, config.memory.swap_blocks
+    if kind:
+        problems.one_of("memory.base", kind, BASES)
+        problems.need(recipe.has_frozen_network,
+                      f"memory.base={kind!r}: recipe.name={recipe.name!r} trains all weights here, and those that "
+                      "learn cannot be kept in few bits. Take it out"
+                      + ("." if recipe.lora is None else ", or train an adapter: recipe.lora=true."))
+        problems.need(kind != "nf4" or find_spec("bitsandbytes"),
+                      "memory.base='nf4' needs bitsandbytes: pip install bitsandbytes, or use fp8.")
+    problems.at_least("memory.swap_blocks", count, 0)
+    if count > 0:
+        problems.need(recipe.has_frozen_network,
+                      f"memory.swap_blocks={count}: recipe.name={recipe.name!r} trains all weights here, and only "
+                      "blocks that do not learn are kept in host memory. Take it out.")
+        problems.need(config.checkpoint_activations, f"memory.swap_blocks={count} needs checkpoint_activations=true, "
+                                                     "which brings a block back for its backward pass.")
+        problems.need(not config.compile, f"memory.swap_blocks={count} does not go with compile=true: a compiled block "
+                                          "keeps its weights.")
+    return problems
+
+
+def adapter(settings: Adapter) -> list[str]:
+    """Problems with [adapter], where the recipe trains one."""
+    problems = Problems()
+    problems.at_least("adapter.rank", settings.rank, 1)
+    problems.need(settings.alpha >= 0, f"adapter.alpha={settings.alpha} must not be negative; 0 = the rank.")
+    problems.one_of("adapter.kind", settings.kind, ADAPTERS)
+    own = [name for name in ("dora", "rslora") if look_up(settings, name)]
+    problems.need(not own or settings.kind == "lora",
+                  f"adapter.{own and own[0]}=true is for adapter.kind='lora', not {settings.kind!r}.")
+    problems.need(settings.factor == -1 or (settings.kind == "lokr" and settings.factor >= 1),
+                  f"adapter.factor={settings.factor} is a number of rows, at least 1 (or -1), and is for "
+                  "adapter.kind='lokr'.")
+    problems.need(find_spec("peft"), "a LoRA needs peft: pip install peft.")
+    return problems
+
+
+# --- Several processes
+
+def asked_for(name: str) -> bool:
+    """Whether accelerate's launcher was asked for FSDP, DEEPSPEED or MEGATRON_LM."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
+
+
+def way(config: Config) -> str:
+    """How several processes train together: DDP, FSDP2 or DEEPSPEED."""
+    if asked_for("DEEPSPEED"):
+        return DEEPSPEED
+    return FSDP2 if config.memory.shard or asked_for("FSDP") else DDP
+
+
+def distributed(config: Config) -> list[str]:
+    problems, chosen = Problems(), way(config)
+    problems.need(not asked_for("MEGATRON_LM"),
+                  "accelerate was asked to use Megatron-LM, which is for language models: launch without it.")
+    if chosen == DDP:
+        return problems
+    said = {DEEPSPEED: "DeepSpeed", FSDP2: "memory.shard=true" if config.memory.shard else "accelerate's FSDP"}[chosen]
+    problems.need(config.optimizer.name == "adamw",
+                  f"{said} goes with optimizer.name='adamw', not {config.optimizer.name!r}, which looks at whole "
+                  "matrices.")
+    if chosen == DEEPSPEED:
+        problems.need(not config.memory.shard, "memory.shard=true is FSDP2, and accelerate was asked to use DeepSpeed: "
+                                               "leave one of them out.")
+        problems += deepspeed(config)
+    else:
+        problems.need(not asked_for("FSDP") or os.environ.get("FSDP_VERSION", "1") == "2",
+                      "accelerate was asked to use FSDP 1, and this trainer shards by FSDP2: launch with "
+                      "--fsdp_version 2 (fsdp_version: 2 in accelerate's file).")
+    problems += [f"{said} does not go with {name}={value!r}: leave one of them out."
+                 for name, value in (("compile", config.compile), ("memory.base", config.memory.base),
+                                     ("memory.swap_blocks", config.memory.swap_blocks)) if value]
+    problems.need(config.recipe.choices == 1,
+                  f"{said} needs recipe.choices=1: all processes must go the same way through the network.")
+    return problems
+
+
+def deepspeed(config: Config) -> list[str]:
+    """Problems with the DeepSpeed settings of accelerate's launcher."""
+    if not find_spec("deepspeed"):
+        return ["accelerate was asked to use DeepSpeed, which is not installed: pip install deepspeed, or launch "
+                "without it."]
+    from accelerate.utils import DeepSpeedPlugin
+
+    problems, settings = Problems(), DeepSpeedPlugin().deepspeed_config
+    stage = settings["zero_optimization"].get("stage")
+    instead = "memory.shard=true spreads the weights too (FSDP2)" if stage == 3 else "a launch without DeepSpeed " \
+        "joins whole gradients"
+    problems.need(stage in (1, 2), f"DeepSpeed was given zero_stage {stage}, and this trainer uses 1 and 2; {instead}.")
+    problems.need(config.recipe.name != "pixart_dmd",
+                  "DeepSpeed clips all gradients as one, and recipe.name='pixart_dmd' those of two networks apart: "
+                  "launch without it, or with memory.shard=true.")
+    for name in ("optimizer", "scheduler"):
+        problems.need(name not in settings, f"DeepSpeed's file names its own {name}: take it out, the recipe's "
+                                            "[optimizer] decides.")
+    for name in ("fp16", "bf16"):
+        problems.need((settings.get(name) or {}).get("enabled") is not True,
+                      f"DeepSpeed's file turns {name} on: take it out, the recipe's precision decides.")
+    return problems

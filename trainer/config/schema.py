@@ -1,0 +1,294 @@
+"""Settings: dataclasses with the doc under the field. What they may be is in rules.py, how they are read in load.py."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Data:
+    kind: str = "auto"
+    """auto: recognised by what lies there. jsonl: one object a line (file, caption or captions, tags, class, split, and
+    a key for each condition). folder: pictures with a same-name .txt or .json, in folders of any depth. classes: one
+    folder per class (ImageNet layout). data_info: PixArt's data_info.json (path, prompt, sharegpt4v, height, width).
+    sam: images/, captions/, partition/. webdataset: .tar shards. datasets: a Hugging Face data set on disk, or parquet
+    files."""
+    path: str = ""
+    """The file, or the folder. Pictures are turned as their EXIF says, and stand on white where transparent."""
+    held_out_path: str = ""
+    """The held-out pictures, in the same layout (a jsonl may name its split itself, a data set has a validation split).
+    With classes, its folders have names that the training folder has too."""
+    caption: str = ""
+    """What pictures without a caption are called ("a photo of sks dog")."""
+    prior_path: str = ""
+    """Pictures of what the model must not forget (DreamBooth's class pictures), in any layout; brought to the size of
+    the pictures that they stand beside."""
+    prior_caption: str = ""
+    """What prior pictures without a caption are called ("a photo of a dog")."""
+    prior_share: float = 0.5
+    """Share of prior pictures in every batch, evenly spread over it."""
+    conditions: list[str] = field(default_factory=list)
+    """Condition pictures to load with each picture, cut and mirrored like it: keys of the jsonl or data_info entries
+    (PixelPonder's canny, depth, openpose, hed), columns, KEY.NAME.png in shards, or beside a folder DIR/images the
+    folders DIR/NAME with pictures of the same names."""
+    resolution: int = 256
+    """Side of the square in pixels; with buckets, of the square that is as large as the other sizes."""
+    resolutions: list[int] = field(default_factory=list)
+    """Several at once: a picture goes to the one nearest to its own area. Empty: only data.resolution."""
+    buckets: str = ""
+    """Empty: squares. pixart: the sizes that PixArt was trained on (256, 512, 1024, 2048, 2880). ultrapixel: its
+    rule, multiples of 32. area: all multiples of bucket_multiple that have about the area. A picture goes to the
+    nearest aspect ratio; none is left out."""
+    bucket_multiple: int = 64
+    """With buckets = "area", sides are multiples of so many pixels ..."""
+    bucket_ratio: float = 2.0
+    """... and at most so many times as long as wide."""
+    bucket_group: int = 0
+    """So many pictures in a row of a batch have one size; 0 = the whole batch. Lower it to the pictures in a pass where
+    a bucket has fewer pictures than a batch. The rest of a bucket is padded with pictures of its own next round."""
+    crop: str = "random"
+    """random: short side to 1.125 x resolution, random crop (the paper); with buckets, resized to cover and cropped
+    anywhere along what is too long. centre: ADM's centre crop. none: the picture is square already, and is only
+    resized when its size differs."""
+    flip: bool = False
+    """Mirror half of the pictures. The paper does; leave it off where captions say left and right, or where conditions
+    do (openpose colours the left arm otherwise than the right)."""
+    cache: bool = True
+    """Keep decoded pictures in memory as uint8, where the crop is fixed (none or centre) and all fit into 2 GiB."""
+    workers: int = 4
+    """Threads that decode pictures."""
+    described_share: float = 0.5
+    """How often a caption that a model wrote (sharegpt4v) stands for the picture's own, where it has both."""
+    tag_share: float = 0.0
+    """How often a caption is followed by some of the item's tags."""
+    tag_count: int = 2
+    templates: list[str] = field(default_factory=list)
+    """Frames such as "a picture of {}" that a caption is put into ..."""
+    template_share: float = 0.0
+    """... this often."""
+
+    @property
+    def sides(self) -> list[int]:
+        """The resolutions."""
+        return self.resolutions or [self.resolution]
+
+
+@dataclass(frozen=True)
+class Text:
+    encoder: str = ""
+    """Empty: class-conditional. small: a new T5 of the sizes below. A .safetensors file: a T5 that `export` wrote. Else
+    a folder or name that transformers reads (google/flan-t5-xl), frozen, its embeddings kept in `cache`."""
+    learn: bool = True
+    """Train the encoder together with the model, where it is small or a file of ours."""
+    tokenizer: str = ""
+    """A tokenizer.json; empty with encoder=small: a unigram model of `vocabulary` pieces is made from the captions."""
+    vocabulary: int = 4000
+    width: int = 256
+    depth: int = 4
+    heads: int = 4
+    hidden: int = 1024
+    """Width of the feed-forward layers."""
+    max_length: int = 64
+    """Tokens after which a caption is cut."""
+    learning_rate_multiple: float = 1.0
+    """Learning rate of the text encoder, as a multiple of optimizer.learning_rate."""
+    cache: str = ""
+    """Folder for the embeddings of a frozen encoder, which runs may share; empty: cache.folder, and without that one
+    inside the run folder."""
+    clean: bool = False
+    """Clean captions before a frozen encoder reads them, as PixArt-alpha's were: lower case, no addresses or markup."""
+    padded: bool = False
+    """Read captions as FLUX does (recipes flux and pixelponder): padded to max_length, the padding attended to as if
+    it were words."""
+    clip: str = ""
+    """Folder of CLIP-L (openai/clip-vit-large-patch14, or FLUX's text_encoder), whose vector FLUX reads beside the
+    tokens of a frozen T5. Empty: zeros in its place."""
+    precision: str = "fp32"
+    """Precision of a frozen encoder: fp32, or bf16, which takes half the memory (T5-XXL: 9.5 GB)."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether transformers reads the encoder."""
+        return self.encoder not in ("", "small") and not self.encoder.endswith(".safetensors")
+
+
+@dataclass(frozen=True)
+class Vae:
+    path: str = ""
+    """What makes latents of pictures, frozen: a folder of diffusers (an AutoencoderKL or AutoencoderTiny, or a pipeline
+    that has one in vae/), or one .safetensors file, the recipe autoencoder's too."""
+    precision: str = "fp32"
+    """fp32 or bf16. The SDXL VAE is not right in fp16."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    folder: str = ""
+    """Where features of frozen encoders are kept, which runs may share; `python -m trainer cache` fills it. Empty: only
+    the embeddings of captions are kept, and pictures are encoded whenever they are shown."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    kind: str = "lora"
+    """lora; loha: the product, place by place, of two of them (arXiv 2108.06098); lokr: a Kronecker product (LyCORIS,
+    arXiv 2309.14859), small files of high rank."""
+    factor: int = -1
+    """With lokr, the side of the small one of its two matrices, or what comes nearest to it; -1 = about the root of the
+    layer's."""
+    rank: int = 16
+    alpha: float = 0.0
+    """The change counts alpha / rank times; 0 = the rank, so once. peft's own scripts for PixArt mean 8 by silence."""
+    targets: list[str] = field(default_factory=list)
+    """How the names of the layers end that get an adapter; empty: what the recipe says, the layers of all blocks."""
+    rslora: bool = False
+    """alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    dora: bool = False
+    """Direction and length apart (arXiv 2402.09353): a third slower, and often closer to training all weights."""
+    gaussian: bool = True
+    """Start as the release's scripts do: normal with a deviation of 1 / rank. false: peft's default, kaiming."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: str = "adamw"
+    """adamw; adamw8bit: with its moments in 8 bits, by bitsandbytes; muon: Muon for the hidden matrices, AdamW for
+    everything else; came: CAME (PixArt-Sigma), which keeps of a matrix's second moment only a row and a column."""
+    learning_rate: float = 1e-4
+    learning_rate_scaling: str = "none"
+    """sqrt (PixArt's rule) or linear: the learning rate is for a batch of 256, and scaled for another one. none."""
+    betas: list[float] | None = None
+    """Without it [0.9, 0.999], for came [0.9, 0.999, 0.9999]."""
+    eps: float = 0.0
+    """What keeps AdamW's denominator from zero; 0 = 1e-8."""
+    weight_decay: float = 0.0
+    muon_learning_rate: float = 0.01
+    """Learning rate of the matrices that Muon trains."""
+    muon_momentum: float = 0.95
+    warm_up: int = 0
+    """Steps over which the learning rate rises from zero."""
+    decay: str = "constant"
+    """constant, cosine or linear: down to zero ..."""
+    decay_from: float = 0.0
+    """... starting at this share of the steps (0.8 = the last fifth)."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 = no limit."""
+
+
+@dataclass(frozen=True)
+class Ema:
+    decay: float = 0.9999
+    """0 = no exponential moving average of the weights."""
+    warm_up: bool = False
+    """Use (1 + step) / (10 + step) while that is lower: the EMA forgets the random start sooner."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    base: str = ""
+    """How the blocks of a network that stays as it is are kept, under an adapter or a ControlNet: empty, in the run's
+    precision; fp8, a byte a weight; nf4, half a byte, by bitsandbytes. They are made whole as they are used."""
+    swap_blocks: int = 0
+    """So many of those blocks are kept in host memory and copied to the device around their forward and backward
+    passes, one ahead; needs checkpoint_activations."""
+    shard: bool = False
+    """Each of several processes keeps only its part of the blocks' weights, gradients and moments (FSDP2). The same as
+    `accelerate launch --use_fsdp --fsdp_version 2`."""
+
+
+@dataclass(frozen=True)
+class Log:
+    wandb: str = ""
+    """Log to Weights & Biases what is logged to tensorboard: online, or offline, into RUN/wandb, which `wandb sync`
+    sends later. A run that goes on goes on there. Empty: no."""
+    project: str = "pixstack"
+    """Project in Weights & Biases; the run has the name of this one."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    every: int = 0
+    """Steps between sample grids; 0 = none."""
+    prompts: list[str] = field(default_factory=list)
+    classes: list[int] = field(default_factory=list)
+    steps: int = 10
+    """Per stage."""
+    shift: float = 1.0
+    cfg: float = 4.0
+    seed: int = 0
+    height: int = 0
+    """0 = data.resolution"""
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Validation:
+    every: int = 0
+    """Steps between measurements of the loss on the held-out pictures, with fixed noise; 0 = none."""
+    items: int = 256
+    """At most so many pictures."""
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"
+    recipe: Any = None
+    """[recipe] name = "...": what the loss is; its other settings belong to the recipe."""
+    model: Any = None
+    """[model]: settings of the network, defined by the recipe."""
+    data: Data = Data()
+    text: Text = Text()
+    vae: Vae = Vae()
+    cache: Cache = Cache()
+    adapter: Adapter = Adapter()
+    optimizer: Optimizer = Optimizer()
+    ema: Ema = Ema()
+    memory: Memory = Memory()
+    log: Log = Log()
+    samples: Samples = Samples()
+    validation: Validation = Validation()
+
+    out: str = "runs/{name}"
+    """The run folder. If it holds a checkpoint, the run goes on from there."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint if the settings that shape the result are the same. changed: go on with
+    other settings. never: refuse a folder that holds a run."""
+    init_from: str = ""
+    """A checkpoint (released or ours) whose weights the network starts from."""
+    seed: int = 0
+    steps: int = 100_000
+    batch_size: int = 64
+    """Samples per optimizer step, over all processes and accumulation rounds."""
+    micro_batch_size: int = 0
+    """Samples per forward pass and process, in validation too; lower it when memory runs out, the result is the same.
+    0 = as large as batch_size allows (in validation 64)."""
+    precision: str = "bf16"
+    """bf16: float32 weights under autocast. fp32."""
+    device: str = "auto"
+    """auto: the GPUs that accelerate or torchrun gives (CUDA_VISIBLE_DEVICES narrows them), else the CPU. cpu."""
+    threads: int = 0
+    """CPU threads of torch; 0 = torch's choice."""
+    compile: bool = False
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass: less memory, a third more work."""
+    save_every: int = 1000
+    keep: int = 3
+    """Newest checkpoints kept; 0 = all."""
+    log_every: int = 10
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out.format(name=self.name))
+
+    @property
+    def needs(self) -> str:
+        """What every picture must have: "captions", "classes", or "pictures" where the recipe reads neither."""
+        return self.recipe.needs or ("captions" if self.text.encoder else "classes")
+
+
+def look_up(settings, name: str):
+    """The value of "optimizer.warm_up", or of "warm_up" in one section."""
+    for part in name.split("."):
+        settings = getattr(settings, part)
+    return settings

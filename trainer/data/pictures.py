@@ -1,0 +1,185 @@
+"""Pictures from files to tensors: decoding, and the one cut that a picture and its conditions share."""
+from __future__ import annotations
+
+import io
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..config.schema import Data
+from .layouts import Item
+
+KEPT_BYTES = 2**31
+MARGIN = 1.125  # of PixelFlow's random crop
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+def opened(file) -> Image.Image:
+    """file: a Path, or what stands for one inside an archive (layouts.InTar, layouts.InRow)."""
+    return Image.open(file if isinstance(file, Path) else io.BytesIO(file.read_bytes()))
+
+
+def decode(file) -> Image.Image:
+    """RGB, turned as the EXIF says, on white where transparent. Raises ValueError with the file's name."""
+    try:
+        with opened(file) as picture:
+            return on_white(ImageOps.exif_transpose(picture))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{file} is too large to be opened: {error} Make it smaller.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits, as depth maps have them: Pillow would clip them to 8
+        return Image.fromarray((np.asarray(picture).astype(np.float32) / 257).round().astype(np.uint8)).convert("RGB")
+    if "A" not in picture.getbands() and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    page = Image.new("RGBA", picture.size, "white")
+    page.alpha_composite(picture.convert("RGBA"))
+    return page.convert("RGB")
+
+
+def measure(file) -> Size:
+    """(height, width) as the picture stands, read from its header only. Raises ValueError with the file's name."""
+    try:
+        with opened(file) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(0x0112, 1) >= 5  # the orientations that lie on their side
+            return (width, height) if turned else (height, width)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+
+
+def measured(items: list[Item], workers: int) -> list[Size]:
+    """The size of every picture; what the data set says itself is believed."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda item: item.size or measure(item.file), items))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a picture is brought to a size: resized, then cropped."""
+
+    original: Size
+    resized: Size
+    top: int
+    left: int
+    size: Size
+    """Size of the crop, which begins at (top, left) of the resized picture."""
+    crop: str
+
+    def box(self) -> tuple[float, float, float, float]:
+        """The crop in the original's pixels: top, left, bottom, right."""
+        y, x = (o / r for o, r in zip(self.original, self.resized, strict=True))
+        return self.top * y, self.left * x, (self.top + self.size[0]) * y, (self.left + self.size[1]) * x
+
+    def apply(self, picture: Image.Image) -> Image.Image:
+        """The cut of a picture: of the one it was planned for, or of a condition that shows the same at another size.
+        Raises ValueError if it has another aspect ratio."""
+        height, width = self.resized
+        if (picture.height, picture.width) != self.original and not aligned((picture.height, picture.width),
+                                                                            self.original):
+            raise ValueError(f"it is {picture.width}x{picture.height}, which is not the shape of its picture, "
+                             f"{self.original[1]}x{self.original[0]}. Make them match.")
+        if self.crop == "centre":  # ADM: halve with a box filter while that is possible, then bicubic
+            while picture.width >= 2 * width and picture.height >= 2 * height:
+                picture = picture.resize((picture.width // 2, picture.height // 2), Image.BOX)
+        if (picture.height, picture.width) != self.resized:
+            picture = picture.resize((width, height), Image.BICUBIC if self.crop == "centre" else Image.LANCZOS)
+        return picture.crop((self.left, self.top, self.left + self.size[1], self.top + self.size[0]))
+
+
+def aligned(one: Size, other: Size) -> bool:
+    """Whether two sizes have one aspect ratio, but for rounding."""
+    return abs(one[1] * other[0] / one[0] - other[1]) <= max(1, 0.01 * other[1])
+
+
+def plan(original: Size, size: Size, crop: str, rng: random.Random, margin: float = 1.0) -> Cut:
+    """margin: how much larger than `size` a picture is made before a random crop."""
+    (H, W), (h, w) = original, size
+    if crop == "none":
+        if H * w != W * h:
+            raise ValueError(f"a picture is {W}x{H}, and data.crop=\"none\" takes squares.")
+        return Cut(original, size, 0, 0, size, crop)
+    if crop == "random":
+        h, w = round(h * margin), round(w * margin)
+    share = max(h / H, w / W)
+    resized = max(h, round(H * share)), max(w, round(W * share))
+    spare_y, spare_x = resized[0] - size[0], resized[1] - size[1]
+    if crop == "random":
+        left, top = rng.randint(0, spare_x), rng.randint(0, spare_y)
+    else:
+        left, top = spare_x // 2, spare_y // 2
+    return Cut(original, resized, top, left, size, crop)
+
+
+@dataclass(frozen=True)
+class Picture:
+    pixels: Tensor | None
+    """(3, H, W) uint8; None where `features` stand for them"""
+    conditions: dict[str, Tensor]
+    """By name, of the same shape."""
+    original: Size
+    box: tuple[float, float, float, float]
+    """What was cut out of the original, before it was mirrored: top, left, bottom, right."""
+    size: Size
+    """(height, width) it is shown at."""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """What frozen encoders made of it: "encoder.part" -> (...)."""
+
+    def mirrored(self) -> Picture:
+        return Picture(self.pixels.flip(-1), {n: c.flip(-1) for n, c in self.conditions.items()}, self.original,
+                       self.box, self.size)
+
+
+class Pictures:
+    """The pictures of a list of items, decoded in threads and kept where the crop is fixed."""
+
+    def __init__(self, items: list[Item], settings: Data):
+        self.items, self.settings = items, settings
+        self.pool = ThreadPoolExecutor(settings.workers)
+        side = max(settings.sides)
+        small = 3 * side**2 * len(items) * (1 + len(settings.conditions)) <= KEPT_BYTES
+        self.kept = {} if settings.cache and small and settings.crop != "random" else None
+        self.margin = 1.0 if settings.buckets else MARGIN
+
+    def load(self, index: int, size: Size, rng: random.Random) -> Picture:
+        found = self.kept.get((index, size)) if self.kept is not None else None
+        if found is None:
+            found = self.cut(self.items[index], size, rng)
+            if self.kept is not None:
+                self.kept[index, size] = found
+        return found.mirrored() if self.settings.flip and rng.random() < 0.5 else found
+
+    def cut(self, item: Item, size: Size, rng: random.Random) -> Picture:
+        file = item.file
+        try:
+            picture = decode(file)
+            cut = plan((picture.height, picture.width), size, self.settings.crop, rng, self.margin)
+            pixels, conditions = tensor(cut.apply(picture)), {}
+            for name in self.settings.conditions:
+                file = item.conditions[name]
+                conditions[name] = tensor(cut.apply(decode(file)))
+        except ValueError as error:
+            raise error if str(file) in str(error) else ValueError(f"{file}: {error}") from error
+        return Picture(pixels, conditions, cut.original, cut.box(), size)
+
+    def submit(self, index: int, size: Size, rng: random.Random):
+        return self.pool.submit(self.load, index, size, rng)
+
+
+def tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, H, W)
+
+
+def shown(file: Path, height: int, width: int) -> Tensor:
+    """The middle of one picture file at a size: (3, height, width) uint8."""
+    picture = decode(file)
+    return tensor(plan((picture.height, picture.width), (height, width), "centre", random.Random(0)).apply(picture))

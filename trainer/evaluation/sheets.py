@@ -1,0 +1,55 @@
+"""Pictures with their prompts beneath, and the curve of a run's losses."""
+from __future__ import annotations
+
+import math
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..data.sheets import to_images
+
+
+def contact_sheet(prompts: list[str], pictures: Tensor, columns: int = 4, notes: list[str] = ()) -> Image.Image:
+    """Pictures with their prompts beneath."""
+    images = to_images(pictures)
+    width, height = images[0].width * 2, images[0].height * 2
+    cell_w, cell_h = width + 16, height + 22
+    page = Image.new("RGB", (columns * cell_w, -(-len(images) // columns) * cell_h), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        x, y = i % columns * cell_w + 8, i // columns * cell_h + 4
+        page.paste(image.resize((width, height), Image.LANCZOS), (x, y))
+        text = prompt + (f" {notes[i]}" if notes else "")
+        while draw.textlength(text) > cell_w - 4:
+            text = text[:-2] + "…"
+        draw.text((x, y + height + 2), text, fill="black")
+    return page
+
+
+def loss_curve(lines: list[dict], width: int = 640, height: int = 320) -> Image.Image:
+    """The losses of a run's log: training grey, its mean over 2 % of the run black, validation red. Log scale."""
+    training = [(one["step"], one["loss"]) for one in lines if "loss" in one]
+    reach = max(1, len(training) // 50)
+    smooth = [(step, sum(v for _, v in training[max(0, i - reach + 1):i + 1]) / min(reach, i + 1))
+              for i, (step, _) in enumerate(training)]
+    validation = [(one["step"], one["validation_loss"]) for one in lines if "validation_loss" in one]
+    values = [math.log(v) for _, v in training + validation]
+    low, high, last = min(values), max(values), max(step for step, _ in training + validation)
+    page = Image.new("RGB", (width, height), "white")
+    draw, left, edge = ImageDraw.Draw(page), 52, 18
+
+    def at(step, value):
+        share = (math.log(value) - low) / max(high - low, 1e-9)
+        return left + (width - left - edge) * step / last, height - edge - (height - 2 * edge) * share
+
+    for i in range(5):
+        value = math.exp(low + (high - low) * i / 4)
+        y = at(0, value)[1]
+        draw.line((left, y, width - edge, y), fill="#dddddd")
+        draw.text((4, y - 6), f"{value:.4f}", fill="black")
+    for curve, colour in ((training, "#bbbbbb"), (smooth, "black"), (validation, "#cc0000")):
+        if len(curve) > 1:
+            draw.line([at(*point) for point in curve], fill=colour, width=2 if colour != "#bbbbbb" else 1)
+    draw.text((left, height - 14), "0", fill="black")
+    draw.text((width - 90, height - 14), f"step {last:,}", fill="black")
+    return page

@@ -1,0 +1,171 @@
+"""Features that frozen encoders made of pictures, found by the bytes of a picture and how it was cut: the command
+`cache` makes them, and a run that finds all of its own opens no picture. They lie in a `store.Store`.
+
+An encoder of pictures is anything with `name`, `of` ("" for the picture, or the name of a condition), `store` (a Store
+or None) and `encode(pictures (B, 3, H, W) uint8, device) -> {part: (B, ...)}`; `vaes.FrozenVae` is one.
+"""
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..config.schema import Config, Data
+from ..data import loader as data
+from ..data.layouts import Item, listed
+from ..data.pictures import Picture, Pictures, Size
+from .store import Digests
+
+AT_ONCE = 8  # pictures decoded and encoded together
+ORIGINAL, BOX = "original", "box"  # parts beside an encoder's own: what `pictures.Picture` says of the cut
+
+
+
+def key_of(item: Item, of: str, size: Size, crop: str, mirrored: bool, digests: Digests) -> str:
+    """Where the features of a picture, or of its condition `of`, lie. A condition is cut as its picture is."""
+    content = digests.of(item.file)[0]
+    if of:
+        content += "+" + digests.of(item.conditions[of])[0]
+    return f"{content}@{size[0]}x{size[1]} {crop}{' mirrored' if mirrored else ''}"
+
+
+def shown(items: list[Item], settings: Data) -> Iterator[tuple[Item, Size]]:
+    """Every item with every size it is shown at: prior pictures take the size of whatever they stand beside."""
+    own = [i for i in items if not i.prior]
+    grouped = data.in_buckets(own, settings) if own else {}
+    for size, indices in grouped.items():
+        yield from ((own[i], size) for i in indices)
+        yield from ((i, size) for i in items if i.prior)
+
+
+def cut_by(settings: Data) -> Data:
+    """The settings under which held-out pictures are shown (`loader.fixed`)."""
+    return replace(settings, flip=False, crop="centre" if settings.crop == "random" else settings.crop)
+
+
+def lacking(items: list[Item], settings: Data, encoders: list, digests: Digests) -> tuple[list, list]:
+    """([(item, size, mirrored)] that some encoder has no features of, the files among them that have changed)."""
+    missing, changed = [], []
+    for item, size in shown(items, settings):
+        altered = digests.of(item.file)[1] or any(digests.of(item.conditions[e.of])[1] for e in encoders if e.of)
+        for mirrored in (False, True) if settings.flip else (False,):
+            if any(key_of(item, e.of, size, settings.crop, mirrored, digests) not in e.store for e in encoders):
+                missing.append((item, size, mirrored))
+                changed += [item.file] if altered and item.file not in changed[-1:] else []
+    return missing, changed
+
+
+class Cached:
+    """In place of `pictures.Pictures` where the cache has all features of all pictures: no picture is opened."""
+
+    def __init__(self, items: list[Item], settings: Data, encoders: list, digests: Digests):
+        self.items, self.settings, self.encoders, self.digests = items, settings, encoders, digests
+
+    def submit(self, index: int, size: Size, rng: random.Random) -> Future:
+        found = Future()
+        found.set_result(self.load(index, size, rng))
+        return found
+
+    def load(self, index: int, size: Size, rng: random.Random) -> Picture:
+        mirrored = self.settings.flip and rng.random() < 0.5
+        features, cut = {}, {}
+        for e in self.encoders:
+            key = key_of(self.items[index], e.of, size, self.settings.crop, mirrored, self.digests)
+            record = e.store.get(key)
+            cut = {part: tuple(record.pop(part).tolist()) for part in (ORIGINAL, BOX)}
+            features |= {f"{e.name}.{part}": value for part, value in record.items()}
+        return Picture(None, {}, tuple(map(int, cut[ORIGINAL])), cut[BOX], size, features)
+
+
+def loader(config: Config, encoders: list, items: list[Item], settings: Data, say: Callable[[str], None]) -> Callable:
+    """What loads pictures for `loader.Batches` and `loader.fixed`: `Cached` if the cache has them all, else Pictures.
+
+    say: called with a sentence or two on why the cache is not used where there is one.
+    """
+    stores = [e.store for e in encoders]
+    if not encoders or None in stores or not items:
+        return Pictures
+    if settings.crop == "random":
+        say(f"data.crop=\"random\" makes another picture every time: pictures are encoded as they are shown, and not "
+            f"taken from cache.folder={config.cache.folder!r}.")
+        return Pictures
+    for store in stores:
+        store.refresh()
+    digests = Digests(Path(config.cache.folder).expanduser())
+    missing, changed = lacking(items, settings, encoders, digests)
+    if not missing:
+        return partial(Cached, encoders=encoders, digests=digests)
+    lines = listed([f"{item.file} at {size[1]}x{size[0]}" for item, size, _ in missing],
+                   f"pictures are not in cache.folder={config.cache.folder!r}")
+    lines += listed(changed, "of them have changed since they were cached")
+    if others := [line for store in stores if not len(store) for line in store.others()]:
+        lines += listed(others, "caches there are of other encoders or settings")
+    say("Pictures are encoded as they are shown. `python -m trainer cache` with the same recipe would do it once.\n  "
+        + "\n  ".join(lines))
+    return Pictures
+
+
+def stop_once():
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt once, so that what was made can be written: launchers send a signal
+    several times. A Ctrl-C that comes a second later, or more, ends that too."""
+    asked = None
+
+    def stop(number, frame):
+        nonlocal asked
+        now = time.monotonic()
+        if asked is None or (number == signal.SIGINT and now > asked + 1):
+            asked = now
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def fill(items: list[Item], settings: Data, encoders: list, folder: Path, device,
+         progress: Callable = lambda some: some, share: tuple[int, int] = (0, 1)) -> int:
+    """Makes what is missing, and says how many features that was. What is there already is not made again, so an
+    interrupted run goes on. share: (number of this process, of how many), which each take a part. Raises ValueError
+    for a picture that cannot be read."""
+    digests = Digests(folder)
+    missing = lacking(items, settings, encoders, digests)[0][share[0]::share[1]]
+    if not share[0]:
+        digests.write()
+    load = Pictures([item for item, _, _ in missing], replace(settings, flip=False, cache=False))
+    made, order = 0, sorted(range(len(missing)), key=lambda i: missing[i][1])  # one size after another
+    groups = [order[i:i + AT_ONCE] for i in range(0, len(order), AT_ONCE)]
+    try:
+        for group in progress(groups):
+            loads = [load.submit(i, missing[i][1], random.Random(0)) for i in group]
+            found = [f.result().mirrored() if missing[i][2] else f.result() for i, f in zip(group, loads, strict=True)]
+            for e in encoders:
+                for size in dict.fromkeys(missing[i][1] for i in group):
+                    made += _encode(e, [(missing[i], picture) for i, picture in zip(group, found, strict=True)
+                                        if missing[i][1] == size], settings, digests, device)
+    finally:  # a picture that cannot be read, or Ctrl-C, costs nothing that was made before
+        for e in encoders:
+            e.store.write()
+    return made
+
+
+def _encode(encoder, some: list, settings: Data, digests: Digests, device) -> int:
+    """some: [((item, size, mirrored), Picture)] of one size."""
+    keys = [key_of(item, encoder.of, size, settings.crop, mirrored, digests) for (item, size, mirrored), _ in some]
+    new = [i for i, key in enumerate(keys) if key not in encoder.store]
+    if not new:
+        return 0
+    pictures = [some[i][1] for i in new]
+    pixels = [p.conditions[encoder.of] if encoder.of else p.pixels for p in pictures]
+    parts = encoder.encode(torch.stack(pixels), device)
+    for row, (i, picture) in enumerate(zip(new, pictures, strict=True)):
+        encoder.store.put(keys[i], {
+            **{part: value[row] for part, value in parts.items()},
+            ORIGINAL: torch.tensor(picture.original), BOX: torch.tensor(picture.box, dtype=torch.float32),
+        })
+    return len(new)

@@ -1,0 +1,312 @@
+"""What the PixArt recipes share: the way from a batch to a loss, and back to pictures.
+(arXiv 2310.00426, 2403.04692; train_scripts/ of PixArt-alpha/PixArt-sigma@1ce521a)"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ....models_impl.pixart import buckets, checkpoint, sampling
+from ....models_impl.pixart.config import VAE_FACTOR, PixArtConfig
+from ....models_impl.pixart.lora import names as lora_names
+from ....models_impl.pixart.model import PixArt
+from ...config.schema import Config
+from ...features import text_encoders, vaes
+from ...memory import quantization
+from ...memory.activations import casts, fused, kept_bytes, of_network
+from ...training.groups import Group, groups
+from ...training.noise import VALIDATION, batch_noise, generator, spread
+from ...training.validation import quarters
+from .. import adapters
+from ..contract import Base, Files
+from .start import file_problems, frozen, opened
+
+Predict = Callable[..., Tensor]
+"""(x, timestep, context=, mask=, size=, aspect_ratio=) -> what a PixArt network says, (B, out_channels, h, w)."""
+
+
+@dataclass(frozen=True)
+class Noising:
+    """What one training step asks the network about a batch."""
+
+    latent: Tensor
+    """(B, C, h, w) times latent_scale"""
+    noise: Tensor
+    noisy: Tensor
+    timestep: Tensor
+    """(B,) whole, int64, on the CPU, where the schedule computes"""
+    condition: dict[str, Tensor]
+    """context, mask, and for a micro-conditioned network size and aspect_ratio."""
+
+
+def losses(predict: Predict, step: Noising, shape: PixArtConfig, schedule: sampling.NoiseSchedule,
+           variance: float = 1.0, snr_switch: bool = False, snr_gamma: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(squared error, variational bound of the variance times its weight), (B,) each; a picture's loss is the sum.
+
+    variance: weight of the bound, 0 leaves it out; snr_switch: learn the sample instead of the noise up to timestep
+    249; snr_gamma: weigh the error by Min-SNR with this gamma, 0 = not.
+    """
+    s, C = step, shape.in_channels
+    said = predict(s.noisy, s.timestep.to(s.noisy.device), **s.condition).float()
+    first, logits = said[:, :C], said[:, C:] if variance and said.shape[1] > C else None
+    if shape.prediction == "eps":
+        found = sampling.iddpm_loss(first, logits, s.latent, s.noise, s.timestep, schedule, snr_switch)
+        error, bound = found.mse, found.vb
+    else:
+        error = (first - schedule.velocity(s.latent, s.noise, s.timestep)).square().flatten(1).mean(1)
+        eps, bound = schedule.eps(s.noisy, first.detach(), s.timestep), torch.zeros_like(error)
+        if logits is not None:
+            bound = sampling.variance_bound(eps, logits, s.latent, s.noisy, s.timestep, schedule)
+    if snr_gamma:
+        error = error * schedule.min_snr_weight(s.timestep, snr_gamma, shape.prediction).to(error)
+    return error, variance * bound
+
+
+class PixArtDenoising:
+    """Everything about a PixArt but its weights: latents, captions, noise, the loss, samples.
+
+    net: the PixArt whose configuration and null caption count.
+    """
+
+    def __init__(self, config: Config, net: PixArt, text: nn.Module, vae: vaes.FrozenVae):
+        self.vae = vae
+        self.config, self.shape, self.net, self.text, self.seed = config, net.config, net, text, config.seed
+        width = text_encoders.width(text)
+        if width != self.shape.context_dim:
+            raise ValueError(f"text.encoder makes tokens of width {width}, and this PixArt reads "
+                             f"{self.shape.context_dim}: use the encoder that belongs to it.")
+        self.schedule = sampling.NoiseSchedule.of(self.shape)
+        self.bf16 = config.precision == "bf16"
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.final_layer.linear.weight.device
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+    def draw(self, step: int, dropout: float) -> tuple[Tensor, Tensor]:
+        """Random draws for the pictures of a whole batch: timestep (B,) and whether the caption is dropped."""
+        rng, B = generator(self.seed, step), self.config.batch_size
+        timestep = torch.randint(self.schedule.steps, (B,), generator=rng)
+        return timestep, torch.rand(B, generator=rng) < dropout
+
+    def drawn(self, batch, dropout: float) -> tuple[Tensor, Tensor]:
+        """The part of `draw` that is about this batch."""
+        own = slice(batch.positions.start, batch.positions.stop)
+        timestep, dropped = self.draw(batch.step, dropout)
+        return timestep[own], dropped[own]
+
+    def latents(self, batch, seed: int, vae: vaes.FrozenVae | None = None) -> Tensor:
+        """(B, C, h, w) times latent_scale. vae: another that makes them, a ControlNet's hint for instance."""
+        return self.shape.latent_scale * (vae or self.vae).latents(batch, self.device, seed)
+
+    def condition(self, captions: list[str], dropped: Tensor | None = None, pixels: tuple[int, int] | None = None,
+                  sizes: Tensor | None = None) -> dict[str, Tensor]:
+        """What a network is given beside the latent. dropped: (B,) bool, captions that are taken away: by the null
+        caption of the weights under the mask of the caption, as the releases were trained, or, where a file has none,
+        by the tokens of the empty caption. pixels: (height, width) of the pictures; sizes: (B, 2), of their files."""
+        embedder, device = self.net.y_embedder, self.device
+        null = self.shape.null_caption
+        if dropped is not None and not null:
+            captions = ["" if drop else c for c, drop in zip(captions, dropped.tolist(), strict=True)]
+        context, mask = text_encoders.encode(self.text, captions, device)
+        if dropped is not None and null:
+            context = embedder.drop(context, dropped.to(device))
+        found = {"context": context, "mask": mask}
+        if self.shape.micro_conditions and pixels:
+            size = torch.tensor([pixels]).expand(len(captions), 2) if sizes is None else sizes
+            found["size"] = size.float().to(device)
+            found["aspect_ratio"] = torch.full((len(captions), 1), label(*pixels), device=device)
+        return found
+
+    def noising(self, batch, timestep: Tensor, dropped: Tensor | None, seed: int) -> Noising:
+        latent = self.latents(batch, seed)
+        noise = batch_noise(seed, batch.step, batch.positions, latent.shape[1:], self.device)
+        condition = self.condition(batch.captions, dropped, batch.size, batch.sizes)
+        return Noising(latent, noise, self.schedule.add_noise(latent, noise, timestep), timestep, condition)
+
+    def eps(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The network's prediction of the noise, without its variance, (B, C, h, w) float32."""
+        said = predict(x, timestep.to(x.device), **condition)[:, : self.shape.in_channels].float()
+        return said if self.shape.prediction == "eps" else self.schedule.eps(x, said, timestep)
+
+    @torch.no_grad()
+    def validate(self, losses: Callable, batches: list) -> dict[str, float]:
+        """Means over the held-out pictures, at timesteps and with noise that never change; by quarters of the
+        timesteps too, because the whole hides what happens where there is little noise.
+
+        losses: (batch, timestep, dropped, seed) -> what `losses` here gives.
+        """
+        found = [(*losses(batch, timestep, None, VALIDATION), timestep)
+                 for batch in batches for timestep in [spread(batch.positions, self.schedule.steps)]]
+        error, bound, timestep = (torch.cat(some).float().cpu() for some in zip(*found, strict=True))
+        return {
+            "loss": (error + bound).mean().item(),
+            **({"variance": bound.mean().item()} if bound.any() else {}),
+            **quarters(error, timestep / self.schedule.steps),
+        }
+
+    @torch.no_grad()
+    def sample(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float, seed: int,
+               walk: Callable) -> Tensor:
+        """Pictures of prompts: (B, 3, H, W) in [-1, 1]. Picture i begins with the noise that ComfyUI draws for
+        seed + i, whatever it is drawn together with.
+
+        walk(eps, x, noise) -> latents: a sampler of models_impl/pixart/sampling.py, eps: (x, timestep) -> guided eps,
+        noise: (index of the step, shape) -> noise.
+        """
+        device, shape = self.device, self.shape
+        size = (shape.in_channels, height // VAE_FACTOR, width // VAE_FACTOR)
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+
+        def noise(index=0, whole=None):
+            return torch.stack([torch.randn(size, generator=g) for g in generators]).to(device)
+
+        with self.autocast():
+            latent = walk(self.guided(predict, prompts, height, width, cfg), noise(), noise)
+        return self.vae.decode(latent / shape.latent_scale)
+
+    def guided(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float) -> sampling.Predict:
+        """(x, timestep) -> eps of pictures of prompts, guided from the empty caption. Under `autocast`."""
+        B = len(prompts)
+        captions = [*([""] * B if cfg != 1 else []), *prompts]
+        condition = self.condition(captions, None, (height, width))
+
+        def eps(x, timestep):
+            both = x.repeat(len(captions) // B, 1, 1, 1)
+            t = torch.full((len(both),), float(timestep), device=self.device)
+            found = self.eps(predict, both, t, condition)
+            if cfg == 1:
+                return found
+            uncond, cond = found.chunk(2)
+            return uncond + cfg * (cond - uncond)
+
+        return eps
+
+    def solver(self, steps: int) -> Callable:
+        """DPM-Solver++ as the releases run it."""
+        def walk(eps, x, noise):
+            return sampling.dpm_solver_pp(eps, x, self.schedule, sampling.time_uniform(steps))
+
+        return walk
+
+
+def label(height: int, width: int) -> float:
+    """Aspect ratio that a micro-conditioned network is conditioned on for this size: the label of a bucket."""
+    for table in buckets.TABLES.values():
+        for ratio, size in table.items():
+            if size == (height, width):
+                return ratio
+    return height / width
+
+
+def frozen_vae(config: Config, name: str = "latent", of: str = "", writer: int = 0, annotator: str = ""):
+    return vaes.FrozenVae(config.vae.path, config.vae.precision, config.cache.folder, name, of, writer, annotator)
+
+
+class PixArtRecipe(Base):
+    """What the PixArt recipes share. Each sets `net` and calls `prepare`; those that add to the released loss have
+    their own `predict`, `losses` or `forward`."""
+
+    net: PixArt
+    denoising: PixArtDenoising
+
+    def __init__(self, config: Config, text: nn.Module | None):
+        super().__init__()
+        self.settings, self.config, self.text = config.recipe, config, text
+
+    def prepare(self):
+        """When `net` is there."""
+        self.net.gradient_checkpointing = self.config.checkpoint_activations
+        self.encoders = self.make_encoders(self.config)
+        self.denoising = PixArtDenoising(self.config, self.net, self.text, self.encoders[0])
+
+    def adapted(self) -> PixArt:
+        """The network of the settings, frozen, with an adapter."""
+        base = frozen(opened(self.config, self.text), self.config)
+        return quantization.frozen(adapters.attach(base, self.config.adapter, TARGETS), self.config)
+
+    @staticmethod
+    def file_problems(config: Config) -> list[str]:
+        return file_problems(config)
+
+    @staticmethod
+    def make_encoders(config: Config, writer: int = 0) -> list:
+        return [frozen_vae(config, writer=writer)]
+
+    def groups(self, config: Config) -> list[Group]:
+        return groups([(self.net, 1.0), (self.text, config.text.learning_rate_multiple)])
+
+    def loss_settings(self) -> dict:
+        """Arguments of `losses` that are settings here."""
+        return {"variance": self.settings.variance, "snr_gamma": self.settings.snr_gamma}
+
+    def losses(self, batch, timestep: Tensor, dropped: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+        """(error, bound of the variance), (B,) each."""
+        d = self.denoising
+        with d.autocast():
+            step = d.noising(batch, timestep, dropped, seed)
+            return losses(self.net, step, d.shape, d.schedule, **self.loss_settings())
+
+    def forward(self, batch) -> Tensor:
+        d = self.denoising
+        return sum(self.losses(batch, *d.drawn(batch, self.settings.dropout), d.seed))
+
+    def validate(self, batches: list) -> dict[str, float]:
+        return self.denoising.validate(self.losses, batches)
+
+    def described(self, step: int) -> list[str]:
+        timestep, dropped = self.denoising.draw(step, self.settings.dropout)
+        return [f"timestep {t}{' (caption dropped)' if drop else ''}"
+                for t, drop in zip(timestep.tolist(), dropped.tolist(), strict=True)]
+
+    def buckets(self, step: int) -> list[str]:
+        side, multiple = self.config.data.resolution, self.net.config.size_multiple
+        return [f"{self.config.batch_size} pictures of {side}x{side} pixels, {(side // multiple) ** 2} tokens each"
+                + (" (or about as many, in other shapes)" if self.config.data.buckets else "")]
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.net.blocks)
+
+    def activation_bytes(self, pictures: int, cpu: bool) -> float:
+        bf16 = self.config.precision == "bf16"
+        return casts(self.net, bf16) + pictures * activation_bytes(self.net.config, max(self.config.data.sides), bf16,
+                                                                   self.config.checkpoint_activations)
+
+    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
+        """shift is PixelFlow's and is not read."""
+        d = self.denoising
+        return d.sample(self.net, what, height, width, cfg, seed, d.solver(steps))
+
+    def network(self) -> dict:
+        return self.net.config.as_dict()
+
+    def files(self) -> Files:
+        """A network of which all weights were trained."""
+        model = {"diffusion_models/{name}.safetensors": (self.net.state_dict(), checkpoint.metadata(self.net.config))}
+        return model | text_encoders.files(self.text)
+
+    def adapter_files(self) -> Files:
+        """An adapter, for our LoRA node and for core's."""
+        tensors = adapters.tensors(self.net, lora_names(adapters.shapes(self.net)))
+        return {"loras/{name}.safetensors": (tensors, {"pixstack.family": "pixart_lora"})}
+
+
+TARGETS = ["attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1",
+           "mlp.fc2"]
+"""Where an adapter stands if the settings do not say: all linear layers of the blocks."""
+
+
+def activation_bytes(shape: PixArtConfig, resolution: int, bf16: bool, checkpointed: bool) -> float:
+    """Bytes kept of one picture; see `activations.of_network`."""
+    def probe(depth: int, side: int) -> int:
+        net = PixArt(replace(shape, depth=depth, kv_compression=None))
+        cells = side * shape.patch_size
+        x, context = torch.zeros(1, shape.in_channels, cells, cells), torch.zeros(1, 16, shape.context_dim)
+        return kept_bytes(net, lambda: net(x, torch.zeros(1), context, attention=fused), bf16)
+
+    tokens = (resolution // VAE_FACTOR // shape.patch_size) ** 2
+    return of_network(probe, (4, 8), tokens, shape.depth, tokens * shape.hidden * 4, checkpointed)

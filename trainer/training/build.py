@@ -1,0 +1,61 @@
+"""From settings to the things that training needs: data, text encoder, recipe."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config.schema import Config
+from ..data import loader
+from ..features import text_encoders
+from ..files import write_whole
+from ..recipes import find
+from .checkpoints import checkpoints
+
+TOKENIZER, FACTS = "tokenizer.json", "facts.json"
+
+
+def collection(config: Config) -> loader.Collection:
+    return loader.read(config.data, config.needs)
+
+
+def recipe(config: Config, collection: loader.Collection, folder: Path | None = None) -> nn.Module:
+    """What is trained, at its start. The weights depend only on the seed."""
+    torch.manual_seed(config.seed)
+    words = [text for i in collection.train for text in (*i.texts, *i.tags)]
+    text = text_encoders.make(config, words + [t.replace("{}", "") for t in config.data.templates], folder)
+    classes = len(collection.classes) or 1 + max(i.label for i in collection.train)
+    if config.needs == "classes" and (unknown := [c for c in config.samples.classes if not 0 <= c < classes]):
+        raise ValueError(f"samples.classes names {', '.join(map(str, unknown))}, and the data have the classes 0 to "
+                         f"{classes - 1}.")
+    made = find(config.recipe.name)(config, text, classes)
+    made.look_at(collection.train)
+    return made
+
+
+def write_facts(folder: Path, recipe: nn.Module, collection: loader.Collection):
+    """What a run must know to be opened without its data, and of those whether they are still the same."""
+    facts = {"network": recipe.network(), "classes": collection.classes, "data": loader.identity(collection)}
+    if recipe.text is not None and not isinstance(recipe.text, text_encoders.FROZEN):
+        facts["text"] = {**recipe.text.config, "max_length": recipe.text.max_length}
+        write_whole(folder / TOKENIZER, recipe.text.tokenizer.to_str(pretty=True))
+    write_whole(folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
+
+
+def other_data(folder: Path, collection: loader.Collection) -> str:
+    """What to say where a run goes on with other pictures or captions than it had, else nothing."""
+    if not checkpoints(folder):
+        return ""
+    old, now = json.loads((folder / FACTS).read_text(encoding="utf-8")).get("data"), loader.identity(collection)
+    return "" if old in (None, now) else (
+        f"the data are not those that this run had: {old['pictures']:,} training pictures then, {now['pictures']:,} "
+        "now, or other captions. It goes on with these, and is no repetition of an unbroken run.")
+
+
+def reopened(config: Config, folder: Path) -> nn.Module:
+    """The recipe of a run folder, its weights still to be loaded."""
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    text = text_encoders.make(config, [], folder, facts if config.text.learn else None)
+    return find(config.recipe.name)(config, text, len(facts["classes"]), facts["network"])

@@ -1,0 +1,124 @@
+"""`--dry-run`: what a run would do, said before it does it."""
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from ...models_impl.state_dict import first_line
+from ..config import rules
+from ..config.schema import Config
+from ..data import loader
+from ..distributed import deepspeed, fsdp2
+from ..memory import offload, quantization
+from . import cost
+from .optim import Optimizers, moment_bytes
+
+
+def describe(config: Config, collection: loader.Collection, recipe, batches: loader.Batches, parts: list[range],
+             processes: int, device: torch.device):
+    """The plan in lines of text. recipe: with its weights on the meta device; it cannot be used afterwards."""
+    learns = [(n, p) for n, p in recipe.named_parameters() if p.requires_grad]
+    count = sum(p.numel() for _, p in learns)
+    lines = [f"run        {config.folder} ({config.recipe.name}, {config.precision}, seed {config.seed})",
+             f"data       {loader.summary(collection)}",
+             f"parameters {count:,} learn, {quantization.size(recipe) - count:,} frozen"]
+    parents: dict[str, int] = {}
+    for name, p in learns:
+        parents[name.split(".")[0]] = parents.get(name.split(".")[0], 0) + p.numel()
+    lines += [f"           {parent}: {number:,}" for parent, number in parents.items()]
+
+    optimizers = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
+    lines.append("optimizer  " + ", ".join(
+        f"{type(part).__name__} on {sum(p.numel() for g in part.param_groups for p in g['params']):,}"
+        for part in optimizers.parts) + f"; learning rate {optimizers.learning_rate:.3g}, {config.optimizer.decay}, "
+                                        f"warm-up {config.optimizer.warm_up} steps")
+    images = config.steps * config.batch_size
+    lines.append(f"steps      {config.steps:,} of {config.batch_size} pictures = {images:,} pictures, "
+                 f"{images / len(collection.train):.1f} epochs; {processes} process(es), "
+                 f"{len(parts)} pass(es) of {len(parts[0])}")
+    if len(batches.buckets) > 1:
+        lines.append("sizes      " + ", ".join(f"{w}x{h}: {len(some):,}" for (h, w), some in batches.buckets.items()))
+    lines += [("buckets    " if i == 0 else "           ") + line for i, line in enumerate(recipe.buckets(0))]
+
+    sizes = memory(config, recipe, optimizers, len(parts[0]), processes, device.type == "cpu")
+    swapped = offload.spared(recipe, config)
+    lines.append(f"memory     about {sum(sizes.values()) / 2**30:.2f} GiB a process: "
+                 + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
+                 + (f"; {swapped / 2**30:.2f} more in host memory" if swapped else ""))
+    lines.append("first batch")
+    need = config.needs
+    batch = batches(0, range(min(8, config.batch_size)))
+    for i, draws in zip(batch.positions, recipe.described(0), strict=False):
+        item = batches.items[batches.index(0, i)]
+        what = {"captions": f"{batch.captions[i]!r}, ", "classes": f"class {int(batch.labels[i])}, "}.get(need, "")
+        lines.append(f"  {item.file.name}: {what}{draws}, mean colour "
+                     f"{batch.pictures[i].float().mean() / 255:.2f}")
+    if config.batch_size > 8:
+        lines.append(f"  ... {config.batch_size - 8} more")
+    where = next(i for i, line in enumerate(lines) if line.startswith("memory"))
+    return lines[:where + 1] + duration(config, collection, recipe, parts, device) + lines[where + 1:]
+
+
+def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, processes: int,
+           cpu: bool) -> dict[str, float]:
+    """Bytes that a process holds in a step, by what they are."""
+    count = sum(p.numel() for p in recipe.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for net in (recipe, *recipe.teacher) for p in net.parameters())
+    sizes = {
+        "weights": weights - offload.spared(recipe, config),
+        "gradients": 4 * count,
+        "optimizer": sum(map(moment_bytes, optimizers.parts)),
+        "ema": 4 * count if config.ema.decay else 0,
+        "activations": recipe.activation_bytes(pictures, cpu),
+    }
+    way = rules.way(config)
+    if way == rules.FSDP2:
+        blocks = [p for block in fsdp2.blocks(recipe) for p in block.parameters()]
+        learning = sum(p.numel() for p in blocks if p.requires_grad)
+        elsewhere = {"weights": sum(p.nbytes for p in blocks), "gradients": 4 * learning, "optimizer": 8 * learning,
+                     "ema": 4 * learning if config.ema.decay else 0}
+        for name, size in elsewhere.items():
+            sizes[name] -= (1 - 1 / processes) * size
+    if way == rules.DEEPSPEED:
+        gradients, moments = deepspeed.shares(processes)
+        sizes["gradients"] *= gradients
+        sizes["optimizer"] = moments * (sizes["optimizer"] + 4 * count)  # and a copy of the weights
+    return sizes
+
+
+SLOWER = 2  # than estimated were real steps of pixelflow_emoji (2.1 times) and flux_emoji (1.9), on one CPU core
+
+
+def duration(config: Config, collection: loader.Collection, recipe, parts: list[range],
+             device: torch.device) -> list[str]:
+    """How long a step and the run would take on this device, and how that is known."""
+    rates = cost.Rates(device)
+    try:
+        step = cost.of_a_step(config, collection, recipe, parts, rates)
+    except (RuntimeError, NotImplementedError) as error:  # of operations that look at values, which are not there
+        return [f"time       cannot be estimated for these settings: {first_line(error)}"]
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    encoded = "no encoder of pictures" if not recipe.encoders else "all features cached" if config.cache.folder \
+        else "pictures encoded at every step"
+    rest = " " * 11
+    least, most = step.seconds, SLOWER * step.seconds
+    return [f"time       about {spoken(least)} to {spoken(most)} a step, {spoken(config.steps * least)} to "
+            f"{spoken(config.steps * most)} in all on this {device.type}: estimated, not measured",
+            f"{rest}from {step.flops / 1e12:,.3g} TFLOP a step and process, and what it reads and writes, at",
+            f"{rest}{rates.flops(dtype) / 1e12:,.2g} TFLOP/s and {rates.bytes / 1e9:,.0f} GB/s that a product and a "
+            "copy reach here now;",
+            f"{rest}{encoded}; without samples, validation and communication between processes"]
+
+
+def spoken(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1)):
+        if seconds >= 1.5 * size or unit == "s":
+            return f"{seconds / size:.3g} {unit}"
+
+
+def on_meta(make):
+    """A module as `make` makes it, without its memory."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # what a start's file holds
+        return make()

@@ -1,0 +1,236 @@
+"""The run folder: settings, log, sample grids, and checkpoints that are whole or absent.
+
+    config.json  tokenizer.json  log.jsonl  tensorboard/  wandb/  samples/<step>.png
+    checkpoints/<step>/{model,ema,optimizer}.safetensors, state.json
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import uuid
+from functools import cached_property
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..config import rules
+from ..config.load import as_dict, differences, stored
+from ..config.schema import Config
+from ..data import loader
+from ..data.pictures import Pictures
+from ..data.sheets import sheet
+from ..files import flush, write_whole
+from .checkpoints import checkpoints, module_tensors, read_tensors, restore_module, write_tensors
+
+MAY_CHANGE = {"name", "out", "resume", "init_from", "device", "threads", "compile", "checkpoint_activations",
+              "micro_batch_size", "save_every", "keep", "log_every", "log", "samples", "validation",
+              "data.path", "data.held_out_path", "data.prior_path", "data.cache", "data.workers", "text.cache",
+              "text.tokenizer", "cache", "memory.swap_blocks", "memory.shard", "model.previewer", "model.stage_a",
+              "model.stage_b"}
+"""Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
+
+
+class Run:
+    def __init__(self, config: Config, accelerator, held_out: list[loader.Item] = ()):
+        """`load` may be replaced before the first validation: what loads held-out pictures (`cache.loader`)."""
+        self.config, self.accelerator, self.folder = config, accelerator, config.folder
+        self.main = accelerator.is_main_process
+        self.measures = self.main or rules.way(config) != rules.DDP
+        self.items, self.load = list(held_out)[: config.validation.items], Pictures
+        self.stop, self.saved_at, self.writer, self.bar, self.wandb = False, None, None, None, None
+        self.losses, self.clock = [], None
+
+    @cached_property
+    def held_out(self) -> list[loader.Batch]:
+        """The batches of a validation: only in the main process, or in all where they need each other for it."""
+        if not (self.config.validation.every and self.measures):
+            return []
+        return loader.fixed(self.items, self.config.data, self.config.micro_batch_size or 64, self.load)
+
+    def open(self):
+        """Makes the folder, or checks that the run in it is this one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.main:
+            for leftover in (self.folder / "checkpoints").glob("*.unfinished"):
+                shutil.rmtree(leftover)
+        path, settings = self.folder / "config.json", as_dict(self.config)
+        if path.exists() and checkpoints(self.folder):
+            if self.config.resume == "never":
+                raise ValueError(f"{self.folder} holds a run already. Choose another folder (out=...), or resume=auto.")
+            changed = differences(stored(self.folder), self.config, MAY_CHANGE)
+            if changed and self.config.resume != "changed":
+                raise ValueError(f"{self.folder} holds a run with other settings:\n  " + "\n  ".join(changed)
+                                 + "\nChoose another folder (out=...), or go on with the new ones: resume=changed.")
+        if self.main:
+            if not checkpoints(self.folder):  # what an attempt left that learned nothing is not of this run
+                (self.folder / "tokenizer.json").unlink(missing_ok=True)
+            write_whole(path, json.dumps(settings, indent=2))
+
+    def restore(self, recipe: nn.Module, ema, optimizer) -> int:
+        saved = checkpoints(self.folder)
+        step = 0
+        if saved:
+            newest = saved[-1]
+            restore_module(recipe, read_tensors(newest / "model.safetensors"))
+            if ema.weights:
+                ema.load_state_dict(read_tensors(newest / "ema.safetensors"))
+            optimizer.load(read_tensors(newest / "optimizer.safetensors"))
+            step = self.saved_at = json.loads((newest / "state.json").read_text())["step"]
+        if self.main:
+            self.forget_after(step)
+            self.start(step)
+        self.listen()
+        return step
+
+    def forget_after(self, step: int):
+        """The log keeps only what led to this step."""
+        path = self.folder / "log.jsonl"
+        if path.exists():
+            *lines, cut = path.read_text().split("\n")  # what a killed process was writing has no end of line
+            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def start(self, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        if self.config.log.wandb:
+            self.wandb = self.start_wandb()
+        self.bar = tqdm(total=self.config.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
+                        mininterval=0.1 if sys.stderr.isatty() else 60)  # a log file needs no line a step
+        self.clock = (time.perf_counter(), step)
+
+    def start_wandb(self):
+        """The run of Weights & Biases, known by a name that stays in the folder. Of steps that are done again, because
+        they came after the last checkpoint, the first account stays there; it is the same."""
+        import wandb
+
+        name = self.folder / "wandb" / "id"
+        if not name.exists():
+            name.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(name, uuid.uuid4().hex[:12])
+        return wandb.init(project=self.config.log.project, name=self.config.name, id=name.read_text(), resume="allow",
+                          dir=str(self.folder), mode=self.config.log.wandb, config=as_dict(self.config),
+                          settings=wandb.Settings(silent=True))
+
+    def listen(self):
+        """Ctrl-C and SIGTERM end the run after the step in work, in every process; a later second Ctrl-C at once."""
+        asked = None
+
+        def stop(number, frame):
+            nonlocal asked
+            now = time.monotonic()
+            if number == signal.SIGINT and asked and now > asked + 1:  # launchers send each signal several times
+                raise KeyboardInterrupt
+            asked, self.stop = asked or now, True
+            if self.main:
+                self.bar.write("Stopping after this step; a checkpoint will be written. Once more to stop at once.")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+
+    def asked_to_stop(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.stop
+        flag = torch.tensor(float(self.stop), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def log(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float):
+        self.losses.append(loss)
+        if self.main:
+            self.bar.update()
+        if step % self.config.log_every:
+            return
+        mean = torch.stack(self.losses).mean()
+        if self.accelerator.num_processes > 1:
+            mean = self.accelerator.reduce(mean, "mean")
+        self.losses.clear()
+        if self.main:
+            then, since = self.clock
+            now = time.perf_counter()
+            speed = (step - since) * self.config.batch_size / (now - then)
+            self.clock = (now, step)
+            self.bar.set_postfix(loss=f"{mean.item():.4f}", images_s=f"{speed:.0f}")
+            self.write(step, loss=mean.item(), grad_norm=grad_norm.item(), learning_rate=learning_rate,
+                       images_per_second=round(speed, 1))
+
+    def write(self, step: int, **values):
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(name.replace("validation_", "validation/"), value, step)
+        if self.wandb:
+            self.wandb.log({name.replace("validation_", "validation/"): v for name, v in values.items()}, step=step)
+
+    def after(self, step: int, recipe, ema, optimizer):
+        """What is due after this step: validation, samples, a checkpoint. The clock of images/s stands still."""
+        config, begin = self.config, time.perf_counter()
+        if self.held_out and step % config.validation.every == 0:
+            with ema.applied():
+                found = recipe.validate(self.held_out)
+            if self.main:
+                self.write(step, **{f"validation_{k}": v for k, v in found.items()})
+        if self.measures and config.samples.every and step % config.samples.every == 0:
+            self.sample(step, recipe, ema)
+        if step % config.save_every == 0 and step < config.steps:
+            self.save(step, recipe, ema, optimizer)
+        if self.main:
+            self.clock = (self.clock[0] + time.perf_counter() - begin, self.clock[1])
+
+    def sample(self, step: int, recipe, ema):
+        s = self.config.samples
+        side = self.config.data.resolution
+        with ema.applied():
+            pictures = recipe.sample(s.prompts or s.classes, s.height or side, s.width or side, s.steps, s.shift, s.cfg,
+                                     s.seed)
+        if not self.main:
+            return
+        (self.folder / "samples").mkdir(exist_ok=True)
+        sheet(pictures).save(self.folder / "samples" / f"{step:08d}.png")
+        self.writer.add_images("samples", (pictures + 1) / 2, step)
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Image(sheet(pictures))}, step=step)
+
+    def save(self, step: int, recipe, ema, optimizer):
+        tensors = {}
+        if self.measures:  # those of all processes are needed where each has a part
+            tensors["model"] = module_tensors(recipe)
+            if ema.weights:
+                tensors["ema"] = ema.state_dict()
+            tensors["optimizer"] = optimizer.tensors()
+        if self.main:
+            final = self.folder / "checkpoints" / f"{step:08d}"
+            unfinished = final.with_name(final.name + ".unfinished")
+            unfinished.mkdir(parents=True, exist_ok=True)
+            for name, some in tensors.items():
+                write_tensors(unfinished / f"{name}.safetensors", some)
+            (unfinished / "state.json").write_text(json.dumps({"step": step}))
+            for file in unfinished.iterdir():
+                flush(file)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(unfinished, final)
+            for old in checkpoints(self.folder)[: -self.config.keep] if self.config.keep else ():
+                shutil.rmtree(old)
+        self.saved_at = step
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, step: int, recipe, ema, optimizer):
+        if self.saved_at != step:
+            self.save(step, recipe, ema, optimizer)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.wandb:
+            self.wandb.finish()
+
+    def close(self):
+        """Ends the line of the progress bar, so that what is said next, an error perhaps, has its own."""
+        for one in (self.bar, self.writer):
+            if one is not None:
+                one.close()
