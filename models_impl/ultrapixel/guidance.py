@@ -222,6 +222,7 @@ class GuideLevel(nn.Module):
         })
         self.mapp_t = TimeScale(channels, config.timestep_dim, operations, to)
         self.hr_norm = ScaleNorm(channels, config.scale_dim, config.scale_tokens, operations, to)
+        self._frequencies: dict[torch.device, Tensor] = {}  # the table of each device, for it is made on the CPU
 
     def initialise(self) -> GuideLevel:
         """Small random tokens and tables, Kaiming rows in the coordinate network, zero modulation by time and scale."""
@@ -252,7 +253,10 @@ class GuideLevel(nn.Module):
 
     def encode_position(self, position: Tensor) -> Tensor:
         """(N, 2) in [-1, 1] -> (N, 4*frequencies): [cos | sin], of the row first, frequencies 1 ... frequency_range."""
-        frequency = frequencies(self.config.frequency_range, self.config.frequencies).to(position)
+        if position.device not in self._frequencies:
+            table = frequencies(self.config.frequency_range, self.config.frequencies)
+            self._frequencies[position.device] = table.to(position.device)
+        frequency = self._frequencies[position.device].to(position.dtype)
         angle = math.pi * (position[..., None] * frequency).flatten(-2)
         return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
