@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import accelerate
 import numpy as np
@@ -392,7 +391,7 @@ def test_the_random_choice_to_mirror_is_the_same_with_and_without_the_cache(made
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("command", ["train", "fill_cache"])
+@pytest.mark.parametrize("command", ["train", "cache"])
 @pytest.mark.parametrize(("device", "on_cpu"), [("auto", False), ("cpu", True)])
 def test_the_cache_is_filled_on_the_device_that_training_takes(command, device, on_cpu, path, tmp_path, monkeypatch):
     class Stop(Exception):
@@ -404,8 +403,7 @@ def test_the_cache_is_filled_on_the_device_that_training_takes(command, device, 
     monkeypatch.setattr(accelerate, "Accelerator", accelerator)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    words = [f"cache.folder={tmp_path / 'cache'}", f"device={device}"]
-    args = SimpleNamespace(recipe=tiny_run.toml(tmp_path, path, tmp_path / "run"), settings=words, dry_run=False)
+    recipe = tiny_run.toml(tmp_path, path, tmp_path / "run")
     with pytest.raises(Stop) as stopped:
-        getattr(cli, command)(args)
+        cli.main([command, str(recipe), f"cache.folder={tmp_path / 'cache'}", f"device={device}"])
     assert stopped.value.args == (on_cpu,)

@@ -378,7 +378,8 @@ def test_the_selection_learns_which_condition_tells_the_picture(telling, tmp_pat
     told, sections, start = telling
     settings = tiny_ponder.settings(
         told, tmp_path / "run", sections, f"init_from={start}", f"seed={seed}", "steps=24", "save_every=24",
-        "optimizer.learning_rate=5e-4", "optimizer.warm_up=0", "recipe.min_conditions=2", "validation.every=24", "ema.decay=0")
+        "optimizer.learning_rate=5e-4", "optimizer.warm_up=0", "recipe.min_conditions=2", "validation.every=24",
+        "ema.decay=0")
     found = build.collection(settings)
     fresh = build.recipe(settings, found).validate(loader.fixed(found.held_out, settings.data))
     assert fresh["share_depth"] == 0

@@ -68,7 +68,8 @@ def test_a_line_that_was_half_written_is_forgotten(path, tmp_path):
 
 
 def test_training_lowers_the_loss(path, tmp_path):
-    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=80", "optimizer.learning_rate=1e-2", "save_every=80"))
+    words = "steps=80", "optimizer.learning_rate=1e-2", "save_every=80"
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", *words))
     losses = [line["loss"] for line in log(tmp_path / "run")]
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
 
