@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -15,7 +16,6 @@ try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
-import typing
 
 TRAINER = Path(__file__).resolve().parents[1]
 RENAMED = {
