@@ -96,12 +96,12 @@ def whose(tensors: Mapping) -> str:
     kind = _kind_of(keys)
     if kind is None:
         return f"Its first keys are {', '.join(keys[:3])}." if keys else "It holds no weights."
-    said, loader, folder = f"The keys are those of {kind.name}.", kind.loader, kind.folder
+    description, loader, folder = f"The keys are those of {kind.name}.", kind.loader, kind.folder
     if loader is None:
-        return said
+        return description
     if loader.startswith(DIFFUSION_MODEL) and any(key.startswith(BESIDE_A_MODEL) for key in keys):
         loader, folder = "core's 'Load Checkpoint'", "checkpoints"
-    return f"{said} In ComfyUI it goes into models/{folder} and is loaded with {loader}."
+    return f"{description} In ComfyUI it goes into models/{folder} and is loaded with {loader}."
 
 
 def _kind_of(keys: list[str]) -> Kind | None:

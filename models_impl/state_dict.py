@@ -107,13 +107,13 @@ def _is_zip(path: Path) -> bool:
 
 
 def _found_in(error: BaseException) -> str:
-    """What torch met that is no weight, without its advice on how to load the file all the same."""
-    found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"WeightsUnpickler error: (.+)", str(error))
-    return found[1] if found else first_line(error)
+    """The object in the file that torch refused, without its advice on how to load the file anyway."""
+    match = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"WeightsUnpickler error: (.+)", str(error))
+    return match[1] if match else first_line(error)
 
 
 def first_line(error: BaseException) -> str:
-    """Of what another library says, as much as fits into a sentence, without its full stop."""
+    """The part of another library's message that fits into a sentence, without its full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
 
 
@@ -143,7 +143,7 @@ def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata:
 
 
 def without_prefix(tensors: Mapping) -> dict:
-    """Take the wrappers that other programs put before every key off again."""
+    """Remove the prefixes that other programs put before every key."""
     tensors = dict(tensors)
     stripped = True
     while tensors and stripped:
@@ -199,10 +199,10 @@ def expected_shapes(module: nn.Module) -> dict[str, torch.Size]:
     for name, layer in module.named_modules(remove_duplicate=False):
         passing = layer._non_persistent_buffers_set
         own = {**layer._parameters, **{k: v for k, v in layer._buffers.items() if k not in passing}}
-        found = {key: value.shape for key, value in own.items() if value is not None}
-        if "weight" not in found:
-            found |= _not_made_yet(name, layer)
-        shapes |= {f"{name}.{key}" if name else key: shape for key, shape in found.items()}
+        layer_shapes = {key: value.shape for key, value in own.items() if value is not None}
+        if "weight" not in layer_shapes:
+            layer_shapes |= _not_made_yet(name, layer)
+        shapes |= {f"{name}.{key}" if name else key: shape for key, shape in layer_shapes.items()}
     return shapes
 
 

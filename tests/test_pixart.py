@@ -14,7 +14,7 @@ from pixstack.models_impl.pixart.sampling import NoiseSchedule
 
 TINY = PixArtConfig(depth=3, hidden=24, heads=2, context_dim=6, token_limit=5, sample_size=8, null_caption=True)
 MICRO = replace(TINY, micro_conditions=True, latent_scale=0.18215)  # as alpha
-STATED = {"heads": 2}  # what no key and no shape tells
+STATED = {"heads": 2}  # in no key or shape
 
 
 def network(config=TINY, seed=0, dtype=torch.float32) -> PixArt:
@@ -332,7 +332,7 @@ def test_files_of_others_are_refused_by_name(keys, family):
 def test_half_a_file_says_what_is_missing():
     tensors = network().state_dict()
     del tensors["t_block.1.weight"]
-    with pytest.raises(ValueError, match=r"not whole.*t_block\.1\.weight"):
+    with pytest.raises(ValueError, match=r"incomplete.*t_block\.1\.weight"):
         checkpoint.read(tensors, config=STATED)
 
 
@@ -384,7 +384,7 @@ def test_a_model_is_no_controlnet(names):
 
 def test_a_controlnet_that_lacks_a_block_says_so():
     tensors = {k: v for k, v in control_network().state_dict().items() if not k.startswith("1.copied_block.mlp")}
-    with pytest.raises(ValueError, match=r"not whole.*1\.copied_block\.mlp\.fc1\.weight"):
+    with pytest.raises(ValueError, match=r"incomplete.*1\.copied_block\.mlp\.fc1\.weight"):
         checkpoint.read_controlnet(tensors, config=TINY.as_dict())
 
 
@@ -466,13 +466,13 @@ def test_the_embedding_of_a_timestep_is_cosine_first():
 
 
 @torch.no_grad()
-def test_a_micro_conditioned_network_is_told_the_size_of_the_latent_by_default():
+def test_a_micro_conditioned_network_gets_the_size_of_the_latent_by_default():
     model, (x, t, context) = network(MICRO), inputs()
-    told = dict(size=torch.tensor([[64, 48]]), aspect_ratio=torch.tensor([[8 / 6]]))
-    torch.testing.assert_close(model(x, t, context), model(x, t, context, **told))
-    each = {name: value.repeat(2, 1) for name, value in told.items()}
+    sizes = dict(size=torch.tensor([[64, 48]]), aspect_ratio=torch.tensor([[8 / 6]]))
+    torch.testing.assert_close(model(x, t, context), model(x, t, context, **sizes))
+    each = {name: value.repeat(2, 1) for name, value in sizes.items()}
     torch.testing.assert_close(model(x, t, context), model(x, t, context, **each))
-    other = model(x, t, context, size=torch.tensor([[64, 64]]), aspect_ratio=told["aspect_ratio"])
+    other = model(x, t, context, size=torch.tensor([[64, 64]]), aspect_ratio=sizes["aspect_ratio"])
     assert not torch.allclose(other, model(x, t, context))
 
 

@@ -40,7 +40,7 @@ BASE = FluxConfig(hidden=16, heads=2, axes=(2, 2, 4), mlp_hidden=32, depth=3, si
 TRUNK = replace(BASE, depth=2, single_depth=4)
 SELECT = SelectConfig(hidden=16, heads=2, mlp_hidden=24)
 CONTROL = PixelPonderConfig(TRUNK, select=SELECT)
-STATED = {"trunk": {"axes": BASE.axes}}  # the one thing that keys and shapes do not tell
+STATED = {"trunk": {"axes": BASE.axes}}  # the one thing that is in no key or shape
 
 
 def randomised(net, seed=0):
@@ -167,7 +167,7 @@ def test_a_flux_that_wants_a_second_picture_is_refused():
 def test_a_file_that_lacks_what_its_shape_is_read_from_is_named_as_incomplete():
     weights = PixelPonder(CONTROL).state_dict()
     del weights["txt_in.weight"]
-    with pytest.raises(ValueError, match="not whole: it has no txt_in.weight"):
+    with pytest.raises(ValueError, match="incomplete: it has no txt_in.weight"):
         checkpoint.read(weights, config=STATED)
 
 

@@ -55,12 +55,12 @@ def points_of(person: Person, height: int, width: int) -> dict[str, Tensor]:
 
 def frame(people: Sequence[Person], height: int, width: int) -> dict:
     """One entry of POSE_KEYPOINT: what OpenPose writes as JSON, and the size of the picture."""
-    found = []
+    entries = []
     for person in people:
         parts = points_of(person, height, width)
-        found.append({name: [round(v, 3) for v in parts[name].flatten().tolist()] if name in parts else []
+        entries.append({name: [round(v, 3) for v in parts[name].flatten().tolist()] if name in parts else []
                       for name in PARTS})
-    return {"version": 1.3, "people": found, "canvas_height": height, "canvas_width": width}
+    return {"version": 1.3, "people": entries, "canvas_height": height, "canvas_width": width}
 
 
 def read(text: str) -> list[dict]:

@@ -69,7 +69,7 @@ class PixArtConfig:
     token_limit: int = 300
     """Text tokens that it was trained with: 120 for alpha, 300 for Sigma."""
     micro_conditions: bool = False
-    """Whether it is told the size and the aspect ratio of its picture, as alpha's 1024 model is."""
+    """Whether it is conditioned on the size and the aspect ratio of its picture, as alpha's 1024 model is."""
     qk_norm: bool = False
     kv_compression: KVCompression | None = None
     null_caption: bool = False
@@ -137,10 +137,10 @@ class PixArtConfig:
     @classmethod
     def from_dict(cls, entries: Mapping) -> PixArtConfig:
         """From entries under any of the names that `entries_of` takes; what they leave out has its default."""
-        found = cls.entries_of(entries)
+        values = cls.entries_of(entries)
         if "variant" in entries:
-            found.setdefault("token_limit", TOKEN_LIMITS[entries["variant"]])
-        return cls(**found)
+            values.setdefault("token_limit", TOKEN_LIMITS[entries["variant"]])
+        return cls(**values)
 
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
@@ -149,18 +149,18 @@ class PixArtConfig:
         `variant` ("alpha" or "sigma") stands for the latent scale. Raises ValueError for an entry that is none of them.
         """
         known = {f.name for f in fields(cls)}
-        found = _derived(entries)
+        renamed = _derived(entries)
         for name, value in entries.items():
             ours = OTHER_NAMES.get(name, name)
             if ours == "kv_compression":
-                found[ours] = _kv_compression(value)
+                renamed[ours] = _kv_compression(value)
             elif ours in known:
                 if value is not None:
-                    found[ours] = value
+                    renamed[ours] = value
             elif name not in NOT_OURS | DERIVED and not name.startswith("_"):
                 raise ValueError(f"Unknown entry {name!r} in a PixArt configuration; known are "
                                  f"{', '.join(sorted(known | set(OTHER_NAMES) | DERIVED))}.")
-        return found
+        return renamed
 
 
 def _derived(entries: Mapping) -> dict:

@@ -25,7 +25,7 @@ def names(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Target]]:
 
 
 def guessed_names(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Target]]:
-    """The tables for the network that a LoRA file was made for, as far as the file tells: its depth and width from
+    """The tables for the network that a LoRA file was made for, as far as the file shows: its depth and width from
     the layers it has, sizes that only the network knows unchecked. For converting without the network at hand."""
     sizes = lora.sizes(tensors)
     depth = 1 + max((int(m[1]) for m in map(BLOCK_NUMBER.search, sizes) if m), default=27)

@@ -32,9 +32,9 @@ def parse(prompt: str) -> Prompt:
         name, height, width = flag.groups()
         if height is None or not int(height) or not int(width):
             example = "--hw 768:1024 (height:width in pixels)" if name == "hw" else f"--{name} 3:4 (height:width)"
-            found = prompt[flag.start() : flag.start() + 24]
+            excerpt = prompt[flag.start() : flag.start() + 24]
             raise ValueError(
-                f"The prompt has {found!r}, but --{name} needs two whole numbers above 0. "
+                f"The prompt has {excerpt!r}, but --{name} needs two whole numbers above 0. "
                 f"Write {example} at the end of the prompt, or leave --{name} out."
             )
         values.setdefault(name, (int(height), int(width)))

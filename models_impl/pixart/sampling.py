@@ -1,7 +1,7 @@
 """The noise of PixArt: its schedule, the samplers that undo it, and the training formulas.
 
 A state is x = alpha * sample + std * noise with alpha^2 + std^2 = 1, and sigma = std / alpha. `timestep` is what the
-network is told, 0 to 999 and anything between. The step before 0 is CLEAN: there alpha is 1 and sigma is 0.
+network is conditioned on, any number from 0 to 999. The step before 0 is CLEAN: there alpha is 1 and sigma is 0.
 
 Every sampler walks a list of falling timesteps, from the state at the first to the state at the last, so a schedule may
 start late or be cut in two; only at CLEAN it ends with the network's estimate. After a cut a multistep solver starts
@@ -37,7 +37,7 @@ Predict = Callable[[Tensor, float], Tensor]
 Noise = Callable[[int, torch.Size], Tensor]
 """(index of the step, shape) -> noise."""
 Callback = Callable[[int, Tensor, Tensor], None]
-"""(index of the step, x, denoised), once per step, with the state that the estimate was made from."""
+"""(index of the step, x, denoised), once per step; x is the state that the estimate was made from."""
 AfterStep = Callable[[Tensor, "float | None"], Tensor]
 """(x, its timestep, or None after the last step of a list that ends at 0 or CLEAN) -> x. Blends in a known region."""
 
@@ -59,7 +59,7 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, config: PixArtConfig) -> NoiseSchedule:
-        """The one that a checkpoint was trained on."""
+        """The schedule that a checkpoint was trained on."""
         return cls(config.schedule, TRAIN_TIMESTEPS, config.beta_start, config.beta_end, config.zero_terminal_snr)
 
     def __post_init__(self):
@@ -160,8 +160,8 @@ class NoiseSchedule:
         return self._like(self.alpha, timestep, x) * x - self._like(self.std, timestep, x) * velocity
 
     def eps(self, x: Tensor, velocity: Tensor, timestep) -> Tensor:
-        """The eps that a velocity says; finite for every timestep. At zero SNR it is x itself, whatever the velocity:
-        float32 keeps three digits of the sample there."""
+        """The eps that a velocity implies; finite for every timestep. At zero SNR it is x itself, whatever the
+        velocity: float32 keeps three digits of the sample there."""
         return self._like(self.std, timestep, x) * x + self._like(self.alpha, timestep, x) * velocity
 
     def eps_from_denoised(self, x: Tensor, denoised: Tensor, timestep) -> Tensor:
@@ -449,7 +449,7 @@ def sa_solver(
     """
     if predictor_order < 1 or corrector_order < 0:
         raise ValueError(f"predictor_order={predictor_order} must be at least 1, and corrector_order={corrector_order} "
-                         "at least 0, which is no corrector.")
+                         "at least 0, which means no corrector.")
     points = _points(timesteps, schedule)
     dtype, x = x.dtype, x.to(_state_dtype(x))
     finish = more_steps and points[-1] == 0
@@ -584,7 +584,7 @@ class IddpmLoss:
 
     mse: Tensor
     vb: Tensor
-    """Of the variance alone, in bits per value. Its gradient reaches the logits, not eps."""
+    """The loss of the variance, in bits per value. Its gradient reaches the logits, not eps."""
 
     @property
     def total(self) -> Tensor:
@@ -643,7 +643,7 @@ def variance_bound(
 
 
 def _log_likelihood(sample: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Of the bin of width 2/255 around each value. (diffusion_utils.py)"""
+    """Log likelihood of the bin of width 2/255 around each value, elementwise. (diffusion_utils.py)"""
     sharpness = torch.exp(-log_std)
     above = _normal_cdf(sharpness * (sample - mean + 1 / 255))
     below = _normal_cdf(sharpness * (sample - mean - 1 / 255))
@@ -674,7 +674,7 @@ def consistency(x: Tensor, denoised: Tensor, timestep) -> Tensor:
 
 
 def consistency_weights(timestep):
-    """(c_skip, c_out): (1, 0) at timestep 0, all but (0, 1) elsewhere."""
+    """(c_skip, c_out): (1, 0) at timestep 0, nearly (0, 1) elsewhere."""
     scaled = timestep * LCM_TIME_SCALE
     square = scaled**2 + LCM_SIGMA_DATA**2
     return LCM_SIGMA_DATA**2 / square, scaled / square**0.5
@@ -711,7 +711,7 @@ class LcmGrid:
         return self.schedule.alpha(torch.cat([torch.zeros(1), self.timesteps[:-1]]).double()) ** 2
 
     def pair(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(start, end): what the student and what the target is asked about, (B,) int64 on the device of index."""
+        """(start, end): the timesteps of the student and of the target, (B,) int64 on the device of index."""
         start = self.timesteps.to(index.device)[index]
         return start, (start - self.stride).clamp(min=0)
 
@@ -780,9 +780,9 @@ def lcm_distillation(
 @dataclass(frozen=True)
 class DmdLoss:
     loss: Tensor
-    """(), whose gradient in `generated` is weight * direction, but for a constant."""
+    """(), whose gradient with respect to `generated` is weight * direction times a constant."""
     direction: Tensor
-    """From what the teacher takes to be real to what the student makes, (B, C, H, W)."""
+    """From the teacher's estimate to the estimate that fake_eps gives, (B, C, H, W)."""
     weight: Tensor
     """(B, 1, 1, 1)"""
     real_denoised: Tensor
@@ -792,7 +792,7 @@ class DmdLoss:
 def dmd_loss(
     generated: Tensor, noisy: Tensor, real_eps: Tensor, fake_eps: Tensor, timestep: Tensor, schedule: NoiseSchedule
 ) -> DmdLoss:
-    """Distribution matching (arXiv 2311.18828). Its gradient reaches `generated` alone.
+    """Distribution matching (arXiv 2311.18828). Its gradient reaches only `generated`.
 
     noisy: add_noise(generated, noise, timestep); real_eps: the guided teacher there; fake_eps: the network that
     follows the student there. (train_pixart_dmd.py)

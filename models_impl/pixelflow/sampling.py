@@ -89,7 +89,7 @@ class Stages:
         return tuple(last for _, last in self._ranges)
 
     def train_timesteps(self, stage: int) -> Tensor:
-        """The timesteps that training draws from in a stage: (num_train_timesteps,) float64."""
+        """The timesteps from which training draws in a stage: (num_train_timesteps,) float64."""
         return torch.linspace(*self._ranges[stage], self.num_train_timesteps, dtype=torch.float64)
 
     def timestep(self, stage: int, t: float) -> float:
@@ -172,7 +172,7 @@ class StagePlan:
 
     stage: int
     timesteps: tuple[float, ...]
-    """What the network is told, one per Euler step."""
+    """What the network is conditioned on, one per Euler step."""
     times: tuple[float, ...]
     """t inside the stage, one more than timesteps; a whole stage ends with 1."""
     guidance: float = 1.0
@@ -344,7 +344,7 @@ def jump(x: Tensor, stage: int, noise: Tensor, stages: Stages) -> Tensor:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the callback hears after each step."""
+    """What the callback is given after each step."""
 
     step: int
     """Index over the whole schedule."""
@@ -431,8 +431,8 @@ def _dopri5(predict: Predict, x: Tensor, plan: StagePlan, stages: Stages, report
     """Adaptive Dormand-Prince 5(4) over the stage. Its timestep maps t in [0, 1] onto the trained range.
 
     The error norm is taken over the whole batch, so pictures of one batch share their steps.
-    overshoot: let the last step run past the end, as torchdiffeq does, and interpolate back. The network is then asked
-    about times of the next stage; without, the last step ends where the stage does.
+    overshoot: let the last step run past the end, as torchdiffeq does, and interpolate back. The network is then called
+    at times of the next stage; without, the last step ends where the stage does.
     """
     first, last = stages.first_timestep[plan.stage], stages.last_timestep[plan.stage]
 

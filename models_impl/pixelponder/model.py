@@ -43,7 +43,7 @@ def hint_tower(operations, to: dict) -> nn.Sequential:
 
 
 class HintEncoders(nn.Module):
-    """The stems and the tower alone. Independent of the timestep: hints are embedded once per picture."""
+    """The stems and the tower. They do not depend on the timestep: hints are embedded once per picture."""
 
     def __init__(self, types: Sequence[str], operations=nn, dtype=None, device=None):
         super().__init__()
@@ -58,7 +58,7 @@ class HintEncoders(nn.Module):
 
 @dataclass(frozen=True)
 class Control:
-    """What one pass of the ControlNet gives."""
+    """The residuals of one pass of the ControlNet."""
 
     double: tuple[Tensor, ...]
     """(B, N, D) behind each double-stream block."""
@@ -98,7 +98,7 @@ class PixelPonder(FluxTrunk):
         shared = {key: value for key, value in base.items() if key in own}
         wrong = [key for key, value in shared.items() if value.shape != own[key].shape]
         if wrong or "double_blocks.0.img_attn.qkv.weight" not in shared:
-            raise ValueError("This FLUX is no base for the ControlNet: "
+            raise ValueError("This FLUX cannot be the base of the ControlNet:  "
                              + (f"{wrong[0]} is {list(shared[wrong[0]].shape)}, expected {list(own[wrong[0]].shape)}."
                                 if wrong else "it has no double_blocks.0.img_attn.qkv.weight."))
         self.load_state_dict(shared, strict=False)

@@ -41,7 +41,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def read(cls, path) -> TextEncoder:
-        """From a file of ours. Raises ValueError for any other."""
+        """The encoder of one of our files. Raises ValueError for any other file."""
         tensors, metadata = read_file(path)
         config = metadata_config(metadata, T5_FAMILY)
         if config is None or "pixstack.tokenizer" not in metadata:

@@ -165,7 +165,7 @@ class AttentionBlock(nn.Module):
 
 @dataclass
 class Walk:
-    """What one forward pass carries through the levels."""
+    """The state that one forward pass carries through the levels."""
 
     embeddings: Mapping[str, Tensor]
     context: Tensor

@@ -56,12 +56,12 @@ class _Entries:
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
         known = {f.name for f in fields(cls)}
-        found = {}
+        renamed = {}
         for name, value in entries.items():
             ours = REFERENCE_NAMES.get(name, name)
             if ours in known:
-                found[ours] = _frozen(value)
-        return found
+                renamed[ours] = _frozen(value)
+        return renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,18 +119,18 @@ class CascadeConfig(_Entries):
 
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
-        found = super().entries_of(entries)
+        renamed = super().entries_of(entries)
         if "level_config" in entries and "blocks" in entries:
             (down, up), kinds = entries["blocks"], entries["level_config"]
-            found["down"] = tuple(kind * count for kind, count in zip(kinds, down, strict=True))
-            found["up"] = tuple(kind * count for kind, count in zip(reversed(kinds), up, strict=True))
+            renamed["down"] = tuple(kind * count for kind, count in zip(kinds, down, strict=True))
+            renamed["up"] = tuple(kind * count for kind, count in zip(reversed(kinds), up, strict=True))
         if entries.get("block_repeat") is not None:
-            found["down_repeats"], found["up_repeats"] = _frozen(entries["block_repeat"])
+            renamed["down_repeats"], renamed["up_repeats"] = _frozen(entries["block_repeat"])
         levels = len(entries.get("c_hidden", entries.get("hidden", ())))
         for name in ("dropout", "self_attention"):
-            if name in found and not isinstance(found[name], tuple):
-                found[name] = (found[name],) * levels
-        return found
+            if name in renamed and not isinstance(renamed[name], tuple):
+                renamed[name] = (renamed[name],) * levels
+        return renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,15 +245,15 @@ class GuideConfig(_Entries):
     timestep_dim: int = 64
     scale_dim: int = 64
     scale_tokens: int = 576
-    """Tokens at which the scale-aware normalisation is told 1: those of a 1024x1024 picture."""
+    """Tokens at which the input of the scale-aware normalisation is 1: those of a 1024x1024 picture."""
 
     def __post_init__(self):
         problems = [f"{name}={getattr(self, name)} must be at least 1."
                     for name in ("width", "heads", "groups", "frequencies", "max_tokens") if getattr(self, name) < 1]
         if not problems:
             if self.width % self.heads:
-                problems.append(f"width={self.width} is no multiple of heads={self.heads}.")
-            problems += [f"A layer of {size} columns is no multiple of groups={self.groups}."
+                problems.append(f"width={self.width} is not a multiple of heads={self.heads}.")
+            problems += [f"A layer of {size} columns is not a multiple of groups={self.groups}."
                          for size in self.layers if size % min(self.groups, size)]
         if not self.layers or not self.down + self.up:
             problems.append("It needs at least one layer and one level.")
@@ -261,10 +261,10 @@ class GuideConfig(_Entries):
 
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
-        found = super().entries_of(entries)
+        renamed = super().entries_of(entries)
         if "n_head" in entries:  # the U-net's own `heads` is a tuple under another name
-            found["heads"] = entries["n_head"]
-        return found
+            renamed["heads"] = entries["n_head"]
+        return renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ class ControlNetConfig(_Entries):
     hidden: int = 2048
     """Channels of Stage C where the residuals are added."""
     blocks: tuple[int, ...] = (0, 4, 8, 12, 51, 55, 59, 63)
-    """Running numbers of the ResBlocks of Stage C that get a residual."""
+    """Indices of the ResBlocks of Stage C that get a residual."""
     backbone: str = "effnet"
     """effnet, large or simple."""
 
@@ -287,10 +287,10 @@ class ControlNetConfig(_Entries):
 
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
-        found = super().entries_of(entries)
-        if "backbone" in found:
-            found["backbone"] = found["backbone"] or "effnet"
-        return found
+        renamed = super().entries_of(entries)
+        if "backbone" in renamed:
+            renamed["backbone"] = renamed["backbone"] or "effnet"
+        return renamed
 
 
 STAGE_C_PRESETS = {

@@ -3,7 +3,7 @@
 For each level of Stage C, on the way down and on the way up (arXiv 2407.02158): a transformer reads the
 low-resolution features and writes the weights of a small coordinate network ("implicit neural representation"), which
 is evaluated at the cells of the high-resolution picture; together with the nearest low-resolution feature that is the
-reconstruction; an MLP fuses it with the features at hand, and the "scale-aware normalisation" is told the size.
+reconstruction; an MLP fuses it with the current features, and the "scale-aware normalisation" reads the size.
 
 The guide acts on features only, through a callable `hook(direction, level, features) -> features` that whoever runs
 Stage C calls after the first attention block of each level: our own `model.StageC`, or hooks on another implementation.
@@ -38,7 +38,7 @@ class Features:
     up: list[Tensor] = field(default_factory=list)
 
     def rows(self, start: int, stop: int) -> Features:
-        """Those of a part of the batch, for example of its conditional half."""
+        """The features of a part of the batch, for example its conditional half."""
         return Features([x[start:stop] for x in self.down], [x[start:stop] for x in self.up])
 
 
@@ -266,7 +266,7 @@ class GuideLevel(nn.Module):
         return detail + F.interpolate(low, size=(height, width), mode="nearest")
 
     def prepare(self, low: Tensor, height: int, width: int, attention: Callable = dense_attention) -> Tensor:
-        """Its part in the fusion: (B, height, width, D/4)."""
+        """The reconstruction's part of the fusion: (B, height, width, D/4)."""
         return self.toout["guide"](channels_last(self.reconstruct(low, height, width, attention)))
 
     def fuse(self, x: Tensor, prepared: Tensor, time_embedding: Tensor) -> Tensor:
@@ -326,7 +326,7 @@ class GuidedImage:
         return self._prepared[key]
 
     def hook(self, timestep: Tensor, down: float = 1.0, up: float | None = None) -> Callable:
-        """The hook of one step. timestep: (B,), what the network is told; down, up: weights of the guide.
+        """The hook of one step. timestep: (B,), what the network is conditioned on; down, up: weights of the guide.
 
         `up` None takes the released step function of the size; training is at 1.
         """
