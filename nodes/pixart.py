@@ -73,7 +73,7 @@ class PixArtLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weights", options=WEIGHTS, default="ema",
-                    tooltip="Of a training checkpoint: the averaged weights (ema) or the raw ones (model).",
+                    tooltip="Which weights of a training checkpoint: averaged (ema) or raw (model).",
                 ),
                 io.Combo.Input(
                     "dtype", options=list(MODEL_DTYPES), default="default",
@@ -187,8 +187,8 @@ class PixArtSizeCondition(io.ComfyNode):
             node_id="PixStack_PixArtSizeCondition",
             display_name="PixArt Size Condition",
             category=CATEGORY,
-            description="Tells alpha's 1024 model another size or aspect ratio than that of the picture it draws. "
-            "Without this node it is told the picture's own. Models without size conditions ignore it.",
+            description="Conditions alpha's 1024 model on another size or aspect ratio than the picture's. "
+            "Without this node it is given the picture's own. Models without size conditions ignore it.",
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="An encoded prompt."),
                 io.Int.Input("width", default=1024, min=16, max=16384, tooltip="Pixels of the original picture."),

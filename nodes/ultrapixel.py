@@ -78,13 +78,13 @@ class UltraPixelGuide(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "rescale", default=0.7, min=0.0, max=1.0, step=0.05, round=0.001,
-                    tooltip="How far guidance by cfg is brought back to the contrast of the prompt alone, for each "
+                    tooltip="How far guidance by cfg is brought back to the contrast without guidance, for each "
                     "picture. 0.7: as released. 0: plain cfg.",
                 ),
                 io.Float.Input(
                     "shift", default=1.0, min=0.01, max=100.0, step=0.1, round=0.001,
-                    tooltip="Of the noise levels: above 1 more steps near the noise. Releases: 1 for text to image, 2 "
-                    "with a ControlNet.",
+                    tooltip="Shift of the noise levels: above 1 more steps near the noise. Releases: 1 for text to "
+                    "image, 2 with a ControlNet.",
                 ),
             ],
             outputs=[io.Model.Output("guided", display_name="MODEL",

@@ -26,9 +26,9 @@ class UltraPixelPersonalise(io.ComfyNode):
                                tooltip="lora_cat.safetensors of the release, or one of PixStack's trainer, in "
                                "models/loras."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, round=0.001,
-                               tooltip="Of the changes of Stage C. 1: as trained. They act in both passes."),
+                               tooltip="Strength of the changes of Stage C. 1: as trained. They act in both passes."),
                 io.Float.Input("token_strength", default=1.0, min=-10.0, max=10.0, step=0.05, round=0.001,
-                               tooltip="Of what the word learned beyond the words it began as. 0: it means just them."),
+                               tooltip="Strength of what the word learned beyond the words it began as. 0: just them."),
                 io.String.Input("token", default="",
                                 tooltip="The learned word as it is written in prompts. Empty: as the file says. The "
                                 "released file does not say: its word is [roubaobao]."),

@@ -128,13 +128,13 @@ def graph(flow, model=TEXT, **changes):
 def unguided(flow, model, conds):
     """`predict` of the library's loop, with one forward pass each for the positive and the negative."""
     def velocity(x, timestep, cond):
-        _, told = cond[0]
-        labels = told.get("pixelflow_class_labels")
+        _, conditioning = cond[0]
+        labels = conditioning.get("pixelflow_class_labels")
         if labels is None:
-            told = dict(context=cond[0][0].expand(len(x), -1, -1))
+            conditioning = dict(context=cond[0][0].expand(len(x), -1, -1))
         else:
-            told = dict(class_labels=torch.where(labels < 0, 1000, labels).expand(len(x)))
-        return model.model.diffusion_model(x, torch.full((len(x),), timestep, dtype=torch.float32), **told)
+            conditioning = dict(class_labels=torch.where(labels < 0, 1000, labels).expand(len(x)))
+        return model.model.diffusion_model(x, torch.full((len(x),), timestep, dtype=torch.float32), **conditioning)
 
     def predict(x, timestep, stage, cfg):
         negative = velocity(x, timestep, conds[1])
@@ -535,8 +535,8 @@ def test_the_menu_of_classes_has_all_of_imagenet(flow):
 def test_the_negative_class_is_the_model_s_own_null_class(flow):
     tiny_pixelflow(flow.host.models / "diffusion_models" / "seven.safetensors", text=False, num_classes=7)
     _, null = classes(flow, "3")
-    told = load(flow, "seven.safetensors").model.extra_conds(**null[0][1])
-    assert told["class_labels"].cond.tolist() == [7]
+    conds = load(flow, "seven.safetensors").model.extra_conds(**null[0][1])
+    assert conds["class_labels"].cond.tolist() == [7]
 
 
 # Sizes
@@ -661,9 +661,9 @@ def test_text_of_another_width_is_refused_with_both_widths(flow):
         draw(flow, flow.text, ([[torch.zeros(1, 77, 768), {}]], prompt(flow, "")))
 
 
-def test_text_that_is_filled_up_for_flux_is_refused(flow):
+def test_text_that_is_padded_for_flux_is_refused(flow):
     (positive, entries), = prompt(flow, "a cat")
-    with pytest.raises(ValueError, match="PixelFlow would read the filling as words"):
+    with pytest.raises(ValueError, match="PixelFlow would read the padding as words"):
         draw(flow, flow.text, ([[positive, {**entries, "pixstack_filled": True}]], prompt(flow, "")))
 
 

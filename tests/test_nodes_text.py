@@ -109,7 +109,7 @@ def test_the_storage_may_be_chosen(text, dtype, kind):
 def test_half_an_encoder_is_refused(text, host):
     weights = {k: v for k, v in text.ours.weights().items() if "layer_norm" not in k}
     write_file(host.models / "text_encoders" / "half.safetensors", weights, text.ours.metadata())
-    with pytest.raises(ValueError, match="half.safetensors is no whole T5 encoder: 3 keys are missing"):
+    with pytest.raises(ValueError, match="half.safetensors is not a complete T5 encoder: 3 keys are missing"):
         text.load("half.safetensors")
 
 

@@ -114,9 +114,9 @@ def core_stage_c(ultra, weights, config):
         "c_in", "c_out", "c_r", "patch_size", "c_cond", "c_hidden", "nhead", "blocks", "block_repeat", "level_config",
         "c_clip_text", "c_clip_text_pooled", "c_clip_img", "c_clip_seq", "kernel_size", "self_attn", "t_conds",
         "switch_level")}
-    told = ultra.comfy.supported_models.Stable_Cascade_C(entries)
-    told.set_inference_dtype(torch.float32, None)
-    model = told.get_model({})
+    core_config = ultra.comfy.supported_models.Stable_Cascade_C(entries)
+    core_config.set_inference_dtype(torch.float32, None)
+    model = core_config.get_model({})
     model.load_model_weights({k: v for k, v in weights.items() if not k.startswith("module.")})
     cpu = torch.device("cpu")
     return ultra.comfy.model_patcher.ModelPatcher(model, cpu, cpu)
@@ -597,11 +597,11 @@ def test_a_model_that_is_no_stage_c_is_refused_by_name(ultra):
 
 
 def test_the_small_stage_c_is_refused_by_name(ultra):
-    told = ultra.comfy.supported_models.Stable_Cascade_C(
+    core_config = ultra.comfy.supported_models.Stable_Cascade_C(
         dict(c_cond=1536, c_hidden=[1536, 1536], nhead=[24, 24], blocks=[[1, 1], [1, 1]]))
-    told.set_inference_dtype(torch.float32, None)
+    core_config.set_inference_dtype(torch.float32, None)
     with pytest.raises(ValueError, match="Stage C 1B.*1536 and 1536 channels.*3.6B"):
-        guided(ultra, SimpleNamespace(model=told.get_model({}, device="meta")))
+        guided(ultra, SimpleNamespace(model=core_config.get_model({}, device="meta")))
 
 
 @pytest.mark.parametrize("value, answer", [(-1.0, True), (0.0, True), (0.6, True)])
@@ -891,7 +891,7 @@ def test_a_personalisation_works_with_the_guide_and_leaves_the_base(ultra, clip)
 def test_a_personalisation_that_does_not_fit_is_refused(ultra, clip):
     write_file(ultra.host.models / "loras" / "kohya.safetensors",
                {f"lora_prior_unet_x.lora_{part}.weight": torch.zeros(1) for part in ("down", "up")})
-    with pytest.raises(ValueError, match="^kohya.safetensors: 2 keys are no attention's.*core's LoRA loader"):
+    with pytest.raises(ValueError, match="^kohya.safetensors: 2 keys do not belong to an attent.*core's LoRA loader"):
         personal(ultra, clip, name="kohya.safetensors")
     guide = (ultra.host.models / "model_patches" / GUIDE).read_bytes()
     (ultra.host.models / "loras" / "a_guide.safetensors").write_bytes(guide)
@@ -912,7 +912,7 @@ def test_a_personalisation_that_does_not_fit_is_refused(ultra, clip):
 
 @pytest.mark.parametrize("given, words", [
     (dict(base_token="^nosuchword</w>"), "matches no word of CLIP's vocabulary"),
-    (dict(base_token="("), "is no regular expression"),
+    (dict(base_token="("), "is not a regular expression"),
 ])  # fmt: skip
 def test_words_to_begin_with_that_are_none_are_refused(ultra, clip, given, words):
     with pytest.raises(ValueError, match=words):
@@ -927,7 +927,7 @@ def test_a_word_that_a_prompt_cannot_hold_is_refused(ultra, clip, token):
 
 def test_another_text_encoder_is_refused(ultra, clip):
     other = SimpleNamespace(tokenizer=object(), cond_stage_model=type("SDXLClipModel", (), {})())
-    with pytest.raises(ValueError, match="is a SDXLClipModel; Stage C reads CLIP-G alone"):
+    with pytest.raises(ValueError, match="is a SDXLClipModel; Stage C reads only CLIP-G"):
         personal(ultra, other)
 
 

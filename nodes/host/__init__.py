@@ -1,1 +1,1 @@
-"""What ComfyUI must be told about each family: how it loads, conditions, samples and previews."""
+"""What ComfyUI must know about each family: how it loads, conditions, samples and previews."""

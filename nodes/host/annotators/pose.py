@@ -1,4 +1,4 @@
-"""Where the networks that find poses lie, and poses of whole batches."""
+"""The files of the networks that find poses, and poses of whole batches."""
 from __future__ import annotations
 
 import zipfile
@@ -32,7 +32,7 @@ def wanted(body: str, hands: bool, face: bool) -> dict[str, str]:
 
 
 def found(files: dict[str, str]) -> dict[str, bytes | Path]:
-    """part -> the file, or its contents where it lies in a wheel: those of `files` that there are.
+    """part -> the file, or its contents where it is inside a wheel: those of `files` that exist.
 
     A file of that name anywhere in models/annotators comes first, then a wheel of MediaPipe there, then an installed
     MediaPipe, which is not imported.

@@ -1,4 +1,4 @@
-"""Quantised files in ComfyUI's hands: what its own operations compute with stays in few bits, the rest is made whole.
+"""Quantised files in ComfyUI: what its own operations compute with stays in few bits, the rest is dequantised.
 
 ComfyUI has these operations in two forms. 0.3.75 wants the formats of all layers in the model's configuration and knows
 float8_e4m3fn; later ones read the format of each layer from a tensor beside its weight, and comfy-kitchen brings more.
@@ -115,6 +115,6 @@ def _named(layer: str, value: Quantised) -> dict:
         if value.settings.get("full_precision_matrix_mult"):
             named.pop(f"{layer}.input_scale", None)
     else:
-        told = json.dumps(value.settings).encode()
-        named[f"{layer}.comfy_quant"] = torch.tensor(list(told), dtype=torch.uint8)
+        encoded = json.dumps(value.settings).encode()
+        named[f"{layer}.comfy_quant"] = torch.tensor(list(encoded), dtype=torch.uint8)
     return named

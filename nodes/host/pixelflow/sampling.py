@@ -45,7 +45,7 @@ def config_of(model) -> PixelFlowConfig:
 
 
 def check_size(height: int, width: int, multiple: int):
-    """Refuse pixels that the first stage cannot cut into whole tokens, and say what would do."""
+    """Refuse pixels that the first stage cannot cut into whole tokens, and name sizes that work."""
     if height % multiple or width % multiple:
         near = [f"{w}x{h}" for h in _near(height, multiple) for w in _near(width, multiple)]
         raise ValueError(f"{width}x{height} pixels do not fit this PixelFlow model: width and height must be multiples "
@@ -180,7 +180,7 @@ class ReferenceNoise:
 
 @contextmanager
 def _stage_by_stage(guider):
-    """Gives `enter(x, cfg)`: what a guider must know of the stage that x belongs to. Restores it in the end."""
+    """A context manager that gives `enter(x, cfg)`, which sets a guider to the stage of x. Restores it in the end."""
     conds, cfg = guider.conds, getattr(guider, "cfg", None)
     if any("area" in c for entries in conds.values() for c in entries):
         raise ValueError("PixelFlow's picture grows while it is sampled, so conditioning areas cannot be followed. Use "

@@ -63,14 +63,14 @@ def pictures(folder: str, listed: dict) -> list[Tensor | ExecutionBlocker]:
 def files(folder: str, listed: dict) -> dict[str, Path | None]:
     """key -> file of an entry. Raises ValueError for one outside of input and output."""
     root, roots = find(folder), [folder_paths.get_input_directory(), folder_paths.get_output_directory()]
-    found: dict[str, Path | None] = dict.fromkeys(entries.PICTURES)
-    for key in found:
+    files: dict[str, Path | None] = dict.fromkeys(entries.PICTURES)
+    for key in files:
         if name := listed.get(key):
             path = Path(os.path.abspath(root / name))
             if not _within(path, roots):
                 raise ValueError(f"{key} of this entry, {name}, lies outside of ComfyUI's input and output folders.")
-            found[key] = path
-    return found
+            files[key] = path
+    return files
 
 
 def _picture(path: Path) -> Tensor:

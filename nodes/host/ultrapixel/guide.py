@@ -35,7 +35,7 @@ HEADROOM = 1.1
 
 @dataclass(frozen=True)
 class Strengths:
-    """Of the guide on the way down and up; up None: the released step function of the size."""
+    """Weights of the guide on the way down and up; up None: the released step function of the size."""
 
     down: float = 1.0
     up: float | None = None
@@ -74,8 +74,8 @@ def stage_c_of(model) -> comfy.model_base.StableCascade_C:
 def guided_blocks(net) -> dict[str, list[AttnBlock]]:
     """Direction -> the first attention block of each level of core's Stage C, in the order the net runs."""
     levels = {"down": net.down_blocks, "up": net.up_blocks}
-    return {way: [next(b for b in blocks if isinstance(b, AttnBlock)) for blocks in found]
-            for way, found in levels.items()}
+    return {way: [next(b for b in blocks if isinstance(b, AttnBlock)) for blocks in level_blocks]
+            for way, level_blocks in levels.items()}
 
 
 def check_base(model, config: GuideConfig):
@@ -195,7 +195,7 @@ class Kept(Plain):
         if not self.parts:
             raise ValueError("No positive prompt is active at the end of the low-resolution pass, from which the guide "
                              "is made: give one an end_percent of 1.")
-        weights, found = zip(*self.parts, strict=True)
+        weights, features = zip(*self.parts, strict=True)
         total = sum(weights)
         shares = [torch.where(total > 0, weight / total, 1 / len(weights)) for weight in weights]
 
@@ -203,7 +203,7 @@ class Kept(Plain):
             return sum(share.to(x) * x for share, x in zip(shares, levels, strict=True))
 
         return Features(*([mean(levels) for levels in zip(*parts, strict=True)]
-                          for parts in ([part.down for part in found], [part.up for part in found])))
+                          for parts in ([part.down for part in features], [part.up for part in features])))
 
 
 class Guided(Plain):

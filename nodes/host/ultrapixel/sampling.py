@@ -173,9 +173,9 @@ class Report:
 
 
 class SeededNoise:
-    """Streams of their own for every picture and pass, so that neither the low-resolution pass nor the other pictures
-    of a batch move what a picture gets. They begin from the picture's own noise: alone it comes out as in its batch.
-    All from the CPU, so that a seed means the same on every device."""
+    """Noise from a stream of its own for every picture and pass, so that neither the low-resolution pass nor the other
+    pictures of a batch change a picture's noise. The streams follow from the picture's own first noise: it comes out
+    the same without its batch. All from the CPU, so that a seed means the same on every device."""
 
     def __init__(self, noise: Tensor, seed: int, low: torch.Size):
         marks = [hashlib.sha256(row.float().cpu().numpy().tobytes()).digest() for row in noise]
@@ -223,7 +223,7 @@ class ReferenceNoise:
 
 @contextmanager
 def _two_passes(guider):
-    """Gives what a guider must know of the pass at hand, and takes it back in the end."""
+    """A context manager that sets a guider to the current pass, and resets it in the end."""
     conds = guider.conds
     if any("area" in c for entries in conds.values() for c in entries):
         raise ValueError("UltraPixel draws at two sizes, so conditioning areas cannot be followed. Use masks: "
@@ -239,14 +239,14 @@ class Conditions:
         self.guider, self.conds = guider, conds
 
     def positive(self) -> dict[object, Tensor]:
-        """id -> weight (n, 1, h or 1, w or 1) at the size of the pass at hand."""
+        """id -> weight (n, 1, h or 1, w or 1) at the size of the current pass."""
         return {c["uuid"]: _weight(c) for c in self.guider.conds["positive"]}
 
     def low(self, size: torch.Size):
         self.guider.conds = {kind: [_at_size(c, size) for c in entries] for kind, entries in self.conds.items()}
 
     def high(self):
-        """ControlNets act on the low-resolution pass alone, as in the release."""
+        """ControlNets act only on the low-resolution pass, as in the release."""
         self.guider.conds = {kind: [{k: v for k, v in c.items() if k != "control"} for c in entries]
                              for kind, entries in self.conds.items()}
 

@@ -21,7 +21,7 @@ from ..common.patcher import reloadable, with_weights
 
 TILES = (1024, 768, 512, 384, 256, 192, 128, 96, 64)  # cells a side, four pixels each
 COMFORT = 256
-"""Tiles of this side cost a fifth more work than none. Other models are only moved out of the way for less."""
+"""Tiles of this side cost a fifth more work than no tiles. Other models are only unloaded for smaller ones."""
 HEADROOM = 1.2  # workspaces of the kernels, fragmentation
 
 
@@ -44,7 +44,7 @@ def load(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = Fa
 
 
 def load_patcher(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
-    """What `load` puts into the VAE, alone."""
+    """The ModelPatcher that `load` puts into the VAE."""
     return load(path, dtype, disable_dynamic).patcher
 
 
