@@ -213,13 +213,13 @@ def competing(graph: dict) -> tuple[list[tuple[str, bool]], bool]:
     apply = next((n["inputs"] for n in graph.values() if n["class_type"] == "PixStack_PixelPonderApply"), None)
     if apply is None:
         return ()
-    found, source = [], apply["conditions"]
+    conditions, source = [], apply["conditions"]
     while source:
         inputs = graph[source[0]]["inputs"]
-        found.insert(0, inputs)
+        conditions.insert(0, inputs)
         source = inputs.get("conditions")
-    found.sort(key=lambda inputs: -inputs["priority"])
-    return [(inputs["kind"], "mask" in inputs) for inputs in found], apply["strategy"] == "blend"
+    conditions.sort(key=lambda inputs: -inputs["priority"])
+    return [(inputs["kind"], "mask" in inputs) for inputs in conditions], apply["strategy"] == "blend"
 
 
 def patches(draw: ImageDraw.ImageDraw, conditions: list[tuple[str, bool]], blended: bool, count=16, edge=20):

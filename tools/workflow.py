@@ -107,7 +107,7 @@ def _bypass(node: dict, slot: int) -> dict | None:
 
 
 def set_inputs(graph: dict, assignments: list[str], info: dict) -> dict:
-    """A copy of `graph` with each NODE.input=value done. NODE is an id, a title or a type that one node alone has."""
+    """A copy of `graph` with each NODE.input=value done. NODE is an id, a title or a type that only one node has."""
     graph = {i: {**node, "inputs": dict(node["inputs"])} for i, node in graph.items()}
     for assignment in assignments:
         target, equals, text = assignment.partition("=")
