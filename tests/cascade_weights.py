@@ -108,7 +108,7 @@ def tiny_clip_g(path: Path):
 
 
 def tiny_effnet(path: Path):
-    """Of the real size: core takes this network from torchvision."""
+    """The semantic encoder at its real size: core takes this network from torchvision."""
     net = EffnetEncoder()
     tensors = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
     write_file(path, tensors)

@@ -32,7 +32,7 @@ def wanted() -> str | None:
 
 
 def inapplicable(why: str):
-    """Marks a test that cannot be asked of DynamicVRAM."""
+    """Marks a test that does not apply under DynamicVRAM."""
     return pytest.mark.skipif(wanted() is not None, reason=f"under DynamicVRAM {why}")
 
 

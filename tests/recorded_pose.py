@@ -1,4 +1,4 @@
-"""What MediaPipe's networks said about one picture, and tflite files that say it again whatever they are shown.
+"""The recorded outputs of MediaPipe's networks for one picture, and tflite files that return them for any input.
 
 tests/fixtures/pose_recorded.npz: the tensors of a walking person in a 500 x 160 picture (of the heatmap only what lies
 around the points), and the landmarks that the Python package mediapipe 0.10.21 itself gives for it.
@@ -61,21 +61,21 @@ def write(path: Path, part: str):
     buffers, tensors, operators, results = [schema.BufferT()], [], [], []
 
     def tensor(shape, values=None, kind=schema.TensorType.FLOAT32) -> int:
-        made = schema.TensorT()
-        made.shape, made.type, made.name = list(shape), kind, f"t{len(tensors)}"
+        tensor = schema.TensorT()
+        tensor.shape, tensor.type, tensor.name = list(shape), kind, f"t{len(tensors)}"
         if values is not None:
             buffer = schema.BufferT()
             buffer.data = list(values.tobytes())
             buffers.append(buffer)
-            made.buffer = len(buffers) - 1
-        tensors.append(made)
+            tensor.buffer = len(buffers) - 1
+        tensors.append(tensor)
         return len(tensors) - 1
 
     def operator(code, inputs, output, kind, options):
-        made = schema.OperatorT()
-        made.opcodeIndex, made.inputs, made.outputs = code, inputs, [output]
-        made.builtinOptionsType, made.builtinOptions = kind, options
-        operators.append(made)
+        operator = schema.OperatorT()
+        operator.opcodeIndex, operator.inputs, operator.outputs = code, inputs, [output]
+        operator.builtinOptionsType, operator.builtinOptions = kind, options
+        operators.append(operator)
 
     side = pose.SIDES[part]
     picture, pixel = tensor((1, side, side, 3)), tensor((1, 1, 1, 3))

@@ -83,8 +83,8 @@ def test_an_unknown_node_is_named_with_the_nearest(host):
 def test_a_run_tells_what_a_browser_would_be_told(host):
     run = host.run(GRAPH)
     assert run.error is None
-    told = [(event, data.get("node")) for event, data in run.events if event != "progress_state"]
-    assert told == [
+    sent = [(event, data.get("node")) for event, data in run.events if event != "progress_state"]
+    assert sent == [
         ("execution_start", None), ("execution_cached", None), ("executing", "1"), ("executing", "2"),
         ("executed", "2"), ("execution_success", None),
     ]

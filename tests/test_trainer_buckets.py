@@ -1,4 +1,4 @@
-"""Batches of one size: no picture is lost, and which come together depends on (seed, step) alone."""
+"""Batches of one size: no picture is lost, and which come together depends only on (seed, step)."""
 from collections import Counter
 
 import pytest

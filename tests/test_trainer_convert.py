@@ -365,12 +365,12 @@ def test_peft_opens_the_folder_of_a_lora_and_changes_what_it_changes_here(tmp_pa
 
     config = replace(CONFIG, micro_conditions=False, null_caption=False)
     weights = {key: 0.2 * value for key, value in model_weights(config).items()}
-    names, chance, file = pixart_lora.names({k: v.shape for k, v in weights.items()}), torch.Generator(), {}
+    names, rng, file = pixart_lora.names({k: v.shape for k, v in weights.items()}), torch.Generator(), {}
     for module, rank in (("blocks.0.attn.qkv", 4), ("blocks.1.mlp.fc2", 2)):
         rows, columns = weights[f"{module}.weight"].shape
-        file |= {f"{module}.lora_A.weight": torch.randn(rank, columns, generator=chance), f"{module}.alpha":
-                 torch.tensor(1.0), f"{module}.lora_B.weight": torch.randn(rows, rank, generator=chance)}
-        file |= {f"{module}.dora_scale": torch.rand(rows, 1, generator=chance) + 0.5} if dora else {}
+        file |= {f"{module}.lora_A.weight": torch.randn(rank, columns, generator=rng), f"{module}.alpha":
+                 torch.tensor(1.0), f"{module}.lora_B.weight": torch.randn(rows, rank, generator=rng)}
+        file |= {f"{module}.dora_scale": torch.rand(rows, 1, generator=rng) + 0.5} if dora else {}
     file = {f"diffusion_model.{key}": value for key, value in file.items()}
     convert(stored(tmp_path / "lora.safetensors", file), tmp_path / "peft", "--to", "diffusers")
     nets = []

@@ -43,8 +43,9 @@ def expected(recipe, batch, **more):
     noise = batch_noise(0, batch.step, batch.positions, latent.shape[1:], "cpu")
     noisy = d.schedule.add_noise(latent, noise, timestep)
     context, mask = recipe.text.lookup(batch.captions, "cpu")
-    said = recipe.net(noisy, timestep, context, mask)
-    return said, sampling.iddpm_loss(said[:, :4], said[:, 4:], latent, noise, timestep, d.schedule, **more)
+    prediction = recipe.net(noisy, timestep, context, mask)
+    eps, logits = prediction[:, :4], prediction[:, 4:]
+    return prediction, sampling.iddpm_loss(eps, logits, latent, noise, timestep, d.schedule, **more)
 
 
 @pytest.mark.parametrize("words, more", [((), {}), (("recipe.snr_switch=true",), {"snr": True})], ids=["plain", "snr"])
@@ -120,7 +121,7 @@ def test_without_a_null_caption_a_dropped_caption_is_the_empty_one(made):
     assert torch.equal(found["context"], context) and torch.equal(found["mask"], mask)
 
 
-def test_a_micro_conditioned_network_is_told_the_size_of_its_picture(made):
+def test_a_micro_conditioned_network_is_conditioned_on_the_size_of_its_picture(made):
     recipe, batches = recipe_of(made("model.micro_conditions=true"))
     batch = batches(0, range(2))
     d = recipe.denoising

@@ -85,7 +85,7 @@ def test_what_is_exported_makes_of_the_base_what_the_trainer_had(made, base, wor
 
 @pytest.fixture(scope="module")
 def trained(path, parts, base, tmp_path_factory):
-    """Of a kind of adapter, a run whose change has learned enough to show."""
+    """A run of a kind of adapter, trained long enough that its change shows."""
     made = {}
 
     def of(kind):

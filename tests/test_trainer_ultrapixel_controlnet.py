@@ -68,19 +68,19 @@ def test_the_loss_is_that_of_stage_c_with_the_residuals_of_the_edges(made):
     batch, d = batches(0, range(4)), recipe.denoising
     edges = (255 * canny(batch.pictures.float() / 255)).round() / 255
     assert 0 < edges.mean() < 0.5
-    chance, latents = d.draw(0), d.latents(batch, 0)
-    x, timestep = d.noisy(latents.high, latents.noise, chance.t)
-    said = recipe.net(x, timestep, **d.conditioning(batch, chance), control=recipe.controlnet(edges))
-    torch.testing.assert_close(recipe(batch), (said - latents.noise).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
-    bare = recipe.net(x, timestep, **d.conditioning(batch, chance))
-    assert (said - bare).abs().max() > 0.01
+    draws, latents = d.draw(0), d.latents(batch, 0)
+    x, timestep = d.noisy(latents.high, latents.noise, draws.t)
+    eps = recipe.net(x, timestep, **d.conditioning(batch, draws), control=recipe.controlnet(edges))
+    torch.testing.assert_close(recipe(batch), (eps - latents.noise).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+    bare = recipe.net(x, timestep, **d.conditioning(batch, draws))
+    assert (eps - bare).abs().max() > 0.01
 
 
 def test_a_fresh_controlnet_changes_nothing_and_has_the_encoders_backbone(made, parts):
     recipe, batches = recipe_of(made("recipe.weight=none", "recipe.dropout=0.0", recipe=REAL))
     batch, d = batches(0, range(2)), recipe.denoising
-    latents, chance = d.latents(batch, 0), d.draw(0).part(range(2))
-    expected = d.plain(latents.high, latents.noise, chance.t, d.conditioning(batch, chance))
+    latents, draws = d.latents(batch, 0), d.draw(0).part(range(2))
+    expected = d.plain(latents.high, latents.noise, draws.t, d.conditioning(batch, draws))
     torch.testing.assert_close(recipe(batch), expected)
     known = state_dict.read_file(parts["vae"]["path"])[0]
     own = recipe.controlnet.backbone.state_dict()

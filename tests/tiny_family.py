@@ -1,5 +1,5 @@
 """The embedded family in miniature: every file that its recipes export, made by their own export, with random weights,
-and the recipes that they are from. Text comes from the embedded T5."""
+and the recipes that made them. Text comes from the embedded T5."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -32,11 +32,11 @@ def make(models: Path, folder: Path) -> SimpleNamespace:
         raw = {**{k: v for k, v in tiny_run.SETTINGS.items() if k not in ("model", "text")}, "precision": "fp32",
                "data": {"path": str(data), "resolution": SIDE, "crop": "none"}, "out": str(folder / name), **sections}
         raw["recipe"] = {"name": kind, **sections.get("recipe", {})}
-        made, _ = tiny_pixart.recipe_of(check.parse(raw))
-        for pattern, (tensors, metadata) in made.files().items():
+        recipe, _ = tiny_pixart.recipe_of(check.parse(raw))
+        for pattern, (tensors, metadata) in recipe.files().items():
             path = models / pattern.format(name=f"tiny_family_{name}")
             state_dict.write_file(path, {k: v.detach().clone() for k, v in tensors.items()}, metadata)
-            found[name] = SimpleNamespace(recipe=made.eval(), file=path.name, path=str(path))
+            found[name] = SimpleNamespace(recipe=recipe.eval(), file=path.name, path=str(path))
 
     for name, channels, scale, shift in (("vae", 4, 0.18215, 0.0), ("flux_vae", 16, 0.3611, 0.1159)):
         model = {"latent_channels": channels, "latent_scale": scale, "latent_shift": shift}

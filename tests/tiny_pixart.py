@@ -25,9 +25,9 @@ def t5(folder, width=WIDTH):
     libraries.hide_broken_torchvision()
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    made = tokenizer.train([f"a {c} {s}" for c in COLOURS for s in ("square", "card")], 60)
+    trained = tokenizer.train([f"a {c} {s}" for c in COLOURS for s in ("square", "card")], 60)
     names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=trained, **names).save_pretrained(folder)
     torch.manual_seed(0)
     shape = T5Config(vocab_size=60, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     T5EncoderModel(shape).save_pretrained(folder)
@@ -62,8 +62,8 @@ def settings(path, out, sections, *words, recipe="pixart", **more):
 def released(path, seed=0, scale=0.1, **entries):
     """A checkpoint of ours with weights none of which is zero; a null caption unless `entries` say otherwise."""
     shape = PixArtConfig(**{**SHAPE, "sample_size": 8, "null_caption": True, **entries})
-    chance = torch.Generator().manual_seed(seed)
-    weights = {k: scale * torch.randn(v.shape, generator=chance) for k, v in PixArt(shape).state_dict().items()}
+    rng = torch.Generator().manual_seed(seed)
+    weights = {k: scale * torch.randn(v.shape, generator=rng) for k, v in PixArt(shape).state_dict().items()}
     write_file(path, weights, checkpoint.metadata(shape))
     return shape, weights
 

@@ -29,10 +29,10 @@ GUIDED = {"name": "ultrapixel_guide", "low_side": 2, **FRESH}
 
 def network(kind, shape, seed=0, std=0.08):
     torch.manual_seed(seed)
-    made = kind(shape)
-    for parameter in made.parameters():  # the initial zeros would hide mistakes
+    net = kind(shape)
+    for parameter in net.parameters():  # the initial zeros would hide mistakes
         nn.init.normal_(parameter, std=std)
-    return made.eval()
+    return net.eval()
 
 
 def written(path, kind, shape, **more):
@@ -52,7 +52,7 @@ def calibrated(net, picture):
 
 
 def effnet(path):
-    """As released: EfficientNetV2-S at its full size, its weights of chance."""
+    """As released: EfficientNetV2-S at its full size, with random weights."""
     torch.manual_seed(0)
     plain = torch.rand(24, 3, 1, 1).expand(-1, -1, 128, 128).clone()
     plain[::2, :, :32] = 0.5  # as the pictures of `tiny_run`, whose latents are then of size one

@@ -164,8 +164,8 @@ class VirtualGPU(TorchDispatchMode):
 
     @staticmethod
     def some(tensors: list) -> bool | None:
-        """Whether anything in the only tensor of an operation is not zero, as far as that is known: nodes tell an empty
-        latent by it."""
+        """Whether anything in the only tensor of an operation is not zero, as far as that is known: nodes recognise an
+        empty latent by it."""
         if len(tensors) != 1:
             return None
         if isinstance(tensors[0], FakeTensor):
@@ -177,8 +177,8 @@ class VirtualGPU(TorchDispatchMode):
             if values is None and argument.alias_info is not None and argument.alias_info.is_write:
                 for changed in (y for y in tree_leaves(x) if isinstance(y, FakeTensor)):
                     changed.value = None
-        made = tree_leaves(result)
-        for x, value in zip(made, [None] * len(made) if values is None else tree_leaves(values), strict=True):
+        leaves = tree_leaves(result)
+        for x, value in zip(leaves, [None] * len(leaves) if values is None else tree_leaves(values), strict=True):
             if isinstance(x, FakeTensor) and x.device.type == GPU:
                 x.made_by, x.some = name, some if x.dtype != torch.bool or name == "any" else None
                 if value is not None and value.numel() <= SMALL:
@@ -191,9 +191,9 @@ class VirtualGPU(TorchDispatchMode):
         if not isinstance(like, torch.Tensor) or isinstance(like, FakeTensor):
             return like
         with self.fake:
-            made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-        made.value = value
-        return made
+            fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+        fake.value = value
+        return fake
 
     def indices(self, name: str, indices: list) -> list:
         """Those of bool become as many as if all were true."""
@@ -334,8 +334,8 @@ class Waits:
 
 
 def one_pass(run: Callable[[], object], dtype: torch.dtype, count: bool = True) -> Waits:
-    """Of a network that computes in dtype, and so has to answer: in its second pass, for the first may fill caches.
-    Without `count` there is only one, and no waits."""
+    """The waits of a network that computes in dtype and must return it, in its second pass: the first may fill caches.
+    Without `count` there is only one pass, and no waits."""
     with VirtualGPU() as gpu, torch.no_grad():
         for x in (x for x in tree_leaves(run()) if isinstance(x, torch.Tensor)):
             if x.device.type != GPU or x.dtype != dtype:
@@ -349,7 +349,7 @@ def one_pass(run: Callable[[], object], dtype: torch.dtype, count: bool = True) 
 
 
 def in_steps(run: Callable[[int], object], few: int, many: int) -> Waits:
-    """Of a loop `run(steps)`: what a longer run waits for and a shorter one does not, per step."""
+    """The waits of a loop `run(steps)` per step: those of a longer run that a shorter one does not have."""
     seen = []
     for steps in (few, many):
         with VirtualGPU() as gpu, torch.no_grad():
@@ -381,7 +381,7 @@ def main(module: str, out: str, *names: str):
 
 
 def in_child(request, folder: Path) -> dict[str, dict]:
-    """What came of the rehearsals that the tests of this file ask for, by name. One child for all of them, and for all
+    """The results of the rehearsals that the tests of this file ask for, by name. One child for all of them, and all
     workers of pytest-xdist."""
     from filelock import FileLock  # a requirement of torch
 

@@ -40,7 +40,7 @@ EMBEDDED = (
     ("controlnet", "pixelponder_emoji.safetensors"),
 )  # fmt: skip
 OWN = (("loras", "your_pixart_lora.safetensors"), ("loras", "your_flux_lora.safetensors"))
-"""What no release has, and the user is asked for."""
+"""Files that no release has and the user must supply."""
 DATA_SET = "dataset"  # in input/, for workflows that walk one
 PICTURE = "example.png"  # a new ComfyUI has a picture of this name in input/
 
@@ -228,7 +228,7 @@ def tiny_flux(path: Path):
 
 
 EMOJI = dict(context_dim=192, depth=3, hidden=64, heads=4, sample_size=16, latent_scale=0.18215, token_limit=32)
-"""Of the embedded PixArt, as far as its T5 and its pictures of 128 pixels ask for it."""
+"""The shape of the embedded PixArt, as far as its T5 and its pictures of 128 pixels require it."""
 EMOJI_FLUX = FluxConfig(hidden=64, heads=2, axes=(8, 12, 12), mlp_hidden=256, depth=2, single_depth=2, pooled_dim=8,
                         context_dim=192, guidance=False)
 

@@ -2,7 +2,7 @@
 
 A tolerance is a number, or a tensor with one for every value of the output.
 
-An adapter reads shapes and settings from the case alone.
+An adapter reads shapes and settings only from the case.
 """
 from importlib import import_module
 from pkgutil import iter_modules

@@ -130,7 +130,7 @@ def personalisation(case):
     mine = {key: value for key, value in case.weights.items() if key.startswith("module.")}
     config, weights = checkpoint.read_stage_c(case.weights, config=c)
     file = lora.read(mine, config=config, alpha=c["alpha"], modules=c["index_to_module"])
-    if c["module_filters"] == [".attn"]:  # what is personalised where nobody says so
+    if c["module_filters"] == [".attn"]:  # what is personalised by default
         assert list(lora.read(mine, config=config).layers) == list(file.layers)
     arguments = i["x"], i["r"]
     return close({
