@@ -14,9 +14,9 @@ BESIDE_A_MODEL = ("first_stage_model.", "vae.", "cond_stage_model.", "conditione
 @dataclass(frozen=True)
 class Kind:
     name: str
-    """As a person knows it."""
+    """Name in messages."""
     keys: tuple[str, ...]
-    """One of them is enough to know it by, any prefix removed; *.x is a key that ends in .x."""
+    """Keys of which one identifies the kind, any prefix removed; *.x is a key that ends in .x."""
     loader: str | None
     """The node that takes it, as ComfyUI shows its name; None where no node does."""
     folder: str = ""
@@ -91,7 +91,7 @@ def family_of(keys: Iterable[str]) -> str | None:
 
 
 def whose(tensors: Mapping) -> str:
-    """What the file is, with what and from where ComfyUI loads it; its first keys where that is not known."""
+    """A sentence on what the file is and how and from where ComfyUI loads it; its first keys if that is not known."""
     keys = names(tensors)
     kind = _kind_of(keys)
     if kind is None:

@@ -29,7 +29,7 @@ PEFT_ALPHA = 8  # peft's LoraConfig.lora_alpha, LoHaConfig.alpha and LoKrConfig.
 METADATA_KEY = "lora_adapter_metadata"  # diffusers: loaders/lora_base.py
 FORMATS = ("diffusers", "original", "comfyui", "kohya")
 
-# What may stand before a module's name, and how a person knows the file that has it.
+# Prefixes of a module's name -> what such a file is called in messages.
 PREFIXES = {
     "base_model.model.": "PEFT",
     "transformer.": "diffusers",
@@ -64,7 +64,7 @@ ELSEWHERE = (  # family -> what its modules are called, with "_" for every "."
 
 @dataclass(frozen=True)
 class Target:
-    """What a module's name means in our network."""
+    """The parameter of our network that a module's name stands for."""
 
     key: str
     """The parameter, such as blocks.0.attn.qkv.weight."""
@@ -200,7 +200,7 @@ def _resolve(module: str, known: Mapping[str, Target], flat: Mapping[str, str]) 
 
 
 def _config(stated: Mapping | None, where: str, modules: Mapping) -> tuple[dict | None, list[str]]:
-    """PEFT's configuration, unless the ranks it states are not those of the file (then it lies beside another's)."""
+    """PEFT's configuration, unless the ranks it states are not those of the file (then it belongs to another file)."""
     if not stated:
         return None, []
     for module, parts in modules.items():
@@ -211,7 +211,7 @@ def _config(stated: Mapping | None, where: str, modules: Mapping) -> tuple[dict 
 
 
 def _from_metadata(metadata: Mapping[str, str]) -> dict | None:
-    """What diffusers writes beside the weights: PEFT's entries, behind the name of the component or bare."""
+    """The entries that diffusers writes beside the weights: PEFT's, under the name of the component or bare."""
     try:
         stated = json.loads(metadata.get(METADATA_KEY, "{}"))
     except ValueError:
@@ -227,7 +227,7 @@ def _pattern(patterns: Mapping | None, module: str, otherwise):
 
 
 def _rank(parts: Mapping[str, Tensor]) -> int | None:
-    """None for a lokr of two whole factors, which has no rank."""
+    """Rank of a module's adapter; None for a lokr of two whole factors, which has none."""
     for part in ("lora_down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
         if part in parts:
             return parts[part].shape[0]
@@ -353,7 +353,7 @@ def delta(layer: Layer, shape: Sequence[int], weight: Tensor | None = None) -> T
     """The change of a weight at strength 1, float32, of shape `shape`.
 
     shape and weight are those of what the layer changes: only of its rows when it has rows. weight: needed, and used,
-    only where there is a dora_scale; the result lies on its device. Raises ValueError when the sizes do not fit.
+    only where there is a dora_scale; the result is on its device. Raises ValueError when the sizes do not fit.
     """
     t = {name: tensor.to("cpu" if weight is None else weight.device, torch.float32)
          for name, tensor in layer.tensors.items()}
@@ -571,7 +571,7 @@ def sizes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
 
 
 def names_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Target]]:
-    """For a network whose modules other programs call as we do: every weight's module, under both spellings."""
+    """The table of a network whose modules other programs call as we do: each weight's module, in both spellings."""
     own = {key.removesuffix(".weight"): Target(key, None, tuple(shape))
            for key, shape in shapes.items() if key.endswith(".weight")}
     return {"original": own, "diffusers": own}

@@ -34,7 +34,7 @@ MAY_RETURN_ITSELF = {  # methods that do nothing to a tensor that is already as 
 @dataclass(frozen=True)
 class Format:
     name: str
-    """As people call it, in messages."""
+    """Name in messages."""
     whole: Callable[[Mapping[str, Tensor], Mapping, tuple], Tensor] | None
     """(parts, settings of the layer, shape) -> the weight in float32; None where only ComfyUI can."""
 

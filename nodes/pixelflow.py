@@ -44,7 +44,7 @@ class PixelFlowLoader(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A file in models/diffusion_models. If a config.yaml lies beside it, it is read too.",
+                    tooltip="A file in models/diffusion_models. A config.yaml beside it is read too.",
                 ),
                 io.Combo.Input(
                     "weights",
@@ -158,7 +158,7 @@ class PixelFlowClass(io.ComfyNode):
                                        tooltip="For the sampler's positive input."),
                 io.Conditioning.Output(
                     "null_conditioning", display_name="null conditioning",
-                    tooltip="The class that stands for any, for the sampler's negative input.",
+                    tooltip="The null class, for the sampler's negative input.",
                 ),
             ],
         )

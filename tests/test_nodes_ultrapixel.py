@@ -1002,7 +1002,7 @@ def test_a_picture_without_a_low_latent_is_scaled_down(ultra):
 
 def test_sampling_that_goes_on_without_noise_is_refused(ultra):
     model = guided(ultra)
-    with pytest.raises(ValueError, match="goes on from a noisy latent.*connect RandomNoise"):
+    with pytest.raises(ValueError, match="continues from a noisy latent.*connect RandomNoise"):
         draw(ultra, model, noise=torch.zeros(1, 16, *HIGH), latent=noise_of(), sigmas=levels(ultra, model, 2, 0.5))
 
 

@@ -315,7 +315,7 @@ def test_a_training_starts_from_the_blocks_of_its_base():
     net = PixelPonder(CONTROL).initialise(base)
     assert torch.equal(net.double_blocks[1].img_mlp[0].weight, base["double_blocks.1.img_mlp.0.weight"])
     assert net.conditions(hints("canny")).embeds.abs().max() == 0
-    with pytest.raises(ValueError, match="no base for the ControlNet"):
+    with pytest.raises(ValueError, match="cannot be the base of the ControlNet"):
         PixelPonder(CONTROL).initialise(Flux(replace(BASE, hidden=32, heads=4)).state_dict())
 
 

@@ -95,7 +95,7 @@ LEFT_OUT = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates"}
 
 
 def requirements(comfyui: Path) -> list[str]:
-    """What the ComfyUI asks pip for, less LEFT_OUT."""
+    """Requirements of the ComfyUI, without LEFT_OUT."""
     lines = (line.partition("#")[0].strip() for line in (comfyui / "requirements.txt").read_text().splitlines())
     return [line for line in lines if line and re.split(r"[^A-Za-z0-9._-]", line)[0].lower() not in LEFT_OUT]
 
@@ -131,11 +131,11 @@ def prepare_torch() -> list[str]:
 
 TORCHAUDIO = ("torchaudio", *(f"torchaudio.{part}" for part in ("functional", "transforms", "compliance",
                                                                  "compliance.kaldi")))  # fmt: skip
-"""What ComfyUI imports of torchaudio when it starts, from 0.8 on."""
+"""Modules of torchaudio that ComfyUI imports when it starts, from 0.8 on."""
 
 
 def stand_in_for_torchaudio() -> None:
-    """Empty modules in the place of a torchaudio that is missing or, as its CUDA builds on CPU torch, does not load."""
+    """Empty modules instead of a torchaudio that is missing or, like its CUDA builds on CPU torch, does not load."""
     try:
         import_module("torchaudio")
         return
@@ -180,13 +180,13 @@ class NodeError:
 
 @dataclass
 class Run:
-    """What came of one graph."""
+    """Results of one graph."""
 
     outputs: dict[str, dict] = field(default_factory=dict)
-    """What each output node sent to the UI, by node id."""
+    """Output of each output node for the UI, by node id."""
     images: list[Path] = field(default_factory=list)
     events: list[tuple[str, dict]] = field(default_factory=list)
-    """As a browser would get them: (execution_start, ...), (progress, ...), (executed, ...)."""
+    """Events as a browser would get them: (execution_start, ...), (progress, ...), (executed, ...)."""
     previews: list[tuple[str, object]] = field(default_factory=list)
     """(node id, PIL image) in the order they were sent."""
     errors: list[NodeError] = field(default_factory=list)
@@ -260,12 +260,12 @@ class Host:
             raise RuntimeError("ComfyUI could not load this package; the reason is in the log above")
 
     def object_info(self) -> dict[str, dict]:
-        """What GET /object_info answers, for the parts that describe a node's inputs and outputs."""
+        """The answer of GET /object_info, for the parts that describe a node's inputs and outputs."""
         info = {name: _describe(name, node, self._nodes) for name, node in self._nodes.NODE_CLASS_MAPPINGS.items()}
         return json.loads(json.dumps(info))
 
     def check(self, graph: dict) -> list[NodeError]:
-        """What ComfyUI says against `graph` before it runs anything."""
+        """Errors that ComfyUI finds in `graph` before it runs anything."""
         return self._validate(copy.deepcopy(graph))[0]
 
     def _validate(self, graph: dict) -> tuple[list[NodeError], list[str]]:
@@ -424,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     runner.add_argument("--input", type=Path, action="append", default=[], metavar="FILE", help="copy it into input/")
     runner.add_argument("--output", type=Path, metavar="DIR", help="where images are written (BASE/output)")
     commands.add_parser("object-info", parents=[both], help="print what every node takes and gives, as JSON")
-    commands.add_parser("requirements", help="print what the ComfyUI asks pip for, less torch and its kin")
+    commands.add_parser("requirements", help="print the ComfyUI's requirements, without torch's packages")
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command != "serve":
         parser.error(f"unknown arguments: {' '.join(rest)}")

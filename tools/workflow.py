@@ -84,7 +84,7 @@ def _is_widget(spec: list) -> bool:
 
 
 def _follow(origin: int, slot: int, nodes: dict, links: dict):
-    """What a link really carries, through reroutes and bypassed nodes: [node, slot], a primitive's value, or None."""
+    """The source of a link, through reroutes and bypassed nodes: [node, slot], a primitive's value, or None."""
     node = nodes[origin]
     if node.get("mode") == MUTED:
         return None

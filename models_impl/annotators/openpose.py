@@ -101,7 +101,7 @@ def draw(frame: Mapping, height: int, width: int, *, body: bool = True, hands: b
          stick: float = 4.0, confidence: float = 0.3) -> Tensor:
     """A frame as (height, width, 3) in [0, 1], on black.
 
-    Points are stretched from the frame's canvas to this size; points that all lie in [0, 1] are taken as parts of it.
+    Points are stretched from the frame's canvas to this size; if all points lie in [0, 1] they are fractions of it.
     stick: half the width of a limb in pixels, and the radius of a joint. confidence: points below are left out.
     """
     import cv2
@@ -144,7 +144,7 @@ def colour(turn: float) -> tuple[int, int, int]:
 
 
 def _scaled(values: Sequence[float], frame: Mapping, height: int, width: int, confidence: float) -> dict:
-    """index -> (x, y) in pixels, of the points that are sure enough."""
+    """index -> (x, y) in pixels, of the points with enough confidence."""
     points = list(zip(values[::3], values[1::3], values[2::3], strict=True))
     parts = bool(points) and max(max(x, y) for x, y, _ in points) <= 1
     across = 1 if parts else frame.get("canvas_width") or width

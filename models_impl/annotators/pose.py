@@ -66,10 +66,10 @@ Network = Callable[[Tensor], list[Tensor]]
 
 @dataclass(frozen=True)
 class Person:
-    """Points in pixels of the picture; they may lie outside of it."""
+    """One person. Points are in pixels of the picture and may lie outside of it."""
 
     score: float
-    """How sure it is, in [0, 1]."""
+    """Certainty, in [0, 1]."""
     body: Tensor
     """(33, 3): x, y, and how likely the point is to be seen, in [0, 1]."""
     left: Tensor | None = None
@@ -198,7 +198,7 @@ def overlaps(one: Tensor, many: Tensor) -> Tensor:
 
 def detect(network: Network, picture: Tensor, boxes: Tensor, side: int, strides: tuple[int, ...],
            confidence: float) -> tuple[Tensor, Tensor]:
-    """What a detector finds within boxes of a picture (3, H, W): points (N, 2 + K, 2) in pixels and scores (N,)."""
+    """Findings of a detector within boxes of a picture (3, H, W): points (N, 2 + K, 2) in pixels and scores (N,)."""
     raw, logits = network(crop(picture, boxes, side, "zeros") * 2 - 1)
     points, scores = decode(raw, logits, side, strides)
     candidates = project(points.flatten(1, 2), boxes).view_as(points)[scores >= confidence]
@@ -215,7 +215,7 @@ def body_points(raw: Tensor, heatmap: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refined(points: Tensor, heatmap: Tensor, kernel: int = 7, confidence: float = 0.5) -> Tensor:
-    """Points (N, P, 2) in [0, 1] moved to the mass of the heatmap (N, h, w, P) around them, where that is sure."""
+    """Points (N, P, 2) in [0, 1] moved to the mass of the heatmap (N, h, w, P) around them, where it is certain enough."""
     height, width = heatmap.shape[1:3]
     x, y = (points[..., 0] * width).int(), (points[..., 1] * height).int()  # (N, P)
     reach = (kernel - 1) // 2
@@ -295,7 +295,7 @@ def face_points(networks: dict[str, Network], picture: Tensor, head: Tensor) -> 
     points, _ = detect(networks["face_detector"], picture, box, SIDES["face_detector"], FACE_STRIDES, 0.5)
     if not len(points):
         return None
-    keys = points[:1, 2:]  # eyes, nose, mouth and ears of the surest
+    keys = points[:1, 2:]  # eyes, nose, mouth and ears of the most certain face
     box = grown(around(keys, keys[:, 0], keys[:, 1], 0.0), 2.0, down=-0.1)
     raw, presence = networks["face"](crop(picture, box, SIDES["face"]))
     return _scored(raw, presence.flatten()[0].sigmoid(), SIDES["face"], box)

@@ -38,7 +38,7 @@ def seen(image: Tensor, resolution: int) -> tuple[Tensor, Callable[[Tensor], Ten
 
 
 def resized(image: Tensor, height: int, width: int, area: bool = False) -> Tensor:
-    """As OpenCV resizes float pictures: the mean of what a pixel covers with `area`, else bilinear."""
+    """image resized as by OpenCV for floats: with `area` the mean of what a pixel covers, else bilinear."""
     if image.shape[-2:] == (height, width):
         return image
     import cv2

@@ -60,7 +60,7 @@ def read(
 
 
 def metadata(config: FluxConfig) -> dict[str, str]:
-    """What our exported safetensors say about themselves, which leaves nothing to guess."""
+    """Metadata of our exported safetensors: the family and the whole configuration."""
     return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
 
 
@@ -88,13 +88,13 @@ def from_shapes(tensors: Mapping[str, Tensor]) -> dict:
 
 
 def count(tensors: Mapping, name: str) -> int:
-    """How many entries the module list `name` has."""
+    """Number of entries of the module list `name`."""
     matches = (re.match(rf"{re.escape(name)}\.(\d+)\.", key) for key in tensors)
     return 1 + max((int(m[1]) for m in matches if m), default=-1)
 
 
 def complete(shapes: Mapping, stated: Mapping) -> dict:
-    """Both merged; raises ValueError where they contradict, or where the rope is neither stated nor a release's."""
+    """Both merged. Raises ValueError where they contradict, or where the rope is neither stated nor a release's."""
     for name in shapes.keys() & stated.keys():
         if stated[name] != shapes[name]:
             raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")

@@ -1,4 +1,4 @@
-"""What a FLUX checkpoint is: the shape of its transformer."""
+"""Configuration of a FLUX checkpoint: the shape of its transformer."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -75,7 +75,7 @@ class FluxConfig:
 
     @classmethod
     def from_dict(cls, entries: Mapping) -> FluxConfig:
-        """From a complete set of entries; see `entries_of` for the names it takes."""
+        """The configuration of a complete set of entries; see `entries_of` for the names it takes."""
         return cls(**cls.entries_of(entries))
 
     @classmethod

@@ -194,7 +194,7 @@ class FinalLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Residuals:
-    """What a ControlNet adds behind the blocks of the base, each entry serving a run of neighbouring blocks."""
+    """Residuals of a ControlNet, added after the blocks of the base; each entry serves a run of neighbouring blocks."""
 
     double: tuple[Tensor, ...] = ()
     """(B, N, D) each, to the image tokens."""

@@ -143,7 +143,7 @@ def read_controlnet(
 
 
 def beside(path: str | os.PathLike) -> dict | None:
-    """What lies beside a file about it: diffusers' `config.json`, with it a `scheduler_config.json` there or in
+    """Entries about a file from beside it: diffusers' `config.json`, with it a `scheduler_config.json` there or in
     `../scheduler`, and `../vae`; or a released name."""
     path = Path(path)
     stated = {}
@@ -169,7 +169,7 @@ def beside(path: str | os.PathLike) -> dict | None:
 
 
 def metadata(config: PixArtConfig) -> dict[str, str]:
-    """What our exported safetensors say about themselves, so that nothing has to be guessed."""
+    """Metadata of our exported safetensors: the family and the whole configuration."""
     return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
 
 
@@ -297,7 +297,7 @@ def _unwrap(tensors: Mapping, weights: str) -> dict:
 
 
 def _controlnet_layout(tensors: Mapping) -> re.Pattern | None:
-    """What a ControlNet's keys look like in this file, its group our key but for diffusers' names inside a block."""
+    """Pattern of a ControlNet's keys in this file; its group is our key but for diffusers' names inside a block."""
     for mark, layout in (
         ("controlnet.0.copied_block.scale_shift_table", r"controlnet\.(\d+\..*)"),
         ("0.copied_block.scale_shift_table", r"(\d+\..*)"),
@@ -354,7 +354,7 @@ def _from_block_shapes(tensors: Mapping[str, Tensor], prefix: str, depth: int, s
 def _kv_compression(
     tensors: Mapping[str, Tensor], prefix: str, depth: int, stated: KVCompression | None
 ) -> KVCompression | None:
-    """What the keys say about the convolution, which has weights, and `stated` about the rest, which has none."""
+    """KV compression from the keys, for the convolution, which has weights, else from `stated`."""
     factors = {i: tensors[key].shape[-1] for i in range(depth)
                if (key := f"{prefix.format(i)}attn.sr.weight") in tensors}
     if len(set(factors.values())) > 1:
@@ -454,7 +454,7 @@ def _fitted_range(stored: Tensor, n: int) -> float | None:
 
 
 def _from_scheduler(scheduler: Mapping) -> dict:
-    """What a diffusers scheduler says of the training. One that gives no betas has the defaults, which are PixArt's."""
+    """Entries from a diffusers scheduler. One that gives no betas has the defaults, which are PixArt's."""
     prediction = {"epsilon": "eps", "v_prediction": "v"}.get(scheduler.get("prediction_type"))
     stated = {"prediction": prediction} if prediction else {}
     if scheduler.get("beta_schedule") in ("linear", "scaled_linear"):

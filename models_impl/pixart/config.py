@@ -1,4 +1,4 @@
-"""What a PixArt checkpoint is: the shape of its transformer, and the latents and the noise that it was trained on."""
+"""Configuration of a PixArt checkpoint: the shape of its transformer, the latents and the noise of its training."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -80,10 +80,10 @@ class PixArtConfig:
     sample_size: int = 128
     """Side in latent cells of the square pictures it was trained on."""
     latent_scale: float = 0.13025
-    """What VAE latents are multiplied with."""
+    """Factor that VAE latents are multiplied by."""
     prediction: str = "eps"
     schedule: str = "linear"
-    """How beta grows: linear, or scaled_linear ..."""
+    """Growth of beta, linear or scaled_linear ..."""
     beta_start: float = 1e-4
     beta_end: float = 0.02
     """... from the first timestep to the last."""
@@ -136,7 +136,7 @@ class PixArtConfig:
 
     @classmethod
     def from_dict(cls, entries: Mapping) -> PixArtConfig:
-        """From entries under any of the names that `entries_of` takes; what they leave out has its default."""
+        """The configuration of entries under any names that `entries_of` takes; what they leave out has its default."""
         values = cls.entries_of(entries)
         if "variant" in entries:
             values.setdefault("token_limit", TOKEN_LIMITS[entries["variant"]])
@@ -164,7 +164,7 @@ class PixArtConfig:
 
 
 def _derived(entries: Mapping) -> dict:
-    """What follows from entries that have no counterpart of their own."""
+    """Our entries that follow from those without a counterpart of their own."""
 
     def value(ours, default=None):
         names = (ours, *(theirs for theirs, name in OTHER_NAMES.items() if name == ours))

@@ -2,7 +2,7 @@
 
 A DiT on VAE latents whose adaLN is computed once for all blocks (adaLN-single) and whose text enters through an ungated
 cross attention on the raw residual. One class for the single-scale and the multi-scale networks of the release: they
-differ in where the table of positions comes from, and here it is always computed for the grid at hand.
+differ in where the table of positions comes from, and here it is always computed for the current grid.
 """
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TextTokens:
 
 @dataclass(frozen=True)
 class Flow:
-    """What every block of one forward pass is given."""
+    """Inputs that all blocks of one forward pass share."""
 
     modulation: Tensor
     """(B, 6, D) of t_block."""

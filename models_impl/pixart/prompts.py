@@ -1,4 +1,4 @@
-"""What PixArt's demos let a user write into a prompt, and the styles that they offer.
+"""Flags that PixArt's demos accept in a prompt, and the styles that they offer.
 
 A prompt is parsed first, then styled, then cleaned (text/captions.py): each step would spoil what the one before reads.
 """
@@ -14,7 +14,7 @@ NO_STYLE = "(No style)"
 @dataclass(frozen=True)
 class Prompt:
     text: str
-    """What the network reads: all that stands before the first flag, stripped."""
+    """The text that the network reads: everything before the first flag, stripped."""
     ratio: float | None = None
     """height / width; where it is None the release takes 1. The picture is made in the nearest bucket."""
     size: tuple[int, int] | None = None

@@ -44,7 +44,7 @@ AfterStep = Callable[[Tensor, "float | None"], Tensor]
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How much noise there is at a timestep: log(alpha) is linear between whole timesteps (NoiseScheduleVP).
+    """Noise level by timestep: log(alpha) is linear between whole timesteps (NoiseScheduleVP).
 
     Methods take a float and give one, or take a tensor and give one of its shape, float32 or, for float64, float64.
     With zero terminal SNR (arXiv 2305.08891, algorithm 1) alpha at the last timestep is ZERO_SNR_ALPHA and not 0: an
@@ -97,7 +97,7 @@ class NoiseSchedule:
 
     @cached_property
     def _log_alphas(self) -> Tensor:
-        """At CLEAN, 0, 1, ... steps - 1."""
+        """log(alpha) at CLEAN, 0, 1, ... steps - 1."""
         logs = self.alphas_cumprod.clamp(min=ZERO_SNR_ALPHA**2 if self.zero_terminal_snr else 0).log() / 2
         return torch.cat([torch.zeros(1, dtype=torch.float64), logs])
 
@@ -152,7 +152,7 @@ class NoiseSchedule:
         return (x - self._like(self.std, timestep, x) * eps) / self._like(self.alpha, timestep, x)
 
     def velocity(self, sample: Tensor, noise: Tensor, timestep) -> Tensor:
-        """What a v-prediction network learns: alpha * noise - std * sample (arXiv 2202.00512, appendix D)."""
+        """Target of a v-prediction network: alpha * noise - std * sample (arXiv 2202.00512, appendix D)."""
         return self._like(self.alpha, timestep, sample) * noise - self._like(self.std, timestep, sample) * sample
 
     def denoised_from_velocity(self, x: Tensor, velocity: Tensor, timestep) -> Tensor:
@@ -195,7 +195,7 @@ def _state_dtype(x: Tensor) -> torch.dtype:
 # --- Lists of timesteps, high to low: one more than steps, the last is where the sample is left
 
 def time_uniform(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
-    """Even in time, fractional, from the last timestep to 0: DPM-Solver++ and SA-Solver as PixArt runs them.
+    """Timesteps even in time, fractional, from the last timestep to 0: DPM-Solver++ and SA-Solver as PixArt runs them.
 
     0 is not CLEAN: the sample keeps noise of sigma 0.01, as in the reference.
     """
@@ -203,7 +203,7 @@ def time_uniform(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
 
 
 def time_quadratic(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
-    """As time_uniform, but denser towards 0: even in the square root of time."""
+    """Timesteps as in time_uniform, but denser towards 0: even in the square root of time."""
     return _power(steps, train_steps, 2)
 
 
@@ -215,12 +215,12 @@ def _power(steps: int, train_steps: int, power: float) -> list[float]:
 
 
 def logsnr_uniform(steps: int, schedule: NoiseSchedule) -> list[float]:
-    """Even in log(sigma), from the last timestep to 0."""
+    """Timesteps even in log(sigma), from the last timestep to 0."""
     return _between_sigmas(steps, schedule, math.log, math.exp)
 
 
 def karras(steps: int, schedule: NoiseSchedule, rho: float = 7.0) -> list[float]:
-    """Even in sigma^(1/rho) (arXiv 2206.00364, eq. 5), from the last timestep, or sigma 80, to 0."""
+    """Timesteps even in sigma^(1/rho) (arXiv 2206.00364, eq. 5), from the last timestep, or sigma 80, to 0."""
     return _between_sigmas(steps, schedule, lambda s: min(s, 80.0) ** (1 / rho), lambda r: r**rho)
 
 
@@ -243,7 +243,7 @@ def iddpm_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[floa
 
 
 def lcm_timesteps(steps: int, origin: int = 50, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
-    """Those of the `origin` timesteps of the distillation that a sampler with `steps` steps visits, then CLEAN."""
+    """The timesteps, of the distillation's `origin`, that a sampler of `steps` steps visits, then CLEAN."""
     if not 1 <= origin <= train_steps:
         raise ValueError(f"origin={origin} must be between 1 and the {train_steps} timesteps of training.")
     _at_least_one(steps, origin)
@@ -258,7 +258,7 @@ def linspace_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[f
 
 
 def leading_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
-    """Whole multiples of the same stride, then CLEAN: diffusers' "leading"."""
+    """Timesteps at whole multiples of the same stride, then CLEAN: diffusers' "leading"."""
     _at_least_one(steps, train_steps - 1)
     return [*(float(i * (train_steps // (steps + 1))) for i in range(steps, 0, -1)), CLEAN]
 
@@ -497,7 +497,7 @@ def _tau(timestep: float, eta: float, schedule: NoiseSchedule) -> float:
 
 
 def _sa_start(x, schedule, now, then, tau, noise, index) -> Tensor:
-    """What predictor and corrector of a step share: the old state and the noise."""
+    """The part that predictor and corrector of a step share: the old state and the noise."""
     decay = math.exp(-(tau**2) * (_half_log_snr(schedule, then) - _half_log_snr(schedule, now)))
     start = decay * schedule.std(then) / schedule.std(now) * x
     if not tau:
@@ -627,7 +627,7 @@ def variance_bound(
     """
     now = timestep.detach().cpu().double()
     from_sample, from_x, _, high = _posterior(schedule, now, now - 1)
-    low = _posterior(schedule, now.clamp(min=1), now.clamp(min=1) - 1)[2]  # at 0 it is 0: the next one stands in
+    low = _posterior(schedule, now.clamp(min=1), now.clamp(min=1) - 1)[2]  # at 0 it is 0: the next one is used
     low, high, from_sample, from_x, scale, sigma = _columns(
         (low.log(), high.log(), from_sample, from_x, 1 / schedule.alpha(now), schedule.sigma(now)), eps, eps.dtype)
 
@@ -782,7 +782,7 @@ class DmdLoss:
     loss: Tensor
     """(), whose gradient with respect to `generated` is weight * direction times a constant."""
     direction: Tensor
-    """From the teacher's estimate to the estimate that fake_eps gives, (B, C, H, W)."""
+    """Direction from the teacher's estimate to the estimate that fake_eps gives, (B, C, H, W)."""
     weight: Tensor
     """(B, 1, 1, 1)"""
     real_denoised: Tensor

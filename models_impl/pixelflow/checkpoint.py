@@ -77,7 +77,7 @@ def _if_it_fits(entries: dict, tensors: Mapping[str, Tensor]) -> dict:
 
 
 def metadata(config: PixelFlowConfig) -> dict[str, str]:
-    """What our exported safetensors say about themselves, so that nothing has to be guessed."""
+    """Metadata of our exported safetensors: the family and the whole configuration."""
     return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
 
 

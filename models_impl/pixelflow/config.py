@@ -1,4 +1,4 @@
-"""What a PixelFlow checkpoint is: the shape of its transformer and the cascade that it was trained for."""
+"""Configuration of a PixelFlow checkpoint: the shape of its transformer and the cascade that it was trained for."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ class PixelFlowConfig:
 
     @classmethod
     def from_dict(cls, entries: Mapping) -> PixelFlowConfig:
-        """From a complete set of entries; see `entries_of` for the names it takes."""
+        """The configuration of a complete set of entries; see `entries_of` for the names it takes."""
         return cls(**cls.entries_of(entries))
 
     @classmethod

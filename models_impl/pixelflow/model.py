@@ -159,7 +159,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Flow:
-    """How one forward pass lays out its tokens: dense (B, N, D), or packed (N, D)."""
+    """Layout of the tokens of one forward pass: dense (B, N, D), or packed (N, D)."""
 
     rope: Tensor
     spread: Callable[[Tensor], Tensor]
@@ -172,7 +172,7 @@ class PackedLayout:
     """Which packed rows belong to which item."""
 
     grids: tuple[tuple[int, int], ...]
-    """(height, width) in tokens, one per item; its rows stand row-major, items end to end."""
+    """(height, width) in tokens, one per item; its rows are row-major, items end to end."""
     context_lengths: tuple[int, ...] | None = None
     """Text tokens of each item; None without text."""
 

@@ -92,7 +92,7 @@ def read_hint_encoders(tensors: Mapping, types: Mapping[str, int] | None = None)
 
 
 def metadata(config: PixelPonderConfig) -> dict[str, str]:
-    """What our exported safetensors say about themselves, so that nothing has to be guessed."""
+    """Metadata of our exported safetensors: the family and the whole configuration."""
     return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
 
 

@@ -1,4 +1,4 @@
-"""What a PixelPonder checkpoint is: a short FLUX trunk, the kinds of hints it knows, and how it may select patches."""
+"""Configuration of a PixelPonder checkpoint: a short FLUX trunk, the kinds of hints, and the selection of patches."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class SelectConfig:
     patch_size: int = 2
     """Latent cells along one side of a patch."""
     select_num: int | None = None
-    """Patches taken in a round; None: as many as stand in a row of the picture, 32 at 512 pixels."""
+    """Patches taken in a round; None: as many as a row of the picture has, 32 at 512 pixels."""
     qkv_bias: bool = False
 
     def __post_init__(self):
@@ -81,8 +81,8 @@ class SelectorConfig:
 @dataclass(frozen=True)
 class PixelPonderConfig:
     trunk: FluxConfig = field(default_factory=lambda: FluxConfig(depth=2, single_depth=2))
-    """Its depth is the number of double-stream blocks. Of the single-stream blocks only as many are used by FLUX; the
-    release has twice as many and computes the rest for nothing."""
+    """Shape of the trunk; its depth is the number of double-stream blocks. FLUX uses only as many
+    single-stream blocks; the release has twice as many and computes the rest for nothing."""
     types: tuple[str, ...] = TYPES
     """Kinds of hints, in the order of their stems."""
     select: SelectConfig | None = None
@@ -136,7 +136,7 @@ class PixelPonderConfig:
 
     @classmethod
     def from_dict(cls, entries: Mapping) -> PixelPonderConfig:
-        """From our `as_dict`, or from the reference's complete parameters."""
+        """The configuration of our `as_dict`, or from the reference's complete parameters."""
         values = cls.entries_of(entries)
         for name, kind in (("trunk", FluxConfig), ("select", SelectConfig), ("selector", SelectorConfig)):
             if values.get(name) is not None:

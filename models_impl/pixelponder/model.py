@@ -67,7 +67,7 @@ class Control:
     selection: Selection
 
     def residuals(self, strength: float | Tensor = 1.0, dtype: torch.dtype | None = None) -> Residuals:
-        """What FLUX adds, scaled (0.8 in the release when sampling, 1 in training).
+        """Residuals that FLUX adds, scaled (0.8 in the release when sampling, 1 in training).
 
         The single ones go as they are, image first, onto a sequence that has the text first: with 512 text and 1024
         image tokens the text receives what belongs to image tokens 0..511, and so on. The weights were trained so.

@@ -60,7 +60,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Guide:
-    """What a selection network is given in one step, all from inside the ControlNet's trunk."""
+    """Inputs of a selection network in one step, all from inside the ControlNet's trunk."""
 
     txt: Tensor
     """(B, L, D) embedded text."""
@@ -133,7 +133,7 @@ class Released:
 
     In exact arithmetic the released score is zero (a sum of values whose mean was just subtracted), ties go to the
     first condition, and the map is not accumulated but replaced in every round. What remains of the reference is
-    rounding noise, which picks the last 32 of 1024 patches, that stand doubled in the map; it is left out here.
+    rounding noise, which picks the last 32 of 1024 patches, which are doubled in the map; it is left out here.
     """
 
     stepwise = False
@@ -247,7 +247,7 @@ class SelectNet(nn.Module):
         self.attn_block = nn.ModuleList(ImageStreamBlock(*shape) for _ in range(config.types))
 
     def tokens(self, conditions: Conditions) -> SelectTokens:
-        """What depends only on the conditions, computed once per picture."""
+        """The part that depends only on the conditions, computed once per picture."""
         if max(conditions.types) >= self.config.types:
             raise ValueError(f"The selection network has {self.config.types} types, got {max(conditions.types)}.")
         B, K, C, H, W = conditions.embeds.shape
@@ -260,7 +260,7 @@ class SelectNet(nn.Module):
         return SelectTokens(conditions.types, x, norm(x), zero, norm(zero), index.transpose(1, 2).reshape(-1, side**2))
 
     def step(self, tokens: SelectTokens, guide: Guide) -> SelectStep:
-        """What all rounds of one step share: every key and value that a round may need.
+        """Keys and values that all rounds of one step share: every one that a round may need.
 
         In a round only patches that were taken change, and they become one constant token; so queries, keys and values
         of all others are those of the first round.
@@ -539,7 +539,7 @@ class Selector(nn.Module):
         return self.cond_in(hints) + kinds[:, None]
 
     def prepare(self, guide: Guide, conditions: int) -> SelectorStep:
-        """What all rounds of a step share: the text's keys and values, each for every condition."""
+        """The text's keys and values, which all rounds of a step share, each for every condition."""
         L = guide.txt.shape[1]
         txt, vec = self.txt_in(norm(guide.txt)), self.vec_in(F.silu(guide.vec))
         text_rope, rope = guide.rope[:, :, :L], guide.rope[:, :, L:]

@@ -52,7 +52,7 @@ class TextEncoder(nn.Module):
         return encoder
 
     def weights(self) -> dict[str, Tensor]:
-        """What goes into a file: every tensor once."""
+        """Tensors for a file, each once."""
         return {k: v for k, v in self.t5.state_dict().items() if k != "encoder.embed_tokens.weight"}
 
     def metadata(self) -> dict[str, str]:

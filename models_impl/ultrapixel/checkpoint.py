@@ -41,7 +41,7 @@ Told = Mapping[str, str] | None
 
 
 def metadata(config) -> dict[str, str]:
-    """What our exported safetensors say about themselves."""
+    """Metadata of our exported safetensors."""
     return {"pixstack.family": f"{FAMILY}.{PARTS[type(config)]}", "pixstack.config": json.dumps(config.as_dict())}
 
 
@@ -210,7 +210,7 @@ def read_stage_a(tensors: Mapping, metadata: Told = None, config: Mapping | None
 def read_guide(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
     """(GuideConfig, weights as `guidance.Guide` names them) from `ultrapixel_t2i` or our own file.
 
-    Also from a live model's weights, where the guide stands among Stage C's. The unused third of the released file is
+    Also from a live model's weights, where the guide is among Stage C's. The unused third of the released file is
     dropped. config: entries that the shapes do not determine, above all `heads`.
     """
     rows, numbers = [], set()

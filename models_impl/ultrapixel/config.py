@@ -1,4 +1,4 @@
-"""What the files of UltraPixel and Stable Cascade are: the shapes of Stage C, B and A, the guide and the ControlNet."""
+"""Configurations of UltraPixel's and Stable Cascade's files: shapes of Stage C, B and A, the guide, the ControlNet."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ class _Entries:
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeConfig(_Entries):
-    """What Stage C and Stage B have in common: a U-net whose levels are strings of blocks.
+    """Configuration that Stage C and Stage B share: a U-net whose levels are strings of blocks.
 
     Tuples have one entry a level; those that begin with `up` go from the deepest level to the first, as the net runs.
     """
@@ -78,7 +78,7 @@ class CascadeConfig(_Entries):
     """Blocks of a level in order: C a ResBlock, T a timestep block, A an attention, F a feed-forward."""
     up: tuple[str, ...]
     down_repeats: tuple[int, ...]
-    """How often a level is run; a 1x1 convolution stands between two runs."""
+    """Number of runs of a level; a 1x1 convolution is between two runs."""
     up_repeats: tuple[int, ...]
     in_channels: int
     out_channels: int
@@ -200,7 +200,7 @@ class StageAConfig(_Entries):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """From the finest level to that of the latent."""
+        """Widths from the finest level to that of the latent."""
         return tuple(self.hidden // 2**i for i in reversed(range(self.levels)))
 
     @property

@@ -5,8 +5,8 @@ low-resolution features and writes the weights of a small coordinate network ("i
 is evaluated at the cells of the high-resolution picture; together with the nearest low-resolution feature that is the
 reconstruction; an MLP fuses it with the current features, and the "scale-aware normalisation" reads the size.
 
-The guide acts on features only, through a callable `hook(direction, level, features) -> features` that whoever runs
-Stage C calls after the first attention block of each level: our own `model.StageC`, or hooks on another implementation.
+The guide acts on features only, through a callable `hook(direction, level, features) -> features` that the caller of
+Stage C runs after the first attention block of each level: our own `model.StageC`, or hooks on another implementation.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def up_weight(height: int, width: int) -> float:
 
 @dataclass
 class Features:
-    """What Stage C's first attention block of every level gave: (B, D, h, w) each, in the order the net runs."""
+    """Outputs of Stage C's first attention block of every level: (B, D, h, w) each, in the order the net runs."""
 
     down: list[Tensor] = field(default_factory=list)
     up: list[Tensor] = field(default_factory=list)
@@ -270,7 +270,7 @@ class GuideLevel(nn.Module):
         return self.toout["guide"](channels_last(self.reconstruct(low, height, width, attention)))
 
     def fuse(self, x: Tensor, prepared: Tensor, time_embedding: Tensor) -> Tensor:
-        """What is to be added to x (k*B, D, H, W), k times the batch of `prepared` in the order of a `repeat`."""
+        """The term to add to x (k*B, D, H, W), k times the batch of `prepared` in the order of a `repeat`."""
         B = prepared.shape[0]
         if x.shape[0] % B:
             raise ValueError(f"A batch of {x.shape[0]} is guided by features of {B} pictures: it must be a multiple.")
@@ -309,7 +309,7 @@ class Guide(nn.Module):
 
 
 class GuidedImage:
-    """What of a guide depends on neither x nor the timestep is computed when a size first comes up, and kept.
+    """A guide with fixed features. What depends on neither x nor the timestep is computed once per size and kept.
 
     features: those of the low-resolution pass, of the conditional half of the batch.
     """

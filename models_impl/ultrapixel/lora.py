@@ -36,7 +36,7 @@ class Personalisation:
     token_change: Tensor | None = None
     """(rows, width)."""
     token: str | None = None
-    """What to write in a prompt; None where the file does not say."""
+    """Word to write in a prompt; None where the file does not say."""
     base: str | None = None
     """The pattern of the words whose mean the token's row began as."""
 
@@ -165,8 +165,8 @@ def to_kohya(personalisation: Personalisation) -> tuple[dict[str, Tensor], dict[
 
 
 def to_released(personalisation: Personalisation) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """By numbers, as the release has it; a scale other than its 1 / rank goes into the weights. Raises ValueError where
-    not all attentions of the net are changed, for then a number would mean another layer."""
+    """(tensors, metadata) with numbered modules, as released; a scale other than its 1 / rank goes into the weights.
+    Raises ValueError where not all attentions of the net are changed: a number would then mean another layer."""
     layers = personalisation.layers
     order = sorted(layers, key=_place)
     pairs = [key.rsplit(".", 2)[0] for key in order]
@@ -191,7 +191,7 @@ def _told(personalisation: Personalisation) -> dict[str, str]:
 
 
 def _place(key: str) -> tuple:
-    """Where the release's numbering has a weight."""
+    """Sort key of a weight in the release's numbering."""
     way, level, position, part = re.match(r"(down|up)_blocks\.(\d+)\.(\d+)\..*\.(in_proj|out_proj)\.weight$",
                                           key).groups()
     return way, int(level), int(position), part == "in_proj"

@@ -53,7 +53,7 @@ class Schedule:
         return (self._unshifted(t) + 2 * math.log(1 / self.shift)).clamp(low, high)
 
     def timestep(self, logsnr: Tensor) -> Tensor:
-        """What the networks are conditioned on, in [0, 1]."""
+        """Timestep that the networks are conditioned on, in [0, 1]."""
         offset, first = self._first(logsnr)
         return (logsnr.sigmoid() * first).sqrt().acos() / (torch.pi * 0.5) * (1 + offset) - offset
 
@@ -84,7 +84,7 @@ def denoised(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
 
 
 def ddpm_step(clean: Tensor, eps: Tensor, logsnr: Tensor, following: Tensor, noise: Tensor, eta: float = 1.0) -> Tensor:
-    """From one noise level to the `following`. eta 1: DDPM, 0: DDIM. Noise is added in the last step too.
+    """One step, from one noise level to the `following`. eta 1: DDPM, 0: DDIM. Noise is added in the last step too.
 
     sigma = eta * (b'/b) * sqrt(1 - a^2/a'^2); x' = a' clean + sqrt(b'^2 - sigma^2) eps + sigma noise
     """

@@ -12,7 +12,7 @@ from ...kernels.attention import attention as dense_attention
 from .blocks import Norm2d, UNet, Walk, norm, resize
 from .config import StageBConfig
 
-PIXELS = 8  # cells along a side of the zeros that stand for `pixels` not given
+PIXELS = 8  # cells along a side of the zeros used when `pixels` is not given
 
 
 class StageB(UNet):

@@ -18,7 +18,7 @@ FOLDER = "annotators"
 BODIES = ["full", "lite", "heavy"]
 WHEEL = "mediapipe-*.whl"
 HOW = (
-    "MediaPipe 0.10.21's wheel holds them (36 MB, later ones hold none), and may lie there as it is: pip download "
+    "MediaPipe 0.10.21's wheel holds them (36 MB, later ones hold none), and can be put there as it is: pip download "
     "--no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_28_x86_64 mediapipe==0.10.21 -d "
 )
 OTHER_BODIES = "pose_landmark_lite.tflite and pose_landmark_heavy.tflite are in the npm package @mediapipe/pose."
@@ -64,7 +64,7 @@ def _in_wheel(path: str, files: dict[str, str]) -> dict[str, bytes]:
 
 
 def problem(body: str, hands: bool, face: bool) -> str | None:
-    """What is missing to find poses, and how to get it; None when nothing is."""
+    """A sentence on what is missing to find poses and how to get it; None when nothing is."""
     if find_spec("ai_edge_litert") is None:
         return "Finding poses needs the package ai-edge-litert: pip install ai-edge-litert"
     files = wanted(body, hands, face)

@@ -40,7 +40,7 @@ def kept(tensors: Mapping, dtype: torch.dtype | None = None) -> dict[str, dict]:
 
 
 def entries(layers: Mapping[str, dict]) -> dict:
-    """What a model's configuration has to say, for `pick_operations` to choose operations for `kept` layers."""
+    """Entries of a model's configuration with which `pick_operations` chooses operations for `kept` layers."""
     if not layers:
         return {}
     if hasattr(comfy.supported_models_base.BASE, "layer_quant_config"):  # 0.3.75

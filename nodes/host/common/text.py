@@ -154,7 +154,7 @@ class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
 
 
 class FromText:
-    """A whole tokenizer.json in the place of a folder."""
+    """A tokenizer from the text of a tokenizer.json instead of a folder."""
 
     @staticmethod
     def from_pretrained(text: str) -> PreTrainedTokenizerFast:
@@ -187,7 +187,7 @@ class Encode(comfy.sd1_clip.SD1ClipModel):
         self.file = model_options["t5_file"]
 
     def load_sd(self, sd):
-        """Called before the encoder is put on a device. Raises ValueError for weights that do not fit."""
+        """Load weights, before the encoder is put on a device. Raises ValueError for weights that do not fit."""
         net = self.t5.transformer
         expected = expected_shapes(net)
         if wrong := [key for key, shape in expected.items() if key in sd and sd[key].shape != shape]:

@@ -150,7 +150,7 @@ class _Variance:
 
 
 def _guide_first_channels(args: dict) -> Tensor:
-    """As forward_with_cfg, a habit of DiT: the last channel stays the positive prompt's."""
+    """Guidance as in DiT's forward_with_cfg: the last channel stays the positive prompt's."""
     cond, uncond = args["cond"], args["uncond"]
     guided = uncond + (cond - uncond) * args["cond_scale"]
     return torch.cat([guided[:, :GUIDED_CHANNELS], cond[:, GUIDED_CHANNELS:]], dim=1)

@@ -61,13 +61,13 @@ def _near(value: int, multiple: int) -> list[int]:
 class CascadeSampler(comfy.samplers.Sampler):
     solver: str = "euler"
     guidance: str = "auto"
-    """How the guider's cfg becomes a scale per stage, see `guidance_scales`; auto: as the release of that kind does."""
+    """Policy that turns the guider's cfg into a scale per stage, see `guidance_scales`; auto: that of the release."""
     custom_guidance: Sequence[float] = ()
     reference_noise: bool = False
     """Draw all noise number for number as the reference does; slow."""
     latent: str = "auto"
-    """What the latent is when sampling starts after the first step: a "picture" to add noise to, or the "state" that an
-    earlier sampler handed over. auto: a state in the middle of a stage or without noise, else a picture."""
+    """Meaning of the latent when sampling starts after the first step: a "picture" to add noise to, or the "state" that
+    an earlier sampler handed over. auto: a state in the middle of a stage or without noise, else a picture."""
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False):
@@ -207,7 +207,7 @@ def _at_size(cond: dict, size: torch.Size) -> dict:
 
 
 def run(model, positive, negative, latent: dict, seed: int, cfg: float, sampler, sigmas: Tensor) -> dict:
-    """What core's SamplerCustom does, for the node that has every setting on it."""
+    """Sampling as in core's SamplerCustom, for the node that has every setting on it."""
     # Newer empty latents say what they are made for, and core fits those to any model.
     ratios = {name: latent[name] for name in ("downscale_ratio_spacial", "downscale_ratio_temporal") if name in latent}
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)

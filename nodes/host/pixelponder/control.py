@@ -47,7 +47,7 @@ class Condition:
     image: Tensor
     """(B, H, W, 3) in [0, 1]."""
     kind: str
-    """As the checkpoint calls it."""
+    """Kind of hint, by the checkpoint's name."""
     strength: float = 1.0
     mask: Tensor | None = None
     """(B, H, W) in [0, 1], painted where this condition must win."""
@@ -400,7 +400,7 @@ def map_of(control: PixelPonderControl, size: tuple[int, int]) -> Tensor:
 def picture_of(control: PixelPonderControl, size: tuple[int, int], overlay: float) -> tuple[Tensor, list[Tensor]]:
     """The map as a picture (B, height, width, 3) and as a mask (B, 8 H', 8 W') for each condition; see `map_of`."""
     share, hints = map_of(control, size), [hint_for(c, size).cpu() for c in control.conditions]
-    height, width = (HINT_CELL * side for side in size)  # an odd latent's hints go on to whole patches
+    height, width = (HINT_CELL * side for side in size)  # an odd latent's hints are padded to whole patches
     pictures = draw(share, hints, labels(control.conditions), overlay, (height, width))
     return pictures, [mask[:, :height, :width] for mask in masks_of(share, *hints[0].shape[-2:])]
 

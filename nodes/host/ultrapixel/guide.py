@@ -60,7 +60,7 @@ def load_guide(path: str, disable_dynamic: bool = False):
 
 
 def stage_c_of(model) -> comfy.model_base.StableCascade_C:
-    """What is inside a MODEL; refuses others by name."""
+    """The Stage C inside a MODEL; refuses other networks by name."""
     inner = model.model
     if isinstance(inner, comfy.model_base.StableCascade_B):
         raise ValueError("This MODEL is Stable Cascade's Stage B, but UltraPixel works on Stage C: load "
@@ -116,7 +116,7 @@ def sampling_with(shift: float):
 
 
 def _with_estimate(executor, *args, **kwargs):
-    """Sampling with our estimate of its memory in the place of core's, which leaves out half of it on a GPU with memory
+    """Sampling with our estimate of its memory instead of core's, which leaves out half of it on a GPU with memory
     saving attention and asks for four times as much on another."""
     inner = executor.class_obj.model_patcher.model
     inner.memory_required = partial(memory_required, inner)
@@ -136,7 +136,7 @@ def memory_required(inner, input_shape, cond_shapes=None) -> float:
 
 
 def guide_of(model) -> tuple[Guide, Strengths]:
-    """What 'UltraPixel Guide' put on a MODEL."""
+    """The guide and its strengths that 'UltraPixel Guide' put on a MODEL."""
     guides = model.get_additional_models_with_key(KEY)
     if not guides:
         raise ValueError("This MODEL has no guide: put 'UltraPixel Guide' between the Stage C loader and the guider.")

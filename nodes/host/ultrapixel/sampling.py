@@ -78,7 +78,7 @@ class GuidedSampler(comfy.samplers.Sampler):
             return sampling.sample(predict, model.start(), schedule, logsnrs, draw.high)
 
     def _low(self, latent: Tensor, noise: Tensor, sigmas: Tensor, guider) -> Tensor:
-        """What the low-resolution pass starts from, before noise: (B, 16, h, w), zeros for a picture from nothing."""
+        """Clean latent that the low-resolution pass starts from: (B, 16, h, w), zeros for a picture from nothing."""
         B, C, H, W = noise.shape
         low = self.low_latent
         if low is not None:
@@ -90,7 +90,7 @@ class GuidedSampler(comfy.samplers.Sampler):
             size = sampling.sizes(H * COMPRESSION_C, W * COMPRESSION_C).low
             return noise.new_zeros(B, C, *size) if low is None else low
         if not noise.any() and sigmas[0] > 0:
-            raise ValueError("Sampling goes on from a noisy latent here, from which the low-resolution pass cannot "
+            raise ValueError("Sampling continues from a noisy latent here, from which the low-resolution pass cannot "
                              "start. Give the whole schedule to one sampler; to change a picture, connect RandomNoise "
                              "and take the latents from 'UltraPixel Canvas' with the picture.")
         size = sampling.sizes(H * COMPRESSION_C, W * COMPRESSION_C).low if low is None else low.shape[-2:]
@@ -257,6 +257,6 @@ def _at_size(cond: dict, size: torch.Size) -> dict:
 
 
 def _weight(cond: dict) -> Tensor:
-    """What core multiplies the prediction with before it takes the mean."""
+    """Weights by which core multiplies the prediction before it takes the mean."""
     mask = cond["mask"][:, None] * cond.get("mask_strength", 1.0) if "mask" in cond else torch.ones(1, 1, 1, 1)
     return mask * cond.get("strength", 1.0)

@@ -72,7 +72,7 @@ def encoded(image: Tensor, vae, height: int, width: int) -> tuple[dict, dict, di
 
 
 def report(height: int, width: int, asked: tuple[int, int], batch: int = 1) -> str:
-    """What a size means, for a person. asked: before snapping."""
+    """Report on a size, in words. asked: the size before snapping."""
     size = sizes(height, width)
     (hc, wc), (hl, wl), (hb, wb) = size.stage_c, size.low, size.stage_b
     lines = [

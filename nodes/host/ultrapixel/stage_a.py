@@ -77,7 +77,7 @@ class StageAVAE(comfy.sd.VAE):
 
     def decode_tiled(self, samples: Tensor, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None
                      ) -> Tensor:
-        """By tiles of a given side. They bring along what they need, so `overlap` changes nothing."""
+        """Decode by tiles of a given side. Each includes the cells that it depends on, so `overlap` changes nothing."""
         return self._decode(samples, min(tile_x or COMFORT, tile_y or COMFORT))
 
     @torch.no_grad()

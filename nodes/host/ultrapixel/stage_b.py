@@ -88,7 +88,7 @@ def _set_wrapper(patched, kind: str, wrapper: Callable):
 # --- Memory
 
 def _with_estimate(executor: Callable, *args, strip: int, tile: int | None, **kwargs):
-    """Sampling with our estimate in the place of core's. As an object patch it would come after core has asked."""
+    """Sampling with our estimate instead of core's. As an object patch it would come after core has asked."""
     inner = executor.class_obj.model_patcher.model
     inner.memory_required = partial(memory_required, inner, strip=strip, tile=tile)
     try:
@@ -184,7 +184,7 @@ def _by_tiles(executor: Callable, x: Tensor, t: Tensor, *args, tile: int, overla
 
 
 def spans(size: int, tile: int, overlap: int) -> list[tuple[int, int, Tensor]]:
-    """(start, end, weights (end - start,)) of tiles along a side: evenly spread, fading where they lie on another."""
+    """(start, end, weights (end - start,)) of tiles along a side: evenly spread, fading where they overlap."""
     if size <= tile:
         return [(0, size, torch.ones(size))]
     count = math.ceil((size - overlap) / (tile - overlap))
