@@ -59,7 +59,7 @@ def take_stand_ins():
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> dict:
-    """What the trainer's tests of PixArt need beside pictures: a text encoder and a VAE. Other recipes' tests have a
+    """Sections of a text encoder and a VAE, for the trainer's tests of PixArt. Other recipes' tests have a
     fixture of this name of their own, and so for `path`."""
     import tiny_pixart
 

@@ -24,7 +24,7 @@ EVICTED = 0.3  # of the uses of a weight find it gone
 
 
 def wanted() -> str | None:
-    """What the environment asks for; ValueError for a word that is none of WAYS."""
+    """The way that the environment asks for; ValueError for one that is not in WAYS."""
     way = os.environ.get(VARIABLE) or None
     if way not in (None, *WAYS):
         raise ValueError(f"{VARIABLE}={way!r} must be one of {', '.join(WAYS)}.")
@@ -37,7 +37,7 @@ def inapplicable(why: str):
 
 
 def stored_dtype(layer: torch.nn.Module) -> torch.dtype:
-    """What a layer's weight is stored in on the device; off it, DynamicVRAM leaves it as the file has it."""
+    """Dtype of a layer's weight on the device; off it, DynamicVRAM leaves it as the file has it."""
     return layer.weight_comfy_model_dtype if wanted() else layer.weight.dtype
 
 
@@ -74,7 +74,7 @@ def begin(way: str):
 
 
 class Residents:
-    """What vbar_fault and its kin answer: which weights are on the device."""
+    """The weights that are on the device, as vbar_fault and its like report them."""
 
     def __init__(self, way: str):
         self.way, self.random = way, random.Random(0)
@@ -109,7 +109,7 @@ class AddressSpace:
 
     def alloc(self, size: int) -> Place:
         start, self.end = self.end, self.end + size
-        assert self.end <= self.size, "a model asks for more memory than it said"
+        assert self.end <= self.size, "a model asks for more memory than it announced"
         return self, start, size
 
     def loaded_size(self) -> int:

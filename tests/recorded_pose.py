@@ -19,7 +19,7 @@ def expected(part: str) -> torch.Tensor:
 
 
 def outputs(part: str, side: int = 0) -> list[numpy.ndarray]:
-    """What the network of a part gave, in its order; side: of hands, 0 left, 1 right."""
+    """Outputs of the network of a part, in its order; side: of hands, 0 left, 1 right."""
     if part in ("detector", "face_detector"):
         index, count = RECORDED[f"{part}.index"], int(RECORDED[f"{part}.count"])
         raw = numpy.zeros((1, count, RECORDED[f"{part}.raw"].shape[1]), numpy.float32)
@@ -38,7 +38,7 @@ def outputs(part: str, side: int = 0) -> list[numpy.ndarray]:
 
 
 def networks() -> dict[str, pose.Network]:
-    """They answer for each picture they are given; hands are the left one first, then the right one."""
+    """Networks that return the record for any picture; hands are the left one first, then the right one."""
     calls = dict.fromkeys(pose.FILES, 0)
 
     def network(part):

@@ -876,11 +876,11 @@ def test_a_broken_or_harmful_file_is_refused_in_the_ui(art, host, capsys, node, 
         "out": {"class_type": "PreviewAny", "inputs": {"source": ["node", 0]}},
     }
     try:
-        said = str(host.run(graph).error)
+        message = str(host.run(graph).error)
     finally:
         path.unlink()
-    assert said.startswith(f"node node (PixStack_PixArt{node}): ")
-    assert words in said and said.count(path.name) == 1
+    assert message.startswith(f"node node (PixStack_PixArt{node}): ")
+    assert words in message and message.count(path.name) == 1
     assert "this code must not run" not in capsys.readouterr().out
 
 

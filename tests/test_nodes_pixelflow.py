@@ -625,11 +625,11 @@ def test_a_wrong_model_file_is_refused_by_name(flow, kind, words, capsys):
     path = flow.host.models / "diffusion_models" / f"wrong.{'safetensors' if 'safetensors' in kind else 'pt'}"
     wrong_file(path, kind)
     try:
-        said = refusal(flow, path.name)
+        message = refusal(flow, path.name)
     finally:
         path.unlink()
-    assert said.startswith("node model (PixStack_PixelFlowLoader): ")
-    assert words in said and said.count(path.name) == 1
+    assert message.startswith("node model (PixStack_PixelFlowLoader): ")
+    assert words in message and message.count(path.name) == 1
     assert "this code must not run" not in capsys.readouterr().out
 
 
@@ -642,13 +642,13 @@ def test_a_missing_file_is_named_before_anything_runs(flow):
 def test_a_wrong_text_encoder_is_refused_by_name(flow):
     folder = flow.host.models / "text_encoders"
     torch.save({"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}, folder / "clip.pt")
-    said = refusal(flow, clip__encoder_name="clip.pt")
-    assert "clip.pt is not a T5 text encoder. The keys are those of a CLIP text encoder" in said
+    message = refusal(flow, clip__encoder_name="clip.pt")
+    assert "clip.pt is not a T5 text encoder. The keys are those of a CLIP text encoder" in message
 
 
 def test_a_size_that_does_not_fit_is_refused_with_the_nearest(flow):
-    said = refusal(flow, canvas__shape="custom (width, height)", canvas__width=72, canvas__height=64)
-    assert "72x64 pixels do not fit" in said and "multiples of 16. Near it are 64x64, 80x64" in said
+    message = refusal(flow, canvas__shape="custom (width, height)", canvas__width=72, canvas__height=64)
+    assert "72x64 pixels do not fit" in message and "multiples of 16. Near it are 64x64, 80x64" in message
 
 
 def test_an_empty_prompt_draws(flow):

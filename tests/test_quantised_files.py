@@ -203,13 +203,13 @@ def test_the_trainer_converts_a_quantised_file_into_a_plain_one(plain, tmp_path)
     close(tensors["blocks.0.attn.qkv.weight"], whole["blocks.0.attn.qkv.weight"])
 
 
-@pytest.mark.parametrize("content, said", [
+@pytest.mark.parametrize("content, reason", [
     ({"blocks.0.attn.qkv.qweight": torch.zeros(4, 4), "blocks.0.attn.qkv.wscales": torch.zeros(4, 4)}, "SVDQuant"),
     (b"GGUF" + bytes(60), "is a GGUF file"),
 ])  # fmt: skip
-def test_the_trainer_refuses_what_it_cannot_read_by_name(content, said, tmp_path):
+def test_the_trainer_refuses_what_it_cannot_read_by_name(content, reason, tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content) if isinstance(content, bytes) else write_file(path, content)
     with pytest.raises(SystemExit) as caught:
         cli.main(["convert", str(path), str(tmp_path / "b.safetensors")])
-    assert said in str(caught.value.code)
+    assert reason in str(caught.value.code)

@@ -69,8 +69,8 @@ def two(one, request, tmp_path_factory):
     found = {name: dataclasses.replace(settings, out=str(folder / name)) for name, settings in one.items()
              if (way, name) not in REFUSED}
     (folder / "list.json").write_text(json.dumps([load.as_dict(settings) for settings in found.values()]))
-    said = launched(way, ROOT / "tests/tiny_run.py", folder / "list.json")
-    assert said.count(f"{way} of 2 processes") == len(found)
+    output = launched(way, ROOT / "tests/tiny_run.py", folder / "list.json")
+    assert output.count(f"{way} of 2 processes") == len(found)
     return way, found
 
 

@@ -338,12 +338,12 @@ def test_a_model_card_says_how_it_was_made_and_names_no_folder(trained, parts, t
     from pixstack.trainer.cli import main as cli
 
     cli.main(["export", str(trained), "--out", str(tmp_path / "out"), "--name", "tiny", "--card"])
-    said = (tmp_path / "out/tiny.md").read_text()
+    card = (tmp_path / "out/tiny.md").read_text()
     for part in ("recipe `pixart`, step 4 of 4", "`diffusion_models/tiny.safetensors`", "Load PixArt Model",
                  "1. red card", "| data | `data.jsonl` |", "| dropout | 0.1 |"):
-        assert part in said, part
+        assert part in card, part
     assert (tmp_path / "out/tiny.png").read_bytes() == (trained / "samples/00000004.png").read_bytes()
-    assert str(trained.parent) not in said and parts["vae"]["path"] not in said
+    assert str(trained.parent) not in card and parts["vae"]["path"] not in card
 
 
 def test_a_run_too_short_for_a_log_has_its_card(trained, tmp_path):
@@ -386,7 +386,7 @@ def test_a_dry_run_says_what_would_happen(path, parts, tmp_path, capsys):
         lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
     (tmp_path / "tiny.toml").write_text("\n".join(lines))
     cli.main(["train", str(tmp_path / "tiny.toml"), "--dry-run", "micro_batch_size=3"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("6 pictures of 64x64 pixels, 16 tokens each", "2 pass(es) of 3", "memory     about", "timestep "):
-        assert part in said, part
+        assert part in output, part
     assert not (tmp_path / "run").exists()

@@ -457,11 +457,11 @@ def test_a_dry_run_says_what_would_happen(path, parts, tmp_path, capsys):
         lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
     (tmp_path / "tiny.toml").write_text("\n".join(lines))
     cli.main(["train", str(tmp_path / "tiny.toml"), "--dry-run", "micro_batch_size=3"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     frozen = sum(v.numel() for v in Flux(tiny_ponder.FLUX).state_dict().values())
     for part in ("6 pictures of 32x32 pixels, 4 tokens each, and 12 of text", f"learn, {frozen:,} frozen", "sigma ",
                  "memory     about"):
-        assert part in said, part
+        assert part in output, part
     assert not (tmp_path / "run").exists()
 
 

@@ -366,10 +366,10 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, tmp_path
               "data.kind=jsonl", f"data.path={path}", "data.resolution=256", "recipe.low_side=2",
               f"cache.folder={tmp_path / 'cache'}", f"out={tmp_path}/run", "device=cpu", "samples.height=256",
               "samples.width=256"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("learn", "guide:", "4 pictures of 256x256 pixels, 64 cells each, guided by 2x2 cells",
                  "4 pass(es) of 1", "memory     about", "t 0."):
-        assert part in said, part
+        assert part in output, part
     assert not (tmp_path / "run").exists()
 
 

@@ -122,10 +122,10 @@ def test_hints_and_latents_come_from_the_cache_where_it_has_them(made, tmp_path)
     settings = made(f"cache.folder={tmp_path / 'cache'}", "recipe.dropout=0.0")
     cli.main(["cache", tiny_ultrapixel.toml(tmp_path, settings)])
     recipe, batches = recipe_of(settings)
-    said = []
-    load = cache.loader(settings, recipe.encoders, batches.items, settings.data, said.append)
+    messages = []
+    load = cache.loader(settings, recipe.encoders, batches.items, settings.data, messages.append)
     cached = loader.Batches(batches.items, settings.data, settings.seed, settings.batch_size, load)(0, range(4))
-    assert not said and cached.pictures is None
+    assert not messages and cached.pictures is None
     assert set(cached.features) == {"effnet.high", "hint.image"}
     torch.testing.assert_close(recipe.losses(cached, recipe.denoising.draw(0), 0),
                                recipe.losses(batches(0, range(4)), recipe.denoising.draw(0), 0))
@@ -233,6 +233,6 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, trained,
     cli.main(["train", "recipes/ultrapixel/ultrapixel_controlnet.toml", "--dry-run", *words, f"init_from={file}",
               "data.kind=jsonl", f"data.path={path}", f"cache.folder={tmp_path / 'cache'}", f"out={tmp_path}/run",
               f"recipe.sample_hints=['{tmp_path / 'hint.png'}']", "device=cpu"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("controlnet:", "12 pictures of 768x768 pixels, 576 cells each", "6 pass(es) of 2", "memory     about"):
-        assert part in said, part
+        assert part in output, part

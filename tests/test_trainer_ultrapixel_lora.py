@@ -143,10 +143,10 @@ def test_a_word_begins_as_the_mean_of_the_words_of_its_pattern(personal):
     rows = [text.tokens.convert_tokens_to_ids(w) for w in ("cat</w>", "card</w>")]
     assert text.word_base == sorted(rows) and text.word_row == len(text.tokens) - 1
     one, _ = recipe_of(personal())
-    said, known = one.text.read([CAPTION], "cpu")[0], one.text.read(["a red cat cat"], "cpu")[0]
-    torch.testing.assert_close(said, known)  # of one word it begins as that word
+    learned, known = one.text.read([CAPTION], "cpu")[0], one.text.read(["a red cat cat"], "cpu")[0]
+    torch.testing.assert_close(learned, known)  # of one word it begins as that word
     moved = one.text.read([CAPTION], "cpu", torch.ones(1, text.width))[0]
-    assert (moved - said).abs().max() > 0.01
+    assert (moved - learned).abs().max() > 0.01
     untouched = one.text.read(["a red cat"], "cpu", torch.ones(1, text.width))[0]
     assert torch.equal(untouched, one.text.read(["a red cat"], "cpu")[0])
 
@@ -243,9 +243,9 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(photos, guided, tmp_p
     cli.main(["train", "recipes/ultrapixel/ultrapixel_lora.toml", "--dry-run", *words, f"data.path={photos['path']}",
               "data.caption=a photo of a cat [roubaobao]", "data.resolution=256", "recipe.low_side=2",
               f"out={tmp_path}/run", "device=cpu", "samples.height=256", "samples.width=256"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("layers:", "change: 32", "guided by 2x2 cells", "a photo of a cat [roubaobao]", "low resolution"):
-        assert part in said, part
+        assert part in output, part
 
 
 # --- What comes out

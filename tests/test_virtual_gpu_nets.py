@@ -1,4 +1,4 @@
-"""Every network at its released size in bf16 and float16, on a GPU that is not there (virtual_gpu.py).
+"""Every network at its released size in bf16 and float16, on a virtual GPU (virtual_gpu.py).
 
 Widths, heads, tokens and pictures are the released ones. Of blocks that repeat there are only a few, for a rehearsal
 takes time by the operation; the 900M PixArt has all of its 42.

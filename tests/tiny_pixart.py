@@ -21,7 +21,7 @@ IMAGE = {"resolution": 64, "crop": "none"}
 
 
 def t5(folder, width=WIDTH):
-    """As transformers saves one."""
+    """A T5, as transformers saves one."""
     libraries.hide_broken_torchvision()
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -35,7 +35,7 @@ def t5(folder, width=WIDTH):
 
 
 def vae(folder, latent_channels=4):
-    """As diffusers saves one: eight pixels along a side of a latent cell."""
+    """A VAE, as diffusers saves one: eight pixels along a side of a latent cell."""
     libraries.hide_broken_torchvision()
     from diffusers import AutoencoderKL
 
@@ -53,7 +53,7 @@ def parts(folder):
 
 
 def settings(path, out, sections, *words, recipe="pixart", **more):
-    """sections: of `parts`."""
+    """Settings of a run. sections: those of `parts`."""
     raw = {**SETTINGS, "recipe": {"name": recipe}, "model": {k: v for k, v in SHAPE.items() if k != "context_dim"},
            "data": {"path": str(path), **IMAGE}, "out": str(out), "precision": "fp32", **sections, **more}
     return check.parse(raw, words)

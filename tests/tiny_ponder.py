@@ -23,7 +23,7 @@ POOLED = 12
 
 
 def clip(folder):
-    """As transformers saves one, of another width than the T5."""
+    """A CLIP, as transformers saves one, of another width than the T5."""
     libraries.hide_broken_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def pictures(folder):
 
 
 def settings(path, out, sections, *words, **more):
-    """sections: of `parts`."""
+    """Settings of a run. sections: those of `parts`."""
     raw = {**tiny_run.SETTINGS, "precision": "fp32", "model": MODEL, "data": {"path": str(path), **IMAGE},
            "out": str(out), **sections, "recipe": {"name": "pixelponder", **sections["recipe"]}, **more}
     return check.parse(raw, words)

@@ -42,7 +42,7 @@ def written(path, kind, shape, **more):
 
 
 def calibrated(net, picture):
-    """With the means and deviations of `picture` in its norms, so that what comes out is of size one."""
+    """net with the means and deviations of `picture` in its norms, so that what comes out is of size one."""
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     for one in norms:
         one.momentum = None
@@ -52,7 +52,7 @@ def calibrated(net, picture):
 
 
 def effnet(path):
-    """As released: EfficientNetV2-S at its full size, with random weights."""
+    """The semantic encoder as released: EfficientNetV2-S at its full size, with random weights."""
     torch.manual_seed(0)
     plain = torch.rand(24, 3, 1, 1).expand(-1, -1, 128, 128).clone()
     plain[::2, :, :32] = 0.5  # as the pictures of `tiny_run`, whose latents are then of size one
@@ -66,7 +66,7 @@ def effnet(path):
 
 
 def remembered():
-    """While it lasts, a picture is encoded once: EfficientNetV2-S takes longer than all the rest."""
+    """A context in which each picture is encoded once: EfficientNetV2-S takes longer than all the rest."""
     encode, known = FrozenEffnet.encode, {}
 
     def once(self, pictures, device):
@@ -84,7 +84,7 @@ def remembered():
 
 
 def clip(folder, width=C.text_dim, pooled=C.pooled_dim):
-    """As transformers saves CLIP-G's text tower and its tokenizer: letters, and the words that tests use."""
+    """CLIP-G's text tower and its tokenizer, as transformers saves them: letters, and the words that tests use."""
     libraries.hide_broken_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -112,7 +112,7 @@ def clip(folder, width=C.text_dim, pooled=C.pooled_dim):
 
 
 def vision(folder):
-    """As transformers saves CLIP-L's image tower."""
+    """CLIP-L's image tower, as transformers saves it."""
     libraries.hide_broken_torchvision()
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 

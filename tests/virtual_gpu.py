@@ -1,4 +1,4 @@
-"""A GPU that is not there, for rehearsing on a CPU what a GPU would refuse: `with VirtualGPU() as gpu:` and the device
+"""A virtual GPU, which shows on a CPU what a GPU would refuse: `with VirtualGPU() as gpu:` and the device
 "gpu".
 
 CPU tensors are real. Those on "gpu" are FakeTensors of PyTorch's Python-only backend: device, shape, strides and dtype
@@ -59,7 +59,7 @@ WIDEST = "cat stack addcmul addcdiv dot cross index_put scatter_add bilinear".sp
 
 class VirtualGPU(TorchDispatchMode):
     def __init__(self, double: bool = False):
-        """double: whether the device has float64; CUDA has it, MPS, DirectML and some XPUs have not."""
+        """double: whether the device has float64: CUDA does; MPS, DirectML and some XPUs do not."""
         super().__init__()
         register()
         self.double, self.depth = double, 0
@@ -139,7 +139,7 @@ class VirtualGPU(TorchDispatchMode):
             raise TypeError(f"{name} makes {dtype} on a device without it")
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """What the CPU is given of a tensor."""
+        """The values of a tensor, as the CPU reads them."""
         if (known := getattr(x, "value", None if isinstance(x, FakeTensor) else x)) is not None:
             return known.clone()
         made_by = getattr(x, "made_by", "")
@@ -196,7 +196,7 @@ class VirtualGPU(TorchDispatchMode):
         return fake
 
     def indices(self, name: str, indices: list) -> list:
-        """Those of bool become as many as if all were true."""
+        """Indices of bool as if all were true."""
         whole = []
         for i in indices:
             chosen = i is not None and i.dtype in (torch.bool, torch.uint8)
@@ -209,7 +209,7 @@ class VirtualGPU(TorchDispatchMode):
 
 
 class _Generator(torch.Generator):
-    """In the place of torch.Generator: of the device "gpu" too."""
+    """A torch.Generator that may be of the device "gpu" too."""
 
     device, real = property(lambda self: torch.device(GPU)), torch.Generator
 
@@ -300,7 +300,7 @@ def _autocast(op, to, without, *args, **kwargs):
 # --- What runs on it
 
 def accelerator() -> SimpleNamespace:
-    """What the trainer asks of accelerate's, for one process on the device; `offload.place` puts the recipe there."""
+    """An Accelerator as far as the trainer uses it, for one process there; `offload.place` puts the recipe there."""
     return SimpleNamespace(
         device=torch.device(GPU), num_processes=1, process_index=0, is_main_process=True, print=lambda *_: None,
         main_process_first=nullcontext, no_sync=lambda model: nullcontext(), prepare=lambda model, **_: model,
@@ -308,7 +308,7 @@ def accelerator() -> SimpleNamespace:
 
 
 def be_gpu_of_comfyui(half: torch.dtype, memory: int = 24 * 2**30):
-    """From now on ComfyUI, imported on a CPU, has a card of so many bytes that computes in `half`."""
+    """Give a ComfyUI that was imported on a CPU a card of `memory` bytes that computes in `half`."""
     import comfy.model_management as mm
 
     register()
@@ -326,7 +326,7 @@ def be_gpu_of_comfyui(half: torch.dtype, memory: int = 24 * 2**30):
 
 @dataclass
 class Waits:
-    """What was waited for: "what at place" -> how often."""
+    """Waits: "what at place" -> how often."""
 
     step: dict[str, float]
     once: dict[str, float] | None = None
@@ -369,7 +369,7 @@ def rehearse(run: Callable[[], Waits]) -> dict:
 
 
 def main(module: str, out: str, *names: str):
-    """In the child process: those of the module's REHEARSALS, a line of JSON for each."""
+    """Run the module's REHEARSALS in the child process and print a line of JSON for each."""
     from pixstack.tools.comfy_host import prepare_torch
 
     prepare_torch()

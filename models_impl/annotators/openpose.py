@@ -59,7 +59,7 @@ def frame(people: Sequence[Person], height: int, width: int) -> dict:
     for person in people:
         parts = points_of(person, height, width)
         entries.append({name: [round(v, 3) for v in parts[name].flatten().tolist()] if name in parts else []
-                      for name in PARTS})
+                        for name in PARTS})
     return {"version": 1.3, "people": entries, "canvas_height": height, "canvas_width": width}
 
 

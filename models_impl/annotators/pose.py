@@ -215,7 +215,7 @@ def body_points(raw: Tensor, heatmap: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refined(points: Tensor, heatmap: Tensor, kernel: int = 7, confidence: float = 0.5) -> Tensor:
-    """Points (N, P, 2) in [0, 1] moved to the mass of the heatmap (N, h, w, P) around them, where it is certain enough."""
+    """Points (N, P, 2) in [0, 1] moved to the mass of the heatmap (N, h, w, P) around them, where it is certain."""
     height, width = heatmap.shape[1:3]
     x, y = (points[..., 0] * width).int(), (points[..., 1] * height).int()  # (N, P)
     reach = (kernel - 1) // 2

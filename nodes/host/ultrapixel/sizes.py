@@ -105,10 +105,10 @@ def problems(height: int, width: int) -> list[str]:
     warnings, area = [], height * width
     if area < SMALLEST_SIDE**2:
         warnings.append(f"fewer pixels than {SMALLEST_SIDE} x {SMALLEST_SIDE}. The low-resolution pass is that large "
-                     "already, so the guide has nothing to add: draw with Stable Cascade without it.")
+                        "already, so the guide has nothing to add: draw with Stable Cascade without it.")
     if area > LARGEST_SIDE**2:
         warnings.append(f"more pixels than {LARGEST_SIDE} x {LARGEST_SIDE}, the most that the guide was trained on.")
     if max(height, width) > WIDEST * min(height, width):
         warnings.append(f"sides of {max(height, width) / min(height, width):.1f} : 1; the training saw up to "
-                     f"{WIDEST:.0f} : 1.")
+                        f"{WIDEST:.0f} : 1.")
     return warnings
