@@ -97,10 +97,10 @@ class Task:
         return noise, given
 
 
-def fit(parameters, steps: int, rate: float, loss_of, every: int, report):
+def fit(parameters, steps: int, learning_rate: float, loss_of, every: int, report):
     """AdamW on `loss_of()`, the learning rate falling to 0; report(step, mean loss since the last report)."""
     parameters, losses = list(parameters), []
-    optimizer = torch.optim.AdamW(parameters, rate)
+    optimizer = torch.optim.AdamW(parameters, learning_rate)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for step in range(1, steps + 1):
         loss = loss_of()

@@ -123,5 +123,5 @@ def test_a_file_that_nobody_knows_is_described_by_its_keys(tensors, sentence):
     (("controlnet_blocks.0.weight", "pos_embed_input.weight"), "an XLabs ControlNet for FLUX"),
     (("blocks.0.scale_shift_table", "blocks.0.mlp.inverted_conv.conv.weight"), "Sana"),
 ])
-def test_what_shares_keys_with_another_kind_is_told_from_it(keys, name):
+def test_what_shares_keys_with_another_kind_is_distinguished_from_it(keys, name):
     assert whose(zeros(*keys)).startswith(f"The keys are those of {name}.")

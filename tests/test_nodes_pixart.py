@@ -431,7 +431,7 @@ def test_a_v_prediction_model_with_zero_terminal_snr_draws(art):
     assert picture.isfinite().all()
 
 
-def test_a_v_prediction_model_on_scaled_linear_betas_can_be_told_so(art):
+def test_prediction_can_be_set_to_v_on_scaled_linear_betas(art):
     """The 900M revisions that predict v: their files do not say it, unless diffusers' configurations lie beside."""
     model = load(art, SIGMA, prediction="v, scaled linear, zero terminal SNR")
     own = model.get_model_object("model_sampling")

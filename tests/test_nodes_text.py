@@ -67,7 +67,7 @@ def test_a_flan_t5_gives_what_transformers_gives_for_the_padded_and_masked_promp
     assert (encode(clip, prompt) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_the_empty_prompt_is_its_end_alone(text):
+def test_the_empty_prompt_is_only_its_end_token(text):
     assert ids(text.load("flan.safetensors"), "") == [1]
     assert encode(text.load("flan.safetensors"), "").shape == (1, 1, 32)
 

@@ -683,7 +683,7 @@ def controlled(ultra, seed, applied):
 
 
 @torch.no_grad()
-def test_a_controlnet_acts_on_the_low_resolution_pass_alone(ultra):
+def test_a_controlnet_acts_only_on_the_low_resolution_pass(ultra):
     net, seen = ultra.base.model.diffusion_model, []
     handle = net.register_forward_pre_hook(
         lambda module, args, given: seen.append((args[0].shape[-1], given["control"] is not None)), with_kwargs=True)

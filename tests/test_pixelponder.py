@@ -171,7 +171,7 @@ def test_a_file_that_lacks_what_its_shape_is_read_from_is_named_as_incomplete():
         checkpoint.read(weights, config=STATED)
 
 
-def test_what_the_keys_do_not_tell_is_asked_for():
+def test_what_the_keys_do_not_say_is_asked_for():
     with pytest.raises(ValueError, match="heads of this checkpoint are 8 wide.*axes_dim"):
         checkpoint.read(PixelPonder(CONTROL).state_dict())
     three = PixelPonderConfig(TRUNK, types=("a", "b", "c"))

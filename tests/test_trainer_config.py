@@ -122,7 +122,7 @@ def test_files_are_looked_into_when_all_that_costs_nothing_is_right(path, tmp_pa
     (("train", "recipes/gone.toml"), "there is no such recipe file"),
     (("settings",), "batch_size = 64"), (("--help",), "doctor"), (("train", "--help"), "key=value"),
 ], ids=" ".join)
-def test_settings_that_cannot_work_and_help_are_told_without_torch(path, tmp_path, words, part):
+def test_help_and_settings_that_cannot_work_are_reported_without_torch(path, tmp_path, words, part):
     file = tiny_run.toml(tmp_path, path, tmp_path / "run")
     script = ("import sys; sys.argv[0] = 'trainer'; from pixstack.trainer.cli import main\n"
               "try: main.main()\n"
@@ -132,7 +132,7 @@ def test_settings_that_cannot_work_and_help_are_told_without_torch(path, tmp_pat
     assert part in done.stdout + done.stderr and "heavy: []" in done.stdout
 
 
-def test_a_start_tells_the_sizes_that_model_leaves_out(path, tmp_path):
+def test_a_start_gives_the_sizes_that_model_leaves_out(path, tmp_path):
     file = checkpoint_file(tmp_path, context_dim=16)
     tiny_run.settings(path, tmp_path / "run", f"init_from={file}", "model.num_stages=3", model={})
 

@@ -92,7 +92,7 @@ def test_an_entry_after_the_options_counts(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["alpha", "sigma"])
-def test_the_variant_can_be_told(tmp_path, variant):
+def test_the_variant_can_be_given(tmp_path, variant):
     config = PixArtConfig(depth=1, hidden=WIDTH, heads=1, context_dim=16)
     source = stored(tmp_path / "a.safetensors", model_weights(config))
     convert(source, tmp_path / "b.safetensors", f"variant={variant}")
@@ -509,7 +509,7 @@ def test_a_personalisation_becomes_a_lora_of_comfyui_with_its_token(tmp_path, ca
     assert read_file(tmp_path / "half.safetensors")[1]["pixstack.token"] == "[cat]"
 
 
-def test_what_a_personalisation_does_not_tell_is_asked_for(tmp_path, capsys):
+def test_what_a_personalisation_does_not_say_is_asked_for(tmp_path, capsys):
     released = released_personalisation()
     released = {k: 0 * v if "embeddings" in k else v for k, v in released.items()}
     torch.save(released, tmp_path / "a.pt")

@@ -172,7 +172,7 @@ def test_a_good_data_set_ends_well(folder, capsys):
     assert "nothing stands in the way of training" in capsys.readouterr().out
 
 
-def test_a_recipe_tells_what_is_needed(tmp_path, capsys):
+def test_a_recipe_says_what_is_needed(tmp_path, capsys):
     path = tiny_run.pictures(tmp_path / "set", size=8)
     images = path.parent / "images"
     (images / "red_card.png").write_bytes(b"nothing")

@@ -317,7 +317,7 @@ def test_the_term_is_lpips_of_what_the_student_and_the_pair_draw(made, files, lp
     torch.testing.assert_close(losses[1] - losses[0], expected, rtol=2e-3, atol=1e-4)
 
 
-def test_the_gradient_of_the_term_reaches_the_student_alone(made, files, tmp_path):
+def test_the_gradient_of_the_term_reaches_only_the_student(made, files, tmp_path):
     recipe, batches = recipe_of(by_heart(made, files, tmp_path / "pairs"))
     batch, gradients = batches(0, range(6)), []
     for weight in (0.25, 2.25):

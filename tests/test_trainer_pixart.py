@@ -313,7 +313,7 @@ def test_what_was_trained_is_what_is_exported(trained, tmp_path):
         assert torch.equal(value, average[f"net.{key}"]), key
 
 
-def test_an_export_in_fp8_rounds_the_matrices_of_blocks_alone(trained, tmp_path, host):
+def test_an_export_in_fp8_rounds_only_the_matrices_of_blocks(trained, tmp_path, host):
     from importlib import import_module
 
     (whole,) = exporting.export(trained, tmp_path, "whole", dtype="fp32")

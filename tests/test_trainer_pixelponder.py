@@ -138,7 +138,7 @@ def test_every_parameter_has_a_gradient_whatever_hints_are_seen(made):
         assert [n for n, p in recipe.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_released_hears_the_first_of_the_shuffled_conditions_alone(made):
+def test_released_uses_only_the_first_of_the_shuffled_conditions(made):
     recipe, batches = recipe_of(made("recipe.selection=released", "recipe.min_conditions=2"))
     alone, _ = recipe_of(made("recipe.selection=released", "recipe.max_conditions=1"))
     batch = batches(0, range(6))
@@ -373,7 +373,7 @@ def telling(parts, path, tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_selection_learns_which_condition_tells_the_picture(telling, tmp_path, seed):
+def test_the_selection_learns_which_condition_shows_the_picture(telling, tmp_path, seed):
     """The order is shuffled while training, so a condition's place says nothing."""
     data_list, sections, start = telling
     settings = tiny_ponder.settings(

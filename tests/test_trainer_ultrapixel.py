@@ -142,7 +142,7 @@ def test_activation_checkpointing_leaves_gradients_as_they_are(made):
         torch.testing.assert_close(a, b)
 
 
-def test_captions_are_dropped_and_images_told_as_often_as_the_settings_say(made, parts, tmp_path):
+def test_captions_are_dropped_and_images_given_as_often_as_the_settings_say(made, parts, tmp_path):
     vision = tiny_ultrapixel.vision(tmp_path / "vision")
     recipe, batches = recipe_of(made(f"model.image_encoder={vision}", "batch_size=500", "recipe.dropout=0.2",
                                      "recipe.image_share=0.4"))

@@ -621,7 +621,7 @@ def test_a_table_without_the_tokens_row_is_refused():
         personalisation().embed(torch.zeros(4, 10))
 
 
-def test_the_learned_token_changes_its_row_alone():
+def test_the_learned_token_changes_only_its_row():
     table = torch.randn(6, 10)
     changed = (personalisation().embed(table) != table).any(dim=1)
     assert changed.tolist() == [False] * 4 + [True, False]
