@@ -1,7 +1,7 @@
 """Quantised files: weights in few bits with their scales beside them, gathered into one tensor for each weight.
 
 A gathered weight (`Quantised`) has the name, the shape and the dtype of the plain one, so that readers of files treat
-both alike. Whoever can compute with the few bits takes its `parts`; for everybody else it makes itself whole.
+both alike. Whoever can compute with the few bits takes its `parts`; everybody else gets it dequantised.
 """
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def gathered(tensors: Mapping, metadata: Mapping[str, str] | None = None, runnab
              ) -> tuple[dict, dict[str, str]]:
     """(weights, metadata) of a file with what belongs to one weight in one `Quantised`; others as they were.
 
-    runnable: formats, as ComfyUI calls them, that the caller has a use for even where they cannot be made whole here.
+    runnable: formats, as ComfyUI calls them, that the caller has a use for even where they cannot be dequantised here.
     Raises ValueError that names the format for a file that neither can, and for one that is not whole.
     """
     metadata = dict(metadata or {})
@@ -252,7 +252,7 @@ def _is_marker(key: str) -> bool:
 
 
 def _plain_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of most of the unquantised weights, in which quantised ones are made whole."""
+    """The dtype of most of the unquantised weights, in which quantised ones are dequantised."""
     count = {}
     for key, value in tensors.items():
         if value.dtype in (torch.float32, torch.float16, torch.bfloat16) and not key.endswith(("scale", "absmax")):
@@ -285,7 +285,7 @@ def _refuse_foreign(tensors: Mapping[str, Tensor]):
 
 
 def _refusal(name: str) -> str:
-    return (f"This file is quantised as {name}: it can neither be run as it is nor made whole again here. Get the "
+    return (f"This file is quantised as {name}: it can neither be run as it is nor dequantised here. Get the "
             "bf16, fp16 or fp8 file of the same model.")
 
 

@@ -23,7 +23,7 @@ PREFIXES = ("module.", "model.diffusion_model.", "_orig_mod.", "diffusion_model.
 def read_file(path: str | os.PathLike, runnable: Collection[str] = ()) -> tuple[dict, dict[str, str]]:
     """Tensors (nested as the file has them) and text metadata of a safetensors or torch file.
 
-    The weights of a quantised file are `quantised_files.Quantised`, which become whole where they are used; runnable:
+    The weights of a quantised file are `quantised_files.Quantised`, dequantised where they are used; runnable:
     formats that the caller takes as they are (`quantised_files.gathered`). Nothing in the file is executed: torch files
     are read with `weights_only=True`. Raises FileNotFoundError, or ValueError for a file that is truncated, is no
     checkpoint, holds pickled code, is a GGUF, or is quantised in a way that nobody here can read.
@@ -56,7 +56,7 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
     except SafetensorError as error:
         if path.suffix == ".safetensors" and not _is_torch_file(path):
             raise ValueError(
-                f"{path.name} is not a whole safetensors file ({error}): {path.stat().st_size:,} bytes are there. "
+                f"{path.name} is not a complete safetensors file ({error}): {path.stat().st_size:,} bytes are there. "
                 "Compare its size with the original and download it again."
             ) from error
     return _read_torch_file(path), {}
@@ -98,7 +98,7 @@ def _read_torch_file(path: Path) -> dict:
 
 
 def _cut(path: Path, error: BaseException) -> str:
-    return (f"{path.name} is not a whole torch file ({first_line(error).partition('. ')[0]}): "
+    return (f"{path.name} is not a complete torch file ({first_line(error).partition('. ')[0]}): "
             f"{path.stat().st_size:,} bytes are there. Compare its size with the original and download it again.")
 
 

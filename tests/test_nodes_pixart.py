@@ -853,7 +853,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("cut", "is not a whole torch file"), ("code", r"holds more than weights"), ("empty", "is empty"),
+    ("cut", "is not a complete torch file"), ("code", r"holds more than weights"), ("empty", "is empty"),
 ])  # fmt: skip
 @pytest.mark.parametrize("node, folder, name", [
     ("Loader", "diffusion_models", "model_name"), ("ControlNetLoader", "controlnet", "control_net_name"),

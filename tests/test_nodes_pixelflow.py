@@ -613,8 +613,8 @@ def wrong_file(path, kind):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("truncated safetensors", "is not a whole safetensors file"),
-        ("truncated pt", "is not a whole torch file"),
+        ("truncated safetensors", "is not a complete safetensors file"),
+        ("truncated pt", "is not a complete torch file"),
         ("pickle with code", "unpickling it could run code"),
         ("half of the weights", "The weights do not fit PixelFlow"),
         *((family, f"This is not a PixelFlow checkpoint. The keys are those of {family}") for family in (

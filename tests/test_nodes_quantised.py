@@ -1,4 +1,4 @@
-"""Quantised files inside a real ComfyUI: what its own operations compute with, what is made whole, what is refused."""
+"""Quantised files inside a real ComfyUI: what its own operations compute with, what is dequantised, what is refused."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_the_log_says_what_became_of_the_weights(art, caplog):  # noqa: F811
         pixart(art, "scaled_fp8")
     count = sum(made.in_blocks(*entry) for entry in PixArt(ART).state_dict().items())
     assert f"scaled_fp8_pixart.safetensors: {count} weights are quantised (scaled fp8)" in caplog.text
-    assert f"of {count} quantised weights {count} stay so in ComfyUI's operations, 0 are made whole" in caplog.text
+    assert f"of {count} quantised weights {count} stay so in ComfyUI's operations, 0 are dequantised" in caplog.text
 
 
 @pytest.mark.parametrize("format", ["scaled_fp8", "nvfp4", "quanto"])

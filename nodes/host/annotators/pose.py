@@ -60,7 +60,7 @@ def _in_wheel(path: str, files: dict[str, str]) -> dict[str, bytes]:
             names = {part: f"mediapipe/modules/{file}" for part, file in files.items()}
             return {part: wheel.read(name) for part, name in names.items() if name in held}
     except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{Path(path).name} is not a whole wheel ({error}): download it again.") from error
+        raise ValueError(f"{Path(path).name} is not a complete wheel ({error}): download it again.") from error
 
 
 def problem(body: str, hands: bool, face: bool) -> str | None:

@@ -32,7 +32,7 @@ def runnable() -> frozenset[str]:
 def kept(tensors: Mapping, dtype: torch.dtype | None = None) -> dict[str, dict]:
     """Layer -> settings, of the weights that stay as their file keeps them; empty for a file that is not quantised.
 
-    dtype: of the storage that the user asks for. One with more bits makes the weights whole, unless only ComfyUI could.
+    dtype: of the storage that the user asks for. One with more bits dequantises the weights, unless only ComfyUI could.
     """
     whole = dtype is not None and dtype not in FP8
     return {key.removesuffix(".weight"): value.settings for key, value in tensors.items()
@@ -62,7 +62,7 @@ def encoder_operations(layers: Mapping[str, dict], dtype: torch.dtype):
 
 def for_net(net: nn.Module, tensors: Mapping, assign: bool = False) -> dict:
     """The tensors as `load_state_dict` of this network takes them: those of `kept` layers under ComfyUI's names, others
-    whole. assign: the tensors themselves become the network's."""
+    dequantised. assign: the tensors themselves become the network's."""
     loaded, counts = {}, {}
     for key, value in tensors.items():
         if not isinstance(value, Quantised):
@@ -75,11 +75,11 @@ def for_net(net: nn.Module, tensors: Mapping, assign: bool = False) -> dict:
             loaded |= _named(layer, value)
         else:
             owner = net.get_submodule(key.rpartition(".")[0])
-            loaded[key] = value  # made whole when it is copied, one after the other
+            loaded[key] = value  # dequantised when it is copied, one after the other
             if assign:
                 loaded[key] = value.whole(getattr(owner, "weight_comfy_model_dtype", None))
     if counts:
-        logging.info("PixStack: of %d quantised weights %d stay so in ComfyUI's operations, %d are made whole.",
+        logging.info("PixStack: of %d quantised weights %d stay so in ComfyUI's operations, %d are dequantised.",
                      sum(counts.values()), counts.get(True, 0), counts.get(False, 0))
     return loaded
 

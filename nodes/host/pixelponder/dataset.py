@@ -82,7 +82,7 @@ def _picture(path: Path) -> Tensor:
             else:
                 pixels = numpy.asarray(upright.convert("RGB"), dtype=numpy.float32) / 255
     except OSError as error:
-        raise ValueError(f"{path.name} is not a whole picture ({error}).") from error
+        raise ValueError(f"{path.name} is not a complete picture ({error}).") from error
     return torch.from_numpy(pixels)[None]
 
 
@@ -94,7 +94,7 @@ def _size(path: Path) -> tuple[int, int] | None:
         with Image.open(path) as file:
             width, height = ImageOps.exif_transpose(file).size
     except OSError as error:
-        raise ValueError(f"{path.name} is not a whole picture ({error}).") from error
+        raise ValueError(f"{path.name} is not a complete picture ({error}).") from error
     return height, width
 
 
