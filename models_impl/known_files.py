@@ -1,4 +1,4 @@
-"""Whose file it is, known by its keys, and what loads it in ComfyUI: the second half of every refusal of a file."""
+"""What a file is, by its keys, and what loads it in ComfyUI: the second half of every message that refuses a file."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping

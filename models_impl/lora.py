@@ -129,11 +129,11 @@ def read(
 ) -> Lora:
     """The layers of a LoRA file (`state_dict.read_file`), keyed by the parameters that `names` leads to.
 
-    The scale of a layer is, first of all that there is: its own `.alpha`; lora_alpha (rank_pattern, alpha_pattern,
-    use_rslora) of the file's metadata, or, for the names that PEFT writes, of adapter_config (`beside`), as long as the
-    ranks they state are the file's; the argument `alpha`; what the format means by saying nothing: 8 for PEFT, whose
-    scripts for PixArt set only the rank, and a scale of 1 for all others, which fold it into the weights. Raises
-    ValueError with the likely reason when no layer of the file fits the network.
+    The scale of a layer comes from the first of these that exists: its own `.alpha`; lora_alpha (rank_pattern,
+    alpha_pattern, use_rslora) of the file's metadata, or, for the names that PEFT writes, of adapter_config (`beside`),
+    as long as the ranks they state are the file's; the argument `alpha`; what the format means by saying nothing: 8 for
+    PEFT, whose scripts for PixArt set only the rank, and a scale of 1 for all others, which fold it into the weights.
+    Raises ValueError with the likely reason when no layer of the file fits the network.
     """
     keys, odd = _modules(tensors)
     modules = {module: {part: tensors[key] for part, key in parts.items()} for module, parts in keys.items()}
@@ -423,8 +423,8 @@ def write(lora: Lora, names: Names, format: str) -> dict[str, Tensor]:
     """The tensors of a file in one of FORMATS that makes the same changes.
 
     diffusers: `transformer.` and the family's diffusers modules; a LoRA's scale is folded into lora_B, because readers
-    of this format assume scale 1. original: the family's own modules; comfyui: the same behind `diffusion_model.`;
-    kohya: the same behind `lora_unet_` with underscores. These three keep `.alpha`. Modules that are one in one
+    of this format assume scale 1. original: the family's own modules; comfyui: the same after `diffusion_model.`;
+    kohya: the same after `lora_unet_` with underscores. These three keep `.alpha`. Modules that are one in one
     spelling and several in the other are fused (block-diagonally, or by sharing lora_down where the parts share it) or
     split by rows. Raises ValueError where that cannot be exact: a lokr, and a DoRA of input lengths, do not fuse.
     """

@@ -82,7 +82,7 @@ def gathered(tensors: Mapping, metadata: Mapping[str, str] | None = None, runnab
     """(weights, metadata) of a file with what belongs to one weight in one `Quantised`; others as they were.
 
     runnable: formats, as ComfyUI calls them, that the caller has a use for even where they cannot be dequantised here.
-    Raises ValueError that names the format for a file that neither can, and for one that is not whole.
+    Raises ValueError, which names the format, for a file that neither can read, and for an incomplete one.
     """
     metadata = dict(metadata or {})
     stated = _layers(metadata.pop(METADATA, None))

@@ -26,7 +26,7 @@ def read_file(path: str | os.PathLike, runnable: Collection[str] = ()) -> tuple[
     The weights of a quantised file are `quantised_files.Quantised`, dequantised where they are used; runnable:
     formats that the caller takes as they are (`quantised_files.gathered`). Nothing in the file is executed: torch files
     are read with `weights_only=True`. Raises FileNotFoundError, or ValueError for a file that is truncated, is no
-    checkpoint, holds pickled code, is a GGUF, or is quantised in a way that nobody here can read.
+    checkpoint, holds pickled code, is a GGUF, or is quantised in a way that cannot be read here.
     """
     path = Path(path)
     if not path.is_file():

@@ -29,7 +29,7 @@ class LoadEntry(io.ComfyNode):
                 io.Image.Output("entry_image", display_name=IMAGE, tooltip="The picture."),
                 io.String.Output("entry_text", display_name=TEXT, tooltip="The caption."),
                 *(io.Image.Output(f"entry_{key}", display_name=key, tooltip=f"{WHAT[key]}. An entry without it stops "
-                                  "the nodes behind this output.") for key in CONDITIONS),
+                                  "the nodes after this output.") for key in CONDITIONS),
                 io.String.Output("entry_name", display_name="name", tooltip="File name of the picture without "
                                  "extension, or more of its path where names repeat; for 'Save Data Set Entry'."),
                 io.Int.Output("count", display_name="count", tooltip="Entries of the data set."),

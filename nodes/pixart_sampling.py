@@ -32,7 +32,7 @@ class PixArtSampler(io.ComfyNode):
                              tooltip="Order of dpm-solver++ and sa-solver. The releases use 2."),
                 io.Float.Input(
                     "eta", default=1.0, min=0.0, max=2.0, step=0.05, round=0.01,
-                    tooltip="Noise that sa-solver adds in the middle of its way. 1: the releases'. 0: none.",
+                    tooltip="Noise that sa-solver adds in the middle of sampling. 1: as released. 0: none.",
                 ),
                 io.Combo.Input(
                     "inpaint", options=INPAINT, default="core",

@@ -19,7 +19,7 @@ Ponder = io.Custom("PIXSTACK_PONDER")
 
 def _part(name: str, default: float, what: str):
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001,
-                          tooltip=f"Part of the sampling after which {what}.")
+                          tooltip=f"Fraction of the sampling after which {what}.")
 
 
 class FluxLoader(io.ComfyNode):

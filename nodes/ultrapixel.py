@@ -117,7 +117,7 @@ class UltraPixelSampler(io.ComfyNode):
             inputs=[
                 io.Boolean.Input(
                     "reference", default=False,
-                    tooltip="Number for number as the original program: one stream of noise for everything, guidance "
+                    tooltip="Repeats the original program: one stream of noise for everything, guidance "
                     "rescaled over the whole batch, the guide from the last step, none after step 20.",
                 ),
                 io.Latent.Input(

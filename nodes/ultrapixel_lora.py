@@ -20,7 +20,7 @@ class UltraPixelPersonalise(io.ComfyNode):
             description="A personalisation of UltraPixel on Stage C and its text encoder: what a thing looks like, and "
             "the word it is called by. Write that word in the prompt.",
             inputs=[
-                io.Model.Input("model", tooltip="Stage C, before or behind 'UltraPixel Guide'."),
+                io.Model.Input("model", tooltip="Stage C, before or after 'UltraPixel Guide'."),
                 io.Clip.Input("clip", tooltip="CLIP-G, from core's Load CLIP, type stable_cascade."),
                 io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
                                tooltip="lora_cat.safetensors of the release, or one of PixStack's trainer, in "

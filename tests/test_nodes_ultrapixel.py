@@ -548,7 +548,7 @@ def test_the_latent_of_stage_b_is_refused(ultra):
 
 @pytest.mark.parametrize("low, words", [
     (torch.zeros(1, 4, 4, 4), "low_latent has 4 channels"), (torch.zeros(1, 16, 4, 8), "of different shapes"),
-    (torch.ones(3, 16, *LOW), "low_latent has 3 pictures, the latent 1: put the same 'Latent From Batch' behind both"),
+    (torch.ones(3, 16, *LOW), "low_latent has 3 pictures, the latent 1: put the same 'Latent From Batch' after both"),
 ])  # fmt: skip
 def test_a_low_latent_that_does_not_belong_to_the_picture_is_refused(ultra, low, words):
     with pytest.raises(ValueError, match=words):

@@ -4,8 +4,8 @@ A state is x = alpha * sample + std * noise with alpha^2 + std^2 = 1, and sigma 
 network is conditioned on, any number from 0 to 999. The step before 0 is CLEAN: there alpha is 1 and sigma is 0.
 
 Every sampler walks a list of falling timesteps, from the state at the first to the state at the last, so a schedule may
-start late or be cut in two; only at CLEAN it ends with the network's estimate. After a cut a multistep solver starts
-anew with its first order.
+start late or be cut in two; only at CLEAN it ends with the network's estimate. After a cut a multistep solver restarts
+at its first order.
 (diffusion/model/{dpm_solver,sa_solver,gaussian_diffusion}.py, diffusion/lcm_scheduler.py and train_scripts/ of
 PixArt-alpha/PixArt-sigma@1ce521a)
 """

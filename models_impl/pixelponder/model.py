@@ -2,7 +2,7 @@
 
 A FLUX trunk of two double- and two single-stream blocks. The hint of each condition is embedded by the stem of its kind
 and a tower that all kinds share; a selection (`patch_select`) makes one map of all of them, which is added to the image
-tokens. The hidden states behind the blocks are the residuals: there are no zero-initialised output layers.
+tokens. The hidden states after the blocks are the residuals: there are no zero-initialised output layers.
 """
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class Control:
     """The residuals of one pass of the ControlNet."""
 
     double: tuple[Tensor, ...]
-    """(B, N, D) behind each double-stream block."""
+    """(B, N, D) after each double-stream block."""
     single: tuple[Tensor, ...]
-    """(B, N+L, D) behind each single-stream block, the image first."""
+    """(B, N+L, D) after each single-stream block, the image first."""
     selection: Selection
 
     def residuals(self, strength: float | Tensor = 1.0, dtype: torch.dtype | None = None) -> Residuals:

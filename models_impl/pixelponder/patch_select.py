@@ -436,7 +436,7 @@ def pick(score: Tensor, free: Tensor, select_num: int) -> Picked:
 
 
 class AsRun:
-    """The released selection as the reference executes it, what it returns included.
+    """The released selection as the reference executes it, its return value included.
 
     Every round scores all patches, takes the `select_num` most certain, and replaces the map by everyone's winner,
     those just taken doubled; taken patches count for the first condition from then on. So the map of the last round is

@@ -63,7 +63,7 @@ def _refuse(tensors: Mapping, what: str):
 
 
 def unwrap(tensors: Mapping) -> dict:
-    """The weights, out of the table and from behind the prefixes that other programs put them in."""
+    """The weights, out of the table and without the prefixes of other programs."""
     inner = tensors.get("state_dict")
     return without_prefix(inner if isinstance(inner, Mapping) else tensors)
 

@@ -95,7 +95,7 @@ class Tokenizer(nn.Module):
 
 
 class TokenAttention(nn.Module):
-    """SiLU before the projections and none behind: as released."""
+    """SiLU before the projections and none after: as released."""
 
     def __init__(self, config: GuideConfig, operations, to: dict):
         super().__init__()

@@ -180,8 +180,8 @@ def sample_guided(
     """Both passes of UltraPixel (arXiv 2407.02158). Returns the clean high-resolution latent.
 
     predict_low and features_low: see `sample_features`; predict_high(x, timestep, features) -> eps, features None where
-    unguided. x_low, x_high: noise of the two sizes, each with noise of its own for the steps. guide_steps: only so many
-    steps are guided, for the reference's numbers, which stop after 20; None: all. keep: None for `kept_step`; the
+    unguided. x_low, x_high: noise of the two sizes, each with noise of its own for the steps. guide_steps: number
+    of guided steps; the reference stops after 20; None: all. keep: None for `kept_step`; the
     reference takes the last step, whatever its noise level.
     """
     features = sample_features(predict_low, features_low, x_low, schedule, logsnrs, noise_low, keep, eta=eta,

@@ -220,7 +220,7 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
 
     def _inject(self, residuals: Residuals, before: dict | None, transformer_options: dict) -> dict:
         """The control dictionary of core's FLUX for the double-stream blocks. Its entries for the single-stream blocks
-        reach image tokens only, so those go in behind the blocks themselves, text and image alike.
+        reach image tokens only, so those are added after the blocks themselves, text and image alike.
         """
         doubles, singles = len(self._base.double_blocks), len(self._base.single_blocks)
         ours = [residuals.double[residual_index(i, doubles, len(residuals.double))] for i in range(doubles)]

@@ -52,7 +52,7 @@ def entry(folder: str, index: int) -> tuple[dict, str, int]:
 
 def pictures(folder: str, listed: dict) -> list[Tensor | ExecutionBlocker]:
     """The picture of each of entries.PICTURES as (1, H, W, 3); where the entry has none or its file is missing, what
-    stops the nodes behind it and says so."""
+    stops the nodes after it, with a message."""
     return [ExecutionBlocker(f"This entry of {folder} has no {key}.") if path is None
             else _picture(path) if path.is_file()
             else ExecutionBlocker(f"{key} of this entry of {folder} is missing: {listed[key]}. Paths begin at the "

@@ -117,7 +117,7 @@ def _check_low(low: Tensor, noise: Tensor):
                          "output 'low' of 'UltraPixel Canvas'.")
     if len(low) not in (1, len(noise)) and low.any():
         raise ValueError(f"low_latent has {len(low)} pictures, the latent {len(noise)}: put the same 'Latent From "
-                         "Batch' behind both outputs of 'UltraPixel Canvas'.")
+                         "Batch' after both outputs of 'UltraPixel Canvas'.")
     (h, w), (H, W) = low.shape[-2:], noise.shape[-2:]
     if not 0.75 < (w / h) / (W / H) < 1.33:
         raise ValueError(f"low_latent has {w} x {h} cells, the picture {W} x {H}: they are of different shapes. Take "

@@ -33,7 +33,7 @@ def load(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = Fa
         config, tensors = checkpoint.read_stage_a(tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
-    # ComfyUI's latents of Stage B are already scaled: its latent format SC_B multiplies by 0.43 behind the sampler.
+    # ComfyUI's latents of Stage B are already scaled: its latent format SC_B multiplies by 0.43 after the sampler.
     config = replace(config, scale_factor=1.0)
     vae = StageAVAE(dtype)
     net = StageA(config, operations=comfy.ops.disable_weight_init, dtype=vae.vae_dtype)
