@@ -202,7 +202,7 @@ def main(base: str, *workflows: str):
         begin(way)
     conftest.take_stand_ins()
     cascade_weights.shrink_core()
-    info, found = host.object_info(), {}
+    info, checksums = host.object_info(), {}
     for path in paths:
         graph = read(path, info)
         # A patched weight that is stored in half the precision or less is rounded at random when it is merged, but not
@@ -211,10 +211,10 @@ def main(base: str, *workflows: str):
             if node["class_type"] in ("PixStack_PixArtLoader", "PixStack_FluxLoader"):
                 node["inputs"]["dtype"] = "fp32"
         done = host.run(graph)
-        found[path.stem] = str(done.error) if done.error else sorted(  # nodes may run in another order
+        checksums[path.stem] = str(done.error) if done.error else sorted(  # nodes may run in another order
             hashlib.sha256(Image.open(picture).convert("RGB").tobytes()).hexdigest() for picture in done.images)
     memory = import_module("comfy.model_management")
-    print(json.dumps({"pictures": found,
+    print(json.dumps({"pictures": checksums,
                       "patchers": sorted({type(loaded.model).__name__ for loaded in memory.current_loaded_models})}))
 
 

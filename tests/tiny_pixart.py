@@ -70,13 +70,13 @@ def released(path, seed=0, scale=0.1, **entries):
 
 def recipe_of(made):
     """(the recipe of settings, its batches), nothing in it zero, so that every part shows in the loss."""
-    found = build.collection(made)
-    recipe = build.recipe(made, found)
+    items = build.collection(made)
+    recipe = build.recipe(made, items)
     torch.manual_seed(1)
     for p in recipe.parameters():
         if p.requires_grad and not p.any():
             torch.nn.init.normal_(p, std=0.1)
-    return recipe, loader.Batches(found.train, made.data, made.seed, made.batch_size)
+    return recipe, loader.Batches(items.train, made.data, made.seed, made.batch_size)
 
 
 def toml(folder, made):
@@ -92,12 +92,12 @@ def toml(folder, made):
 
 def case(name):
     """(config, inputs, outputs) of a parity case among the fixtures."""
-    found = {"input": {}, "output": {}}
+    tensors = {"input": {}, "output": {}}
     with safe_open(Path(__file__).parent / "fixtures/parity" / f"{name}.safetensors", framework="pt") as file:
         for key in file.keys():
             kind, _, part = key.partition(".")
-            found[kind][part] = file.get_tensor(key)
-        return json.loads(file.metadata()["config"]), found["input"], found["output"]
+            tensors[kind][part] = file.get_tensor(key)
+        return json.loads(file.metadata()["config"]), tensors["input"], tensors["output"]
 
 
 def log(folder):

@@ -70,13 +70,13 @@ def remembered():
     encode, known = FrozenEffnet.encode, {}
 
     def once(self, pictures, device):
-        found = []
+        latents = []
         for one in pictures.split(1):
             key = (one.numpy().tobytes(), one.shape, str(self.path), self.low, self.dtype)
             if key not in known:
                 known[key] = encode(self, one, device)
-            found.append(known[key])
-        return {name: torch.cat([f[name] for f in found]) for name in found[0]}
+            latents.append(known[key])
+        return {name: torch.cat([f[name] for f in latents]) for name in latents[0]}
 
     FrozenEffnet.encode = once
     yield
@@ -155,12 +155,12 @@ def settings(path, out, sections, recipe, *words, **more):
 
 def case(name):
     """(weights, config, inputs, outputs) of a parity case among the fixtures."""
-    found = {"weight": {}, "input": {}, "output": {}}
+    tensors = {"weight": {}, "input": {}, "output": {}}
     with safe_open(Path(__file__).parent / "fixtures/parity" / f"{name}.safetensors", framework="pt") as file:
         for key in file.keys():
             kind, _, part = key.partition(".")
-            found[kind][part] = file.get_tensor(key)
-        return found["weight"], json.loads(file.metadata()["config"]), found["input"], found["output"]
+            tensors[kind][part] = file.get_tensor(key)
+        return tensors["weight"], json.loads(file.metadata()["config"]), tensors["input"], tensors["output"]
 
 
 def weights(folder, step=6):
@@ -182,8 +182,8 @@ def toml(folder, made):
 
 def recipe_of(made):
     """(the recipe of settings, its batches)"""
-    found = build.collection(made)
-    return build.recipe(made, found), loader.Batches(found.train, made.data, made.seed, made.batch_size)
+    items = build.collection(made)
+    return build.recipe(made, items), loader.Batches(items.train, made.data, made.seed, made.batch_size)
 
 
 def log(folder: Path):

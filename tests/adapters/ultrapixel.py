@@ -44,8 +44,8 @@ def conditioning(inputs, config):
 
 
 def numbered(tensors, name):
-    found = {int(key.rsplit(".", 1)[1]): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-    return [found.get(i) for i in range(max(found) + 1)]
+    by_number = {int(key.rsplit(".", 1)[1]): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    return [by_number.get(i) for i in range(max(by_number) + 1)]
 
 
 def low_features(inputs) -> Features:
