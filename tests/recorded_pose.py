@@ -61,21 +61,21 @@ def write(path: Path, part: str):
     buffers, tensors, operators, results = [schema.BufferT()], [], [], []
 
     def tensor(shape, values=None, kind=schema.TensorType.FLOAT32) -> int:
-        tensor = schema.TensorT()
-        tensor.shape, tensor.type, tensor.name = list(shape), kind, f"t{len(tensors)}"
+        entry = schema.TensorT()
+        entry.shape, entry.type, entry.name = list(shape), kind, f"t{len(tensors)}"
         if values is not None:
             buffer = schema.BufferT()
             buffer.data = list(values.tobytes())
             buffers.append(buffer)
-            tensor.buffer = len(buffers) - 1
-        tensors.append(tensor)
+            entry.buffer = len(buffers) - 1
+        tensors.append(entry)
         return len(tensors) - 1
 
     def operator(code, inputs, output, kind, options):
-        operator = schema.OperatorT()
-        operator.opcodeIndex, operator.inputs, operator.outputs = code, inputs, [output]
-        operator.builtinOptionsType, operator.builtinOptions = kind, options
-        operators.append(operator)
+        entry = schema.OperatorT()
+        entry.opcodeIndex, entry.inputs, entry.outputs = code, inputs, [output]
+        entry.builtinOptionsType, entry.builtinOptions = kind, options
+        operators.append(entry)
 
     side = pose.SIDES[part]
     picture, pixel = tensor((1, side, side, 3)), tensor((1, 1, 1, 3))

@@ -71,11 +71,11 @@ def load_patcher(path: str, disable_dynamic: bool = False):
 def sizes(tensors: dict[str, Tensor]) -> dict:
     """Widths of the stages, of files that are not the release too."""
     def widths(start: str, end: str) -> list[int]:
-        widths, index = [], 0
+        channels, index = [], 0
         while (key := f"{start}.{index}.{end}") in tensors:
-            widths.append(tensors[key].shape[0])
+            channels.append(tensors[key].shape[0])
             index += 1
-        return widths
+        return channels
 
     return dict(
         encoder_block_out_channels=tuple(widths("encoder.down_blocks", "resnets.0.conv1.weight")),
