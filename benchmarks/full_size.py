@@ -2,8 +2,8 @@
 
 For each row a file of random weights is written in the layout of the release, loaded by our node's loader in a
 process of its own, and deleted. Printed are the size of the file, the seconds that loading took, the memory of the
-process that is no mapped file at its highest while loading and after it (Linux counts it as RssAnon), and both over
-what the weights take in the dtype that they are kept in: a second copy of all on the way would make the first ratio 2.
+process outside mapped files, its peak while loading and after it (Linux counts it as RssAnon), and both divided by what
+the weights take in the dtype that they are kept in: a second copy of all on the way would make the first ratio 2.
 After some of them one step follows: PixArt at 512 pixels, a prompt through T5.
 
     python benchmarks/full_size.py [ROW ...] [--folder FOLDER] [--spare GB]
@@ -55,16 +55,16 @@ def shapes(row: str) -> dict[str, tuple]:
 
 def _t5() -> dict[str, tuple]:
     width, wide, inner = T5_XXL["d_model"], T5_XXL["d_ff"], T5_XXL["d_kv"] * T5_XXL["num_heads"]
-    found = {"shared.weight": (T5_XXL["vocab_size"], width), "encoder.final_layer_norm.weight": (width,),
-             "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, T5_XXL["num_heads"])}
+    shapes = {"shared.weight": (T5_XXL["vocab_size"], width), "encoder.final_layer_norm.weight": (width,),
+              "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, T5_XXL["num_heads"])}
     for i in range(T5_XXL["num_layers"]):
         block = f"encoder.block.{i}.layer."
-        found |= {f"{block}{j}.layer_norm.weight": (width,) for j in (0, 1)}
-        found |= {f"{block}0.SelfAttention.{name}.weight": (inner, width) for name in "qkv"}
-        found[f"{block}0.SelfAttention.o.weight"] = (width, inner)
-        found |= {f"{block}1.DenseReluDense.wi_{j}.weight": (wide, width) for j in (0, 1)}
-        found[f"{block}1.DenseReluDense.wo.weight"] = (width, wide)
-    return found
+        shapes |= {f"{block}{j}.layer_norm.weight": (width,) for j in (0, 1)}
+        shapes |= {f"{block}0.SelfAttention.{name}.weight": (inner, width) for name in "qkv"}
+        shapes[f"{block}0.SelfAttention.o.weight"] = (width, inner)
+        shapes |= {f"{block}1.DenseReluDense.wi_{j}.weight": (wide, width) for j in (0, 1)}
+        shapes[f"{block}1.DenseReluDense.wo.weight"] = (width, wide)
+    return shapes
 
 
 ROWS = {  # name -> folder, file, dtype of the release
@@ -122,7 +122,7 @@ def load(row: str, path: Path):
 
 
 def anonymous() -> int:
-    """Bytes of this process that are no mapped file."""
+    """Bytes of this process outside mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])
@@ -153,13 +153,13 @@ def measure(row: str, path: Path) -> dict:
     before, began = anonymous(), time.perf_counter()
     with Highest() as highest:
         net, step = load(row, path)
-    found = {"seconds": time.perf_counter() - began, "peak": highest.bytes - before, "after": anonymous() - before,
-             "file": path.stat().st_size, "kept": sum(_bytes(p) for p in net.parameters())}
+    figures = {"seconds": time.perf_counter() - began, "peak": highest.bytes - before, "after": anonymous() - before,
+               "file": path.stat().st_size, "kept": sum(_bytes(p) for p in net.parameters())}
     if step is not None:
         began = time.perf_counter()
         step()
-        found["step"] = time.perf_counter() - began
-    return found
+        figures["step"] = time.perf_counter() - began
+    return figures
 
 
 def _bytes(weight: torch.Tensor) -> int:
@@ -176,7 +176,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", help=", ".join(ROWS))
     parser.add_argument("--folder", type=Path, default=Path(".comfyui/full_size"), help="where the files are written")
-    parser.add_argument("--spare", type=float, default=8.0, help="GB of memory and disk to leave alone")
+    parser.add_argument("--spare", type=float, default=8.0, help="GB of memory and disk to leave free")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -192,7 +192,7 @@ def main():
         needed = kept * weights + args.spare * GB
         args.folder.mkdir(parents=True, exist_ok=True)
         if needed > available() or needed > shutil.disk_usage(args.folder).free:
-            print(f"{row:20}left out: it wants {needed / GB:.1f} GB of memory and disk")
+            print(f"{row:20}left out: it needs {needed / GB:.1f} GB of memory and disk")
             continue
         path = (args.folder / ROWS[row][1]).resolve()
         try:
@@ -201,14 +201,14 @@ def main():
                                   capture_output=True, text=True)
         finally:
             path.unlink(missing_ok=True)
-        told = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-        if told is None:
+        result = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+        if result is None:
             print(f"{row:20}failed: {done.stderr.strip().splitlines()[-1:]}")
             continue
-        found = json.loads(told.removeprefix("RESULT "))
-        print(f"{row:20}{found['file'] / GB:9.2f}{found['seconds']:8.1f}{found['peak'] / GB:9.2f}"
-              f"{found['after'] / GB:10.2f}{found['peak'] / found['kept']:11.2f}{found['after'] / found['kept']:12.2f}"
-              f"{found.get('step', float('nan')):8.1f}", flush=True)
+        figures = json.loads(result.removeprefix("RESULT "))
+        print(f"{row:20}{figures['file'] / GB:9.2f}{figures['seconds']:8.1f}{figures['peak'] / GB:9.2f}"
+              f"{figures['after'] / GB:10.2f}{figures['peak'] / figures['kept']:11.2f}"
+              f"{figures['after'] / figures['kept']:12.2f}{figures.get('step', float('nan')):8.1f}", flush=True)
 
 
 if __name__ == "__main__":

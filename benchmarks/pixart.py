@@ -3,7 +3,7 @@
 The same random weights in all three, in one ComfyUI process, prompts of 17 and 3 tokens. Ours keeps the text's keys and
 values, calls ComfyUI's attention, and runs both prompts in one masked pass where our nodes do, else in two; core runs
 one pass for each, as its sampler does with prompts of unequal length; diffusers runs one pass padded to 300 tokens, as
-its pipeline does; and ours runs the other way too, to tell whether the choice is right. All use PyTorch's attention and
+its pipeline does; and ours runs the other way too, to check the choice. All use PyTorch's attention and
 take turns; printed are the greatest difference of their predictions, and peer / ours (above 1 =
 ours is faster) as median (least to most). Core divides by zero at 256 px and is left out there; between trained sizes
 it places tokens elsewhere, so that its predictions differ.

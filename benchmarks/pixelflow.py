@@ -130,7 +130,7 @@ def plain(model, case, size, steps, batch, device, dtype):
 
 @torch.inference_mode()
 def worker(pipe, side, case, args):
-    """One side in a process of its own: samples whenever it is told to and says how long it took."""
+    """One side in a process of its own: samples at each request and returns the seconds."""
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     model = network(case, args.preset, args.device, dtype)

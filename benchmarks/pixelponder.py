@@ -124,8 +124,8 @@ def features_agree(net: PixelPonder, step: dict, hints: list) -> float:
 
     def select(guide):
         nonlocal worst
-        found, tokens = AsRun(net.select_net), net.select_net.tokens(conditions)
-        picks = list(found.rounds(conditions, guide, tokens))
+        strategy, tokens = AsRun(net.select_net), net.select_net.tokens(conditions)
+        picks = list(strategy.rounds(conditions, guide, tokens))
         ours, last = net.select_net.step(tokens, guide), None
         free = torch.ones(1, picks[0].winner.shape[1], dtype=torch.bool, device=picks[0].winner.device)
         for (feature, _), picked in zip(released_loop(net, conditions, guide, picks), picks, strict=False):
@@ -133,7 +133,7 @@ def features_agree(net: PixelPonder, step: dict, hints: list) -> float:
             mine = net.select_net.features(ours, left, last)
             worst = max(worst, float((feature[:, left[0]] - mine).abs().max()))
             free, last = free.scatter(1, picked.top, False), picked
-        return found.result(conditions, picks[-1])
+        return strategy.result(conditions, picks[-1])
 
     net(**step, select=select)
     return worst

@@ -1,11 +1,11 @@
 """Does `accumulate` learn to select? Our PixelPonder on a tiny FLUX, a toy task, some minutes on a CPU.
 
 Pictures are smooth random fields. Each of 2 to 4 conditions shows the picture in one region and white noise of the
-same variance elsewhere; regions, kinds of hints and their order are drawn anew for every batch, so neither position
+same variance elsewhere; regions, kinds of hints and their order are redrawn for every batch, so neither position
 nor kind says anything. FLUX learns the pictures and is frozen. PixelPonder learns to follow one condition that is true
-everywhere, as the released weights do; then a selector is added, alone at first, and trained with it by nothing but the
-ordinary loss of the flow. Printed is the part of the patches in which the condition that knows the picture was chosen,
-on pictures that were not trained on, and drawn are its course and examples of the maps.
+everywhere, as the released weights do; then a selector is added, trained by itself at first, then with the network, and
+only by the ordinary loss of the flow. Printed is the part of the patches in which the condition that shows the picture
+was chosen, on pictures that were not trained on; its course and examples of the maps are drawn.
 
     python benchmarks/pixelponder_selection.py [--steps N] [--jobs N] [--threads N] [--picture FILE.png]
 """
@@ -34,8 +34,8 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 CELLS = 16  # side of the latent: 8 by 8 patches
-# Of a field along one side. The likelihoods of a patch's four cells tell it from noise every time; from three noises
-# only 74 times of 100 if CELLS were 8, which would then be the most that can be learnt.
+# Cells of a field along one side. The likelihoods of a patch's four cells separate it from noise every time; from three
+# noises only 74 times of 100 if CELLS were 8, which would then be the most that can be learnt.
 POINTS = 5
 TEXT = 4  # tokens, always the same: the task has no words
 BASE = FluxConfig(hidden=96, heads=3, axes=(8, 12, 12), mlp_hidden=384, depth=2, single_depth=2, pooled_dim=8,
@@ -97,10 +97,10 @@ class Task:
         return noise, given
 
 
-def fit(parameters, steps: int, rate: float, loss_of, every: int, report):
-    """AdamW on `loss_of()`, its rate falling to 0; report(step, mean loss since the last time) every so many steps."""
+def fit(parameters, steps: int, learning_rate: float, loss_of, every: int, report):
+    """AdamW on `loss_of()`, the learning rate falling to 0; report(step, mean loss since the last report)."""
     parameters, losses = list(parameters), []
-    optimizer = torch.optim.AdamW(parameters, rate)
+    optimizer = torch.optim.AdamW(parameters, learning_rate)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for step in range(1, steps + 1):
         loss = loss_of()
@@ -260,7 +260,7 @@ def run(weights: tuple[dict, dict], args, rounds: int | None) -> tuple[str, list
     with torch.no_grad():
         loss = sum(loss_with(net, base, strategy_of(net, rounds), Task(8 + K), 256, K) for K in parts) / 3
     print(f"{name}: right in " + ", ".join(f"{part:.1%} of {K}" for K, part in parts.items())
-          + f" conditions (chance 50.0%, 33.3%, 25.0%), loss {loss:.3f}", flush=True)
+          + f" conditions (at random 50.0%, 33.3%, 25.0%), loss {loss:.3f}", flush=True)
     if rounds is not None:
         print(f"  the same in any order: {same_in_any_order(net, rounds)}; at least {ENOUGH:.0%}: "
               f"{all(part >= ENOUGH for part in parts.values())}", flush=True)
@@ -270,9 +270,9 @@ def run(weights: tuple[dict, dict], args, rounds: int | None) -> tuple[str, list
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base-steps", type=int, default=250, help="training of FLUX")
-    parser.add_argument("--control-steps", type=int, default=250, help="of PixelPonder with one condition")
-    parser.add_argument("--settle", type=int, default=100, help="of the selector alone")
-    parser.add_argument("--steps", type=int, default=500, help="of both together")
+    parser.add_argument("--control-steps", type=int, default=250, help="steps of PixelPonder with one condition")
+    parser.add_argument("--settle", type=int, default=100, help="steps of only the selector")
+    parser.add_argument("--steps", type=int, default=500, help="steps of both together")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=len(RULES), help="rules at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each")
@@ -283,7 +283,7 @@ def main():
     control = train_control(base, args.control_steps, args.batch)
     weights = base.state_dict(), control.state_dict()
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        results = {name: found for name, *found in pool.map(partial(run, weights, args), RULES)}
+        results = {name: result for name, *result in pool.map(partial(run, weights, args), RULES)}
     draw(results, args.picture)
     print(f"drawn: {args.picture}")
 

@@ -2,7 +2,7 @@
 
 The peer is diffusers' PixArtTransformer2DModel with what its users write around it: a full fine-tune with AdamW, and a
 peft LoRA on the frozen network, eps loss on cached latents and cached, padded text, AdamW, gradient clipping, autocast
-where --precision is bf16. Both learn the error of the noise alone on the same latents, noise and timesteps, and at the
+where --precision is bf16. Both have only the loss of the noise, on the same latents, noise and timesteps, and at the
 first step the losses must be equal. Ours is the loop of `python -m trainer` but for files and logs.
 
 Each side runs in processes of its own, in turn; printed are steps per second of ours, the ratio ours / peer (above 1 =
@@ -125,9 +125,9 @@ def peer(args, case: str):
         mask = (torch.arange(PADDED, device=args.device) < LENGTH).expand(len(text), -1)
         noisy = schedule.add_noise(latent, noise, timestep)
         with torch.autocast(args.device, torch.bfloat16, args.precision == "bf16"):
-            said = other(noisy, text, timestep, {"resolution": None, "aspect_ratio": None},
-                         encoder_attention_mask=mask).sample
-        return F.mse_loss(said.chunk(2, 1)[0].float(), noise)
+            prediction = other(noisy, text, timestep, {"resolution": None, "aspect_ratio": None},
+                               encoder_attention_mask=mask).sample
+        return F.mse_loss(prediction.chunk(2, 1)[0].float(), noise)
 
     return other, loss
 

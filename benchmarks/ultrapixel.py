@@ -58,7 +58,7 @@ class Memory:
             self.before = torch.cuda.memory_allocated()
         else:
             ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
             self.before = self._status("VmRSS")
 
     def peak(self) -> int:
@@ -91,14 +91,14 @@ def spread(values) -> str:
 
 
 def random_weights(net: torch.nn.Module, gain: float = 1.0) -> dict:
-    """Of a size that keeps activations about as large as they are, layer after layer."""
-    generator, found = torch.Generator().manual_seed(0), {}
+    """Random weights, scaled to keep activations at about the same size from layer to layer."""
+    generator, weights = torch.Generator().manual_seed(0), {}
     for key, value in net.state_dict().items():
         scale = gain / value[0].numel() ** 0.5 if value.ndim > 1 else 0.1
-        found[key] = scale * torch.randn(value.shape, generator=generator)
+        weights[key] = scale * torch.randn(value.shape, generator=generator)
         if key.endswith("running_var"):
-            found[key] = torch.ones(value.shape)
-    return found
+            weights[key] = torch.ones(value.shape)
+    return weights
 
 
 def filled(net: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -205,23 +205,23 @@ def guide(args):
         net = Guide(GuideConfig())
     base, net = (filled(m.to_empty(device=args.device), **to) for m in (base, net))
     for size in args.guide_size:
-        found = sizes(size, size)
+        latent_sizes = sizes(size, size)
 
         def random(*shape):
             return torch.randn(shape, generator=rng).to(**to)
 
         context = dict(text=random(2, 77, 1280), pooled=random(2, 1, 1280))
         timestep = torch.full((2,), 0.5, device=args.device)
-        _, features = base.features(random(2, 16, *found.low), timestep, **context)
-        x = random(2, 16, *found.stage_c)
+        _, features = base.features(random(2, 16, *latent_sizes.low), timestep, **context)
+        x = random(2, 16, *latent_sizes.stage_c)
         image, seconds = GuidedImage(net, features.rows(0, 1)), {"with": [], "without": [], "plain": []}
         both = Features(*([half[:1].repeat(2, 1, 1, 1) for half in way] for way in (features.down, features.up)))
         outputs = {}
         for repeat in range(args.repeats + 1):
             for name in seconds:
                 start = clock(args.device)
-                made = {"with": image, "without": GuidedImage(net, both), "plain": None}[name]
-                outputs[name] = base(x, timestep, **context, hook=made and made.hook(timestep))
+                guided = {"with": image, "without": GuidedImage(net, both), "plain": None}[name]
+                outputs[name] = base(x, timestep, **context, hook=guided and guided.hook(timestep))
                 if repeat:
                     seconds[name].append(clock(args.device) - start)
         kept = sum(t.numel() * t.element_size() for t in image._prepared.values())
@@ -231,7 +231,7 @@ def guide(args):
         ratios = [a / b for a, b in zip(cost["without"], cost["with"], strict=True)]
         print(f"Guide, {size} px, {args.dtype}: a step of {n}/8 of Stage C with cfg takes {spread(seconds['plain'])} "
               f"s without the guide, {spread(seconds['with'])} s with it kept, {spread(seconds['without'])} s computed "
-              f"anew\n  the guide alone: {spread(cost['with'])} s kept, {spread(cost['without'])} s anew, ratio "
+              f"anew\n  only the guide: {spread(cost['with'])} s kept, {spread(cost['without'])} s anew, ratio "
               f"{spread(ratios)}; {kept / 2**20:.0f} MiB kept, greatest difference {difference:.1e} of the standard "
               "deviation", flush=True)
 
@@ -255,9 +255,9 @@ def stage_b(args):
         elif name in ("effnet_mapper", "clf"):
             patched[module] = partial(host.pointwise, module)
     for size in args.stage_b_size:
-        rng, found = torch.Generator().manual_seed(0), sizes(size, size)
+        rng, latent_sizes = torch.Generator().manual_seed(0), sizes(size, size)
         given = [torch.randn(shape, generator=rng).to(**to) for shape in (
-            (2, 4, *found.stage_b), (2,), (2, 16, *found.stage_c), (2, 1, 1280))]
+            (2, 4, *latent_sizes.stage_b), (2,), (2, 16, *latent_sizes.stage_c), (2, 1, 1280))]
         given[1] = torch.full((2,), 0.5, device=args.device)
         seconds, peaks, outputs = {"ComfyUI": [], "ours": []}, {}, {}
         for repeat in range(args.repeats + 1):

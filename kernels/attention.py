@@ -2,7 +2,7 @@
 
     y = softmax(q k^T / sqrt(D)) v
 
-Behind it torch's scaled_dot_product_attention.
+Implemented by torch's scaled_dot_product_attention.
 """
 from __future__ import annotations
 

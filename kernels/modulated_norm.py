@@ -27,5 +27,5 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) ->
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, for what another norm has seen."""
+    """x * (1 + scale) + shift, for an x that another norm has already normalised."""
     return torch.addcmul(shift, x, 1 + scale)

@@ -22,7 +22,7 @@ def library(name: str) -> ModuleType | None:
 
 def kitchen(x: Tensor, *others: Tensor) -> ModuleType | None:
     """comfy-kitchen, which newer ComfyUIs bring, where its operations can take these tensors: on CUDA and without
-    gradients, which they do not compute. Else None; so too where torch.compile traces: it fuses the reference."""
+    gradients, which they do not compute. Else None, and None while torch.compile traces: it fuses the reference."""
     if not all(t.is_cuda for t in (x, *others)) or torch.compiler.is_compiling():
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)):
@@ -31,5 +31,5 @@ def kitchen(x: Tensor, *others: Tensor) -> ModuleType | None:
 
 
 def has_flash_attention(q: Tensor) -> bool:
-    """Whether q is of a device and dtype that FlashAttention 2 takes: 16 bits, on CUDA from Ampere on."""
+    """Whether FlashAttention 2 supports the device and dtype of q: 16 bits, on CUDA from Ampere on."""
     return q.is_cuda and q.dtype in HALF and torch.cuda.get_device_capability(q.device) >= (8, 0)

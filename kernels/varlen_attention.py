@@ -1,4 +1,4 @@
-"""Attention of many sequences laid end to end, each on its own: rows of item i attend to rows of item i only.
+"""Attention over many sequences laid end to end: rows of item i attend only to rows of item i.
 
 q: (sum(lengths_q), H, D); k, v: (sum(lengths_k), H, D); lengths of the items in order. Behind it FlashAttention's
 kernel, torch's or xformers' where they are installed and can take q; else one dense call per run of equal lengths.

@@ -1,4 +1,4 @@
-"""Whose file it is, known by its keys, and what loads it in ComfyUI: the second half of every refusal of a file."""
+"""What a file is, by its keys, and what loads it in ComfyUI: the second half of every message that refuses a file."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -14,9 +14,9 @@ BESIDE_A_MODEL = ("first_stage_model.", "vae.", "cond_stage_model.", "conditione
 @dataclass(frozen=True)
 class Kind:
     name: str
-    """As a person knows it."""
+    """Name in messages."""
     keys: tuple[str, ...]
-    """One of them is enough to know it by, any prefix removed; *.x is a key that ends in .x."""
+    """Keys of which one identifies the kind, any prefix removed; *.x is a key that ends in .x."""
     loader: str | None
     """The node that takes it, as ComfyUI shows its name; None where no node does."""
     folder: str = ""
@@ -91,17 +91,17 @@ def family_of(keys: Iterable[str]) -> str | None:
 
 
 def whose(tensors: Mapping) -> str:
-    """What the file is, with what and from where ComfyUI loads it; its first keys where that is not known."""
+    """A sentence on what the file is and how and from where ComfyUI loads it; its first keys if that is not known."""
     keys = names(tensors)
     kind = _kind_of(keys)
     if kind is None:
         return f"Its first keys are {', '.join(keys[:3])}." if keys else "It holds no weights."
-    said, loader, folder = f"The keys are those of {kind.name}.", kind.loader, kind.folder
+    description, loader, folder = f"The keys are those of {kind.name}.", kind.loader, kind.folder
     if loader is None:
-        return said
+        return description
     if loader.startswith(DIFFUSION_MODEL) and any(key.startswith(BESIDE_A_MODEL) for key in keys):
         loader, folder = "core's 'Load Checkpoint'", "checkpoints"
-    return f"{said} In ComfyUI it goes into models/{folder} and is loaded with {loader}."
+    return f"{description} In ComfyUI it goes into models/{folder} and is loaded with {loader}."
 
 
 def _kind_of(keys: list[str]) -> Kind | None:

@@ -29,7 +29,7 @@ PEFT_ALPHA = 8  # peft's LoraConfig.lora_alpha, LoHaConfig.alpha and LoKrConfig.
 METADATA_KEY = "lora_adapter_metadata"  # diffusers: loaders/lora_base.py
 FORMATS = ("diffusers", "original", "comfyui", "kohya")
 
-# What may stand before a module's name, and how a person knows the file that has it.
+# Prefixes of a module's name -> what such a file is called in messages.
 PREFIXES = {
     "base_model.model.": "PEFT",
     "transformer.": "diffusers",
@@ -64,14 +64,14 @@ ELSEWHERE = (  # family -> what its modules are called, with "_" for every "."
 
 @dataclass(frozen=True)
 class Target:
-    """What a module's name means in our network."""
+    """The parameter of our network that a module's name stands for."""
 
     key: str
     """The parameter, such as blocks.0.attn.qkv.weight."""
     rows: tuple[int, int] | None = None
     """(start, length) along dim 0 where the module is a part of the parameter; None for all of it."""
     shape: tuple[int, ...] | None = None
-    """Of these rows; None when no network is at hand to check against."""
+    """Shape of these rows in the parameter; None when there is no network to check against."""
 
 
 Names = Mapping[str, Mapping[str, Target]]
@@ -95,9 +95,9 @@ class Layer:
 class Lora:
     layers: list[Layer]
     notes: list[str]
-    """What was found, in sentences: spelling, kinds, and where each scale comes from."""
+    """The report, in sentences: spelling, kinds, and where each scale comes from."""
     unmatched: list[str]
-    """Keys that nothing was done with, with the reason where it is known."""
+    """Keys that were not used, with the reason where it is known."""
     text_encoder: list[str] = field(default_factory=list)
     """Keys that change the text encoder, which this network is not."""
 
@@ -108,10 +108,10 @@ def beside(path: str | os.PathLike) -> dict | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        adapter_config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file.name} beside {Path(path).name} is no valid JSON: {error}") from error
-    return found if isinstance(found, dict) else None
+        raise ValueError(f"{file.name} beside {Path(path).name} is not valid JSON: {error}") from error
+    return adapter_config if isinstance(adapter_config, dict) else None
 
 
 def is_lora(keys: Iterable[str]) -> bool:
@@ -129,11 +129,11 @@ def read(
 ) -> Lora:
     """The layers of a LoRA file (`state_dict.read_file`), keyed by the parameters that `names` leads to.
 
-    The scale of a layer is, first of all that there is: its own `.alpha`; lora_alpha (rank_pattern, alpha_pattern,
-    use_rslora) of the file's metadata, or, for the names that PEFT writes, of adapter_config (`beside`), as long as the
-    ranks they state are the file's; the argument `alpha`; what the format means by saying nothing: 8 for PEFT, whose
-    scripts for PixArt set only the rank, and a scale of 1 for all others, which fold it into the weights. Raises
-    ValueError with the likely reason when no layer of the file fits.
+    The scale of a layer comes from the first of these that exists: its own `.alpha`; lora_alpha (rank_pattern,
+    alpha_pattern, use_rslora) of the file's metadata, or, for the names that PEFT writes, of adapter_config (`beside`),
+    as long as the ranks they state are the file's; the argument `alpha`; what the format means by saying nothing: 8 for
+    PEFT, whose scripts for PixArt set only the rank, and a scale of 1 for all others, which fold it into the weights.
+    Raises ValueError with the likely reason when no layer of the file fits the network.
     """
     keys, odd = _modules(tensors)
     modules = {module: {part: tensors[key] for part, key in parts.items()} for module, parts in keys.items()}
@@ -144,27 +144,27 @@ def read(
     inside, notes = _config(_from_metadata(metadata or {}), "its metadata", modules)
     outside, more = _config(adapter_config, "adapter_config.json", modules)
     notes += more
-    layers, wrong, found = [], [], Counter()
+    layers, wrong, kinds = [], [], Counter()
     for module, parts in modules.items():
         if TEXT_ENCODER.search(module):
             continue
         name, spelling = _resolve(module, known, flat)
         # A folder of LoRAs may hold the configuration of one: it says nothing about those that PEFT did not write.
         config = inside or (outside if spelling in ("PEFT", "bare") else None)
-        made = _layers(name, parts, known[name], spelling, config, alpha) if name else []
-        if not made:
+        new_layers = _layers(name, parts, known[name], spelling, config, alpha) if name else []
+        if not new_layers:
             reason = " (the rest of the adapter is missing)" if name else ""
             unmatched += [key + reason for key in keys[module].values()]
-        for layer, why in made:
+        for layer, why in new_layers:
             if problem := _misfit(layer, known[name]):
                 wrong.append(problem)
                 unmatched.append(f"{module} ({problem})")
             else:
                 layers.append(layer)
-                found[spelling, layer.kind, why] += 1
+                kinds[spelling, layer.kind, why] += 1
     if not layers:
         raise ValueError(_why_nothing(tensors, modules, wrong, text_encoder))
-    notes += [f"{count} {kind} layers, {spelling} names; {why}." for (spelling, kind, why), count in found.items()]
+    notes += [f"{count} {kind} layers, {spelling} names; {why}." for (spelling, kind, why), count in kinds.items()]
     if text_encoder:
         notes.append(f"{len(text_encoder)} keys belong to the text encoder and are not used here.")
     if unmatched:
@@ -174,16 +174,16 @@ def read(
 
 
 def _modules(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module name as the file spells it -> part -> key; and the keys that are no part of an adapter."""
+    """Module name as the file spells it -> part -> key; and the keys that do not belong to an adapter."""
     modules, odd = {}, []
     for key in keys:
-        found = PART.search(key)
-        if found is None:
+        match = PART.search(key)
+        if match is None:
             odd.append(key)
             continue
-        part = found["ab"] or found["updown"] or found["other"] or found["magnitude"]
-        part = CANONICAL.get(part, part) + ("_bias" if found["ab_what"] == "bias" else "")
-        modules.setdefault(key[: found.start()], {})[part] = key
+        part = match["ab"] or match["updown"] or match["other"] or match["magnitude"]
+        part = CANONICAL.get(part, part) + ("_bias" if match["ab_what"] == "bias" else "")
+        modules.setdefault(key[: match.start()], {})[part] = key
     return modules, odd
 
 
@@ -200,7 +200,7 @@ def _resolve(module: str, known: Mapping[str, Target], flat: Mapping[str, str]) 
 
 
 def _config(stated: Mapping | None, where: str, modules: Mapping) -> tuple[dict | None, list[str]]:
-    """PEFT's configuration, unless the ranks it states are not those of the file (then it lies beside another's)."""
+    """PEFT's configuration, unless the ranks it states are not those of the file (then it belongs to another file)."""
     if not stated:
         return None, []
     for module, parts in modules.items():
@@ -211,7 +211,7 @@ def _config(stated: Mapping | None, where: str, modules: Mapping) -> tuple[dict 
 
 
 def _from_metadata(metadata: Mapping[str, str]) -> dict | None:
-    """What diffusers writes beside the weights: PEFT's entries, behind the name of the component or bare."""
+    """The entries that diffusers writes beside the weights: PEFT's, under the name of the component or bare."""
     try:
         stated = json.loads(metadata.get(METADATA_KEY, "{}"))
     except ValueError:
@@ -227,7 +227,7 @@ def _pattern(patterns: Mapping | None, module: str, otherwise):
 
 
 def _rank(parts: Mapping[str, Tensor]) -> int | None:
-    """None for a lokr of two whole factors, which has no rank."""
+    """Rank of a module's adapter; None for a lokr of two whole factors, which has none."""
     for part in ("lora_down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
         if part in parts:
             return parts[part].shape[0]
@@ -344,16 +344,16 @@ def _why_nothing(tensors, modules, wrong, text_encoder) -> str:
         return start + f"all its {len(text_encoder)} keys belong to the text encoder."
     first = next(m for m in modules if not TEXT_ENCODER.search(m))
     joined = " ".join(modules).replace(".", "_")
-    found = next((family for family, marks in ELSEWHERE if any(mark in joined for mark in marks)), None)
-    return start + (f"its modules are those of {found}" if found else "its modules are unknown here") + f" ({first})."
+    owner = next((family for family, marks in ELSEWHERE if any(mark in joined for mark in marks)), None)
+    return start + (f"its modules are those of {owner}" if owner else "its modules are unknown here") + f" ({first})."
 
 
 @torch.no_grad()
 def delta(layer: Layer, shape: Sequence[int], weight: Tensor | None = None) -> Tensor:
     """The change of a weight at strength 1, float32, of shape `shape`.
 
-    shape and weight are those of what the layer changes: of its rows alone when it has rows. weight: needed, and used,
-    only where there is a dora_scale; the result lies on its device. Raises ValueError when the sizes do not fit.
+    shape and weight are those of what the layer changes: only of its rows when it has rows. weight: needed, and used,
+    only where there is a dora_scale; the result is on its device. Raises ValueError when the sizes do not fit.
     """
     t = {name: tensor.to("cpu" if weight is None else weight.device, torch.float32)
          for name, tensor in layer.tensors.items()}
@@ -423,8 +423,8 @@ def write(lora: Lora, names: Names, format: str) -> dict[str, Tensor]:
     """The tensors of a file in one of FORMATS that makes the same changes.
 
     diffusers: `transformer.` and the family's diffusers modules; a LoRA's scale is folded into lora_B, because readers
-    of this format assume scale 1. original: the family's own modules; comfyui: the same behind `diffusion_model.`;
-    kohya: the same behind `lora_unet_` with underscores. These three keep `.alpha`. Modules that are one in one
+    of this format assume scale 1. original: the family's own modules; comfyui: the same after `diffusion_model.`;
+    kohya: the same after `lora_unet_` with underscores. These three keep `.alpha`. Modules that are one in one
     spelling and several in the other are fused (block-diagonally, or by sharing lora_down where the parts share it) or
     split by rows. Raises ValueError where that cannot be exact: a lokr, and a DoRA of input lengths, do not fuse.
     """
@@ -457,7 +457,7 @@ def _placed(layers: list[Layer], there: list[tuple[str, Target]]) -> list[tuple[
     if None in by_rows:
         return [(by_rows[None], _fused(layers, next(t for _, t in there)))]
     if any(layer.rows is not None for layer in layers):
-        raise ValueError(f"{layers[0].key}: the rows {layers[0].rows} are no module in this format.")
+        raise ValueError(f"{layers[0].key}: the rows {layers[0].rows} are not a module in this format.")
     return [(module, _part(layer, target.rows)) for layer in layers for module, target in there]
 
 
@@ -563,15 +563,15 @@ def _times(tensor: Tensor, scale: float) -> Tensor:
 
 def sizes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Module name as the file spells it -> (outputs, inputs times kernel) of the matrix it changes."""
-    found = {}
+    sizes = {}
     for module, parts in _modules(tensors)[0].items():
         if kind := _kind(parts):
-            found[module] = _size(Layer("", None, kind, {part: tensors[key] for part, key in parts.items()}, 1.0))
-    return found
+            sizes[module] = _size(Layer("", None, kind, {part: tensors[key] for part, key in parts.items()}, 1.0))
+    return sizes
 
 
 def names_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Target]]:
-    """For a network whose modules other programs call as we do: every weight's module, under both spellings."""
+    """The table of a network whose modules other programs call as we do: each weight's module, in both spellings."""
     own = {key.removesuffix(".weight"): Target(key, None, tuple(shape))
            for key, shape in shapes.items() if key.endswith(".weight")}
     return {"original": own, "diffusers": own}

@@ -1,7 +1,7 @@
 """Quantised files: weights in few bits with their scales beside them, gathered into one tensor for each weight.
 
 A gathered weight (`Quantised`) has the name, the shape and the dtype of the plain one, so that readers of files treat
-both alike. Whoever can compute with the few bits takes its `parts`; for everybody else it makes itself whole.
+both alike. Whoever can compute with the few bits takes its `parts`; everybody else gets it dequantised.
 """
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ MAY_RETURN_ITSELF = {  # methods that do nothing to a tensor that is already as 
 @dataclass(frozen=True)
 class Format:
     name: str
-    """As people call it, in messages."""
+    """Name in messages."""
     whole: Callable[[Mapping[str, Tensor], Mapping, tuple], Tensor] | None
     """(parts, settings of the layer, shape) -> the weight in float32; None where only ComfyUI can."""
 
 
 class Quantised(Tensor):
-    """A weight as its file keeps it. Counted, renamed and passed on like any other; an operation gets it whole.
+    """A weight as its file keeps it. Counted, renamed and passed on like any other; operations get it dequantised.
 
     parts: the tensors of the file, "weight" and those of SIDES, or those of the format's own. settings: what the file
     says about the layer; under "format" what ComfyUI calls the format, where it has a name for it.
@@ -52,9 +52,9 @@ class Quantised(Tensor):
 
     @staticmethod
     def __new__(cls, format: Format, parts: dict, settings: Mapping, shape: tuple, dtype: torch.dtype):
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=next(iter(parts.values())).device)
-        made.format, made.parts, made.settings = format, parts, dict(settings)
-        return made
+        tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=next(iter(parts.values())).device)
+        tensor.format, tensor.parts, tensor.settings = format, parts, dict(settings)
+        return tensor
 
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
         """The plain weight, in its own dtype or another."""
@@ -81,8 +81,8 @@ def gathered(tensors: Mapping, metadata: Mapping[str, str] | None = None, runnab
              ) -> tuple[dict, dict[str, str]]:
     """(weights, metadata) of a file with what belongs to one weight in one `Quantised`; others as they were.
 
-    runnable: formats, as ComfyUI calls them, that the caller has a use for even where they cannot be made whole here.
-    Raises ValueError that names the format for a file that neither can, and for one that is not whole.
+    runnable: formats, as ComfyUI calls them, that the caller has a use for even where they cannot be dequantised here.
+    Raises ValueError, which names the format, for a file that neither can read, and for an incomplete one.
     """
     metadata = dict(metadata or {})
     stated = _layers(metadata.pop(METADATA, None))
@@ -96,11 +96,11 @@ def gathered(tensors: Mapping, metadata: Mapping[str, str] | None = None, runnab
 
 def formats(tensors: Mapping) -> dict[str, int]:
     """Name of each format among the weights -> how many have it."""
-    found = {}
+    counts = {}
     for value in tensors.values():
         if isinstance(value, Quantised):
-            found[value.format.name] = found.get(value.format.name, 0) + 1
-    return found
+            counts[value.format.name] = counts.get(value.format.name, 0) + 1
+    return counts
 
 
 def _is_state_dict(value) -> bool:
@@ -128,7 +128,7 @@ class _File:
         self.exact = any(_is_marker(key) and value.numel() == 2 for key, value in tensors.items())
 
     def gathered(self) -> dict[str, Tensor]:
-        found = {}
+        gathered_weights = {}
         for mark, read in (
             (".comfy_quant", self._comfy), (".scale_weight", self._scaled), (".weight_scale_inv", self._inverse),
             (".weight_scale", self._unnamed), (".SCB", self._bitsandbytes8), (".weight._data", self._quanto),
@@ -136,15 +136,15 @@ class _File:
         ):  # fmt: skip
             stated = self.stated if read == self._comfy else ()
             for layer in dict.fromkeys([*(k.removesuffix(mark) for k in self.left if k.endswith(mark)), *stated]):
-                if (made := read(layer)) is not None:
-                    found[f"{layer}.weight"] = made
-        if not found:
+                if (weight := read(layer)) is not None:
+                    gathered_weights[f"{layer}.weight"] = weight
+        if not gathered_weights:
             return {key: value for key, value in self.left.items() if not _is_marker(key)}
-        layers = {key.removesuffix(".weight") for key in found}
+        layers = {key.removesuffix(".weight") for key in gathered_weights}
         rest = {key: value for key, value in self.left.items()
                 if not _is_marker(key) and not (key.endswith((".input_scale", ".output_scale", ".scale_input"))
                                                 and key.rpartition(".")[0] in layers)}
-        return rest | found
+        return rest | gathered_weights
 
     def _layer(self, name: str) -> str:
         """A layer of the metadata as the keys have it: they may have a prefix that the metadata leaves out."""
@@ -156,13 +156,13 @@ class _File:
     def _take(self, layer: str, name: str, needed: bool = True) -> Tensor | None:
         value = self.left.pop(f"{layer}.{name}", None)
         if value is None and needed:
-            raise ValueError(f"This quantised file is not whole: it has no {layer}.{name}. Download it again.")
+            raise ValueError(f"This quantised file is incomplete: it has no {layer}.{name}. Download it again.")
         return value
 
     def _comfy(self, layer: str) -> Quantised:
         """ComfyUI's own: the layer's settings as JSON in a tensor, or in the metadata."""
-        told = self._take(layer, "comfy_quant", needed=False)
-        settings = dict(self.stated.get(layer, {})) if told is None else _json(told, f"{layer}.comfy_quant")
+        entry = self._take(layer, "comfy_quant", needed=False)
+        settings = dict(self.stated.get(layer, {})) if entry is None else _json(entry, f"{layer}.comfy_quant")
         name = settings.get("format")
         if name not in COMFY:
             if name not in self.runnable:
@@ -180,7 +180,7 @@ class _File:
         return self._made(layer, format, parts, settings)
 
     def _scaled(self, layer: str) -> Quantised:
-        """What core called scaled fp8 before it had comfy_quant."""
+        """Core's scaled fp8 from before comfy_quant."""
         parts = {"weight": self._take(layer, "weight"), "weight_scale": self._take(layer, "scale_weight")}
         given = self._take(layer, "scale_input", needed=False)
         if given is not None and not self.exact and given.numel() == 1 and given.item() != 1:
@@ -188,7 +188,7 @@ class _File:
         return self._made(layer, SCALED_FP8, parts, {"full_precision_matrix_mult": True} if self.exact else {})
 
     def _unnamed(self, layer: str) -> Quantised | None:
-        """A scale without a word about the format: the dtype of the weight says it."""
+        """A scale without a format entry: the dtype of the weight shows the format."""
         weight = self.left.get(f"{layer}.weight")
         if weight is None:
             return None
@@ -215,7 +215,7 @@ class _File:
         start = f"{layer}.weight."
         states = [key for key in self.left if key.startswith(f"{start}quant_state.bitsandbytes__")]
         if not states:
-            raise ValueError(f"This quantised file is not whole: it has no {start}quant_state. Download it again.")
+            raise ValueError(f"This quantised file is incomplete: it has no {start}quant_state. Download it again.")
         settings = _json(self.left.pop(states[0]), states[0])
         parts = {"weight": self._take(layer, "weight")}
         for side in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
@@ -252,7 +252,7 @@ def _is_marker(key: str) -> bool:
 
 
 def _plain_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """That most of the weights are in which are in no few bits: what the whole ones are made in."""
+    """The dtype of most of the unquantised weights, in which quantised ones are dequantised."""
     count = {}
     for key, value in tensors.items():
         if value.dtype in (torch.float32, torch.float16, torch.bfloat16) and not key.endswith(("scale", "absmax")):
@@ -264,7 +264,7 @@ def _json(value: Tensor, key: str) -> dict:
     try:
         return dict(json.loads(bytes(value.to(torch.uint8).flatten().tolist())))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{key} of this quantised file is no JSON ({error!r:.80}): it is damaged, download it again."
+        raise ValueError(f"{key} of this quantised file is not JSON ({error!r:.80}): it is damaged, download it again."
                          ) from error
 
 
@@ -285,7 +285,7 @@ def _refuse_foreign(tensors: Mapping[str, Tensor]):
 
 
 def _refusal(name: str) -> str:
-    return (f"This file is quantised as {name}: it can neither be run as it is nor made whole again here. Get the "
+    return (f"This file is quantised as {name}: it can neither be run as it is nor dequantised here. Get the "
             "bf16, fp16 or fp8 file of the same model.")
 
 
@@ -301,7 +301,7 @@ def _scaled(parts, settings, shape) -> Tensor:
 
 
 def _smoothed(weight: Tensor, parts) -> Tensor:
-    """With the inputs' own scale (AWQ) multiplied in."""
+    """The weight with the inputs' own scale (AWQ) multiplied in."""
     return weight if "pre_quant_scale" not in parts else weight * parts["pre_quant_scale"].float()
 
 
@@ -317,12 +317,12 @@ def _int8(parts, settings, shape) -> Tensor:
 def _rotation(size: int, device) -> Tensor:
     """Regular Hadamard matrix of a power of 4, (size, size): symmetric and its own inverse."""
     four = torch.ones(4, 4, device=device) - 2 * torch.eye(4, device=device).flip(0)
-    made = torch.ones(1, 1, device=device)
-    while len(made) < size:
-        made = torch.kron(made, four)
-    if len(made) != size:
-        raise ValueError(f"This file rotates its weights in groups of {size}, which is no power of 4.")
-    return made / size**0.5
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four)
+    if len(matrix) != size:
+        raise ValueError(f"This file rotates its weights in groups of {size}, which is not a power of 4.")
+    return matrix / size**0.5
 
 
 def _in_rows(scales: Tensor, rows: int, columns: int) -> Tensor:

@@ -23,10 +23,10 @@ PREFIXES = ("module.", "model.diffusion_model.", "_orig_mod.", "diffusion_model.
 def read_file(path: str | os.PathLike, runnable: Collection[str] = ()) -> tuple[dict, dict[str, str]]:
     """Tensors (nested as the file has them) and text metadata of a safetensors or torch file.
 
-    The weights of a quantised file are `quantised_files.Quantised`, which become whole where they are used; runnable:
+    The weights of a quantised file are `quantised_files.Quantised`, dequantised where they are used; runnable:
     formats that the caller takes as they are (`quantised_files.gathered`). Nothing in the file is executed: torch files
     are read with `weights_only=True`. Raises FileNotFoundError, or ValueError for a file that is truncated, is no
-    checkpoint, holds pickled code, is a GGUF, or is quantised in a way that nobody here can read.
+    checkpoint, holds pickled code, is a GGUF, or is quantised in a way that cannot be read here.
     """
     path = Path(path)
     if not path.is_file():
@@ -56,7 +56,7 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
     except SafetensorError as error:
         if path.suffix == ".safetensors" and not _is_torch_file(path):
             raise ValueError(
-                f"{path.name} is not a whole safetensors file ({error}): {path.stat().st_size:,} bytes are there. "
+                f"{path.name} is not a complete safetensors file ({error}): {path.stat().st_size:,} bytes are there. "
                 "Compare its size with the original and download it again."
             ) from error
     return _read_torch_file(path), {}
@@ -98,7 +98,7 @@ def _read_torch_file(path: Path) -> dict:
 
 
 def _cut(path: Path, error: BaseException) -> str:
-    return (f"{path.name} is not a whole torch file ({first_line(error).partition('. ')[0]}): "
+    return (f"{path.name} is not a complete torch file ({first_line(error).partition('. ')[0]}): "
             f"{path.stat().st_size:,} bytes are there. Compare its size with the original and download it again.")
 
 
@@ -107,13 +107,13 @@ def _is_zip(path: Path) -> bool:
 
 
 def _found_in(error: BaseException) -> str:
-    """What torch met that is no weight, without its advice on how to load the file all the same."""
-    found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"WeightsUnpickler error: (.+)", str(error))
-    return found[1] if found else first_line(error)
+    """The object in the file that torch refused, without its advice on how to load the file anyway."""
+    match = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"WeightsUnpickler error: (.+)", str(error))
+    return match[1] if match else first_line(error)
 
 
 def first_line(error: BaseException) -> str:
-    """Of what another library says, as much as fits into a sentence, without its full stop."""
+    """The part of another library's message that fits into a sentence, without its full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
 
 
@@ -143,7 +143,7 @@ def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata:
 
 
 def without_prefix(tensors: Mapping) -> dict:
-    """Take the wrappers that other programs put before every key off again."""
+    """Remove the prefixes that other programs put before every key."""
     tensors = dict(tensors)
     stripped = True
     while tensors and stripped:
@@ -199,10 +199,10 @@ def expected_shapes(module: nn.Module) -> dict[str, torch.Size]:
     for name, layer in module.named_modules(remove_duplicate=False):
         passing = layer._non_persistent_buffers_set
         own = {**layer._parameters, **{k: v for k, v in layer._buffers.items() if k not in passing}}
-        found = {key: value.shape for key, value in own.items() if value is not None}
-        if "weight" not in found:
-            found |= _not_made_yet(name, layer)
-        shapes |= {f"{name}.{key}" if name else key: shape for key, shape in found.items()}
+        layer_shapes = {key: value.shape for key, value in own.items() if value is not None}
+        if "weight" not in layer_shapes:
+            layer_shapes |= _not_made_yet(name, layer)
+        shapes |= {f"{name}.{key}" if name else key: shape for key, shape in layer_shapes.items()}
     return shapes
 
 

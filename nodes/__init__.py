@@ -27,7 +27,7 @@ EMBEDDED_KINDS = ("diffusion_models", "text_encoders", "vae", "loras", "controln
 
 class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        for folder in EMBEDDED_KINDS:  # the embedded checkpoints show in the ordinary lists
+        for folder in EMBEDDED_KINDS:  # the embedded checkpoints appear in the ordinary lists
             folder_paths.add_model_folder_path(folder, str(ASSETS / folder))
         annotators.register_folder()
         modules = (

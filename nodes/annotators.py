@@ -37,7 +37,7 @@ def depth_folders() -> dict[str, str]:
 def resolution_input() -> io.Int.Input:
     return io.Int.Input(
         "resolution", default=0, min=-1, max=MOST,
-        tooltip="Pixels of the shorter side while it looks; what it finds is brought back to the picture's size. 0: as "
+        tooltip="Pixels of the shorter side for detection; the result is scaled back to the picture's size. 0: as "
         "the picture is. -1: the longer side's length, as PixelPonder's release does.",
     )
 
@@ -57,7 +57,7 @@ class HEDEdges(io.ComfyNode):
                                tooltip="A file in models/annotators."),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=4.0, step=0.05, round=0.01,
-                    tooltip="Factor of the edges, as in the released demo: it is applied here, to the hint, while a "
+                    tooltip="Factor for the edges, as in the released demo: it is applied here, to the hint, while a "
                     "ControlNet's own strength is applied to what it adds.",
                 ),
                 resolution_input(),
@@ -92,9 +92,9 @@ class CannyEdges(io.ComfyNode):
                     "batches on the GPU.",
                 ),
                 io.Float.Input("low", default=100.0, min=0.0, max=canny.LIMIT, step=1.0,
-                               tooltip="An edge goes on while the gradient is above this; pixels are 0 to 255."),
+                               tooltip="An edge continues while the gradient is above this; pixels are 0 to 255."),
                 io.Float.Input("high", default=200.0, min=0.0, max=canny.LIMIT, step=1.0,
-                               tooltip="An edge begins where the gradient is above this. Not below low."),
+                               tooltip="An edge starts where the gradient is above this. Not below low."),
                 resolution_input(),
             ],
             outputs=[io.Image.Output("edges", display_name="IMAGE", tooltip="White edges on black.")],
@@ -118,10 +118,10 @@ class DepthMap(io.ComfyNode):
             node_id="PixStack_DepthMap",
             display_name="Depth Map",
             category=CATEGORY,
-            description="Depth by any depth model of transformers (DPT, MiDaS, Depth Anything, ZoeDepth, GLPN, Depth "
+            description="Depth by any transformers depth model (DPT, MiDaS, Depth Anything, ZoeDepth, GLPN, Depth "
             "Pro): near is bright, black to white within each picture. Reads a folder, downloads nothing.",
             inputs=[
-                io.Image.Input("image", tooltip="The picture to tell the depth of."),
+                io.Image.Input("image", tooltip="The picture to estimate the depth of."),
                 io.Combo.Input(
                     "model_name", options=list(depth_folders()),
                     tooltip="A folder in models/annotators with config.json, preprocessor_config.json and "
@@ -166,9 +166,9 @@ class FindPoses(io.ComfyNode):
                                tooltip="The network of the body: full is in MediaPipe's wheel, the others are not."),
                 io.Boolean.Input("hands", default=True, tooltip="Twenty-one points of each hand that is seen."),
                 io.Boolean.Input("face", default=True, tooltip="Seventy points of each face that is seen."),
-                io.Int.Input("most", default=10, min=1, max=100, tooltip="People at most, the surest first."),
+                io.Int.Input("most", default=10, min=1, max=100, tooltip="Most people, the most certain first."),
                 io.Float.Input("confidence", default=0.5, min=0.05, max=0.95, step=0.05, round=0.01,
-                               tooltip="How sure the detector must be of a person."),
+                               tooltip="The least certainty of the detector for a person."),
                 io.Int.Input(
                     "search", default=1, min=0, max=2,
                     tooltip="0: people are looked for in the whole picture, as MediaPipe does. 1: also in overlapping "
@@ -216,7 +216,7 @@ class DrawPoses(io.ComfyNode):
                 io.Float.Input("stick", default=4.0, min=0.5, max=64.0, step=0.5, round=0.1,
                                tooltip="Half the width of a limb in pixels. 4: the released data's."),
                 io.Float.Input("confidence", default=0.3, min=0.0, max=1.0, step=0.05, round=0.01,
-                               tooltip="Points that are less sure are left out. 0.3: the release's."),
+                               tooltip="Points with less confidence are left out. 0.3: the release's."),
                 io.Int.Input("width", default=0, min=0, max=MOST, tooltip="Pixels. 0: the pose's own."),
                 io.Int.Input("height", default=0, min=0, max=MOST, tooltip="Pixels. 0: the pose's own."),
                 io.String.Input(

@@ -1,4 +1,4 @@
-"""What `validate_inputs` asks before anything runs: ComfyUI 0.3.75 does not look into the menus of V3 nodes itself."""
+"""Checks of `validate_inputs` before anything runs: ComfyUI 0.3.75 does not check the menus of V3 nodes itself."""
 from __future__ import annotations
 
 from collections.abc import Iterable

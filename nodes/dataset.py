@@ -29,9 +29,9 @@ class LoadEntry(io.ComfyNode):
                 io.Image.Output("entry_image", display_name=IMAGE, tooltip="The picture."),
                 io.String.Output("entry_text", display_name=TEXT, tooltip="The caption."),
                 *(io.Image.Output(f"entry_{key}", display_name=key, tooltip=f"{WHAT[key]}. An entry without it stops "
-                                  "the nodes behind this output.") for key in CONDITIONS),
-                io.String.Output("entry_name", display_name="name", tooltip="File name of the picture without its "
-                                 "ending, or more of its path where others have the same; for 'Save Data Set Entry'."),
+                                  "the nodes after this output.") for key in CONDITIONS),
+                io.String.Output("entry_name", display_name="name", tooltip="File name of the picture without "
+                                 "extension, or more of its path where names repeat; for 'Save Data Set Entry'."),
                 io.Int.Output("count", display_name="count", tooltip="Entries of the data set."),
             ],
         )
@@ -69,8 +69,8 @@ class SaveEntry(io.ComfyNode):
             inputs=[
                 io.Image.Input(IMAGE, tooltip="The picture. One, not a batch."),
                 io.String.Input("folder", default="dataset", tooltip="In ComfyUI's output folder."),
-                io.String.Input("name", default="picture", tooltip="Of the files, without ending; from 'Load Data Set "
-                                "Entry'."),
+                io.String.Input("name", default="picture", tooltip="Name of the files, without extension; from "
+                                "'Load Data Set Entry'."),
                 io.String.Input(TEXT, default="", multiline=True, tooltip="The caption. Empty: an entry keeps "
                                 "the one it has."),
                 *(io.Image.Input(key, optional=True, tooltip=f"{WHAT[key]}, in the shape of the image.")

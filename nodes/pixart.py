@@ -73,7 +73,7 @@ class PixArtLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weights", options=WEIGHTS, default="ema",
-                    tooltip="Of a training checkpoint: the averaged weights (ema) or the raw ones (model).",
+                    tooltip="Which weights of a training checkpoint: averaged (ema) or raw (model).",
                 ),
                 io.Combo.Input(
                     "dtype", options=list(MODEL_DTYPES), default="default",
@@ -161,7 +161,7 @@ class PixArtNullCaption(io.ComfyNode):
             "files, for the negative input. An encoded empty or negative prompt works as well.",
             inputs=[
                 io.Model.Input("model", tooltip="A PixArt model whose file stores its null caption (released .pth)."),
-                io.Conditioning.Input("positive", tooltip="The prompt it stands against: it gets the same length."),
+                io.Conditioning.Input("positive", tooltip="The prompt that it opposes: it gets the same length."),
                 io.Combo.Input(
                     "mask", options=["positive", "all"], default="positive",
                     tooltip="positive: as many tokens as the prompt has, as in training. all: every stored token.",
@@ -187,8 +187,8 @@ class PixArtSizeCondition(io.ComfyNode):
             node_id="PixStack_PixArtSizeCondition",
             display_name="PixArt Size Condition",
             category=CATEGORY,
-            description="Tells alpha's 1024 model another size or aspect ratio than that of the picture it draws. "
-            "Without this node it is told the picture's own. Models without size conditions ignore it.",
+            description="Conditions alpha's 1024 model on another size or aspect ratio than the picture's. "
+            "Without this node it is given the picture's own. Models without size conditions ignore it.",
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="An encoded prompt."),
                 io.Int.Input("width", default=1024, min=16, max=16384, tooltip="Pixels of the original picture."),
@@ -328,7 +328,7 @@ class PixArtLoraLoader(io.ComfyNode):
                 io.Model.Input("model", tooltip="A PixArt model of 'Load PixArt Model'."),
                 io.Combo.Input(
                     "lora_name", options=folder_paths.get_filename_list("loras"),
-                    tooltip="A file in models/loras. PEFT's adapter_config.json is read if it lies beside it.",
+                    tooltip="A file in models/loras. PEFT's adapter_config.json beside it is read too.",
                 ),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, round=0.001,
                                tooltip="1: as trained."),

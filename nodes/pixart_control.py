@@ -58,11 +58,11 @@ class PixArtControlNetApply(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 io.ControlNet.Input("control_net", tooltip="From 'Load PixArt ControlNet'."),
                 io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01,
-                               tooltip="Of what the ControlNet adds. 1: as trained."),
+                               tooltip="Strength of what the ControlNet adds. 1: as trained."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
-                               tooltip="Part of the sampling after which it begins."),
+                               tooltip="Fraction of the sampling after which it begins."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
-                               tooltip="Part of the sampling after which it ends."),
+                               tooltip="Fraction of the sampling after which it ends."),
                 io.Image.Input("image", optional=True, tooltip="The hint, for example of 'HED Edges'."),
                 io.Vae.Input("vae", optional=True, tooltip="The VAE of the PixArt model, to encode the image."),
                 io.Latent.Input("latent", optional=True, tooltip="The hint as a latent, instead of an image."),
@@ -90,8 +90,8 @@ class PixArtControlNetApply(io.ComfyNode):
             control_net, strength, start_percent, end_percent, image=image, vae=vae, mask=mask,
             latent=None if latent is None else latent["samples"],
         )
-        made = {}
-        return io.NodeOutput(*(pixart_control.apply(c, hinted, made) for c in (positive, negative)))
+        successors = {}
+        return io.NodeOutput(*(pixart_control.apply(c, hinted, successors) for c in (positive, negative)))
 
 
 NODES = [PixArtControlNetLoader, PixArtControlNetApply]

@@ -29,10 +29,10 @@ class PixArtSampler(io.ComfyNode):
                     "cfg 1, with DMD weights.",
                 ),
                 io.Int.Input("order", default=2, min=1, max=3,
-                             tooltip="Of dpm-solver++ and sa-solver. The releases use 2."),
+                             tooltip="Order of dpm-solver++ and sa-solver. The releases use 2."),
                 io.Float.Input(
                     "eta", default=1.0, min=0.0, max=2.0, step=0.05, round=0.01,
-                    tooltip="Noise that sa-solver adds in the middle of its way. 1: the releases'. 0: none.",
+                    tooltip="Noise that sa-solver adds in the middle of sampling. 1: as released. 0: none.",
                 ),
                 io.Combo.Input(
                     "inpaint", options=INPAINT, default="core",
@@ -75,8 +75,8 @@ class PixArtSigmas(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "timestep", default=400, min=1, max=999,
-                    tooltip="Of dmd: where its single step starts. 400 for PixArt's DMD; some other one-step weights "
-                    "were trained with 599 or 999.",
+                    tooltip="The timestep at which dmd's single step starts. 400 for PixArt's DMD; some other one-step "
+                    "weights were trained with 599 or 999.",
                 ),
             ],
             outputs=[io.Sigmas.Output(tooltip="High to low.")],

@@ -18,7 +18,7 @@ from .host.pixelflow.model import CLASS_LABELS
 CATEGORY = "pixstack/pixelflow"
 WEIGHTS = ["ema", "model"]
 DEVICES = ["default", "cpu"]
-TEXT_TYPES = {"pixelflow, pixart": False, "flux": True}  # whether texts are filled up
+TEXT_TYPES = {"pixelflow, pixart": False, "flux": True}  # whether texts are padded
 SOLVERS = ["euler", "dopri5"]
 LAST_STAGE = 7  # more stages than any cascade has: 128 times the size of the first
 SHAPES = {  # width : height
@@ -44,13 +44,13 @@ class PixelFlowLoader(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A file in models/diffusion_models. If a config.yaml lies beside it, it is read too.",
+                    tooltip="A file in models/diffusion_models. A config.yaml beside it is read too.",
                 ),
                 io.Combo.Input(
                     "weights",
                     options=WEIGHTS,
                     default="ema",
-                    tooltip="Of a training checkpoint: the averaged weights (ema, better pictures) or the raw ones "
+                    tooltip="Which weights of a training checkpoint: averaged (ema, better pictures) or raw "
                     "(model). Files with one set of weights ignore this.",
                 ),
                 io.Combo.Input(
@@ -109,7 +109,7 @@ class PixelFlowTextEncoderLoader(io.ComfyNode):
                 io.Combo.Input(
                     "type", options=list(TEXT_TYPES), default=next(iter(TEXT_TYPES)), optional=True,
                     tooltip="Which models the text is for. flux: for a FLUX trained with this encoder; the text is "
-                    "filled up to the encoder's full length, as FLUX attends to all of it.",
+                    "padded to the encoder's full length, as FLUX attends to all of it.",
                 ),
             ],
             outputs=[io.Clip.Output(tooltip="Goes to core's CLIP Text Encode, once for each prompt.")],
@@ -126,7 +126,7 @@ class PixelFlowTextEncoderLoader(io.ComfyNode):
     def execute(cls, encoder_name, dtype, device, type="pixelflow, pixart") -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("text_encoders", encoder_name)
         where = torch.device("cpu") if device == "cpu" else None
-        return io.NodeOutput(load_t5(path, DTYPES[dtype], where, filled=TEXT_TYPES[type]))
+        return io.NodeOutput(load_t5(path, DTYPES[dtype], where, padded=TEXT_TYPES[type]))
 
 
 class PixelFlowClass(io.ComfyNode):
@@ -158,7 +158,7 @@ class PixelFlowClass(io.ComfyNode):
                                        tooltip="For the sampler's positive input."),
                 io.Conditioning.Output(
                     "null_conditioning", display_name="null conditioning",
-                    tooltip="The class that stands for any, for the sampler's negative input.",
+                    tooltip="The null class, for the sampler's negative input.",
                 ),
             ],
         )

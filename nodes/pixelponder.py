@@ -19,7 +19,7 @@ Ponder = io.Custom("PIXSTACK_PONDER")
 
 def _part(name: str, default: float, what: str):
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001,
-                          tooltip=f"Part of the sampling after which {what}.")
+                          tooltip=f"Fraction of the sampling after which {what}.")
 
 
 class FluxLoader(io.ComfyNode):
@@ -146,17 +146,17 @@ class PixelPonderApply(io.ComfyNode):
                 io.ControlNet.Input("control_net", tooltip="From 'Load PixelPonder'."),
                 Ponder.Input("conditions", tooltip="The hints, from 'PixelPonder Condition'."),
                 io.Float.Input("strength", default=STRENGTH, min=0.0, max=10.0, step=0.01,
-                               tooltip="Of what PixelPonder adds. 0.8: as in the release."),
+                               tooltip="Strength of what PixelPonder adds. 0.8: as in the release."),
                 _part("start_percent", 0.0, "PixelPonder begins"),
                 _part("end_percent", 1.0, "it ends"),
                 io.Combo.Input(
                     "strategy", options=list(pixelponder.STRATEGIES),
-                    tooltip="Which condition speaks for which patch. released: the primary one everywhere, which is "
+                    tooltip="Which condition is selected per patch. released: the primary one everywhere, which is "
                     "what the release comes to. as run: its selection network, noise included. accumulate: a trained "
                     "selector, round by round. blend: a weighted mixture.",
                 ),
                 io.Int.Input("rounds", default=1, min=1, max=64,
-                             tooltip="Of 'accumulate': in each, the surest patches of those left are decided."),
+                             tooltip="Rounds of 'accumulate': each decides the most certain of the patches left."),
             ],
             outputs=[
                 io.Conditioning.Output("controlled_positive", display_name="positive",
@@ -184,8 +184,8 @@ class PixelPonderApply(io.ComfyNode):
         ready = pixelponder.with_conditions(
             control_net, conditions, strength, start_percent, end_percent, strategy, rounds, node_id
         )
-        made = {}
-        return io.NodeOutput(*(pixelponder.apply(c, ready, made) for c in (positive, negative)))
+        successors = {}
+        return io.NodeOutput(*(pixelponder.apply(c, ready, successors) for c in (positive, negative)))
 
 
 class PixelPonderMap(io.ComfyNode):
@@ -202,7 +202,7 @@ class PixelPonderMap(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="From the sampler: the map of the last step with PixelPonder. Or an "
                                 "empty one, for its size."),
                 io.Float.Input("overlay", default=0.5, min=0.0, max=1.0, step=0.05,
-                               tooltip="0: each patch shows its condition's hint; 1: its colour alone."),
+                               tooltip="0: each patch shows its condition's hint; 1: only its colour."),
             ],
             outputs=[
                 io.Image.Output("map", display_name="IMAGE", tooltip="The map over the hints, with a legend below."),

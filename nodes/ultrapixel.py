@@ -78,13 +78,13 @@ class UltraPixelGuide(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "rescale", default=0.7, min=0.0, max=1.0, step=0.05, round=0.001,
-                    tooltip="How far guidance by cfg is brought back to the contrast of the prompt alone, for each "
+                    tooltip="How far guidance by cfg is brought back to the contrast without guidance, for each "
                     "picture. 0.7: as released. 0: plain cfg.",
                 ),
                 io.Float.Input(
                     "shift", default=1.0, min=0.01, max=100.0, step=0.1, round=0.001,
-                    tooltip="Of the noise levels: above 1 more steps near the noise. Releases: 1 for text to image, 2 "
-                    "with a ControlNet.",
+                    tooltip="Shift of the noise levels: above 1 more steps near the noise. Releases: 1 for text to "
+                    "image, 2 with a ControlNet.",
                 ),
             ],
             outputs=[io.Model.Output("guided", display_name="MODEL",
@@ -117,7 +117,7 @@ class UltraPixelSampler(io.ComfyNode):
             inputs=[
                 io.Boolean.Input(
                     "reference", default=False,
-                    tooltip="Number for number as the original program: one stream of noise for everything, guidance "
+                    tooltip="Repeats the original program: one stream of noise for everything, guidance "
                     "rescaled over the whole batch, the guide from the last step, none after step 20.",
                 ),
                 io.Latent.Input(

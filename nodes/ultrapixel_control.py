@@ -17,8 +17,8 @@ class UltraPixelCanny(io.ComfyNode):
             node_id="PixStack_UltraPixelCanny",
             display_name="UltraPixel Canny",
             category=CATEGORY,
-            description="Edges as Stable Cascade's canny ControlNet was trained on them: sought in a small square and "
-            "stretched back. For core's Apply ControlNet.",
+            description="Edges as Stable Cascade's canny ControlNet was trained on them: detected in a small square "
+            "and stretched back. For core's Apply ControlNet.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture to draw the edges of, of any size."),
                 io.Combo.Input(
@@ -27,9 +27,9 @@ class UltraPixelCanny(io.ComfyNode):
                     "pixels, thin lines, which the ControlNet has not seen.",
                 ),
                 io.Int.Input("low", default=100, min=0, max=1000,
-                             tooltip="An edge goes on while its gradient is above this. Release: 100."),
+                             tooltip="An edge continues while its gradient is above this. Release: 100."),
                 io.Int.Input("high", default=200, min=0, max=1000,
-                             tooltip="An edge begins where its gradient is above this. Release: 200."),
+                             tooltip="An edge starts where its gradient is above this. Release: 200."),
             ],
             outputs=[io.Image.Output("edges", display_name="IMAGE", tooltip="White edges on black, 768 pixels on the "
                                      "shorter side.")],

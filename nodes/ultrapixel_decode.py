@@ -27,7 +27,7 @@ class UltraPixelStageALoader(io.ComfyNode):
                 io.Combo.Input("vae_name", options=folder_paths.get_filename_list("vae"),
                                tooltip="stage_a.safetensors, in models/vae."),
                 io.Combo.Input("dtype", options=list(DECODER_DTYPES), default="default",
-                               tooltip="What it computes in. default: ComfyUI's choice, bf16 where the GPU has it. "
+                               tooltip="Compute dtype. default: ComfyUI's choice, bf16 where the GPU has it. "
                                "fp32 takes twice the memory."),
             ],
             outputs=[io.Vae.Output(tooltip="Decodes latents of Stage B.")],
@@ -55,7 +55,7 @@ class UltraPixelStageB(io.ComfyNode):
             "steps, cfg 1.1.",
             inputs=[
                 io.Model.Input("model", tooltip="Stage B, small or large, from Load Diffusion Model. LoRAs before or "
-                               "behind."),
+                               "after."),
                 io.Float.Input("rescale", default=0.7, min=0.0, max=1.0, step=0.05, round=0.01,
                                tooltip="How far guidance is brought back to the contrast of the positive prompt. 0.7: "
                                "the release. 0: ComfyUI's guidance."),
@@ -79,7 +79,7 @@ class UltraPixelStageBTiles(io.ComfyNode):
             "norms and its attention span the whole picture, and in tiles see one tile each. For cards on which the "
             "whole does not fit.",
             inputs=[
-                io.Model.Input("model", tooltip="Stage B, best behind 'UltraPixel Stage B'."),
+                io.Model.Input("model", tooltip="Stage B, preferably after 'UltraPixel Stage B'."),
                 io.Int.Input("tile_size", default=2048, min=512, max=8192, step=64,
                              tooltip="Pixels along a side. Larger is nearer to the whole picture, which a smaller one "
                              "is left as."),

@@ -20,15 +20,15 @@ class UltraPixelPersonalise(io.ComfyNode):
             description="A personalisation of UltraPixel on Stage C and its text encoder: what a thing looks like, and "
             "the word it is called by. Write that word in the prompt.",
             inputs=[
-                io.Model.Input("model", tooltip="Stage C, before or behind 'UltraPixel Guide'."),
+                io.Model.Input("model", tooltip="Stage C, before or after 'UltraPixel Guide'."),
                 io.Clip.Input("clip", tooltip="CLIP-G, from core's Load CLIP, type stable_cascade."),
                 io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
                                tooltip="lora_cat.safetensors of the release, or one of PixStack's trainer, in "
                                "models/loras."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, round=0.001,
-                               tooltip="Of the changes of Stage C. 1: as trained. They act in both passes."),
+                               tooltip="Strength of the changes of Stage C. 1: as trained. They act in both passes."),
                 io.Float.Input("token_strength", default=1.0, min=-10.0, max=10.0, step=0.05, round=0.001,
-                               tooltip="Of what the word learned beyond the words it began as. 0: it means just them."),
+                               tooltip="Strength of what the word learned beyond the words it began as. 0: just them."),
                 io.String.Input("token", default="",
                                 tooltip="The learned word as it is written in prompts. Empty: as the file says. The "
                                 "released file does not say: its word is [roubaobao]."),

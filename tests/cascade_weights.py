@@ -82,7 +82,7 @@ def tiny_stage_a(path: Path):
 
 
 def tiny_guide(path: Path):
-    """As released: a torch file, whatever its name."""
+    """A guide as released: a torch file, whatever its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint.released_guide_names(random_state(Guide(GUIDE))), path)
 
@@ -108,14 +108,14 @@ def tiny_clip_g(path: Path):
 
 
 def tiny_effnet(path: Path):
-    """Of the real size: core takes this network from torchvision."""
+    """The semantic encoder at its real size: core takes this network from torchvision."""
     net = EffnetEncoder()
     tensors = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
     write_file(path, tensors)
 
 
 def tiny_personalisation(path: Path, rank: int = 4):
-    """As released: numbered modules, and the change of the first row that CLIP lacks, in a torch file."""
+    """A personalisation as released, a torch file: numbered modules, and the change of the first row not in CLIP."""
     generator, tensors = torch.Generator().manual_seed(5), {}
     shapes = {key: value.shape for key, value in StageC(C).state_dict().items()}
     for number, key in enumerate(attention_keys(C)):
@@ -129,7 +129,7 @@ def tiny_personalisation(path: Path, rank: int = 4):
 
 
 def tiny_canny(path: Path):
-    """With the real backbone, as core's."""
+    """A ControlNet with the real backbone, as core's."""
     net = ControlNet(ControlNetConfig(in_channels=1, hidden=HIDDEN))
     write_file(path, {key: value.half() if value.is_floating_point() else value
                       for key, value in net.state_dict().items()})

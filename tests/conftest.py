@@ -20,7 +20,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """Long files first, so that no process is left alone with one when the others are done."""
+    """Long files first, so that no process still runs one when the others are done."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
@@ -40,7 +40,7 @@ def host(tmp_path_factory) -> Host:
 
 def take_stand_ins():
     """Core's loaders fix T5-XXL's and CLIP-L's sizes at up to billions of parameters, and FLUX at 24 heads; those of
-    the tests' stand-ins fit any machine. Newer ComfyUIs tell T5-XXL by the size that the stand-in lacks."""
+    the tests' stand-ins fit any machine. Newer ComfyUIs recognise T5-XXL by the size that the stand-in lacks."""
     import comfy.model_detection
     import comfy.sd
     from weights import CLIP_L_SHRUNK, T5XXL_SHRUNK, is_tiny_t5xxl, narrow_flux
@@ -59,7 +59,7 @@ def take_stand_ins():
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> dict:
-    """What the trainer's tests of PixArt need beside pictures: a text encoder and a VAE. Other recipes' tests have a
+    """Sections of a text encoder and a VAE, for the trainer's tests of PixArt. Other recipes' tests have a
     fixture of this name of their own, and so for `path`."""
     import tiny_pixart
 
@@ -100,7 +100,7 @@ def _base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rehearsed_on_gpu(request, tmp_path_factory) -> dict:
-    """What came of a file's REHEARSALS on a GPU that is not there, by name: for `virtual_gpu.check`."""
+    """The results of a file's REHEARSALS on the virtual GPU, by name: for `virtual_gpu.check`."""
     import virtual_gpu
 
     return virtual_gpu.in_child(request, tmp_path_factory.getbasetemp())

@@ -24,7 +24,7 @@ EVICTED = 0.3  # of the uses of a weight find it gone
 
 
 def wanted() -> str | None:
-    """What the environment asks for; ValueError for a word that is none of WAYS."""
+    """The way that the environment asks for; ValueError for one that is not in WAYS."""
     way = os.environ.get(VARIABLE) or None
     if way not in (None, *WAYS):
         raise ValueError(f"{VARIABLE}={way!r} must be one of {', '.join(WAYS)}.")
@@ -32,12 +32,12 @@ def wanted() -> str | None:
 
 
 def inapplicable(why: str):
-    """Marks a test that cannot be asked of DynamicVRAM."""
+    """Marks a test that does not apply under DynamicVRAM."""
     return pytest.mark.skipif(wanted() is not None, reason=f"under DynamicVRAM {why}")
 
 
 def stored_dtype(layer: torch.nn.Module) -> torch.dtype:
-    """What a layer's weight is stored in on the device; off it, DynamicVRAM leaves it as the file has it."""
+    """Dtype of a layer's weight on the device; off it, DynamicVRAM leaves it as the file has it."""
     return layer.weight_comfy_model_dtype if wanted() else layer.weight.dtype
 
 
@@ -74,7 +74,7 @@ def begin(way: str):
 
 
 class Residents:
-    """What vbar_fault and its kin answer: which weights are on the device."""
+    """The weights that are on the device, as vbar_fault and its like report them."""
 
     def __init__(self, way: str):
         self.way, self.random = way, random.Random(0)
@@ -109,7 +109,7 @@ class AddressSpace:
 
     def alloc(self, size: int) -> Place:
         start, self.end = self.end, self.end + size
-        assert self.end <= self.size, "a model asks for more memory than it said"
+        assert self.end <= self.size, "a model asks for more memory than it announced"
         return self, start, size
 
     def loaded_size(self) -> int:
@@ -202,7 +202,7 @@ def main(base: str, *workflows: str):
         begin(way)
     conftest.take_stand_ins()
     cascade_weights.shrink_core()
-    info, found = host.object_info(), {}
+    info, checksums = host.object_info(), {}
     for path in paths:
         graph = read(path, info)
         # A patched weight that is stored in half the precision or less is rounded at random when it is merged, but not
@@ -211,10 +211,10 @@ def main(base: str, *workflows: str):
             if node["class_type"] in ("PixStack_PixArtLoader", "PixStack_FluxLoader"):
                 node["inputs"]["dtype"] = "fp32"
         done = host.run(graph)
-        found[path.stem] = str(done.error) if done.error else sorted(  # nodes may run in another order
+        checksums[path.stem] = str(done.error) if done.error else sorted(  # nodes may run in another order
             hashlib.sha256(Image.open(picture).convert("RGB").tobytes()).hexdigest() for picture in done.images)
     memory = import_module("comfy.model_management")
-    print(json.dumps({"pictures": found,
+    print(json.dumps({"pictures": checksums,
                       "patchers": sorted({type(loaded.model).__name__ for loaded in memory.current_loaded_models})}))
 
 

@@ -60,7 +60,7 @@ def patch_comfyui(monkeypatch, ops):
 
 
 class DynamicPatcher:
-    """As much of a dynamic ModelPatcher as `put` asks for."""
+    """The part of a dynamic ModelPatcher that `put` uses."""
 
     @staticmethod
     def is_dynamic() -> bool:

@@ -48,12 +48,12 @@ def in_tiles(scales):
     """Block scales in the order of cuBLAS's tiles, each where the manual's formula puts it."""
     rows, columns = scales.shape
     down, across = -(-rows // 128), -(-columns // 4)
-    made = torch.zeros(down * across * 512, dtype=scales.dtype)
+    tiled = torch.zeros(down * across * 512, dtype=scales.dtype)
     for row in range(rows):
         for column in range(columns):
             tile = (row // 128) * across + column // 4
-            made[tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + column % 4] = scales[row, column]
-    return made.view(128 * down, 4 * across)
+            tiled[tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + column % 4] = scales[row, column]
+    return tiled.view(128 * down, 4 * across)
 
 
 def mxfp8(layer, weight):
@@ -83,14 +83,14 @@ def bitsandbytes_nf4(layer, weight, nested=False):
 
     # Row by row of a block: bitsandbytes 0.50 makes other numbers on a CPU where a block goes on in the next row.
     packed, state = quantize_4bit(weight.reshape(-1, 64), blocksize=64, quant_type="nf4", compress_statistics=nested)
-    told = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(weight.shape)}
+    entries = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(weight.shape)}
     beside = {"absmax": state.absmax, "quant_map": state.code}
     if nested:
-        told |= {"nested_blocksize": state.state2.blocksize, "nested_dtype": "float32",
-                 "nested_offset": state.offset.item()}
+        entries |= {"nested_blocksize": state.state2.blocksize, "nested_dtype": "float32",
+                    "nested_offset": state.offset.item()}
         beside |= {"nested_absmax": state.state2.absmax, "nested_quant_map": state.state2.code}
     return {f"{layer}.weight": packed, **{f"{layer}.weight.{name}": value for name, value in beside.items()},
-            f"{layer}.weight.quant_state.bitsandbytes__nf4": as_json(told)}, dequantize_4bit(packed, state).reshape(
+            f"{layer}.weight.quant_state.bitsandbytes__nf4": as_json(entries)}, dequantize_4bit(packed, state).reshape(
                 weight.shape)
 
 

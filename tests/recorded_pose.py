@@ -1,4 +1,4 @@
-"""What MediaPipe's networks said about one picture, and tflite files that say it again whatever they are shown.
+"""The recorded outputs of MediaPipe's networks for one picture, and tflite files that return them for any input.
 
 tests/fixtures/pose_recorded.npz: the tensors of a walking person in a 500 x 160 picture (of the heatmap only what lies
 around the points), and the landmarks that the Python package mediapipe 0.10.21 itself gives for it.
@@ -19,7 +19,7 @@ def expected(part: str) -> torch.Tensor:
 
 
 def outputs(part: str, side: int = 0) -> list[numpy.ndarray]:
-    """What the network of a part gave, in its order; side: of hands, 0 left, 1 right."""
+    """Outputs of the network of a part, in its order; side: of hands, 0 left, 1 right."""
     if part in ("detector", "face_detector"):
         index, count = RECORDED[f"{part}.index"], int(RECORDED[f"{part}.count"])
         raw = numpy.zeros((1, count, RECORDED[f"{part}.raw"].shape[1]), numpy.float32)
@@ -38,7 +38,7 @@ def outputs(part: str, side: int = 0) -> list[numpy.ndarray]:
 
 
 def networks() -> dict[str, pose.Network]:
-    """They answer for each picture they are given; hands are the left one first, then the right one."""
+    """Networks that return the record for any picture; hands are the left one first, then the right one."""
     calls = dict.fromkeys(pose.FILES, 0)
 
     def network(part):
@@ -61,21 +61,21 @@ def write(path: Path, part: str):
     buffers, tensors, operators, results = [schema.BufferT()], [], [], []
 
     def tensor(shape, values=None, kind=schema.TensorType.FLOAT32) -> int:
-        made = schema.TensorT()
-        made.shape, made.type, made.name = list(shape), kind, f"t{len(tensors)}"
+        entry = schema.TensorT()
+        entry.shape, entry.type, entry.name = list(shape), kind, f"t{len(tensors)}"
         if values is not None:
             buffer = schema.BufferT()
             buffer.data = list(values.tobytes())
             buffers.append(buffer)
-            made.buffer = len(buffers) - 1
-        tensors.append(made)
+            entry.buffer = len(buffers) - 1
+        tensors.append(entry)
         return len(tensors) - 1
 
     def operator(code, inputs, output, kind, options):
-        made = schema.OperatorT()
-        made.opcodeIndex, made.inputs, made.outputs = code, inputs, [output]
-        made.builtinOptionsType, made.builtinOptions = kind, options
-        operators.append(made)
+        entry = schema.OperatorT()
+        entry.opcodeIndex, entry.inputs, entry.outputs = code, inputs, [output]
+        entry.builtinOptionsType, entry.builtinOptions = kind, options
+        operators.append(entry)
 
     side = pose.SIDES[part]
     picture, pixel = tensor((1, side, side, 3)), tensor((1, 1, 1, 3))

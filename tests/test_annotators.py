@@ -151,7 +151,7 @@ def test_each_picture_has_its_own_range_and_a_flat_one_is_black():
     assert torch.allclose(bright[0], bright[1]) and bright[2].eq(0).all()
 
 
-def test_the_kind_of_model_tells_what_its_numbers_do(folder, tmp_path):
+def test_the_kind_of_model_decides_what_its_numbers_mean(folder, tmp_path):
     assert not depth.grows_with_distance(depth.load(folder).config)
     tiny_depth(tmp_path / "metric" / "model.safetensors", depth_estimation_type="metric", max_depth=20)
     assert depth.grows_with_distance(depth.load(tmp_path / "metric").config)

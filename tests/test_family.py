@@ -170,13 +170,13 @@ def test_a_small_flux_draws_what_the_trainer_draws(family):
     theirs = flux_latent(family, flux_model(family), positive, negative)
     close(theirs, of_trainer(family.flux.recipe, sample))
     other = flux_latent(family, flux_model(family), *without_type(texts(family, "pixelflow, pixart", PROMPT, "")))
-    assert (other - theirs).abs().max() > 1e-3, "it does not matter whether the text is filled up"
+    assert (other - theirs).abs().max() > 1e-3, "it does not matter whether the text is padded"
 
 
 def test_pixelponder_on_a_small_flux_draws_what_the_trainer_draws(family, caplog):
     positive, negative = texts(family, "flux", PROMPT, "")
-    chance = torch.Generator().manual_seed(1)
-    hints = {kind: torch.randint(256, (1, 3, SIDE, SIDE), generator=chance, dtype=torch.uint8)
+    rng = torch.Generator().manual_seed(1)
+    hints = {kind: torch.randint(256, (1, 3, SIDE, SIDE), generator=rng, dtype=torch.uint8)
              for kind in ("canny", "hed")}
     (net,) = run(family, "PixelPonderLoader", control_net_name=family.ponder.file, selection_network="leave out",
                  dtype="fp32")
@@ -198,22 +198,22 @@ def test_pixelponder_on_a_small_flux_draws_what_the_trainer_draws(family, caplog
 
 
 def test_a_lora_of_core_s_loader_works_on_a_small_flux(family):
-    module, chance = "diffusion_model.single_blocks.1.linear2", torch.Generator().manual_seed(3)
+    module, rng = "diffusion_model.single_blocks.1.linear2", torch.Generator().manual_seed(3)
     wide = family.flux.recipe.net.state_dict()["single_blocks.1.linear2.weight"].shape
     write_file(family.models / "loras/tiny_family_flux_lora.safetensors", {
-        f"{module}.lora_A.weight": torch.randn(2, wide[1], generator=chance),
-        f"{module}.lora_B.weight": torch.randn(wide[0], 2, generator=chance)})
-    model, told = flux_model(family), texts(family, "flux", PROMPT, "")
+        f"{module}.lora_A.weight": torch.randn(2, wide[1], generator=rng),
+        f"{module}.lora_B.weight": torch.randn(wide[0], 2, generator=rng)})
+    model, prompts = flux_model(family), texts(family, "flux", PROMPT, "")
     (patched,) = run(family, "LoraLoaderModelOnly", model=model, lora_name="tiny_family_flux_lora.safetensors",
                      strength_model=1.0)
-    assert (flux_latent(family, patched, *told) - flux_latent(family, model, *told)).abs().max() > 0.01
+    assert (flux_latent(family, patched, *prompts) - flux_latent(family, model, *prompts)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("dtype, kind", [("bf16", torch.bfloat16), ("fp8_e4m3fn", torch.float8_e4m3fn)])
 def test_the_storage_of_a_small_flux_may_be_chosen(family, dtype, kind):
-    model, told = flux_model(family, dtype=dtype), texts(family, "flux", PROMPT, "")
+    model, prompts = flux_model(family, dtype=dtype), texts(family, "flux", PROMPT, "")
     assert model.model.diffusion_model.img_in.weight.dtype == kind
-    exact, rough = (flux_latent(family, m, *told) for m in (flux_model(family), model))
+    exact, rough = (flux_latent(family, m, *prompts) for m in (flux_model(family), model))
     assert 0 < (rough - exact).norm() < 0.3 * exact.norm()
 
 
@@ -258,10 +258,10 @@ def test_a_pixart_is_no_flux(family):
     (flux_latent, flux_model, "pixelflow, pixart", "type flux"),
 ])
 def test_text_of_the_other_type_is_refused_and_text_that_says_no_type_is_read(family, draw, model, kind, wanted):
-    told = texts(family, kind, PROMPT, "")
+    prompts = texts(family, kind, PROMPT, "")
     with pytest.raises(ValueError, match=f"'Load T5 Text Encoder', {wanted}"):
-        draw(family, model(family), *told)
-    assert draw(family, model(family), *without_type(told)).isfinite().all()
+        draw(family, model(family), *prompts)
+    assert draw(family, model(family), *without_type(prompts)).isfinite().all()
 
 
 def test_text_and_latents_of_another_model_are_refused(family):

@@ -126,7 +126,7 @@ def test_a_cut_keras_file_is_refused_by_name(tmp_path):
     keras_file(tmp_path / "a.weights.h5")
     whole = (tmp_path / "a.weights.h5").read_bytes()
     (tmp_path / "cut.weights.h5").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cut.weights.h5 is not a whole file"):
+    with pytest.raises(ValueError, match="cut.weights.h5 is not a complete file"):
         hed.load(tmp_path / "cut.weights.h5")
 
 

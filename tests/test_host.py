@@ -80,11 +80,11 @@ def test_an_unknown_node_is_named_with_the_nearest(host):
     assert str(host.run(graph).error) == "node 1 (EmptyImagee): ComfyUI has no such node; did you mean EmptyImage?"
 
 
-def test_a_run_tells_what_a_browser_would_be_told(host):
+def test_a_run_reports_what_a_browser_would_receive(host):
     run = host.run(GRAPH)
     assert run.error is None
-    told = [(event, data.get("node")) for event, data in run.events if event != "progress_state"]
-    assert told == [
+    sent = [(event, data.get("node")) for event, data in run.events if event != "progress_state"]
+    assert sent == [
         ("execution_start", None), ("execution_cached", None), ("executing", "1"), ("executing", "2"),
         ("executed", "2"), ("execution_success", None),
     ]
@@ -136,7 +136,7 @@ def test_a_comfyui_path_that_is_none_is_refused(tmp_path, monkeypatch):
         comfy_host.find_comfyui()
 
 
-def test_a_newer_executor_that_asks_for_more_is_told_by_version_and_name():
+def test_a_newer_executor_that_asks_for_more_is_reported_by_version_and_name():
     arguments = comfy_host.CacheArgs("0.99")
     assert arguments["ram"] == 0
     with pytest.raises(RuntimeError, match="ComfyUI 0.99 asks its executor for the cache argument 'disk'"):

@@ -236,7 +236,7 @@ HOOKS = {
 """Functions of core in whose place ours are called -> their parameters, which are the same in 0.3.75 and in 0.33. A new
 one would reach a function of ours that does not know it."""
 MAY_LACK = {"comfy.controlnet.ControlBase.deepclone_multigpu": "load_device, autoregister"}
-"""The same of what newer ComfyUIs alone call."""
+"""The same for what only newer ComfyUIs call."""
 
 
 @pytest.mark.parametrize("name", [*HOOKS, *MAY_LACK])

@@ -1,4 +1,4 @@
-"""Fast operations against their formulas in float64, and against the library that stands behind them elsewhere."""
+"""Fast operations against their formulas in float64, and against the library that implements them elsewhere."""
 import pytest
 import torch
 from pixstack.kernels import modulated_norm as norm_file

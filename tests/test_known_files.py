@@ -1,4 +1,4 @@
-"""What is said of a file that came to the wrong loader: whose it is, where it goes, and what loads it there."""
+"""The message about a file that came to the wrong loader: whose it is, where it goes, and what loads it there."""
 
 import json
 import re
@@ -30,9 +30,9 @@ def test_every_file_of_a_workflow_is_known_with_its_folder_and_our_node_that_loa
     for node, folder, name in used:
         if node == "PixStack_PixArtLoader" and "ControlNet" in name:  # a bundle, of which it takes the base
             continue
-        said = whose(read_file(host.models / folder / name)[0])
-        assert f"it goes into models/{folder} " in said, (name, said)
-        assert f"'{shown(node)}'" in said or not node.startswith("PixStack_"), (name, said)
+        message = whose(read_file(host.models / folder / name)[0])
+        assert f"it goes into models/{folder} " in message, (name, message)
+        assert f"'{shown(node)}'" in message or not node.startswith("PixStack_"), (name, message)
 
 
 IN_PAIRS = ("one half of a TAESD", "Depth Anything")  # lists these by more than one file
@@ -87,11 +87,12 @@ def test_a_loader_says_whose_the_wrong_file_is_and_what_loads_it(host, node, wha
         graph["0"] = {"class_type": "EmptyImage", "inputs": dict(width=32, height=32, batch_size=1, color=0)}
         inputs["image"] = ["0", 0]
     try:
-        said = str(host.run(graph).error)
+        message = str(host.run(graph).error)
     finally:
         (host.models / folder / name).unlink()
-    assert name in said and f" is not {what}" in said
-    assert f"The keys are those of {kind}. In ComfyUI it goes into models/{place} and is loaded with {loader}" in said
+    assert name in message and f" is not {what}" in message
+    where = f"In ComfyUI it goes into models/{place} and is loaded with {loader}"
+    assert f"The keys are those of {kind}. {where}" in message
 
 
 def test_a_checkpoint_with_its_vae_is_sent_to_core_s_checkpoint_loader():
@@ -107,11 +108,11 @@ def test_a_training_file_is_known_by_the_weights_inside():
     assert "those of PixelPonder" in whose({"state_dict": inner, "step": 3})
 
 
-@pytest.mark.parametrize("tensors, said", [
+@pytest.mark.parametrize("tensors, sentence", [
     (zeros("a", "b", "c", "d"), "Its first keys are a, b, c."), ({}, "It holds no weights."),
 ])  # fmt: skip
-def test_a_file_that_nobody_knows_is_described_by_its_keys(tensors, said):
-    assert whose(tensors) == said
+def test_a_file_that_nobody_knows_is_described_by_its_keys(tensors, sentence):
+    assert whose(tensors) == sentence
 
 
 @pytest.mark.parametrize("keys, name", [
@@ -122,5 +123,5 @@ def test_a_file_that_nobody_knows_is_described_by_its_keys(tensors, said):
     (("controlnet_blocks.0.weight", "pos_embed_input.weight"), "an XLabs ControlNet for FLUX"),
     (("blocks.0.scale_shift_table", "blocks.0.mlp.inverted_conv.conv.weight"), "Sana"),
 ])
-def test_what_shares_keys_with_another_kind_is_told_from_it(keys, name):
+def test_what_shares_keys_with_another_kind_is_distinguished_from_it(keys, name):
     assert whose(zeros(*keys)).startswith(f"The keys are those of {name}.")

@@ -509,7 +509,7 @@ def lora_of(modules, kinds=("lora",), alphas=(6.0, 3.0), shared=False):
     (SPLIT, ("dora",)), (FUSED, ("dora",)),
     (FUSED, ("lora", "loha", "dora", "lokr")),
     ({m: v for m, v in SPLIT.items() if "qkv" in v[0] and "to_k" not in m}, ("lora",)),
-], ids=["split", "fused", "loha", "fused loha", "dora", "fused dora", "mixed", "q and v alone"])  # fmt: skip
+], ids=["split", "fused", "loha", "fused loha", "dora", "fused dora", "mixed", "only q and v"])  # fmt: skip
 def test_a_written_lora_makes_the_same_changes(format, modules, kinds):
     found = lora_of(modules, kinds)
     again = lora.read(lora.write(found, NAMES, format), NAMES)

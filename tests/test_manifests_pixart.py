@@ -47,8 +47,9 @@ def test_a_released_checkpoint_fits_its_network(name):
     config, weights = checkpoint.read(tensors)
     assert shapes(PixArt(config, device="meta").state_dict()) == shapes(weights)
     entries = PixArtConfig.entries_of(stated)
-    told = ("depth", "hidden", "heads", "micro_conditions", "kv_compression", "out_channels", "mlp_ratio")
-    assert {n: getattr(config, n) for n in told if n in entries} == {n: entries[n] for n in told if n in entries}
+    names = ("depth", "hidden", "heads", "micro_conditions", "kv_compression", "out_channels", "mlp_ratio")
+    shared = [name for name in names if name in entries]
+    assert {n: getattr(config, n) for n in shared} == {n: entries[n] for n in shared}
 
 
 @pytest.mark.parametrize("name", sorted(PRESET_OF.keys() & set(MANIFESTS)))

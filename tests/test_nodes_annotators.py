@@ -99,7 +99,7 @@ def test_a_pose_without_a_canvas_asks_for_a_size(nodes):
         run(nodes["DrawPoses"], **LINES)
 
 
-def test_a_file_of_poses_that_is_missing_is_told_with_where_to_get_it(nodes, host):
+def test_a_missing_file_of_poses_is_reported_with_where_to_get_it(nodes, host):
     answer = nodes["FindPoses"].validate_inputs(body="heavy", hands=True, face=True)
     for word in ("pose_landmark_heavy.tflite not found", "mediapipe==0.10.21", str(host.models / "annotators"), "npm"):
         assert word in answer

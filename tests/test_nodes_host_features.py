@@ -49,12 +49,12 @@ def run(core, node: str, **inputs):
     return core.nodes[f"PixStack_{node}"].execute(**inputs).args
 
 
-def chance(*shape, seed=0):
+def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def text(width, length=6, seed=1, **entries):
-    return [[chance(1, length, width, seed=seed), entries]]
+    return [[randn(1, length, width, seed=seed), entries]]
 
 
 def hooked(conditioning, hooks):
@@ -80,9 +80,9 @@ def _pixart(core):
     def draw(model=model, hooks=None, control=None):
         positive, negative = hooked(text(4096), hooks), hooked(text(4096, 4, 2), hooks)
         if control is not None:
-            hint = core.ours.pixart_control.with_hint(control, 1.0, 0.0, 1.0, latent=chance(1, 4, 8, 8, seed=3))
+            hint = core.ours.pixart_control.with_hint(control, 1.0, 0.0, 1.0, latent=randn(1, 4, 8, 8, seed=3))
             positive, negative = (core.ours.pixart_control.apply(c, hint, {}) for c in (positive, negative))
-        return sample(core, model, chance(1, 4, 8, 8, seed=5), positive, negative)
+        return sample(core, model, randn(1, 4, 8, 8, seed=5), positive, negative)
 
     return SimpleNamespace(name="pixart", model=model, draw=draw, control=control, weight="blocks.1.attn.qkv.weight",
                            blocks=[f"diffusion_model.blocks.{i}" for i in range(4)])
@@ -98,7 +98,7 @@ def _pixelflow(core):
 
     def draw(model=model, hooks=None):
         (sigmas,) = run(core, "PixelFlowSigmas", model=model, steps="2", shift="1", start_stage=0, end_stage=-1)
-        noise, conditions = chance(1, 3, 64, 64, seed=5), (hooked(text(32, 6, seed), hooks) for seed in (1, 2))
+        noise, conditions = randn(1, 3, 64, 64, seed=5), (hooked(text(32, 6, seed), hooks) for seed in (1, 2))
         with torch.inference_mode():
             return core.sample.sample_custom(model, noise, 3.0, sampler, sigmas, *conditions, torch.zeros_like(noise),
                                              disable_pbar=True, seed=7)
@@ -116,7 +116,7 @@ def _pixelponder(core):
     control = core.ours.pixelponder.load(models / "controlnet" / "pixelponder_host.safetensors", dtype=torch.float32)
 
     def draw(model=model, hooks=None, control=control):
-        entries = {"pooled_output": chance(1, 8, seed=4), core.ours.text.FILLED: True}
+        entries = {"pooled_output": randn(1, 8, seed=4), core.ours.text.FILLED: True}
         positive, negative = (hooked(text(192, 32, seed, **entries), hooks) for seed in (1, 2))
         if control is not None:
             (conditions,) = run(core, "PixelPonderCondition", image=torch.rand(
@@ -125,7 +125,7 @@ def _pixelponder(core):
             positive, negative = run(core, "PixelPonderApply", positive=positive, negative=negative,
                                      control_net=control, conditions=conditions, strength=0.8, start_percent=0.0,
                                      end_percent=1.0, strategy="released", rounds=1)[:2]
-        return sample(core, model, chance(1, 16, 8, 8, seed=5), positive, negative)
+        return sample(core, model, randn(1, 16, 8, 8, seed=5), positive, negative)
 
     return SimpleNamespace(name="pixelponder", model=model, draw=draw, control=control,
                            weight="double_blocks.1.img_attn.qkv.weight",
@@ -143,11 +143,11 @@ def _ultrapixel(core):
 
     def draw(model=model, hooks=None):
         guider = core.samplers.CFGGuider(model)
-        pooled = {"pooled_output": chance(1, cascade.TEXT, seed=4)}
+        pooled = {"pooled_output": randn(1, cascade.TEXT, seed=4)}
         guider.set_conds(*(hooked(text(cascade.TEXT, 6, seed, **pooled), hooks) for seed in (1, 2)))
         guider.set_cfg(3.0)
         sigmas = core.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
-        noise = chance(1, 16, 8, 8, seed=5)
+        noise = randn(1, 16, 8, 8, seed=5)
         with torch.inference_mode():
             return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=7, disable_pbar=True)
 
@@ -159,8 +159,8 @@ def lora_of(family, rank=2, scale=0.3) -> dict[str, torch.Tensor]:
     """A LoRA under ComfyUI's own names for one weight of the network."""
     shape = family.model.model.diffusion_model.state_dict()[family.weight].shape
     name = "diffusion_model." + family.weight.removesuffix(".weight")
-    return {f"{name}.lora_up.weight": scale * chance(shape[0], rank, seed=8),
-            f"{name}.lora_down.weight": scale * chance(rank, shape[1], seed=9)}
+    return {f"{name}.lora_up.weight": scale * randn(shape[0], rank, seed=8),
+            f"{name}.lora_down.weight": scale * randn(rank, shape[1], seed=9)}
 
 
 def with_lora(core, family, model=None):
@@ -202,7 +202,7 @@ def test_a_text_encoder_with_hooks_still_encodes(core):
 
 def lora_of_text() -> dict[str, torch.Tensor]:
     name = "text_encoders.t5.transformer.encoder.block.0.layer.0.SelfAttention.o"
-    return {f"{name}.lora_up.weight": chance(weights.WIDTH, 2), f"{name}.lora_down.weight": chance(2, 32, seed=1)}
+    return {f"{name}.lora_up.weight": randn(weights.WIDTH, 2), f"{name}.lora_down.weight": randn(2, 32, seed=1)}
 
 
 # --- torch.compile
@@ -301,7 +301,7 @@ def test_a_text_encoder_and_a_vae_go_to_another_device(core):
     tokens = clip.tokenize("a red apple")
     assert torch.equal(moved.encode_from_tokens(tokens), clip.encode_from_tokens(tokens))
     vae = core.ours.ultrapixel_stage_a.load(models / "vae" / "host_stage_a.safetensors", torch.float32)
-    latent = chance(1, 4, 6, 6)
+    latent = randn(1, 4, 6, 6)
     plain, patcher = vae.decode(latent), second(core, vae.patcher)
     vae.patcher, vae.first_stage_model = patcher, patcher.model  # as SelectVAEDevice does
     assert torch.equal(vae.decode(latent), plain)

@@ -1,4 +1,4 @@
-"""PixArt's nodes inside a real ComfyUI: what the network is told, sampling, ControlNets, LoRAs, and what is refused."""
+"""PixArt's nodes inside a real ComfyUI: conditioning, sampling, ControlNets, LoRAs, and what is refused."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def close(ours, reference, tolerance=TOLERANCE):
     )
 
 
-# --- What the network is told
+# --- What the network is conditioned on
 
 
 @pytest.mark.parametrize("timestep", [999.0, 500.0, 123.4, 0.0])
@@ -232,7 +232,7 @@ def test_a_lora_changes_the_text_that_was_read_before(art):
     assert torch.equal(again, plain)
 
 
-def test_alpha_1024_is_told_its_own_size_unless_the_conditioning_says_another(art):
+def test_alpha_1024_is_conditioned_on_its_own_size_unless_the_conditioning_says_another(art):
     text = tokens(5)
     sized = run(art, "SizeCondition", conditioning=text, width=96, height=64, aspect_ratio=64 / 96)[0]
     other = run(art, "SizeCondition", conditioning=text, width=1024, height=512, aspect_ratio=0.0)[0]
@@ -240,8 +240,8 @@ def test_alpha_1024_is_told_its_own_size_unless_the_conditioning_says_another(ar
     close(pictures[1], pictures[0])
     assert (pictures[2] - pictures[0]).abs().max() > 1e-2
     net = network(art, art.micro)
-    told = dict(size=torch.tensor([[512.0, 1024.0]]), aspect_ratio=torch.tensor([[0.5]]))  # the bucket's label
-    predict = predictor(net, text, text, 1.0, **told)
+    sizes = dict(size=torch.tensor([[512.0, 1024.0]]), aspect_ratio=torch.tensor([[0.5]]))  # the bucket's label
+    predict = predictor(net, text, text, 1.0, **sizes)
     reference = sampling.dpm_solver_pp(
         lambda x, t: predict(x, t)[1], noise_of(1, 4, 8, 12), sampling.NoiseSchedule(), sampling.time_uniform(4)
     )
@@ -431,7 +431,7 @@ def test_a_v_prediction_model_with_zero_terminal_snr_draws(art):
     assert picture.isfinite().all()
 
 
-def test_a_v_prediction_model_on_scaled_linear_betas_can_be_told_so(art):
+def test_prediction_can_be_set_to_v_on_scaled_linear_betas(art):
     """The 900M revisions that predict v: their files do not say it, unless diffusers' configurations lie beside."""
     model = load(art, SIGMA, prediction="v, scaled linear, zero terminal SNR")
     own = model.get_model_object("model_sampling")
@@ -853,7 +853,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("cut", "is not a whole torch file"), ("code", r"holds more than weights"), ("empty", "is empty"),
+    ("cut", "is not a complete torch file"), ("code", r"holds more than weights"), ("empty", "is empty"),
 ])  # fmt: skip
 @pytest.mark.parametrize("node, folder, name", [
     ("Loader", "diffusion_models", "model_name"), ("ControlNetLoader", "controlnet", "control_net_name"),
@@ -876,11 +876,11 @@ def test_a_broken_or_harmful_file_is_refused_in_the_ui(art, host, capsys, node, 
         "out": {"class_type": "PreviewAny", "inputs": {"source": ["node", 0]}},
     }
     try:
-        said = str(host.run(graph).error)
+        message = str(host.run(graph).error)
     finally:
         path.unlink()
-    assert said.startswith(f"node node (PixStack_PixArt{node}): ")
-    assert words in said and said.count(path.name) == 1
+    assert message.startswith(f"node node (PixStack_PixArt{node}): ")
+    assert words in message and message.count(path.name) == 1
     assert "this code must not run" not in capsys.readouterr().out
 
 

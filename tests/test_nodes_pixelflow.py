@@ -128,13 +128,13 @@ def graph(flow, model=TEXT, **changes):
 def unguided(flow, model, conds):
     """`predict` of the library's loop, with one forward pass each for the positive and the negative."""
     def velocity(x, timestep, cond):
-        _, told = cond[0]
-        labels = told.get("pixelflow_class_labels")
+        _, conditioning = cond[0]
+        labels = conditioning.get("pixelflow_class_labels")
         if labels is None:
-            told = dict(context=cond[0][0].expand(len(x), -1, -1))
+            conditioning = dict(context=cond[0][0].expand(len(x), -1, -1))
         else:
-            told = dict(class_labels=torch.where(labels < 0, 1000, labels).expand(len(x)))
-        return model.model.diffusion_model(x, torch.full((len(x),), timestep, dtype=torch.float32), **told)
+            conditioning = dict(class_labels=torch.where(labels < 0, 1000, labels).expand(len(x)))
+        return model.model.diffusion_model(x, torch.full((len(x),), timestep, dtype=torch.float32), **conditioning)
 
     def predict(x, timestep, stage, cfg):
         negative = velocity(x, timestep, conds[1])
@@ -535,8 +535,8 @@ def test_the_menu_of_classes_has_all_of_imagenet(flow):
 def test_the_negative_class_is_the_model_s_own_null_class(flow):
     tiny_pixelflow(flow.host.models / "diffusion_models" / "seven.safetensors", text=False, num_classes=7)
     _, null = classes(flow, "3")
-    told = load(flow, "seven.safetensors").model.extra_conds(**null[0][1])
-    assert told["class_labels"].cond.tolist() == [7]
+    conds = load(flow, "seven.safetensors").model.extra_conds(**null[0][1])
+    assert conds["class_labels"].cond.tolist() == [7]
 
 
 # Sizes
@@ -613,8 +613,8 @@ def wrong_file(path, kind):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("truncated safetensors", "is not a whole safetensors file"),
-        ("truncated pt", "is not a whole torch file"),
+        ("truncated safetensors", "is not a complete safetensors file"),
+        ("truncated pt", "is not a complete torch file"),
         ("pickle with code", "unpickling it could run code"),
         ("half of the weights", "The weights do not fit PixelFlow"),
         *((family, f"This is not a PixelFlow checkpoint. The keys are those of {family}") for family in (
@@ -625,11 +625,11 @@ def test_a_wrong_model_file_is_refused_by_name(flow, kind, words, capsys):
     path = flow.host.models / "diffusion_models" / f"wrong.{'safetensors' if 'safetensors' in kind else 'pt'}"
     wrong_file(path, kind)
     try:
-        said = refusal(flow, path.name)
+        message = refusal(flow, path.name)
     finally:
         path.unlink()
-    assert said.startswith("node model (PixStack_PixelFlowLoader): ")
-    assert words in said and said.count(path.name) == 1
+    assert message.startswith("node model (PixStack_PixelFlowLoader): ")
+    assert words in message and message.count(path.name) == 1
     assert "this code must not run" not in capsys.readouterr().out
 
 
@@ -642,13 +642,13 @@ def test_a_missing_file_is_named_before_anything_runs(flow):
 def test_a_wrong_text_encoder_is_refused_by_name(flow):
     folder = flow.host.models / "text_encoders"
     torch.save({"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}, folder / "clip.pt")
-    said = refusal(flow, clip__encoder_name="clip.pt")
-    assert "clip.pt is not a T5 text encoder. The keys are those of a CLIP text encoder" in said
+    message = refusal(flow, clip__encoder_name="clip.pt")
+    assert "clip.pt is not a T5 text encoder. The keys are those of a CLIP text encoder" in message
 
 
 def test_a_size_that_does_not_fit_is_refused_with_the_nearest(flow):
-    said = refusal(flow, canvas__shape="custom (width, height)", canvas__width=72, canvas__height=64)
-    assert "72x64 pixels do not fit" in said and "multiples of 16. Near it are 64x64, 80x64" in said
+    message = refusal(flow, canvas__shape="custom (width, height)", canvas__width=72, canvas__height=64)
+    assert "72x64 pixels do not fit" in message and "multiples of 16. Near it are 64x64, 80x64" in message
 
 
 def test_an_empty_prompt_draws(flow):
@@ -661,9 +661,9 @@ def test_text_of_another_width_is_refused_with_both_widths(flow):
         draw(flow, flow.text, ([[torch.zeros(1, 77, 768), {}]], prompt(flow, "")))
 
 
-def test_text_that_is_filled_up_for_flux_is_refused(flow):
+def test_text_that_is_padded_for_flux_is_refused(flow):
     (positive, entries), = prompt(flow, "a cat")
-    with pytest.raises(ValueError, match="PixelFlow would read the filling as words"):
+    with pytest.raises(ValueError, match="PixelFlow would read the padding as words"):
         draw(flow, flow.text, ([[positive, {**entries, "pixstack_filled": True}]], prompt(flow, "")))
 
 

@@ -231,7 +231,7 @@ def test_a_strength_counts_where_its_condition_wins(flux):
     close(draw(flux, positive), expected(flux, plan, change=change))
 
 
-def test_pixelponder_begins_and_ends_where_it_is_told_to(flux):
+def test_pixelponder_begins_and_ends_where_it_is_set_to(flux):
     middle = sigmas(flux)[1]
     one = condition(flux)
     plain = draw(flux, text(6))
@@ -453,7 +453,7 @@ def test_as_run_executes_the_released_network(flux):
     assert share[0, 0].sum() >= (rows - 1) * columns  # only the last row's worth of patches may be another's
 
 
-def test_a_negative_prompt_alone_is_guided_and_shown(flux):
+def test_a_single_negative_prompt_is_guided_and_shown(flux):
     negative = apply(flux, several(flux, "canny", "depth"), strategy="accumulate")[1]
     negative[0][1]["control"].node_id = "7"
     assert draw(flux, text(6), negative, steps=1, cfg=3.0).isfinite().all()
@@ -752,7 +752,7 @@ def test_pixelponder_on_a_flux_of_another_width_is_refused_with_both_widths(flux
         base.params = params
 
 
-def test_core_apply_node_is_told_to_make_way(flux):
+def test_a_user_of_core_apply_node_is_sent_to_ours(flux):
     both = flux.core.ControlNetApplyAdvanced().apply_controlnet(text(3), text(3), flux.control, hint(), 1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="has no conditions.*Apply PixelPonder"):
         draw(flux, *both)
@@ -762,8 +762,8 @@ def test_a_part_of_the_sampling_that_is_empty_is_refused_before_anything_runs(gr
     prompt = graph("released")
     prompt["5"]["inputs"].update(start_percent=0.6, end_percent=0.4)
     prompt["7"]["inputs"].update(end_percent=1.2)
-    said = " ".join(map(str, graph_host.check(prompt)))
-    assert "start_percent=0.6 and end_percent=0.4 leave no part" in said and "end_percent=1.2" in said
+    message = " ".join(map(str, graph_host.check(prompt)))
+    assert "start_percent=0.6 and end_percent=0.4 leave no part" in message and "end_percent=1.2" in message
 
 
 def test_another_control_net_is_refused(flux):

@@ -1,4 +1,4 @@
-"""Quantised files inside a real ComfyUI: what its own operations compute with, what is made whole, what is refused."""
+"""Quantised files inside a real ComfyUI: what its own operations compute with, what is dequantised, what is refused."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def pixart(art, format, name="pixart.safetensors", tensors=None, **inputs):  # n
 
 
 def drawn(art, model, both=None):  # noqa: F811
-    chance = torch.Generator().manual_seed(2)
-    told = [[[torch.randn(1, length, 64, generator=chance), {}]] for length in (6, 3)] if both is None else both
-    return on_pixart.draw(art, model, *told, on_pixart.sampler(art), on_pixart.sigmas(art, model))
+    rng = torch.Generator().manual_seed(2)
+    prompts = [[[torch.randn(1, length, 64, generator=rng), {}]] for length in (6, 3)] if both is None else both
+    return on_pixart.draw(art, model, *prompts, on_pixart.sampler(art), on_pixart.sigmas(art, model))
 
 
 @pytest.mark.parametrize("format", EVERY)
@@ -124,17 +124,17 @@ def test_the_log_says_what_became_of_the_weights(art, caplog):  # noqa: F811
         pixart(art, "scaled_fp8")
     count = sum(made.in_blocks(*entry) for entry in PixArt(ART).state_dict().items())
     assert f"scaled_fp8_pixart.safetensors: {count} weights are quantised (scaled fp8)" in caplog.text
-    assert f"of {count} quantised weights {count} stay so in ComfyUI's operations, 0 are made whole" in caplog.text
+    assert f"of {count} quantised weights {count} stay so in ComfyUI's operations, 0 are dequantised" in caplog.text
 
 
 @pytest.mark.parametrize("format", ["scaled_fp8", "nvfp4", "quanto"])
 def test_a_lora_changes_a_quantised_pixart_as_it_changes_the_plain_one(art, format):  # noqa: F811
     model, whole = pixart(art, format, f"lora_{format}.safetensors")
-    lora, chance = {}, torch.Generator().manual_seed(4)
+    lora, rng = {}, torch.Generator().manual_seed(4)
     for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"):
         key = f"base_model.model.transformer_blocks.0.{name}"
-        lora[f"{key}.lora_A.weight"] = torch.randn(4, 288, generator=chance)
-        lora[f"{key}.lora_B.weight"] = torch.randn(288, 4, generator=chance)
+        lora[f"{key}.lora_A.weight"] = torch.randn(4, 288, generator=rng)
+        lora[f"{key}.lora_B.weight"] = torch.randn(288, 4, generator=rng)
     write_file(art.host.models / "loras" / "quantised_lora.safetensors", lora)
     import_module("folder_paths").filename_list_cache.clear()
     plain = drawn(art, whole)
@@ -166,19 +166,19 @@ def test_a_quantised_pixart_controlnet_guides_as_its_numbers_do(art, format):  #
     files = place(art.host.models / "controlnet", "pixart_net.safetensors", net,
                   pixart_checkpoint.metadata_controlnet(ART), format,
                   lambda key, value: value.ndim == 2 and "mlp" in key or made.in_blocks(key, value))
-    chance = torch.Generator().manual_seed(2)
-    told = [[[torch.randn(1, length, 64, generator=chance), {}]] for length in (6, 3)]
+    rng = torch.Generator().manual_seed(2)
+    prompts = [[[torch.randn(1, length, 64, generator=rng), {}]] for length in (6, 3)]
     pictures = []
     for name in files:
         control = on_pixart.run(art, "ControlNetLoader", control_net_name=name, dtype="default")[0]
         if name == files[0]:
             assert stays(control.net_patcher.model[0].copied_block.mlp.fc1) == runs(format)
-        both = on_pixart.run(art, "ControlNetApply", positive=told[0], negative=told[1], control_net=control,
+        both = on_pixart.run(art, "ControlNetApply", positive=prompts[0], negative=prompts[1], control_net=control,
                              latent={"samples": on_pixart.noise_of(1, 4, 8, 12, seed=8)}, strength=1.0,
                              start_percent=0.0, end_percent=1.0)
         pictures.append(drawn(art, model, both))
     compare(*pictures, format)
-    assert (pictures[1] - drawn(art, model, told)).norm() > 0.01 * pictures[1].norm()
+    assert (pictures[1] - drawn(art, model, prompts)).norm() > 0.01 * pictures[1].norm()
 
 
 @pytest.mark.parametrize("format", ["scaled_fp8", "nvfp4", "comfy_int8", "quanto"])
@@ -343,11 +343,11 @@ def test_a_t5_whose_weights_are_wrapped_like_gguf_s_encodes_prompts_for_pixart(a
     for tensors, more in ((wrapped, {"custom_operations": q8_operations()}), (rounded, {})):
         clips.append(sd.load_text_encoder_state_dicts(
             [tensors], clip_type=sd.CLIPType.PIXART, model_options={"t5xxl_model_config": T5XXL_SHRUNK, **more}))
-    told = [[on_pixart.run(art, "TextEncode", clip=clip, text="a red apple", tokens="auto", clean_caption=False)[0],
-             art.core.CLIPTextEncode().encode(clip, "a red apple")[0]] for clip in clips]
-    for (ours, _), (expected, _) in zip((row[0] for row in told[0]), (row[0] for row in told[1]), strict=True):
+    prompts = [[on_pixart.run(art, "TextEncode", clip=clip, text="a red apple", tokens="auto", clean_caption=False)[0],
+                art.core.CLIPTextEncode().encode(clip, "a red apple")[0]] for clip in clips]
+    for (ours, _), (expected, _) in zip((row[0] for row in prompts[0]), (row[0] for row in prompts[1]), strict=True):
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() < EXACT * expected.abs().max()
-    picture = on_pixart.draw(art, art.sigma, told[0][0], told[0][1], on_pixart.sampler(art),
+    picture = on_pixart.draw(art, art.sigma, prompts[0][0], prompts[0][1], on_pixart.sampler(art),
                              on_pixart.sigmas(art, art.sigma))
     assert picture.isfinite().all()

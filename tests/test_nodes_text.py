@@ -67,7 +67,7 @@ def test_a_flan_t5_gives_what_transformers_gives_for_the_padded_and_masked_promp
     assert (encode(clip, prompt) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_the_empty_prompt_is_its_end_alone(text):
+def test_the_empty_prompt_is_only_its_end_token(text):
     assert ids(text.load("flan.safetensors"), "") == [1]
     assert encode(text.load("flan.safetensors"), "").shape == (1, 1, 32)
 
@@ -109,7 +109,7 @@ def test_the_storage_may_be_chosen(text, dtype, kind):
 def test_half_an_encoder_is_refused(text, host):
     weights = {k: v for k, v in text.ours.weights().items() if "layer_norm" not in k}
     write_file(host.models / "text_encoders" / "half.safetensors", weights, text.ours.metadata())
-    with pytest.raises(ValueError, match="half.safetensors is no whole T5 encoder: 3 keys are missing"):
+    with pytest.raises(ValueError, match="half.safetensors is not a complete T5 encoder: 3 keys are missing"):
         text.load("half.safetensors")
 
 

@@ -114,9 +114,9 @@ def core_stage_c(ultra, weights, config):
         "c_in", "c_out", "c_r", "patch_size", "c_cond", "c_hidden", "nhead", "blocks", "block_repeat", "level_config",
         "c_clip_text", "c_clip_text_pooled", "c_clip_img", "c_clip_seq", "kernel_size", "self_attn", "t_conds",
         "switch_level")}
-    told = ultra.comfy.supported_models.Stable_Cascade_C(entries)
-    told.set_inference_dtype(torch.float32, None)
-    model = told.get_model({})
+    core_config = ultra.comfy.supported_models.Stable_Cascade_C(entries)
+    core_config.set_inference_dtype(torch.float32, None)
+    model = core_config.get_model({})
     model.load_model_weights({k: v for k, v in weights.items() if not k.startswith("module.")})
     cpu = torch.device("cpu")
     return ultra.comfy.model_patcher.ModelPatcher(model, cpu, cpu)
@@ -548,7 +548,7 @@ def test_the_latent_of_stage_b_is_refused(ultra):
 
 @pytest.mark.parametrize("low, words", [
     (torch.zeros(1, 4, 4, 4), "low_latent has 4 channels"), (torch.zeros(1, 16, 4, 8), "of different shapes"),
-    (torch.ones(3, 16, *LOW), "low_latent has 3 pictures, the latent 1: put the same 'Latent From Batch' behind both"),
+    (torch.ones(3, 16, *LOW), "low_latent has 3 pictures, the latent 1: put the same 'Latent From Batch' after both"),
 ])  # fmt: skip
 def test_a_low_latent_that_does_not_belong_to_the_picture_is_refused(ultra, low, words):
     with pytest.raises(ValueError, match=words):
@@ -597,11 +597,11 @@ def test_a_model_that_is_no_stage_c_is_refused_by_name(ultra):
 
 
 def test_the_small_stage_c_is_refused_by_name(ultra):
-    told = ultra.comfy.supported_models.Stable_Cascade_C(
+    core_config = ultra.comfy.supported_models.Stable_Cascade_C(
         dict(c_cond=1536, c_hidden=[1536, 1536], nhead=[24, 24], blocks=[[1, 1], [1, 1]]))
-    told.set_inference_dtype(torch.float32, None)
+    core_config.set_inference_dtype(torch.float32, None)
     with pytest.raises(ValueError, match="Stage C 1B.*1536 and 1536 channels.*3.6B"):
-        guided(ultra, SimpleNamespace(model=told.get_model({}, device="meta")))
+        guided(ultra, SimpleNamespace(model=core_config.get_model({}, device="meta")))
 
 
 @pytest.mark.parametrize("value, answer", [(-1.0, True), (0.0, True), (0.6, True)])
@@ -683,7 +683,7 @@ def controlled(ultra, seed, applied):
 
 
 @torch.no_grad()
-def test_a_controlnet_acts_on_the_low_resolution_pass_alone(ultra):
+def test_a_controlnet_acts_only_on_the_low_resolution_pass(ultra):
     net, seen = ultra.base.model.diffusion_model, []
     handle = net.register_forward_pre_hook(
         lambda module, args, given: seen.append((args[0].shape[-1], given["control"] is not None)), with_kwargs=True)
@@ -891,7 +891,7 @@ def test_a_personalisation_works_with_the_guide_and_leaves_the_base(ultra, clip)
 def test_a_personalisation_that_does_not_fit_is_refused(ultra, clip):
     write_file(ultra.host.models / "loras" / "kohya.safetensors",
                {f"lora_prior_unet_x.lora_{part}.weight": torch.zeros(1) for part in ("down", "up")})
-    with pytest.raises(ValueError, match="^kohya.safetensors: 2 keys are no attention's.*core's LoRA loader"):
+    with pytest.raises(ValueError, match="^kohya.safetensors: 2 keys do not belong to an attent.*core's LoRA loader"):
         personal(ultra, clip, name="kohya.safetensors")
     guide = (ultra.host.models / "model_patches" / GUIDE).read_bytes()
     (ultra.host.models / "loras" / "a_guide.safetensors").write_bytes(guide)
@@ -912,7 +912,7 @@ def test_a_personalisation_that_does_not_fit_is_refused(ultra, clip):
 
 @pytest.mark.parametrize("given, words", [
     (dict(base_token="^nosuchword</w>"), "matches no word of CLIP's vocabulary"),
-    (dict(base_token="("), "is no regular expression"),
+    (dict(base_token="("), "is not a regular expression"),
 ])  # fmt: skip
 def test_words_to_begin_with_that_are_none_are_refused(ultra, clip, given, words):
     with pytest.raises(ValueError, match=words):
@@ -927,7 +927,7 @@ def test_a_word_that_a_prompt_cannot_hold_is_refused(ultra, clip, token):
 
 def test_another_text_encoder_is_refused(ultra, clip):
     other = SimpleNamespace(tokenizer=object(), cond_stage_model=type("SDXLClipModel", (), {})())
-    with pytest.raises(ValueError, match="is a SDXLClipModel; Stage C reads CLIP-G alone"):
+    with pytest.raises(ValueError, match="is a SDXLClipModel; Stage C reads only CLIP-G"):
         personal(ultra, other)
 
 
@@ -1002,7 +1002,7 @@ def test_a_picture_without_a_low_latent_is_scaled_down(ultra):
 
 def test_sampling_that_goes_on_without_noise_is_refused(ultra):
     model = guided(ultra)
-    with pytest.raises(ValueError, match="goes on from a noisy latent.*connect RandomNoise"):
+    with pytest.raises(ValueError, match="continues from a noisy latent.*connect RandomNoise"):
         draw(ultra, model, noise=torch.zeros(1, 16, *HIGH), latent=noise_of(), sigmas=levels(ultra, model, 2, 0.5))
 
 

@@ -279,7 +279,7 @@ def test_without_any_memory_the_error_is_the_devices(up, monkeypatch):
 
 @pytest.mark.parametrize("tile", [None, 64])
 def test_progress_runs_to_its_end(up, monkeypatch, tile):
-    seen = []  # what is told to core, which from 0.2x on leaves out what comes within a tenth of a second
+    seen = []  # what is reported to core, which from 0.2x on leaves out what comes within a tenth of a second
     monkeypatch.setattr(up.utils.ProgressBar, "update_absolute", lambda bar, value, total: seen.append((value, total)))
     latent = latent_of(2, 4, 70, 40)
     up.small.decode_tiled(latent, tile, tile) if tile else up.small.decode(latent)

@@ -24,7 +24,7 @@ OPTIONAL = {"triton", "flash_attn", "xformers", "ftfy", "bs4", "h5py", "diffuser
 
 
 def requirements(lines) -> set[str]:
-    """The names alone, as pip compares them."""
+    """Only the names, as pip compares them."""
     wanted = (line for line in lines if line.strip() and not line.startswith("#"))
     return {re.match(r"[A-Za-z0-9._-]+", line.strip())[0].lower().replace("_", "-") for line in wanted}
 

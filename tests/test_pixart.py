@@ -14,7 +14,7 @@ from pixstack.models_impl.pixart.sampling import NoiseSchedule
 
 TINY = PixArtConfig(depth=3, hidden=24, heads=2, context_dim=6, token_limit=5, sample_size=8, null_caption=True)
 MICRO = replace(TINY, micro_conditions=True, latent_scale=0.18215)  # as alpha
-STATED = {"heads": 2}  # what no key and no shape tells
+STATED = {"heads": 2}  # in no key or shape
 
 
 def network(config=TINY, seed=0, dtype=torch.float32) -> PixArt:
@@ -179,7 +179,7 @@ def test_a_diffusers_file_that_lacks_a_part_of_a_fused_projection_says_which():
     replace(TINY, qk_norm=True, kv_compression=KVCompression("conv", 3, (0,))),
     replace(TINY, null_caption=False, token_limit=300),
 ])  # fmt: skip
-def test_keys_and_shapes_tell_the_network(config):
+def test_keys_and_shapes_determine_the_network(config):
     read, _ = checkpoint.read(network(config).state_dict(), config={**STATED, "sample_size": 8})
     assert read == config
 
@@ -212,13 +212,13 @@ def test_a_width_that_the_released_head_size_does_not_divide_asks_for_the_config
     (replace(TINY, null_caption=False), {"variant": "alpha"}, "alpha"),
     (replace(TINY, token_limit=120), {"variant": "sigma"}, "sigma"),
 ])  # fmt: skip
-def test_alpha_is_told_from_sigma(config, stated, expected, caplog):
+def test_alpha_is_distinguished_from_sigma(config, stated, expected, caplog):
     read, _ = checkpoint.read(network(config).state_dict(), config={**STATED, **stated})
     assert read.variant == expected and not caplog.records
     assert read.token_limit == (config.token_limit if config.null_caption else {"alpha": 120, "sigma": 300}[expected])
 
 
-def test_a_file_that_does_not_tell_alpha_from_sigma_is_taken_for_sigma_with_a_warning(caplog):
+def test_a_file_that_could_be_alpha_or_sigma_is_taken_for_sigma_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         read, _ = checkpoint.read(network(replace(TINY, null_caption=False)).state_dict(), config=STATED)
     assert read.variant == "sigma" and "alpha" in caplog.text
@@ -226,14 +226,14 @@ def test_a_file_that_does_not_tell_alpha_from_sigma_is_taken_for_sigma_with_a_wa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("n, position_range", [(16, 16.0), (16, 32.0), (32, 32.0), (5, 20.0), (64, 32.0)])
-def test_a_stored_table_of_positions_tells_its_range(n, position_range, dtype):
+def test_a_stored_table_of_positions_gives_its_range(n, position_range, dtype):
     tensors = {**network().state_dict(), "pos_embed": table(n, position_range).to(dtype)}
     read, loaded = checkpoint.read(tensors, config=STATED)
     assert (read.position_range, read.sample_size) == (position_range, 2 * n)
     assert "pos_embed" not in loaded
 
 
-def test_the_range_that_a_table_tells_can_be_overridden():
+def test_the_range_that_a_table_gives_can_be_overridden():
     tensors = {**network(replace(TINY, token_limit=120)).state_dict(), "pos_embed": table(16, 16.0)}
     assert checkpoint.read(tensors, config={**STATED, "position_range": 32.0})[0].position_range == 32
 
@@ -307,7 +307,7 @@ def test_the_configuration_of_another_model_beside_a_file_is_left_alone(tmp_path
     ("PixArt-Sigma-XL-2-2K-MS.pth", "sigma_2k"),
     ("PixArt-Sigma-XL-2-512-MS/transformer/diffusion_pytorch_model.safetensors", "sigma_512"),
 ])  # fmt: skip
-def test_a_released_name_tells_the_resolution(tmp_path, name, preset):
+def test_a_released_name_gives_the_resolution(tmp_path, name, preset):
     config = replace(TINY, null_caption=False)
     read, _ = checkpoint.read(network(config).state_dict(), config=STATED, beside=checkpoint.beside(tmp_path / name))
     for entry in ("sample_size", "position_range", "variant", "token_limit"):
@@ -332,7 +332,7 @@ def test_files_of_others_are_refused_by_name(keys, family):
 def test_half_a_file_says_what_is_missing():
     tensors = network().state_dict()
     del tensors["t_block.1.weight"]
-    with pytest.raises(ValueError, match=r"not whole.*t_block\.1\.weight"):
+    with pytest.raises(ValueError, match=r"incomplete.*t_block\.1\.weight"):
         checkpoint.read(tensors, config=STATED)
 
 
@@ -384,7 +384,7 @@ def test_a_model_is_no_controlnet(names):
 
 def test_a_controlnet_that_lacks_a_block_says_so():
     tensors = {k: v for k, v in control_network().state_dict().items() if not k.startswith("1.copied_block.mlp")}
-    with pytest.raises(ValueError, match=r"not whole.*1\.copied_block\.mlp\.fc1\.weight"):
+    with pytest.raises(ValueError, match=r"incomplete.*1\.copied_block\.mlp\.fc1\.weight"):
         checkpoint.read_controlnet(tensors, config=TINY.as_dict())
 
 
@@ -450,7 +450,7 @@ def test_a_network_that_has_drawn_can_be_trained():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_network_tells_neighbouring_timesteps_apart(dtype):
+def test_a_half_precision_network_distinguishes_neighbouring_timesteps(dtype):
     model, (x, _, context) = network(dtype=dtype), inputs(dtype=dtype, batch=1)
     near = [model(x, torch.tensor([t]), context) for t in (949.0, 949.5)]  # one number in bfloat16
     assert not torch.equal(*near)
@@ -466,13 +466,13 @@ def test_the_embedding_of_a_timestep_is_cosine_first():
 
 
 @torch.no_grad()
-def test_a_micro_conditioned_network_is_told_the_size_of_the_latent_by_default():
+def test_a_micro_conditioned_network_gets_the_size_of_the_latent_by_default():
     model, (x, t, context) = network(MICRO), inputs()
-    told = dict(size=torch.tensor([[64, 48]]), aspect_ratio=torch.tensor([[8 / 6]]))
-    torch.testing.assert_close(model(x, t, context), model(x, t, context, **told))
-    each = {name: value.repeat(2, 1) for name, value in told.items()}
+    sizes = dict(size=torch.tensor([[64, 48]]), aspect_ratio=torch.tensor([[8 / 6]]))
+    torch.testing.assert_close(model(x, t, context), model(x, t, context, **sizes))
+    each = {name: value.repeat(2, 1) for name, value in sizes.items()}
     torch.testing.assert_close(model(x, t, context), model(x, t, context, **each))
-    other = model(x, t, context, size=torch.tensor([[64, 64]]), aspect_ratio=told["aspect_ratio"])
+    other = model(x, t, context, size=torch.tensor([[64, 64]]), aspect_ratio=sizes["aspect_ratio"])
     assert not torch.allclose(other, model(x, t, context))
 
 

@@ -210,17 +210,17 @@ def test_a_callback_that_raises_stops_the_sampler(sampler, timesteps):
 
 @each_sampler
 def test_the_hand_on_the_state_knows_the_next_timestep(sampler, timesteps):
-    told = []
+    seen = []
 
     def after_step(x, timestep):
-        told.append(timestep)
+        seen.append(timestep)
         return x
 
     sampler(gaussian, NOISE, SCHEDULE, timesteps, after_step=after_step)
-    assert told[:4] == timesteps[1:5] and told[-1] is None and None not in told[:-1]
-    told.clear()
+    assert seen[:4] == timesteps[1:5] and seen[-1] is None and None not in seen[:-1]
+    seen.clear()
     sampler(gaussian, NOISE, SCHEDULE, timesteps[:3], after_step=after_step)
-    assert told[:2] == timesteps[1:3]
+    assert seen[:2] == timesteps[1:3]
 
 
 @each_sampler

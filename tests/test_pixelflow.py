@@ -87,7 +87,7 @@ def test_a_yaml_beside_the_file_counts_only_where_it_fits(tmp_path):
 def test_a_file_that_lacks_what_its_shape_is_read_from_is_named_as_incomplete(key):
     weights = network(CLASS).state_dict()
     del weights[key]
-    with pytest.raises(ValueError, match=f"not whole: it has no {key}"):
+    with pytest.raises(ValueError, match=f"incomplete: it has no {key}"):
         checkpoint.read(weights, config=CLASS.as_dict())
 
 
@@ -114,7 +114,7 @@ def test_a_truncated_file_is_named_as_such(tmp_path, suffix, share):
     weights = network(TEXT).state_dict()
     state_dict.write_file(path, weights) if suffix == ".safetensors" else torch.save(weights, path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(ValueError, match=f"cut{suffix}.*(not a whole|empty|neither)"):
+    with pytest.raises(ValueError, match=f"cut{suffix}.*(not a complete|empty|neither)"):
         state_dict.read_file(path)
 
 
@@ -292,14 +292,14 @@ def test_a_cascade_that_ends_early_gives_the_clean_estimate():
 
 
 def test_an_adaptive_draft_is_estimated_at_the_end_of_its_stage():
-    stages, told = Stages(2), []
+    stages, progress = Stages(2), []
     x = torch.randn(1, 3, 4, 4)
     schedule = Schedule.build(stages, 4, solver="dopri5", end_stage=0)
-    draft = sampling.sample(field, x, schedule, noise_of, told.append)
+    draft = sampling.sample(field, x, schedule, noise_of, progress.append)
     state = sampling.sample(field, x, Schedule(stages, schedule.plans, "dopri5"), noise_of)
     velocity = field(state, stages.last_timestep[0], 0, 1.0)
     torch.testing.assert_close(draft, stages.denoised(state, velocity, 0, 1.0))
-    assert told[-1].step == told[-1].steps - 1
+    assert progress[-1].step == progress[-1].steps - 1
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

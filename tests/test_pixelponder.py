@@ -40,7 +40,7 @@ BASE = FluxConfig(hidden=16, heads=2, axes=(2, 2, 4), mlp_hidden=32, depth=3, si
 TRUNK = replace(BASE, depth=2, single_depth=4)
 SELECT = SelectConfig(hidden=16, heads=2, mlp_hidden=24)
 CONTROL = PixelPonderConfig(TRUNK, select=SELECT)
-STATED = {"trunk": {"axes": BASE.axes}}  # the one thing that keys and shapes do not tell
+STATED = {"trunk": {"axes": BASE.axes}}  # the one thing that is in no key or shape
 
 
 def randomised(net, seed=0):
@@ -167,11 +167,11 @@ def test_a_flux_that_wants_a_second_picture_is_refused():
 def test_a_file_that_lacks_what_its_shape_is_read_from_is_named_as_incomplete():
     weights = PixelPonder(CONTROL).state_dict()
     del weights["txt_in.weight"]
-    with pytest.raises(ValueError, match="not whole: it has no txt_in.weight"):
+    with pytest.raises(ValueError, match="incomplete: it has no txt_in.weight"):
         checkpoint.read(weights, config=STATED)
 
 
-def test_what_the_keys_do_not_tell_is_asked_for():
+def test_what_the_keys_do_not_say_is_asked_for():
     with pytest.raises(ValueError, match="heads of this checkpoint are 8 wide.*axes_dim"):
         checkpoint.read(PixelPonder(CONTROL).state_dict())
     three = PixelPonderConfig(TRUNK, types=("a", "b", "c"))
@@ -315,7 +315,7 @@ def test_a_training_starts_from_the_blocks_of_its_base():
     net = PixelPonder(CONTROL).initialise(base)
     assert torch.equal(net.double_blocks[1].img_mlp[0].weight, base["double_blocks.1.img_mlp.0.weight"])
     assert net.conditions(hints("canny")).embeds.abs().max() == 0
-    with pytest.raises(ValueError, match="no base for the ControlNet"):
+    with pytest.raises(ValueError, match="cannot be the base of the ControlNet"):
         PixelPonder(CONTROL).initialise(Flux(replace(BASE, hidden=32, heads=4)).state_dict())
 
 

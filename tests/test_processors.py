@@ -46,5 +46,5 @@ def test_the_parity_cases_hold_with_the_instructions_of(instructions, tmp_path):
     )
     if child.returncode:
         variables = " ".join(f"{name}={value}" for name, value in SETTINGS[instructions].items())
-        said = f"{child.stdout}\n{child.stderr}".strip()
-        pytest.fail(f"with {variables} OMP_NUM_THREADS=1:\n{said}", pytrace=False)
+        output = f"{child.stdout}\n{child.stderr}".strip()
+        pytest.fail(f"with {variables} OMP_NUM_THREADS=1:\n{output}", pytrace=False)

@@ -151,7 +151,7 @@ def test_a_format_that_nobody_here_reads_is_refused_by_its_name(endings, name, t
     with pytest.raises(ValueError) as caught:
         read_file(tmp_path / "a.safetensors")
     assert str(caught.value) == (
-        f"a.safetensors: This file is quantised as {name}: it can neither be run as it is nor made whole again here. "
+        f"a.safetensors: This file is quantised as {name}: it can neither be run as it is nor dequantised here. "
         "Get the bf16, fp16 or fp8 file of the same model."
     )
 
@@ -174,13 +174,13 @@ def test_a_format_of_comfyui_s_without_a_formula_here_is_kept_only_for_who_runs_
 def test_a_quantised_file_that_is_not_whole_says_what_it_lacks(weight, format, lost):
     packed, _ = made.FORMATS[format]("layer", weight)
     del packed[f"layer.{lost}"]
-    with pytest.raises(ValueError, match=f"not whole: it has no layer.{lost}"):
+    with pytest.raises(ValueError, match=f"incomplete: it has no layer.{lost}"):
         quantised_files.gathered(packed)
 
 
 def test_a_damaged_description_of_the_layers_is_said(weight, tmp_path):
     packed, _ = made.comfy_fp8("layer", weight)
-    with pytest.raises(ValueError, match="layer.comfy_quant of this quantised file is no JSON"):
+    with pytest.raises(ValueError, match="layer.comfy_quant of this quantised file is not JSON"):
         quantised_files.gathered({**packed, "layer.comfy_quant": torch.tensor([1, 2], dtype=torch.uint8)})
     write_file(tmp_path / "a.safetensors", packed, {"_quantization_metadata": "{}"})
     with pytest.raises(ValueError, match="a.safetensors: .*_quantization_metadata does not list its layers"):
@@ -203,13 +203,13 @@ def test_the_trainer_converts_a_quantised_file_into_a_plain_one(plain, tmp_path)
     close(tensors["blocks.0.attn.qkv.weight"], whole["blocks.0.attn.qkv.weight"])
 
 
-@pytest.mark.parametrize("content, said", [
+@pytest.mark.parametrize("content, reason", [
     ({"blocks.0.attn.qkv.qweight": torch.zeros(4, 4), "blocks.0.attn.qkv.wscales": torch.zeros(4, 4)}, "SVDQuant"),
     (b"GGUF" + bytes(60), "is a GGUF file"),
 ])  # fmt: skip
-def test_the_trainer_refuses_what_it_cannot_read_by_name(content, said, tmp_path):
+def test_the_trainer_refuses_what_it_cannot_read_by_name(content, reason, tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content) if isinstance(content, bytes) else write_file(path, content)
     with pytest.raises(SystemExit) as caught:
         cli.main(["convert", str(path), str(tmp_path / "b.safetensors")])
-    assert said in str(caught.value.code)
+    assert reason in str(caught.value.code)

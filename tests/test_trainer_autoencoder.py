@@ -172,7 +172,7 @@ def test_core_loads_an_export_as_a_vae(path, trained, host):
 def test_a_dry_run_of_the_shipped_recipe_says_what_would_happen(path, tmp_path, capsys):
     cli.main(["train", str(ROOT / "trainer/recipes/autoencoder/autoencoder_emoji.toml"), "--dry-run",
               f"data.path={path}", f"out={tmp_path}/run"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("256 latent cells of 4 numbers each", "2,445,063 learn", "memory     about", "square.png: as it is"):
-        assert part in said, part
+        assert part in output, part
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Batches of one size: no picture is lost, and which come together depends on (seed, step) alone."""
+"""Batches of one size: no picture is lost, and which come together depends only on (seed, step)."""
 from collections import Counter
 
 import pytest
@@ -74,7 +74,7 @@ def test_a_group_of_one_needs_no_filling(folder):
     assert len({made.at(0, p)[1] for p in range(4)}) > 1
 
 
-def test_a_batch_of_buckets_depends_on_its_step_alone(folder):
+def test_a_batch_of_buckets_depends_only_on_its_step(folder):
     one, other = batches(folder, crop="random", flip=True), batches(folder, crop="random", flip=True)
     for step in range(20):
         one(step, range(4), following=(step + 1, range(4)))
@@ -126,7 +126,7 @@ def test_area_sizes_are_multiples_that_never_pass_the_area():
         assert max(height, width) <= 2 * min(height, width)
 
 
-def test_a_batch_tells_what_was_cut_out_of_which_size(tmp_path):
+def test_a_batch_says_what_was_cut_out_of_which_size(tmp_path):
     ramp = torch.arange(100, dtype=torch.uint8).repeat(50, 1)  # 50 high, 100 wide; grey = column
     Image.fromarray(ramp.numpy()).convert("RGB").save(tmp_path / "a.png")
     batch = batches(tmp_path, 1, buckets="", resolution=50, crop="centre")(0, range(1))

@@ -43,9 +43,9 @@ def filled(settings, tmp_path):
 
 def loaded(settings):
     """(the loader for training pictures, what was said about it)"""
-    said, found = [], build.collection(settings)
+    messages, found = [], build.collection(settings)
     recipe = build.recipe(settings, found)
-    return cache.loader(settings, recipe.encoders, found.train, settings.data, said.append), said, recipe, found
+    return cache.loader(settings, recipe.encoders, found.train, settings.data, messages.append), messages, recipe, found
 
 
 def test_a_shard_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -102,8 +102,8 @@ def test_training_from_the_cache_is_training_from_the_pictures(made, tmp_path):
     plain = tiny_pixart.recipe_of(settings)
     expected = plain[0](plain[1](3, range(6)))
     filled(settings, tmp_path)
-    load, said, recipe, found = loaded(settings)
-    assert said == []
+    load, messages, recipe, found = loaded(settings)
+    assert messages == []
     recipe.load_state_dict(plain[0].state_dict())
     batch = loader.Batches(found.train, settings.data, settings.seed, settings.batch_size, load)(3, range(6))
     assert batch.pictures is None and set(batch.features) == {"latent.mean", "latent.std"}
@@ -125,8 +125,8 @@ def test_every_size_of_a_bucketed_set_is_cached(made, path, tmp_path):
         Image.new("RGB", ((96, 64), (64, 96))[i % 2], (i, 9, 9)).save(file)
     settings = made("data.buckets=area", "data.bucket_multiple=16", "data.crop=centre", "data.bucket_group=2")
     filled(settings, tmp_path)
-    load, said, recipe, found = loaded(settings)
-    assert said == []
+    load, messages, recipe, found = loaded(settings)
+    assert messages == []
     batches = loader.Batches(found.train, settings.data, 0, settings.batch_size, load)
     shapes = {tuple(batches(step, range(2)).features["latent.mean"].shape[2:]) for step in range(8)}
     assert len(shapes) == 2
@@ -138,9 +138,9 @@ def test_a_picture_that_changed_is_named_and_encoded_anew(made, path, tmp_path):
     filled(settings, tmp_path)
     file = path.parent / "images/red_card.png"
     Image.new("RGB", (64, 64), (1, 2, 3)).save(file)
-    _, (said,), _, _ = loaded(settings)
-    assert "1 pictures are not in cache.folder" in said and "1 of them have changed since" in said
-    assert "red_card.png" in said and "python -m trainer cache" in said
+    _, (message,), _, _ = loaded(settings)
+    assert "1 pictures are not in cache.folder" in message and "1 of them have changed since" in message
+    assert "red_card.png" in message and "python -m trainer cache" in message
     filled(settings, tmp_path)
     assert loaded(settings)[1] == []
 
@@ -152,8 +152,8 @@ def test_a_cache_of_another_vae_is_named(made, tmp_path):
     from pixstack.models_impl.state_dict import read_file, write_file
 
     write_file(weights, {k: v + 1 for k, v in read_file(weights)[0].items()})
-    _, (said,), _, _ = loaded(made(vae={"path": str(other)}))
-    assert "8 pictures are not in cache.folder" in said and "caches there are of other encoders" in said
+    _, (message,), _, _ = loaded(made(vae={"path": str(other)}))
+    assert "8 pictures are not in cache.folder" in message and "caches there are of other encoders" in message
 
 
 def test_nothing_is_made_twice(made, tmp_path, monkeypatch):
@@ -245,8 +245,8 @@ def test_signals_that_come_again_do_not_interrupt_the_writing_of_what_was_made(p
 
 def test_a_random_crop_is_not_taken_from_the_cache(made, tmp_path):
     settings = made("data.crop=random")
-    load, (said,), _, _ = loaded(settings)
-    assert load is loader.Pictures and "makes another picture every time" in said
+    load, (message,), _, _ = loaded(settings)
+    assert load is loader.Pictures and "makes another picture every time" in message
 
 
 def test_a_cache_without_a_folder_is_refused(path, parts, tmp_path, capsys):
@@ -306,8 +306,8 @@ def test_feature_files_of_a_release_are_read_and_written(made, path, tmp_path):
     other = made(f"cache.folder={tmp_path / 'taken over'}")
     file = tiny_pixart.toml(tmp_path, other)
     cli.main(["cache", file, "--read", "--captions", str(captions), "--latents", str(latents)])
-    load, said, recipe, items = loaded(other)
-    assert said == []
+    load, messages, recipe, items = loaded(other)
+    assert messages == []
     theirs, ours = (loader.Batches(items.train, settings.data, 0, 6, some)(0, range(6)).features
                     for some in (load, loaded(settings)[0]))
     assert all(torch.equal(theirs[k], ours[k]) for k in ours)
@@ -322,9 +322,9 @@ def test_a_feature_file_of_another_size_is_named(made, tmp_path, capsys):
     latents.mkdir()
     np.save(latents / "red_card.npy", np.zeros((8, 4, 4), np.float32))
     cli.main(["cache", tiny_pixart.toml(tmp_path, settings), "--read", "--latents", str(latents)])
-    said = capsys.readouterr().out
-    assert "1 latents are of another size" in said and "red_card.npy: 32x32, shown at 64x64" in said
-    assert "7 feature files are not there" in said
+    output = capsys.readouterr().out
+    assert "1 latents are of another size" in output and "red_card.npy: 32x32, shown at 64x64" in output
+    assert "7 feature files are not there" in output
 
 
 def test_the_name_of_a_nested_file_is_the_releases(tmp_path):

@@ -115,7 +115,7 @@ def tokenizer(path):
 
 
 def llava(path, template=True):
-    """A LLaVA that decodes alone, with a chat template or without."""
+    """A LLaVA that only decodes, with a chat template or without."""
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,

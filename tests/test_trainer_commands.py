@@ -38,11 +38,11 @@ def refusal(capsys, *words):
 def test_a_dry_run_says_what_would_happen(tmp_path, capsys):
     path = tiny_run.pictures(tmp_path / "set")
     cli.main(["train", str(tiny_run.toml(tmp_path, path, tmp_path / "run")), "--dry-run", "micro_batch_size=3"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("8 training pictures, 4 held out", "learn", "stage 0: 3 pictures of 8x8 pixels, 4 tokens each",
                  "stage 1: 3 pictures of 16x16", "6 of 6 pictures = 36 pictures, 4.5 epochs", "2 pass(es) of 3",
                  "memory     about", "first batch", "_card.png"):
-        assert part in said, part
+        assert part in output, part
     assert not (tmp_path / "run").exists()
 
 
@@ -111,8 +111,8 @@ def test_a_run_draws_sizes_that_are_not_square(trained, tmp_path):
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(trained, tmp_path, capsys):
-    said = refusal(capsys, "sample", trained, "x", "--out", tmp_path, "--step", 7)
-    assert "no checkpoint of step 7; there are: 20" in said
+    output = refusal(capsys, "sample", trained, "x", "--out", tmp_path, "--step", 7)
+    assert "no checkpoint of step 7; there are: 20" in output
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
@@ -121,8 +121,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
 
 def test_wrong_settings_end_the_command_with_all_of_them(tmp_path, capsys):
     file = tiny_run.toml(tmp_path, tiny_run.pictures(tmp_path / "set"), tmp_path / "run")
-    said = refusal(capsys, "train", file, "stepz=1", "optimizer.learning_rate=7")
-    assert "did you mean steps" in said and "optimizer.learning_rate=7" in said
+    output = refusal(capsys, "train", file, "stepz=1", "optimizer.learning_rate=7")
+    assert "did you mean steps" in output and "optimizer.learning_rate=7" in output
 
 
 def test_a_word_that_is_no_setting_is_refused(capsys):
@@ -143,8 +143,8 @@ def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, capsys):
 
 def test_what_the_system_refuses_is_said_in_a_sentence(trained, tmp_path, capsys):
     (tmp_path / "file").touch()
-    said = refusal(capsys, "export", trained, "--out", tmp_path / "file")
-    assert said.startswith("error: ") and str(tmp_path / "file") in said
+    output = refusal(capsys, "export", trained, "--out", tmp_path / "file")
+    assert output.startswith("error: ") and str(tmp_path / "file") in output
 
 
 def test_a_file_that_the_disk_has_no_room_for_is_named(tmp_path):
@@ -157,8 +157,8 @@ def test_a_command_that_is_interrupted_ends_without_a_trace(monkeypatch, capsys)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.COMMANDS["settings"], "run", interrupted)
-    said = refusal(capsys, "settings")
-    assert said.startswith("130") and "stopped" in said and "Traceback" not in said
+    output = refusal(capsys, "settings")
+    assert output.startswith("130") and "stopped" in output and "Traceback" not in output
 
 
 def test_a_reader_that_has_had_enough_is_no_error():
@@ -173,17 +173,17 @@ def test_an_error_while_training_has_a_line_of_its_own(tmp_path, capsys):
     path = tiny_run.toml(tmp_path, tiny_run.pictures(tmp_path / "set"), tmp_path / "run")
     for file in (tmp_path / "set").rglob("*.png"):
         file.write_bytes(b"")
-    said = refusal(capsys, "train", path)
-    shown = said.split("\n", 1)
-    assert "cannot be read as a picture" in shown[0] and said.endswith("\n")
+    output = refusal(capsys, "train", path)
+    shown = output.split("\n", 1)
+    assert "cannot be read as a picture" in shown[0] and output.endswith("\n")
 
 
 def test_every_setting_is_listed_with_its_default(capsys):
     cli.main(["settings"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("batch_size = 64\n    Samples per optimizer step", "[optimizer]\nname = \"adamw\"", "[model]\npreset",
                  "stage_weights = (none)\n    Share of the pictures"):
-        assert part in said, part
+        assert part in output, part
 
 
 def test_an_evaluation_says_how_much_chance_would_give(trained, tmp_path, capsys):

@@ -27,8 +27,8 @@ def refusal(path, tmp_path, *words, **sections):
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(path, tmp_path):
-    said = refusal(path, tmp_path, "optimizer.learning_rat=0.1")
-    assert "optimizer.learning_rat is not a setting; did you mean learning_rate" in said
+    message = refusal(path, tmp_path, "optimizer.learning_rat=0.1")
+    assert "optimizer.learning_rat is not a setting; did you mean learning_rate" in message
 
 
 @pytest.mark.parametrize("old, new", load.RENAMED.items())
@@ -52,11 +52,12 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_name(path, tmp_path):
 
 
 def test_everything_wrong_is_reported_at_once(path, tmp_path):
-    said = refusal(path, tmp_path, "stepz=3", "batch_size=many", "data.resolution=18", "data.path=/nowhere/all.jsonl",
-                   "micro_batch_size=4", "recipe.dropout=2.0", "samples.height=20", "optimizer.betas=[0.9]")
+    message = refusal(path, tmp_path, "stepz=3", "batch_size=many", "data.resolution=18",
+                      "data.path=/nowhere/all.jsonl", "micro_batch_size=4",
+                      "recipe.dropout=2.0", "samples.height=20", "optimizer.betas=[0.9]")
     for part in ("stepz", "batch_size='many' should be a whole number", "resolution=18", "/nowhere/all.jsonl",
                  "recipe.dropout=2.0", "samples.height=20", "optimizer.betas=[0.9]"):
-        assert part in said, part
+        assert part in message, part
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_both_numbers(path, tmp_path):
@@ -64,8 +65,8 @@ def test_a_batch_that_does_not_divide_is_refused_with_both_numbers(path, tmp_pat
 
 
 def test_a_size_that_the_stages_do_not_allow_is_refused(path, tmp_path):
-    said = refusal(path, tmp_path, "data.resolution=20", "model.num_stages=3")
-    assert "resolution=20 is not a multiple of 16" in said
+    message = refusal(path, tmp_path, "data.resolution=20", "model.num_stages=3")
+    assert "resolution=20 is not a multiple of 16" in message
 
 
 @pytest.mark.parametrize("word, part", [
@@ -80,8 +81,8 @@ def test_a_setting_that_cannot_work_is_refused(path, tmp_path, word, part):
 
 
 def test_captions_that_change_are_refused_with_a_frozen_encoder(path, tmp_path):
-    said = refusal(path, tmp_path, "data.tag_share=0.5", text={"encoder": "google/flan-t5-xl"})
-    assert "data.tag_share=0.5 makes other captions at every step" in said and "set it to 0" in said
+    message = refusal(path, tmp_path, "data.tag_share=0.5", text={"encoder": "google/flan-t5-xl"})
+    assert "data.tag_share=0.5 makes other captions at every step" in message and "set it to 0" in message
 
 
 def checkpoint_file(folder, **shape):
@@ -99,8 +100,8 @@ def checkpoint_file(folder, **shape):
 ])
 def test_everything_that_does_not_fit_a_start_is_reported_at_once(path, tmp_path, shape, sections, part):
     file = checkpoint_file(tmp_path, **shape)
-    said = refusal(path, tmp_path, f"init_from={file}", "data.resolution=18", **sections)
-    assert part in said and "resolution=18 is not a multiple of 8" in said
+    message = refusal(path, tmp_path, f"init_from={file}", "data.resolution=18", **sections)
+    assert part in message and "resolution=18 is not a multiple of 8" in message
 
 
 def test_a_start_that_is_no_checkpoint_is_refused(path, tmp_path):
@@ -110,8 +111,8 @@ def test_a_start_that_is_no_checkpoint_is_refused(path, tmp_path):
 
 def test_files_are_looked_into_when_all_that_costs_nothing_is_right(path, tmp_path):
     (tmp_path / "start.pt").write_bytes(b"nothing")
-    said = refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", "recipe.dropout=2.0", "stepz=3")
-    assert "recipe.dropout=2.0" in said and "stepz" in said and "neither" not in said
+    message = refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", "recipe.dropout=2.0", "stepz=3")
+    assert "recipe.dropout=2.0" in message and "stepz" in message and "neither" not in message
 
 
 @pytest.mark.parametrize("words, part", [
@@ -121,7 +122,7 @@ def test_files_are_looked_into_when_all_that_costs_nothing_is_right(path, tmp_pa
     (("train", "recipes/gone.toml"), "there is no such recipe file"),
     (("settings",), "batch_size = 64"), (("--help",), "doctor"), (("train", "--help"), "key=value"),
 ], ids=" ".join)
-def test_settings_that_cannot_work_and_help_are_told_without_torch(path, tmp_path, words, part):
+def test_help_and_settings_that_cannot_work_are_reported_without_torch(path, tmp_path, words, part):
     file = tiny_run.toml(tmp_path, path, tmp_path / "run")
     script = ("import sys; sys.argv[0] = 'trainer'; from pixstack.trainer.cli import main\n"
               "try: main.main()\n"
@@ -131,7 +132,7 @@ def test_settings_that_cannot_work_and_help_are_told_without_torch(path, tmp_pat
     assert part in done.stdout + done.stderr and "heavy: []" in done.stdout
 
 
-def test_a_start_tells_the_sizes_that_model_leaves_out(path, tmp_path):
+def test_a_start_gives_the_sizes_that_model_leaves_out(path, tmp_path):
     file = checkpoint_file(tmp_path, context_dim=16)
     tiny_run.settings(path, tmp_path / "run", f"init_from={file}", "model.num_stages=3", model={})
 
@@ -172,8 +173,8 @@ def test_a_recipe_file_that_was_moved_is_named_where_it_is_now():
 
 def test_a_package_that_is_missing_is_named(path, tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "find_spec", lambda name: None)
-    said = refusal(path, tmp_path, "optimizer.name=adamw8bit", "log.wandb=offline")
-    assert "pip install bitsandbytes" in said and "pip install wandb" in said
+    message = refusal(path, tmp_path, "optimizer.name=adamw8bit", "log.wandb=offline")
+    assert "pip install bitsandbytes" in message and "pip install wandb" in message
 
 
 def test_samples_of_nothing_are_refused(path, tmp_path):

@@ -80,9 +80,9 @@ def test_a_release_becomes_safetensors_that_say_what_they_are(tmp_path, capsys):
     tensors, metadata = read_file(tmp_path / "b.safetensors")
     assert_equal(tensors, weights)
     assert checkpoint.read(tensors, metadata)[0].sample_size == 64
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("PixArt model", "alpha: depth=2, hidden=72", f"comfyui names, {len(weights)} tensors"):
-        assert part in said, part
+        assert part in output, part
 
 
 def test_an_entry_after_the_options_counts(tmp_path):
@@ -92,7 +92,7 @@ def test_an_entry_after_the_options_counts(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["alpha", "sigma"])
-def test_the_variant_can_be_told(tmp_path, variant):
+def test_the_variant_can_be_given(tmp_path, variant):
     config = PixArtConfig(depth=1, hidden=WIDTH, heads=1, context_dim=16)
     source = stored(tmp_path / "a.safetensors", model_weights(config))
     convert(source, tmp_path / "b.safetensors", f"variant={variant}")
@@ -173,8 +173,8 @@ def test_the_noise_that_a_model_was_trained_on_goes_to_diffusers_and_comes_back(
 def test_a_model_that_diffusers_cannot_have_is_refused(tmp_path):
     config = PixArtConfig(**{**CONFIG.as_dict(), "mlp_ratio": 2.0})
     source = stored(tmp_path / "a.safetensors", model_weights(config))
-    said = refusal(source, tmp_path / "b", "--to", "diffusers")
-    assert "a.safetensors: diffusers' PixArt has" in said and "mlp_ratio=2" in said
+    message = refusal(source, tmp_path / "b", "--to", "diffusers")
+    assert "a.safetensors: diffusers' PixArt has" in message and "mlp_ratio=2" in message
 
 
 @pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -207,8 +207,8 @@ def test_a_controlnet_comes_out_of_its_bundle(tmp_path, capsys):
     config, blocks, net = checkpoint.read_controlnet(tensors, metadata)
     assert (blocks, config.hidden) == (1, WIDTH)
     assert_equal(net, control_weights())
-    said = capsys.readouterr().out
-    assert "PixArt controlnet" in said and "its base model" in said and "is left out" in said
+    output = capsys.readouterr().out
+    assert "PixArt controlnet" in output and "its base model" in output and "is left out" in output
 
 
 @pytest.mark.parametrize("between", ["comfyui", "diffusers"])
@@ -229,8 +229,8 @@ def test_the_base_model_of_a_bundle_can_be_had(tmp_path):
 
 def test_a_base_is_refused_where_it_has_no_place(tmp_path):
     source = stored(tmp_path / "a.safetensors", bundle())
-    said = refusal(source, tmp_path / "b.safetensors", "--base", source)
-    assert "Only --to original holds the base model" in said
+    message = refusal(source, tmp_path / "b.safetensors", "--base", source)
+    assert "Only --to original holds the base model" in message
 
 
 # LoRAs
@@ -263,8 +263,8 @@ def test_a_converted_lora_makes_the_same_changes(tmp_path, capsys, to):
     wanted, got = changed(file, config={"r": 4, "lora_alpha": 2}), changed(*read_file(tmp_path / "b.safetensors"))
     for key in wanted:
         torch.testing.assert_close(got[key], wanted[key], rtol=0, atol=1e-5)
-    assert "4 layers" in (said := capsys.readouterr().out)
-    assert "alpha 2 of its configuration" in said
+    assert "4 layers" in (output := capsys.readouterr().out)
+    assert "alpha 2 of its configuration" in output
 
 
 def test_a_lora_of_a_fused_layer_is_written_for_each_of_its_parts(tmp_path):
@@ -305,8 +305,8 @@ def test_a_lora_is_checked_against_the_base(tmp_path):
     peft_folder(tmp_path / "peft")
     other = PixArtConfig(depth=2, hidden=144, heads=2, context_dim=16)
     base = stored(tmp_path / "base.safetensors", model_weights(other))
-    said = refusal(tmp_path / "peft", tmp_path / "b.safetensors", "--base", base)
-    assert "144 x 144 here" in said
+    message = refusal(tmp_path / "peft", tmp_path / "b.safetensors", "--base", base)
+    assert "144 x 144 here" in message
     assert not (tmp_path / "b.safetensors").exists()
 
 
@@ -337,8 +337,8 @@ def test_the_source_is_never_overwritten(tmp_path):
 ])  # fmt: skip
 def test_what_cannot_be_written_is_refused(tmp_path, capsys, words, reason):
     source = stored(tmp_path / "a.safetensors", model_weights())
-    said = refusal(source, tmp_path / words[0], *words[1:])
-    assert reason in said
+    message = refusal(source, tmp_path / words[0], *words[1:])
+    assert reason in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors"]
 
 
@@ -348,8 +348,8 @@ def test_what_cannot_be_written_is_refused(tmp_path, capsys, words, reason):
 ])  # fmt: skip
 def test_a_file_of_another_family_is_refused(tmp_path, keys, reason):
     source = stored(tmp_path / "a.safetensors", {key: torch.ones(1) for key in keys})
-    said = refusal(source, tmp_path / "b.safetensors")
-    assert reason in said and "There are converters for: PixArt controlnet, PixArt model" in said
+    message = refusal(source, tmp_path / "b.safetensors")
+    assert reason in message and "There are converters for: PixArt controlnet, PixArt model" in message
 
 
 def test_a_folder_without_a_known_file_is_refused(tmp_path):
@@ -365,12 +365,12 @@ def test_peft_opens_the_folder_of_a_lora_and_changes_what_it_changes_here(tmp_pa
 
     config = replace(CONFIG, micro_conditions=False, null_caption=False)
     weights = {key: 0.2 * value for key, value in model_weights(config).items()}
-    names, chance, file = pixart_lora.names({k: v.shape for k, v in weights.items()}), torch.Generator(), {}
+    names, rng, file = pixart_lora.names({k: v.shape for k, v in weights.items()}), torch.Generator(), {}
     for module, rank in (("blocks.0.attn.qkv", 4), ("blocks.1.mlp.fc2", 2)):
         rows, columns = weights[f"{module}.weight"].shape
-        file |= {f"{module}.lora_A.weight": torch.randn(rank, columns, generator=chance), f"{module}.alpha":
-                 torch.tensor(1.0), f"{module}.lora_B.weight": torch.randn(rows, rank, generator=chance)}
-        file |= {f"{module}.dora_scale": torch.rand(rows, 1, generator=chance) + 0.5} if dora else {}
+        file |= {f"{module}.lora_A.weight": torch.randn(rank, columns, generator=rng), f"{module}.alpha":
+                 torch.tensor(1.0), f"{module}.lora_B.weight": torch.randn(rows, rank, generator=rng)}
+        file |= {f"{module}.dora_scale": torch.rand(rows, 1, generator=rng) + 0.5} if dora else {}
     file = {f"diffusion_model.{key}": value for key, value in file.items()}
     convert(stored(tmp_path / "lora.safetensors", file), tmp_path / "peft", "--to", "diffusers")
     nets = []
@@ -390,8 +390,8 @@ def test_peft_opens_the_folder_of_a_lora_and_changes_what_it_changes_here(tmp_pa
 
 def test_layers_that_peft_has_no_folder_for_are_refused(tmp_path):
     file = {"diffusion_model.blocks.0.attn.proj.diff": torch.ones(WIDTH, WIDTH)}
-    said = refusal(stored(tmp_path / "a.safetensors", file), tmp_path / "b", "--to", "diffusers")
-    assert "a folder of peft holds one LoRA or DoRA" in said and not (tmp_path / "b").exists()
+    message = refusal(stored(tmp_path / "a.safetensors", file), tmp_path / "b", "--to", "diffusers")
+    assert "a folder of peft holds one LoRA or DoRA" in message and not (tmp_path / "b").exists()
 
 
 def test_a_lora_in_our_names_is_not_written_to_a_folder(tmp_path):
@@ -427,9 +427,9 @@ def test_the_released_guide_becomes_real_safetensors_under_our_names(tmp_path, c
     assert_equal(tensors, weights)
     config, loaded = ultrapixel_checkpoint.read(tensors, metadata)
     assert config == GUIDE and loaded.keys() == weights.keys()
-    said = capsys.readouterr().out
-    assert "the guide of UltraPixel: down=(16, 16)" in said
-    assert "left out: 2,048 of" in said and "not used by the guide" in said
+    output = capsys.readouterr().out
+    assert "the guide of UltraPixel: down=(16, 16)" in output
+    assert "left out: 2,048 of" in output and "not used by the guide" in output
 
 
 def test_a_guide_comes_back_under_the_names_of_the_release(tmp_path):
@@ -503,25 +503,25 @@ def test_a_personalisation_becomes_a_lora_of_comfyui_with_its_token(tmp_path, ca
     for key in was.layers:
         shape = (was.layers[key][0].shape[0], was.layers[key][1].shape[1])
         torch.testing.assert_close(now.change(key, shape), was.change(key, shape))
-    said = capsys.readouterr().out
-    assert "UltraPixel lora" in said and "12 layers of Stage C, rank 4, scale 0.25" in said and "[cat]" in said
+    output = capsys.readouterr().out
+    assert "UltraPixel lora" in output and "12 layers of Stage C, rank 4, scale 0.25" in output and "[cat]" in output
     convert(tmp_path / "cat.safetensors", tmp_path / "half.safetensors", "--dtype", "bf16")
     assert read_file(tmp_path / "half.safetensors")[1]["pixstack.token"] == "[cat]"
 
 
-def test_what_a_personalisation_does_not_tell_is_asked_for(tmp_path, capsys):
+def test_what_a_personalisation_does_not_say_is_asked_for(tmp_path, capsys):
     released = released_personalisation()
     released = {k: 0 * v if "embeddings" in k else v for k, v in released.items()}
     torch.save(released, tmp_path / "a.pt")
     base = stored(tmp_path / "c.safetensors", random_weights(StageC(STAGE_C, device="meta")))
     convert(tmp_path / "a.pt", tmp_path / "b.safetensors", "--base", base)
-    said = capsys.readouterr().out
-    assert "say token=[name]" in said and "the token's change is zero" in said
+    output = capsys.readouterr().out
+    assert "say token=[name]" in output and "the token's change is zero" in output
     assert "variant means nothing" in refusal(tmp_path / "a.pt", tmp_path / "d.safetensors", "variant=alpha")
     assert "changes 12 layers, this Stage C has 128" in refusal(tmp_path / "a.pt", tmp_path / "d.safetensors")
 
 
 def test_a_guide_in_the_diffusers_format_is_refused(tmp_path):
     source = stored(tmp_path / "a.safetensors", released_guide()[1])
-    said = refusal(source, tmp_path / "b.safetensors", "--to", "diffusers")
-    assert "UltraPixel model files have no diffusers format; they have original, comfyui" in said
+    message = refusal(source, tmp_path / "b.safetensors", "--to", "diffusers")
+    assert "UltraPixel model files have no diffusers format; they have original, comfyui" in message

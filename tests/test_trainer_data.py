@@ -113,7 +113,7 @@ def test_an_epoch_shows_every_picture_once(tmp_path):
     assert sorted(shown[:8]) == sorted(shown[8:]) == list(range(8)) and shown[:8] != shown[8:]
 
 
-def test_a_batch_depends_on_its_step_alone(tmp_path):
+def test_a_batch_depends_only_on_its_step(tmp_path):
     found = items(tmp_path)
     settings = Data(resolution=8, crop="random", flip=True, tag_share=0.5, templates=["a {}"], template_share=0.5)
     one, other = (loader.Batches(found.train, settings, 0, 6) for _ in range(2))

@@ -75,8 +75,8 @@ def test_a_good_data_set_has_nothing_to_complain_of(folder):
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_is_planted_is_found_and_named(folder, planted, sentence, error, name):
     planted(folder)
-    said = found(examined(folder))
-    assert said[sentence][0] is error and len(said[sentence][1]) == 1 and name in said[sentence][1][0]
+    findings = found(examined(folder))
+    assert findings[sentence][0] is error and len(findings[sentence][1]) == 1 and name in findings[sentence][1][0]
 
 
 def test_what_entries_lack_is_found(folder):
@@ -84,11 +84,11 @@ def test_what_entries_lack_is_found(folder):
     lines[2].pop("text"), lines[5].pop("hed")
     lines[7].update(text=lines[8]["text"], height=80, width=60)
     write(folder, lines)
-    said = found(examined(folder))
-    assert said["pictures have no caption"] == (True, [f"{folder}/images/2.png"])
-    assert said["pictures have no condition 'hed'"] == (True, [f"{folder}/images/5.png"])
-    assert said["captions name several pictures"] == (False, ["'scene number 8': 2 pictures"])
-    assert said["pictures have another size than the data set says"][1] == [
+    findings = found(examined(folder))
+    assert findings["pictures have no caption"] == (True, [f"{folder}/images/2.png"])
+    assert findings["pictures have no condition 'hed'"] == (True, [f"{folder}/images/5.png"])
+    assert findings["captions name several pictures"] == (False, ["'scene number 8': 2 pictures"])
+    assert findings["pictures have another size than the data set says"][1] == [
         f"{folder}/images/7.png is 96x80, not 60x80"]
 
 
@@ -122,8 +122,8 @@ def test_captions_over_a_limit_are_counted_by_the_tokenizer(folder, limit):
     lines = entries(folder)
     lines[0]["text"], lines[1]["text"] = "a " * limit, "a " * (limit - 1)
     write(folder, lines)
-    said = found(examined(folder, tokens=tokens))
-    (error, cases), = [said[s] for s in said if f"longer than {limit} tokens" in s]
+    findings = found(examined(folder, tokens=tokens))
+    (error, cases), = [findings[s] for s in findings if f"longer than {limit} tokens" in s]
     assert not error and len(cases) == 1 and cases[0].startswith(f"{limit + 1} tokens: 'a a a")
 
 
@@ -159,10 +159,10 @@ def test_only_ten_names_are_shown_and_all_are_written(folder, tmp_path, capsys):
     write(folder, entries(folder) + lines)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["doctor", str(folder), "data.resolution=64", "--report", str(tmp_path / "all.json")])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert "cannot be trained on before the errors above are mended" in str(stopped.value.code)
-    assert "13 pictures are named but not there" in said and "gone9.png" in said and "gone10.png" not in said
-    assert "... and 3 more" in said and "fix: bring them back" in said
+    assert "13 pictures are named but not there" in output and "gone9.png" in output and "gone10.png" not in output
+    assert "... and 3 more" in output and "fix: bring them back" in output
     written, = [f for f in json.loads((tmp_path / "all.json").read_text())["findings"] if f["error"]]
     assert len(written["cases"]) == 13
 
@@ -172,7 +172,7 @@ def test_a_good_data_set_ends_well(folder, capsys):
     assert "nothing stands in the way of training" in capsys.readouterr().out
 
 
-def test_a_recipe_tells_what_is_needed(tmp_path, capsys):
+def test_a_recipe_says_what_is_needed(tmp_path, capsys):
     path = tiny_run.pictures(tmp_path / "set", size=8)
     images = path.parent / "images"
     (images / "red_card.png").write_bytes(b"nothing")
@@ -180,18 +180,18 @@ def test_a_recipe_tells_what_is_needed(tmp_path, capsys):
     recipe = tiny_run.toml(tmp_path, path, tmp_path / "run")
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--recipe", str(recipe), "text.max_length=1"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("1 pictures cannot be read", "red_card.png", "1 held-out pictures are trained on as well",
                  "there twice", "(data.resolution=16) and will be enlarged", "longer than 1 tokens and will be cut"):
-        assert part in said, part
+        assert part in output, part
     assert not (tmp_path / "run").exists()
 
 
 def test_settings_that_cannot_work_are_all_said(folder, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["doctor", str(folder), "data.bucketz=area", "resolution=3", "data.crop=middle"])
-    said = str(stopped.value.code)
-    assert "did you mean buckets" in said and "data.key=value" in said and "data.crop='middle'" in said
+    message = str(stopped.value.code)
+    assert "did you mean buckets" in message and "data.key=value" in message and "data.crop='middle'" in message
 
 
 def test_a_caption_file_that_is_no_utf8_is_named(tmp_path):

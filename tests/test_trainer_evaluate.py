@@ -66,7 +66,7 @@ def test_the_kernel_distance_is_the_papers_sum():
     assert metrics.kid(x, y)[0] == pytest.approx(by_hand)
 
 
-def test_the_inception_score_counts_the_classes_that_are_told_apart():
+def test_the_inception_score_counts_the_classes_that_are_distinguished():
     assert metrics.inception_score(torch.eye(5).repeat(4, 1), splits=1)[0] == pytest.approx(5, rel=1e-4)
     assert metrics.inception_score(torch.full((20, 5), 0.2), splits=2) == pytest.approx((1, 0), abs=1e-4)
 

@@ -66,8 +66,8 @@ def test_the_loss_is_that_of_rectified_flow(path, vae, tmp_path):
     whole = torch.zeros(6, 16, dtype=torch.int64)
     whole[:, :ids.shape[1]] = ids
     context = recipe.text(whole, torch.ones(6, 16, dtype=torch.bool))
-    said = recipe.net(pack(noisy), sigma, context, torch.zeros(6, 8), img_ids=task.ids_of(noisy))
-    torch.testing.assert_close(recipe(batch), sampling.loss(unpack(said, 4, 4), latent, noise))
+    prediction = recipe.net(pack(noisy), sigma, context, torch.zeros(6, 8), img_ids=task.ids_of(noisy))
+    torch.testing.assert_close(recipe(batch), sampling.loss(unpack(prediction, 4, 4), latent, noise))
 
 
 def test_a_dropped_caption_is_the_empty_one(path, vae, tmp_path):

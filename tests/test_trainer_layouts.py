@@ -39,11 +39,11 @@ def test_captions_are_mixed_in_the_share_that_is_asked_for(tmp_path):
         settings = Data(path=str(tmp_path), described_share=share, resolution=8)
         made = loader.Batches(loader.read(settings, "captions").train, settings, 0, 1)
         item = made.items[0]
-        said = [made.caption(item, made.rng(step, 0, "caption")) for step in range(400)]
-        assert said.count("long") / 400 == pytest.approx(share, abs=0.06)
+        captions = [made.caption(item, made.rng(step, 0, "caption")) for step in range(400)]
+        assert captions.count("long") / 400 == pytest.approx(share, abs=0.06)
 
 
-def test_an_item_with_a_long_caption_alone_is_captioned(tmp_path):
+def test_an_item_with_only_a_long_caption_is_captioned(tmp_path):
     picture(tmp_path / "0.png")
     (tmp_path / "data_info.json").write_text(json.dumps([{"path": "0.png", "sharegpt4v": "long"}]))
     settings = Data(path=str(tmp_path), described_share=0.0, resolution=8)

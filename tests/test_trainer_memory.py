@@ -86,18 +86,18 @@ def test_dora_learns_on_blocks_in_few_bits(made):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dry_run_counts_what_few_bits_take(made, tmp_path, capsys, kind):
-    said, weights = [], []
+    outputs, weights = [], []
     for number, words in enumerate(((), (f"memory.base={kind}",))):
         (tmp_path / str(number)).mkdir()
         cli.main(["train", str(tiny_pixart.toml(tmp_path / str(number), made(*words))), "--dry-run"])
-        said.append(capsys.readouterr().out)
+        outputs.append(capsys.readouterr().out)
         settings = made(*words)
         planned = plan.on_meta(partial(build.recipe, settings, build.collection(settings)))
         weights.append(sum(p.nbytes for p in planned.parameters() if not p.requires_grad))
-    lines = [[line for line in one.splitlines() if line.startswith(word)][0] for one in said
+    lines = [[line for line in one.splitlines() if line.startswith(word)][0] for one in outputs
              for word in ("parameters",)]
     assert lines[0] == lines[1] and weights[1] < 0.6 * weights[0]
-    assert "time       about" in said[1]
+    assert "time       about" in outputs[1]
 
 
 def alike(settings) -> tuple[float, int]:

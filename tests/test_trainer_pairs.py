@@ -55,13 +55,13 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lpips_files(tmp_path_factory):
     """(torchvision's vgg16, the heads of the package lpips), of random weights, under the names they have there."""
-    folder, chance = tmp_path_factory.mktemp("lpips"), torch.Generator().manual_seed(0)
+    folder, rng = tmp_path_factory.mktemp("lpips"), torch.Generator().manual_seed(0)
     numbers, widths = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (64, 64, 128, 128, *[256] * 3, *[512] * 6)
     vgg = {"classifier.0.weight": torch.zeros(4, 4)}
     for n, before, width in zip(numbers, (3, *widths), widths, strict=False):
-        vgg[f"features.{n}.weight"] = torch.randn(width, before, 3, 3, generator=chance) * (2 / 9 / before) ** 0.5
-        vgg[f"features.{n}.bias"] = 0.1 * torch.randn(width, generator=chance)
-    heads = {f"lin{k}.model.1.weight": torch.rand(1, width, 1, 1, generator=chance)
+        vgg[f"features.{n}.weight"] = torch.randn(width, before, 3, 3, generator=rng) * (2 / 9 / before) ** 0.5
+        vgg[f"features.{n}.bias"] = 0.1 * torch.randn(width, generator=rng)
+    heads = {f"lin{k}.model.1.weight": torch.rand(1, width, 1, 1, generator=rng)
              for k, width in enumerate((64, 128, 256, 512, 512))}
     torch.save(vgg, folder / "vgg16.pth")
     torch.save(heads, folder / "vgg.pth")
@@ -317,7 +317,7 @@ def test_the_term_is_lpips_of_what_the_student_and_the_pair_draw(made, files, lp
     torch.testing.assert_close(losses[1] - losses[0], expected, rtol=2e-3, atol=1e-4)
 
 
-def test_the_gradient_of_the_term_reaches_the_student_alone(made, files, tmp_path):
+def test_the_gradient_of_the_term_reaches_only_the_student(made, files, tmp_path):
     recipe, batches = recipe_of(by_heart(made, files, tmp_path / "pairs"))
     batch, gradients = batches(0, range(6)), []
     for weight in (0.25, 2.25):

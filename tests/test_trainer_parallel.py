@@ -23,7 +23,7 @@ from pixstack.trainer.training.checkpoints import read_tensors
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
 TWO = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TOLD = {  # what `accelerate launch` tells by
+TOLD = {  # the variables by which `accelerate launch` configures a process
     rules.DDP: {},
     rules.FSDP2: {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     rules.DEEPSPEED: {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
@@ -40,9 +40,9 @@ REFUSED = {
 
 
 def launched(way: str, *words) -> str:
-    told = {**os.environ, "PYTHONPATH": str(ROOT / "package"), "OMP_NUM_THREADS": "1", **TOLD[way]}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "package"), "OMP_NUM_THREADS": "1", **TOLD[way]}
     done = subprocess.run([sys.executable, "-m", *TWO, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          env=told)
+                          env=environment)
     assert done.returncode == 0, "\n".join(
         line for line in done.stderr.splitlines() if "Error" in line or "/trainer/" in line)
     return done.stdout
@@ -69,8 +69,8 @@ def two(one, request, tmp_path_factory):
     found = {name: dataclasses.replace(settings, out=str(folder / name)) for name, settings in one.items()
              if (way, name) not in REFUSED}
     (folder / "list.json").write_text(json.dumps([load.as_dict(settings) for settings in found.values()]))
-    said = launched(way, ROOT / "tests/tiny_run.py", folder / "list.json")
-    assert said.count(f"{way} of 2 processes") == len(found)
+    output = launched(way, ROOT / "tests/tiny_run.py", folder / "list.json")
+    assert output.count(f"{way} of 2 processes") == len(found)
     return way, found
 
 

@@ -43,8 +43,9 @@ def expected(recipe, batch, **more):
     noise = batch_noise(0, batch.step, batch.positions, latent.shape[1:], "cpu")
     noisy = d.schedule.add_noise(latent, noise, timestep)
     context, mask = recipe.text.lookup(batch.captions, "cpu")
-    said = recipe.net(noisy, timestep, context, mask)
-    return said, sampling.iddpm_loss(said[:, :4], said[:, 4:], latent, noise, timestep, d.schedule, **more)
+    prediction = recipe.net(noisy, timestep, context, mask)
+    eps, logits = prediction[:, :4], prediction[:, 4:]
+    return prediction, sampling.iddpm_loss(eps, logits, latent, noise, timestep, d.schedule, **more)
 
 
 @pytest.mark.parametrize("words, more", [((), {}), (("recipe.snr_switch=true",), {"snr": True})], ids=["plain", "snr"])
@@ -120,7 +121,7 @@ def test_without_a_null_caption_a_dropped_caption_is_the_empty_one(made):
     assert torch.equal(found["context"], context) and torch.equal(found["mask"], mask)
 
 
-def test_a_micro_conditioned_network_is_told_the_size_of_its_picture(made):
+def test_a_micro_conditioned_network_is_conditioned_on_the_size_of_its_picture(made):
     recipe, batches = recipe_of(made("model.micro_conditions=true"))
     batch = batches(0, range(2))
     d = recipe.denoising
@@ -312,7 +313,7 @@ def test_what_was_trained_is_what_is_exported(trained, tmp_path):
         assert torch.equal(value, average[f"net.{key}"]), key
 
 
-def test_an_export_in_fp8_rounds_the_matrices_of_blocks_alone(trained, tmp_path, host):
+def test_an_export_in_fp8_rounds_only_the_matrices_of_blocks(trained, tmp_path, host):
     from importlib import import_module
 
     (whole,) = exporting.export(trained, tmp_path, "whole", dtype="fp32")
@@ -337,12 +338,12 @@ def test_a_model_card_says_how_it_was_made_and_names_no_folder(trained, parts, t
     from pixstack.trainer.cli import main as cli
 
     cli.main(["export", str(trained), "--out", str(tmp_path / "out"), "--name", "tiny", "--card"])
-    said = (tmp_path / "out/tiny.md").read_text()
+    card = (tmp_path / "out/tiny.md").read_text()
     for part in ("recipe `pixart`, step 4 of 4", "`diffusion_models/tiny.safetensors`", "Load PixArt Model",
                  "1. red card", "| data | `data.jsonl` |", "| dropout | 0.1 |"):
-        assert part in said, part
+        assert part in card, part
     assert (tmp_path / "out/tiny.png").read_bytes() == (trained / "samples/00000004.png").read_bytes()
-    assert str(trained.parent) not in said and parts["vae"]["path"] not in said
+    assert str(trained.parent) not in card and parts["vae"]["path"] not in card
 
 
 def test_a_run_too_short_for_a_log_has_its_card(trained, tmp_path):
@@ -385,7 +386,7 @@ def test_a_dry_run_says_what_would_happen(path, parts, tmp_path, capsys):
         lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
     (tmp_path / "tiny.toml").write_text("\n".join(lines))
     cli.main(["train", str(tmp_path / "tiny.toml"), "--dry-run", "micro_batch_size=3"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("6 pictures of 64x64 pixels, 16 tokens each", "2 pass(es) of 3", "memory     about", "timestep "):
-        assert part in said, part
+        assert part in output, part
     assert not (tmp_path / "run").exists()

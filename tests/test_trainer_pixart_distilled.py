@@ -302,8 +302,8 @@ def test_comfyui_draws_with_an_exported_controlnet_what_the_trainer_draws(traine
     model = node("Loader", model_name="tiny_control_base.safetensors", variant="auto", prediction="auto",
                  positions="auto", weights="ema", dtype="fp32")[0]
     net = node("ControlNetLoader", control_net_name=file.name, dtype="fp32")[0]
-    chance = torch.Generator().manual_seed(0)
-    hint, noise, text = (torch.randn(*size, generator=chance) for size in ((1, 4, 8, 8), (1, 4, 8, 8), (1, 5, 16)))
+    rng = torch.Generator().manual_seed(0)
+    hint, noise, text = (torch.randn(*size, generator=rng) for size in ((1, 4, 8, 8), (1, 4, 8, 8), (1, 5, 16)))
     both = node("ControlNetApply", positive=[[text, {}]], negative=[[text, {}]], control_net=net, strength=1.0,
                 start_percent=0.0, end_percent=1.0, latent={"samples": hint})
     sampler = node("Sampler", algorithm="dpm-solver++", order=2, eta=1.0, inpaint="core")[0]

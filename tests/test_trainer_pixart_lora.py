@@ -85,7 +85,7 @@ def test_what_is_exported_makes_of_the_base_what_the_trainer_had(made, base, wor
 
 @pytest.fixture(scope="module")
 def trained(path, parts, base, tmp_path_factory):
-    """Of a kind of adapter, a run whose change has learned enough to show."""
+    """A run of a kind of adapter, trained long enough that its change shows."""
     made = {}
 
     def of(kind):
@@ -233,8 +233,8 @@ def test_the_class_pictures_are_cached_with_the_others(subject, tmp_path):
     found = build.collection(settings)
     recipe = build.recipe(settings, found)
     cache.fill(found.train, settings.data, recipe.encoders, tmp_path / "cache", "cpu")
-    said = []
-    load = cache.loader(settings, recipe.encoders, found.train, settings.data, said.append)
-    assert said == []
+    messages = []
+    load = cache.loader(settings, recipe.encoders, found.train, settings.data, messages.append)
+    assert messages == []
     batch = data.Batches(found.train, settings.data, 0, 4, load)(0, range(4))
     assert recipe(batch).isfinite().all()

@@ -82,8 +82,8 @@ def test_the_loss_is_the_flows_through_the_base_with_residuals_added_whole(made)
     ids = task.ids_of(noisy)
     control = recipe.net(pack(noisy), *given, img_ids=ids,
                          select=Accumulate(recipe.net.selector).begin(recipe.net.conditions(hints)))
-    said = recipe.base(pack(noisy), *given, img_ids=ids, residuals=control.residuals(1.0))
-    expected = sampling.loss(unpack(said, *noisy.shape[-2:]), latent, noise)
+    prediction = recipe.base(pack(noisy), *given, img_ids=ids, residuals=control.residuals(1.0))
+    expected = sampling.loss(unpack(prediction, *noisy.shape[-2:]), latent, noise)
     torch.testing.assert_close(recipe(batch), expected)
 
 
@@ -114,8 +114,8 @@ def test_the_loss_of_the_parity_case_is_the_references(made):
     conditions = recipe.net.conditions([(kind, i[f"hint.{kind}"]) for kind in about["cond_order"]])
     selection = about["controlnet"]["select_net"]
     select = AsRun(scores=i["scores"], patch_size=selection["patch_size"], select_num=selection["select_num"])
-    said, _ = recipe.predict(noisy, i["timesteps"], condition, select.begin(conditions))
-    loss = sampling.loss(said, x1, x0).mean()
+    prediction, _ = recipe.predict(noisy, i["timesteps"], condition, select.begin(conditions))
+    loss = sampling.loss(prediction, x1, x0).mean()
     torch.testing.assert_close(loss.view(1), found["output"]["loss"], rtol=1e-4, atol=1e-5)
     loss.backward()
     grads = dict(recipe.net.named_parameters())
@@ -138,7 +138,7 @@ def test_every_parameter_has_a_gradient_whatever_hints_are_seen(made):
         assert [n for n, p in recipe.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_released_hears_the_first_of_the_shuffled_conditions_alone(made):
+def test_released_uses_only_the_first_of_the_shuffled_conditions(made):
     recipe, batches = recipe_of(made("recipe.selection=released", "recipe.min_conditions=2"))
     alone, _ = recipe_of(made("recipe.selection=released", "recipe.max_conditions=1"))
     batch = batches(0, range(6))
@@ -235,10 +235,10 @@ def test_cached_features_give_the_loss_of_the_pictures_themselves(made, tmp_path
     recipe, batches = recipe_of(settings)
     plain = recipe(batches(0, range(6)))
     cache.fill(batches.items, settings.data, recipe.encoders, tmp_path / "cache", "cpu")
-    told = []
-    load = cache.loader(settings, recipe.encoders, batches.items, settings.data, told.append)
+    messages = []
+    load = cache.loader(settings, recipe.encoders, batches.items, settings.data, messages.append)
     batch = loader.Batches(batches.items, settings.data, 0, 6, load)(0, range(6))
-    assert not told and batch.pictures is None
+    assert not messages and batch.pictures is None
     torch.testing.assert_close(recipe(batch), plain)
 
 
@@ -373,11 +373,11 @@ def telling(parts, path, tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_selection_learns_which_condition_tells_the_picture(telling, tmp_path, seed):
+def test_the_selection_learns_which_condition_shows_the_picture(telling, tmp_path, seed):
     """The order is shuffled while training, so a condition's place says nothing."""
-    told, sections, start = telling
+    data_list, sections, start = telling
     settings = tiny_ponder.settings(
-        told, tmp_path / "run", sections, f"init_from={start}", f"seed={seed}", "steps=24", "save_every=24",
+        data_list, tmp_path / "run", sections, f"init_from={start}", f"seed={seed}", "steps=24", "save_every=24",
         "optimizer.learning_rate=5e-4", "optimizer.warm_up=0", "recipe.min_conditions=2", "validation.every=24",
         "ema.decay=0")
     found = build.collection(settings)
@@ -457,11 +457,11 @@ def test_a_dry_run_says_what_would_happen(path, parts, tmp_path, capsys):
         lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
     (tmp_path / "tiny.toml").write_text("\n".join(lines))
     cli.main(["train", str(tmp_path / "tiny.toml"), "--dry-run", "micro_batch_size=3"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     frozen = sum(v.numel() for v in Flux(tiny_ponder.FLUX).state_dict().values())
     for part in ("6 pictures of 32x32 pixels, 4 tokens each, and 12 of text", f"learn, {frozen:,} frozen", "sigma ",
                  "memory     about"):
-        assert part in said, part
+        assert part in output, part
     assert not (tmp_path / "run").exists()
 
 
@@ -497,9 +497,9 @@ def test_comfyui_makes_of_an_export_what_the_trainer_makes(trained, host, path):
 
     @torch.no_grad()
     def predict(x, sigma):
-        said, control = recipe.predict(x, sigma, condition, select)
+        prediction, control = recipe.predict(x, sigma, condition, select)
         shares.append(control.selection.share)
-        return said
+        return prediction
 
     ours = sampling.sample(predict, noise, node.sigmas(there))
     node.close(theirs, ours)

@@ -99,7 +99,7 @@ def test_a_run_with_other_settings_is_refused_with_what_differs(path, tmp_path):
         tiny_run.train(tiny_run.settings(path, tmp_path / "run", *words))
 
 
-def test_a_run_goes_on_with_other_settings_when_told_so(path, tmp_path):
+def test_a_run_resumes_with_other_settings_when_asked_to(path, tmp_path):
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=2"))
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "steps=4", "resume=changed"))
     assert checkpoints.checkpoints(tmp_path / "run")[-1].name == "00000004"

@@ -89,9 +89,9 @@ def words(root, name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_plans_its_run(files, name, capsys):
     cli.main(["train", str(FILES[name]), "--dry-run", *words(files, name)])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("parameters ", "memory     about", "time       about", "first batch"):
-        assert part in said, said
+        assert part in output, output
     assert not (files / "runs" / name).exists()
 
 

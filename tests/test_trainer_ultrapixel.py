@@ -89,15 +89,15 @@ def test_a_batch_is_noised_as_the_release_does_and_its_pictures_made_small_by_th
     t = d.draw(0).t
     eps, eps_low = (batch_noise(0, 0, range(4), x.shape[1:], "cpu", kind) for x, kind in ((high, 0), (low, 2)))
     text, pooled = recipe.text.lookup(batch.captions, "cpu")
-    told = {"text": text, "pooled": pooled}
+    conditioning = {"text": text, "pooled": pooled}
     logsnr, kept = sampling.Schedule().logsnr(t), sampling.Schedule().logsnr(torch.full_like(t, 0.05))
     with torch.no_grad():
         _, features = recipe.net.features(sampling.add_noise(low, eps_low, kept), sampling.Schedule().timestep(kept),
-                                          **told)
+                                          **conditioning)
     timestep = sampling.Schedule().timestep(logsnr)
-    said = recipe.net(sampling.add_noise(high, eps, logsnr), timestep, **told,
-                      hook=recipe.guide.image(features).hook(timestep, up=1.0))
-    torch.testing.assert_close(recipe(batch), (said - eps).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-4)
+    prediction = recipe.net(sampling.add_noise(high, eps, logsnr), timestep, **conditioning,
+                            hook=recipe.guide.image(features).hook(timestep, up=1.0))
+    torch.testing.assert_close(recipe(batch), (prediction - eps).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-4)
 
 
 def test_micro_batches_change_neither_losses_nor_the_weights_of_the_next_step(made):
@@ -142,20 +142,20 @@ def test_activation_checkpointing_leaves_gradients_as_they_are(made):
         torch.testing.assert_close(a, b)
 
 
-def test_captions_are_dropped_and_images_told_as_often_as_the_settings_say(made, parts, tmp_path):
+def test_captions_are_dropped_and_images_given_as_often_as_the_settings_say(made, parts, tmp_path):
     vision = tiny_ultrapixel.vision(tmp_path / "vision")
     recipe, batches = recipe_of(made(f"model.image_encoder={vision}", "batch_size=500", "recipe.dropout=0.2",
                                      "recipe.image_share=0.4"))
     d = recipe.denoising
-    chance = d.draw(3)
-    assert 0.1 < chance.dropped.float().mean() < 0.3 and 0.3 < chance.shown.float().mean() < 0.5
-    assert torch.equal(d.draw(3).t, chance.t) and not torch.equal(d.draw(4).t, chance.t)
+    draws = d.draw(3)
+    assert 0.1 < draws.dropped.float().mean() < 0.3 and 0.3 < draws.shown.float().mean() < 0.5
+    assert torch.equal(d.draw(3).t, draws.t) and not torch.equal(d.draw(4).t, draws.t)
     batch = batches(3, range(8))
-    chance = replace(chance, dropped=torch.arange(500) == 0, shown=torch.arange(500) == 1).part(range(8))
-    told = d.conditioning(batch, chance)
+    draws = replace(draws, dropped=torch.arange(500) == 0, shown=torch.arange(500) == 1).part(range(8))
+    conditioning = d.conditioning(batch, draws)
     empty = recipe.text.lookup([""], "cpu")[0]
-    assert torch.equal(told["text"][0], empty[0]) and not torch.equal(told["text"][1], empty[0])
-    assert told["image"][1].any() and not told["image"][0].any()
+    assert torch.equal(conditioning["text"][0], empty[0]) and not torch.equal(conditioning["text"][1], empty[0])
+    assert conditioning["image"][1].any() and not conditioning["image"][0].any()
     assert not recipe_of(made("recipe.image_share=1.0"))[0].denoising.draw(0).shown.any()  # nothing makes embeddings
 
 
@@ -309,11 +309,11 @@ def test_an_exported_guide_does_what_the_trained_one_does(trained, tmp_path):
     state_dict.load_into(guide, tensors, "the guide")
     recipe, _, _ = exporting.open_run(trained)
     torch.manual_seed(0)
-    x, t, told = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.8]), recipe.denoising.condition(["red card", "a cat"])
+    x, t, conds = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.8]), recipe.denoising.condition(["red card", "a cat"])
     with torch.no_grad():
-        _, features = recipe.net.features(torch.randn(2, 16, 2, 2), torch.full((2,), 0.05), **told)
-        plain = recipe.net(x, t, **told)
-        ours, theirs = (recipe.net(x, t, **told, hook=g.image(features).hook(t)) for g in (recipe.guide, guide))
+        _, features = recipe.net.features(torch.randn(2, 16, 2, 2), torch.full((2,), 0.05), **conds)
+        plain = recipe.net(x, t, **conds)
+        ours, theirs = (recipe.net(x, t, **conds, hook=g.image(features).hook(t)) for g in (recipe.guide, guide))
     torch.testing.assert_close(theirs, ours)
     assert (ours - plain).abs().max() > 1e-2
 
@@ -332,16 +332,16 @@ def test_comfyui_predicts_with_an_exported_guide_what_the_trainer_predicts(train
     nodes = sys.modules[sys.modules[loader.__module__].ultrapixel.__name__]
     recipe, _, _ = exporting.open_run(trained)
     torch.manual_seed(0)
-    x, t, told = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.8]), recipe.denoising.condition(["red card", "a cat"])
+    x, t, conds = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.8]), recipe.denoising.condition(["red card", "a cat"])
     low, kept, no_image = torch.randn(2, 16, 2, 2), torch.full((2,), 0.05), torch.zeros(2, 1, 768)
     with torch.no_grad():
         tap = nodes.FeatureTap()
         with nodes.hooked(net, tap):
-            net(low, kept, told["text"], told["pooled"], no_image)
+            net(low, kept, conds["text"], conds["pooled"], no_image)
         with nodes.hooked(net, guide.image(tap.features).hook(t, up=1.0)):
-            theirs = net(x, t, told["text"], told["pooled"], no_image)
-        _, features = recipe.net.features(low, kept, **told)
-        ours = recipe.net(x, t, **told, hook=recipe.guide.image(features).hook(t, up=1.0))
+            theirs = net(x, t, conds["text"], conds["pooled"], no_image)
+        _, features = recipe.net.features(low, kept, **conds)
+        ours = recipe.net(x, t, **conds, hook=recipe.guide.image(features).hook(t, up=1.0))
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
 
 
@@ -366,10 +366,10 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, tmp_path
               "data.kind=jsonl", f"data.path={path}", "data.resolution=256", "recipe.low_side=2",
               f"cache.folder={tmp_path / 'cache'}", f"out={tmp_path}/run", "device=cpu", "samples.height=256",
               "samples.width=256"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("learn", "guide:", "4 pictures of 256x256 pixels, 64 cells each, guided by 2x2 cells",
                  "4 pass(es) of 1", "memory     about", "t 0."):
-        assert part in said, part
+        assert part in output, part
     assert not (tmp_path / "run").exists()
 
 

@@ -68,19 +68,19 @@ def test_the_loss_is_that_of_stage_c_with_the_residuals_of_the_edges(made):
     batch, d = batches(0, range(4)), recipe.denoising
     edges = (255 * canny(batch.pictures.float() / 255)).round() / 255
     assert 0 < edges.mean() < 0.5
-    chance, latents = d.draw(0), d.latents(batch, 0)
-    x, timestep = d.noisy(latents.high, latents.noise, chance.t)
-    said = recipe.net(x, timestep, **d.conditioning(batch, chance), control=recipe.controlnet(edges))
-    torch.testing.assert_close(recipe(batch), (said - latents.noise).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
-    bare = recipe.net(x, timestep, **d.conditioning(batch, chance))
-    assert (said - bare).abs().max() > 0.01
+    draws, latents = d.draw(0), d.latents(batch, 0)
+    x, timestep = d.noisy(latents.high, latents.noise, draws.t)
+    eps = recipe.net(x, timestep, **d.conditioning(batch, draws), control=recipe.controlnet(edges))
+    torch.testing.assert_close(recipe(batch), (eps - latents.noise).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+    bare = recipe.net(x, timestep, **d.conditioning(batch, draws))
+    assert (eps - bare).abs().max() > 0.01
 
 
 def test_a_fresh_controlnet_changes_nothing_and_has_the_encoders_backbone(made, parts):
     recipe, batches = recipe_of(made("recipe.weight=none", "recipe.dropout=0.0", recipe=REAL))
     batch, d = batches(0, range(2)), recipe.denoising
-    latents, chance = d.latents(batch, 0), d.draw(0).part(range(2))
-    expected = d.plain(latents.high, latents.noise, chance.t, d.conditioning(batch, chance))
+    latents, draws = d.latents(batch, 0), d.draw(0).part(range(2))
+    expected = d.plain(latents.high, latents.noise, draws.t, d.conditioning(batch, draws))
     torch.testing.assert_close(recipe(batch), expected)
     known = state_dict.read_file(parts["vae"]["path"])[0]
     own = recipe.controlnet.backbone.state_dict()
@@ -122,10 +122,10 @@ def test_hints_and_latents_come_from_the_cache_where_it_has_them(made, tmp_path)
     settings = made(f"cache.folder={tmp_path / 'cache'}", "recipe.dropout=0.0")
     cli.main(["cache", tiny_ultrapixel.toml(tmp_path, settings)])
     recipe, batches = recipe_of(settings)
-    said = []
-    load = cache.loader(settings, recipe.encoders, batches.items, settings.data, said.append)
+    messages = []
+    load = cache.loader(settings, recipe.encoders, batches.items, settings.data, messages.append)
     cached = loader.Batches(batches.items, settings.data, settings.seed, settings.batch_size, load)(0, range(4))
-    assert not said and cached.pictures is None
+    assert not messages and cached.pictures is None
     assert set(cached.features) == {"effnet.high", "hint.image"}
     torch.testing.assert_close(recipe.losses(cached, recipe.denoising.draw(0), 0),
                                recipe.losses(batches(0, range(4)), recipe.denoising.draw(0), 0))
@@ -233,6 +233,6 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(path, parts, trained,
     cli.main(["train", "recipes/ultrapixel/ultrapixel_controlnet.toml", "--dry-run", *words, f"init_from={file}",
               "data.kind=jsonl", f"data.path={path}", f"cache.folder={tmp_path / 'cache'}", f"out={tmp_path}/run",
               f"recipe.sample_hints=['{tmp_path / 'hint.png'}']", "device=cpu"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("controlnet:", "12 pictures of 768x768 pixels, 576 cells each", "6 pass(es) of 2", "memory     about"):
-        assert part in said, part
+        assert part in output, part

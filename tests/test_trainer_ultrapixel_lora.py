@@ -96,12 +96,12 @@ def test_a_lora_begins_as_nothing_and_scales_by_alpha_over_rank(plain):
     recipe, batches = recipe_of(plain("recipe.rank=2", "recipe.alpha=3.0"))
     assert all(not layer.down.any() and layer.up.any() and layer.scale == 1.5 for layer in recipe.layers.values())
     batch, d = batches(0, range(4)), recipe.denoising
-    chance, latents = d.draw(0), d.latents(batch, 0)
-    x, timestep = d.noisy(latents.high, latents.noise, chance.t)
+    draws, latents = d.draw(0), d.latents(batch, 0)
+    x, timestep = d.noisy(latents.high, latents.noise, draws.t)
     bare = tiny_ultrapixel.network(StageC, tiny_ultrapixel.C)
     with torch.no_grad():
-        torch.testing.assert_close(recipe.net(x, timestep, **d.conditioning(batch, chance)),
-                                   bare(x, timestep, **d.conditioning(batch, chance)))
+        torch.testing.assert_close(recipe.net(x, timestep, **d.conditioning(batch, draws)),
+                                   bare(x, timestep, **d.conditioning(batch, draws)))
 
 
 def test_all_attentions_learn_and_nothing_else_does(plain):
@@ -122,8 +122,8 @@ def test_a_personalisation_learns_at_low_resolution_first_and_in_turns_then(pers
     for step, expected in ((low, lambda latents, *a: d.plain(latents.low, latents.noise_low, *a)),
                            (high, lambda latents, *a: d.guided(recipe.guide, latents, *a))):
         batch = batches(step, range(4))
-        told = d.conditioning(batch, d.draw(step), recipe.change)
-        torch.testing.assert_close(recipe(batch), expected(d.latents(batch, 0), d.draw(step).t, told))
+        conditioning = d.conditioning(batch, d.draw(step), recipe.change)
+        torch.testing.assert_close(recipe(batch), expected(d.latents(batch, 0), d.draw(step).t, conditioning))
 
 
 def test_the_word_is_learned(personal):
@@ -143,10 +143,10 @@ def test_a_word_begins_as_the_mean_of_the_words_of_its_pattern(personal):
     rows = [text.tokens.convert_tokens_to_ids(w) for w in ("cat</w>", "card</w>")]
     assert text.word_base == sorted(rows) and text.word_row == len(text.tokens) - 1
     one, _ = recipe_of(personal())
-    said, known = one.text.read([CAPTION], "cpu")[0], one.text.read(["a red cat cat"], "cpu")[0]
-    torch.testing.assert_close(said, known)  # of one word it begins as that word
+    learned, known = one.text.read([CAPTION], "cpu")[0], one.text.read(["a red cat cat"], "cpu")[0]
+    torch.testing.assert_close(learned, known)  # of one word it begins as that word
     moved = one.text.read([CAPTION], "cpu", torch.ones(1, text.width))[0]
-    assert (moved - said).abs().max() > 0.01
+    assert (moved - learned).abs().max() > 0.01
     untouched = one.text.read(["a red cat"], "cpu", torch.ones(1, text.width))[0]
     assert torch.equal(untouched, one.text.read(["a red cat"], "cpu")[0])
 
@@ -243,9 +243,9 @@ def test_the_shipped_recipe_passes_a_dry_run_on_tiny_files(photos, guided, tmp_p
     cli.main(["train", "recipes/ultrapixel/ultrapixel_lora.toml", "--dry-run", *words, f"data.path={photos['path']}",
               "data.caption=a photo of a cat [roubaobao]", "data.resolution=256", "recipe.low_side=2",
               f"out={tmp_path}/run", "device=cpu", "samples.height=256", "samples.width=256"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("layers:", "change: 32", "guided by 2x2 cells", "a photo of a cat [roubaobao]", "low resolution"):
-        assert part in said, part
+        assert part in output, part
 
 
 # --- What comes out
@@ -264,9 +264,9 @@ def trained(photos, guided, tmp_path_factory):
 def same_prediction(recipe, net, caption, change):
     torch.manual_seed(0)
     x, t = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.8])
-    told = recipe.denoising.condition([caption] * 2, change=change)
+    conditioning = recipe.denoising.condition([caption] * 2, change=change)
     with torch.no_grad():
-        theirs, ours = net(x, t, **told), recipe.net(x, t, **told)
+        theirs, ours = net(x, t, **conditioning), recipe.net(x, t, **conditioning)
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
 
 
@@ -370,8 +370,8 @@ def test_comfyui_reads_captions_and_the_learned_word_as_the_trainer_does(parts, 
         torch.testing.assert_close(more["pooled_output"].float(), pooled, rtol=1e-2, atol=1e-2)
     with torch.no_grad():
         bare = recipe.text.read(["a photo of a cat [mycat] on a red chair"], "cpu")[0]
-        told = recipe.text.read(["a photo of a cat [mycat] on a red chair"], "cpu", recipe.change)[0]
-    assert (bare - told).abs().max() > 0.1
+        changed = recipe.text.read(["a photo of a cat [mycat] on a red chair"], "cpu", recipe.change)[0]
+    assert (bare - changed).abs().max() > 0.1
 
 
 def test_cores_lora_loader_takes_the_file_and_draws_as_the_trainer_does(trained, parts, host):

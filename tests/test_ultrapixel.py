@@ -73,7 +73,7 @@ def test_a_configuration_refuses_nonsense_with_both_numbers():
         replace(C, down=("CTX", "CTA"))
     with pytest.raises(ValueError, match="hidden=10 cannot be halved 2 times"):
         StageAConfig(levels=3, hidden=10)
-    with pytest.raises(ValueError, match="width=8 is no multiple of heads=3"):
+    with pytest.raises(ValueError, match="width=8 is not a multiple of heads=3"):
         replace(GUIDE, heads=3)
 
 
@@ -423,7 +423,7 @@ def test_the_backbone_of_a_controlnet_has_no_padding_before_other_than_three_cha
     assert [features(torch.nn, {}, channels)[0][0].padding for channels in (1, 3, 4)] == [(0, 0), (1, 1), (0, 0)]
 
 
-def test_edges_are_sought_at_the_size_that_is_asked_for():
+def test_edges_are_detected_at_the_size_that_is_asked_for():
     pytest.importorskip("cv2")
     image = torch.zeros(2, 3, 48, 64)
     image[:, :, 12:36, 16:48] = 1
@@ -489,7 +489,7 @@ def test_the_low_resolution_pass_ends_where_its_features_are_kept():
 
 
 def test_a_step_to_keep_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="keep=20 is no step of 20"):
+    with pytest.raises(ValueError, match="keep=20 is not one of the steps 0 to 19"):
         sampling.sample_features(None, None, torch.zeros(1), Schedule(), Schedule().steps(20), None, keep=20)
 
 
@@ -621,7 +621,7 @@ def test_a_table_without_the_tokens_row_is_refused():
         personalisation().embed(torch.zeros(4, 10))
 
 
-def test_the_learned_token_changes_its_row_alone():
+def test_the_learned_token_changes_only_its_row():
     table = torch.randn(6, 10)
     changed = (personalisation().embed(table) != table).any(dim=1)
     assert changed.tolist() == [False] * 4 + [True, False]

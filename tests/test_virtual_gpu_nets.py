@@ -1,4 +1,4 @@
-"""Every network at its released size in bf16 and float16, on a GPU that is not there (virtual_gpu.py).
+"""Every network at its released size in bf16 and float16, on a virtual GPU (virtual_gpu.py).
 
 Widths, heads, tokens and pictures are the released ones. Of blocks that repeat there are only a few, for a rehearsal
 takes time by the operation; the 900M PixArt has all of its 42.
@@ -77,10 +77,10 @@ def compressed(sampling: str) -> PixArtConfig:
 def pixelflow(name: str, to):
     config = replace(pixelflow_config.PRESETS[name], depth=4)
     net, dtype, side = PixelFlow(config, **to), to["dtype"], config.resolution
-    told = {"class_labels": torch.zeros(2, dtype=torch.long, device=GPU)} if config.num_classes else {
+    inputs = {"class_labels": torch.zeros(2, dtype=torch.long, device=GPU)} if config.num_classes else {
         "context": empty(2, 128, config.context_dim, dtype=dtype),
         "mask": torch.ones(2, 128, dtype=torch.bool, device=GPU)}
-    return lambda: net(empty(2, 3, side, side, dtype=dtype), torch.zeros(2, device=GPU), **told)
+    return lambda: net(empty(2, 3, side, side, dtype=dtype), torch.zeros(2, device=GPU), **inputs)
 
 
 def flux_inputs(config, dtype, side: int = 128) -> dict:

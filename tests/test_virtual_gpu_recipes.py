@@ -1,4 +1,4 @@
-"""Every recipe by the trainer's own loop, on a GPU that is not there (virtual_gpu.py), without float64."""
+"""Every recipe by the trainer's own loop, on a virtual GPU (virtual_gpu.py), without float64."""
 from __future__ import annotations
 
 import tempfile

@@ -1,4 +1,4 @@
-"""Every sampler's loop and every formula of training, on a GPU that is not there (virtual_gpu.py), without float64."""
+"""Every sampler's loop and every formula of training, on a virtual GPU (virtual_gpu.py), without float64."""
 from __future__ import annotations
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""Every shipped workflow through a ComfyUI, on a GPU that is not there (virtual_gpu.py), without float64: all of them
+"""Every shipped workflow through a ComfyUI, on a virtual GPU (virtual_gpu.py), without float64: all of them
 where it computes in bf16, and one of each family in float16."""
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_a_shipped_workflow_validates(workflow, host):
 
 
 def pixels(menu: str) -> int:
-    """Of a menu of resolutions, whose 'auto' is the model's own size."""
+    """Options of a menu of resolutions, whose 'auto' is the model's own size."""
     return int(menu) if menu.isdigit() else 0
 
 

@@ -1,5 +1,5 @@
 """The embedded family in miniature: every file that its recipes export, made by their own export, with random weights,
-and the recipes that they are from. Text comes from the embedded T5."""
+and the recipes that made them. Text comes from the embedded T5."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -26,30 +26,30 @@ def make(models: Path, folder: Path) -> SimpleNamespace:
     """Recipes by name, each with `file`, the name of what it exported into `models`. folder: for everything else."""
     data = tiny_run.pictures(folder / "set", size=SIDE)
     weights.tiny_hed(folder / "hed.pth")
-    found = {}
+    family = {}
 
     def export(name: str, kind: str, **sections):
         raw = {**{k: v for k, v in tiny_run.SETTINGS.items() if k not in ("model", "text")}, "precision": "fp32",
                "data": {"path": str(data), "resolution": SIDE, "crop": "none"}, "out": str(folder / name), **sections}
         raw["recipe"] = {"name": kind, **sections.get("recipe", {})}
-        made, _ = tiny_pixart.recipe_of(check.parse(raw))
-        for pattern, (tensors, metadata) in made.files().items():
+        recipe, _ = tiny_pixart.recipe_of(check.parse(raw))
+        for pattern, (tensors, metadata) in recipe.files().items():
             path = models / pattern.format(name=f"tiny_family_{name}")
             state_dict.write_file(path, {k: v.detach().clone() for k, v in tensors.items()}, metadata)
-            found[name] = SimpleNamespace(recipe=made.eval(), file=path.name, path=str(path))
+            family[name] = SimpleNamespace(recipe=recipe.eval(), file=path.name, path=str(path))
 
     for name, channels, scale, shift in (("vae", 4, 0.18215, 0.0), ("flux_vae", 16, 0.3611, 0.1159)):
         model = {"latent_channels": channels, "latent_scale": scale, "latent_shift": shift}
         torch.manual_seed(channels)
         export(name, "autoencoder", model=model)
-    vae, flux_vae = ({"path": found[name].path} for name in ("vae", "flux_vae"))
+    vae, flux_vae = ({"path": family[name].path} for name in ("vae", "flux_vae"))
     padded = {**TEXT, "padded": True}
     export("pixart", "pixart", model=PIXART, text=TEXT, vae=vae)
-    export("lora", "pixart_lora", text=TEXT, vae=vae, init_from=found["pixart"].path, adapter={"rank": 4})
-    export("edges", "pixart_controlnet", text=TEXT, vae=vae, init_from=found["pixart"].path,
+    export("lora", "pixart_lora", text=TEXT, vae=vae, init_from=family["pixart"].path, adapter={"rank": 4})
+    export("edges", "pixart_controlnet", text=TEXT, vae=vae, init_from=family["pixart"].path,
            recipe={"blocks": 2, "annotator": str(folder / "hed.pth"), "hints": [str(data.parent / HINTED)]},
            samples={"prompts": ["one"]})
     export("flux", "flux", model=FLUX, text=padded, vae=flux_vae)
     export("ponder", "pixelponder", model={"depth": 1, "selector_width": 32}, text=padded, vae=flux_vae,
-           recipe={"base": found["flux"].path, "annotators": ["canny", "hed"], "hed": str(folder / "hed.pth")})
-    return SimpleNamespace(**found, picture=data.parent / HINTED)
+           recipe={"base": family["flux"].path, "annotators": ["canny", "hed"], "hed": str(folder / "hed.pth")})
+    return SimpleNamespace(**family, picture=data.parent / HINTED)

@@ -21,13 +21,13 @@ IMAGE = {"resolution": 64, "crop": "none"}
 
 
 def t5(folder, width=WIDTH):
-    """As transformers saves one."""
+    """A T5, as transformers saves one."""
     libraries.hide_broken_torchvision()
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    made = tokenizer.train([f"a {c} {s}" for c in COLOURS for s in ("square", "card")], 60)
+    trained = tokenizer.train([f"a {c} {s}" for c in COLOURS for s in ("square", "card")], 60)
     names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=trained, **names).save_pretrained(folder)
     torch.manual_seed(0)
     shape = T5Config(vocab_size=60, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     T5EncoderModel(shape).save_pretrained(folder)
@@ -35,7 +35,7 @@ def t5(folder, width=WIDTH):
 
 
 def vae(folder, latent_channels=4):
-    """As diffusers saves one: eight pixels along a side of a latent cell."""
+    """A VAE, as diffusers saves one: eight pixels along a side of a latent cell."""
     libraries.hide_broken_torchvision()
     from diffusers import AutoencoderKL
 
@@ -53,7 +53,7 @@ def parts(folder):
 
 
 def settings(path, out, sections, *words, recipe="pixart", **more):
-    """sections: of `parts`."""
+    """Settings of a run. sections: those of `parts`."""
     raw = {**SETTINGS, "recipe": {"name": recipe}, "model": {k: v for k, v in SHAPE.items() if k != "context_dim"},
            "data": {"path": str(path), **IMAGE}, "out": str(out), "precision": "fp32", **sections, **more}
     return check.parse(raw, words)
@@ -62,21 +62,21 @@ def settings(path, out, sections, *words, recipe="pixart", **more):
 def released(path, seed=0, scale=0.1, **entries):
     """A checkpoint of ours with weights none of which is zero; a null caption unless `entries` say otherwise."""
     shape = PixArtConfig(**{**SHAPE, "sample_size": 8, "null_caption": True, **entries})
-    chance = torch.Generator().manual_seed(seed)
-    weights = {k: scale * torch.randn(v.shape, generator=chance) for k, v in PixArt(shape).state_dict().items()}
+    rng = torch.Generator().manual_seed(seed)
+    weights = {k: scale * torch.randn(v.shape, generator=rng) for k, v in PixArt(shape).state_dict().items()}
     write_file(path, weights, checkpoint.metadata(shape))
     return shape, weights
 
 
 def recipe_of(made):
     """(the recipe of settings, its batches), nothing in it zero, so that every part shows in the loss."""
-    found = build.collection(made)
-    recipe = build.recipe(made, found)
+    items = build.collection(made)
+    recipe = build.recipe(made, items)
     torch.manual_seed(1)
     for p in recipe.parameters():
         if p.requires_grad and not p.any():
             torch.nn.init.normal_(p, std=0.1)
-    return recipe, loader.Batches(found.train, made.data, made.seed, made.batch_size)
+    return recipe, loader.Batches(items.train, made.data, made.seed, made.batch_size)
 
 
 def toml(folder, made):
@@ -92,12 +92,12 @@ def toml(folder, made):
 
 def case(name):
     """(config, inputs, outputs) of a parity case among the fixtures."""
-    found = {"input": {}, "output": {}}
+    tensors = {"input": {}, "output": {}}
     with safe_open(Path(__file__).parent / "fixtures/parity" / f"{name}.safetensors", framework="pt") as file:
         for key in file.keys():
             kind, _, part = key.partition(".")
-            found[kind][part] = file.get_tensor(key)
-        return json.loads(file.metadata()["config"]), found["input"], found["output"]
+            tensors[kind][part] = file.get_tensor(key)
+        return json.loads(file.metadata()["config"]), tensors["input"], tensors["output"]
 
 
 def log(folder):

@@ -23,13 +23,13 @@ POOLED = 12
 
 
 def clip(folder):
-    """As transformers saves one, of another width than the T5."""
+    """A CLIP, as transformers saves one, of another width than the T5."""
     libraries.hide_broken_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-    made = tokenizer.train([f"a {c} {s}" for c in tiny_run.COLOURS for s in ("square", "card")], 60)
+    trained = tokenizer.train([f"a {c} {s}" for c in tiny_run.COLOURS for s in ("square", "card")], 60)
     names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=trained, **names).save_pretrained(folder)
     torch.manual_seed(0)
     CLIPTextModel(CLIPTextConfig(
         vocab_size=60, hidden_size=POOLED, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -40,8 +40,8 @@ def clip(folder):
 
 def base(path, **entries):
     """A FLUX with weights none of which is zero."""
-    chance, shape = torch.Generator().manual_seed(0), replace(FLUX, **entries)
-    weights = {k: v if k.endswith("norm.scale") else 0.08 * torch.randn(v.shape, generator=chance)
+    rng, shape = torch.Generator().manual_seed(0), replace(FLUX, **entries)
+    weights = {k: v if k.endswith("norm.scale") else 0.08 * torch.randn(v.shape, generator=rng)
                for k, v in Flux(shape).state_dict().items()}
     write_file(path, weights, checkpoint.metadata(shape))
     return path
@@ -68,7 +68,7 @@ def pictures(folder):
 
 
 def settings(path, out, sections, *words, **more):
-    """sections: of `parts`."""
+    """Settings of a run. sections: those of `parts`."""
     raw = {**tiny_run.SETTINGS, "precision": "fp32", "model": MODEL, "data": {"path": str(path), **IMAGE},
            "out": str(out), **sections, "recipe": {"name": "pixelponder", **sections["recipe"]}, **more}
     return check.parse(raw, words)

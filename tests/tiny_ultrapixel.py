@@ -29,10 +29,10 @@ GUIDED = {"name": "ultrapixel_guide", "low_side": 2, **FRESH}
 
 def network(kind, shape, seed=0, std=0.08):
     torch.manual_seed(seed)
-    made = kind(shape)
-    for parameter in made.parameters():  # the initial zeros would hide mistakes
+    net = kind(shape)
+    for parameter in net.parameters():  # the initial zeros would hide mistakes
         nn.init.normal_(parameter, std=std)
-    return made.eval()
+    return net.eval()
 
 
 def written(path, kind, shape, **more):
@@ -42,7 +42,7 @@ def written(path, kind, shape, **more):
 
 
 def calibrated(net, picture):
-    """With the means and deviations of `picture` in its norms, so that what comes out is of size one."""
+    """net with the means and deviations of `picture` in its norms, so that what comes out is of size one."""
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     for one in norms:
         one.momentum = None
@@ -52,7 +52,7 @@ def calibrated(net, picture):
 
 
 def effnet(path):
-    """As released: EfficientNetV2-S at its full size, its weights of chance."""
+    """The semantic encoder as released: EfficientNetV2-S at its full size, with random weights."""
     torch.manual_seed(0)
     plain = torch.rand(24, 3, 1, 1).expand(-1, -1, 128, 128).clone()
     plain[::2, :, :32] = 0.5  # as the pictures of `tiny_run`, whose latents are then of size one
@@ -66,17 +66,17 @@ def effnet(path):
 
 
 def remembered():
-    """While it lasts, a picture is encoded once: EfficientNetV2-S takes longer than all the rest."""
+    """A context in which each picture is encoded once: EfficientNetV2-S takes longer than all the rest."""
     encode, known = FrozenEffnet.encode, {}
 
     def once(self, pictures, device):
-        found = []
+        latents = []
         for one in pictures.split(1):
             key = (one.numpy().tobytes(), one.shape, str(self.path), self.low, self.dtype)
             if key not in known:
                 known[key] = encode(self, one, device)
-            found.append(known[key])
-        return {name: torch.cat([f[name] for f in found]) for name in found[0]}
+            latents.append(known[key])
+        return {name: torch.cat([f[name] for f in latents]) for name in latents[0]}
 
     FrozenEffnet.encode = once
     yield
@@ -84,7 +84,7 @@ def remembered():
 
 
 def clip(folder, width=C.text_dim, pooled=C.pooled_dim):
-    """As transformers saves CLIP-G's text tower and its tokenizer: letters, and the words that tests use."""
+    """CLIP-G's text tower and its tokenizer, as transformers saves them: letters, and the words that tests use."""
     libraries.hide_broken_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -112,7 +112,7 @@ def clip(folder, width=C.text_dim, pooled=C.pooled_dim):
 
 
 def vision(folder):
-    """As transformers saves CLIP-L's image tower."""
+    """CLIP-L's image tower, as transformers saves it."""
     libraries.hide_broken_torchvision()
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -155,12 +155,12 @@ def settings(path, out, sections, recipe, *words, **more):
 
 def case(name):
     """(weights, config, inputs, outputs) of a parity case among the fixtures."""
-    found = {"weight": {}, "input": {}, "output": {}}
+    tensors = {"weight": {}, "input": {}, "output": {}}
     with safe_open(Path(__file__).parent / "fixtures/parity" / f"{name}.safetensors", framework="pt") as file:
         for key in file.keys():
             kind, _, part = key.partition(".")
-            found[kind][part] = file.get_tensor(key)
-        return found["weight"], json.loads(file.metadata()["config"]), found["input"], found["output"]
+            tensors[kind][part] = file.get_tensor(key)
+        return tensors["weight"], json.loads(file.metadata()["config"]), tensors["input"], tensors["output"]
 
 
 def weights(folder, step=6):
@@ -182,8 +182,8 @@ def toml(folder, made):
 
 def recipe_of(made):
     """(the recipe of settings, its batches)"""
-    found = build.collection(made)
-    return build.recipe(made, found), loader.Batches(found.train, made.data, made.seed, made.batch_size)
+    items = build.collection(made)
+    return build.recipe(made, items), loader.Batches(items.train, made.data, made.seed, made.batch_size)
 
 
 def log(folder: Path):

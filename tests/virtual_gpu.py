@@ -1,4 +1,4 @@
-"""A GPU that is not there, for rehearsing on a CPU what a GPU would refuse: `with VirtualGPU() as gpu:` and the device
+"""A virtual GPU, which shows on a CPU what a GPU would refuse: `with VirtualGPU() as gpu:` and the device
 "gpu".
 
 CPU tensors are real. Those on "gpu" are FakeTensors of PyTorch's Python-only backend: device, shape, strides and dtype
@@ -59,7 +59,7 @@ WIDEST = "cat stack addcmul addcdiv dot cross index_put scatter_add bilinear".sp
 
 class VirtualGPU(TorchDispatchMode):
     def __init__(self, double: bool = False):
-        """double: whether the device has float64; CUDA has it, MPS, DirectML and some XPUs have not."""
+        """double: whether the device has float64: CUDA does; MPS, DirectML and some XPUs do not."""
         super().__init__()
         register()
         self.double, self.depth = double, 0
@@ -139,7 +139,7 @@ class VirtualGPU(TorchDispatchMode):
             raise TypeError(f"{name} makes {dtype} on a device without it")
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """What the CPU is given of a tensor."""
+        """The values of a tensor, as the CPU reads them."""
         if (known := getattr(x, "value", None if isinstance(x, FakeTensor) else x)) is not None:
             return known.clone()
         made_by = getattr(x, "made_by", "")
@@ -164,8 +164,8 @@ class VirtualGPU(TorchDispatchMode):
 
     @staticmethod
     def some(tensors: list) -> bool | None:
-        """Whether anything in the only tensor of an operation is not zero, as far as that is known: nodes tell an empty
-        latent by it."""
+        """Whether anything in the only tensor of an operation is not zero, as far as that is known: nodes recognise an
+        empty latent by it."""
         if len(tensors) != 1:
             return None
         if isinstance(tensors[0], FakeTensor):
@@ -177,8 +177,8 @@ class VirtualGPU(TorchDispatchMode):
             if values is None and argument.alias_info is not None and argument.alias_info.is_write:
                 for changed in (y for y in tree_leaves(x) if isinstance(y, FakeTensor)):
                     changed.value = None
-        made = tree_leaves(result)
-        for x, value in zip(made, [None] * len(made) if values is None else tree_leaves(values), strict=True):
+        leaves = tree_leaves(result)
+        for x, value in zip(leaves, [None] * len(leaves) if values is None else tree_leaves(values), strict=True):
             if isinstance(x, FakeTensor) and x.device.type == GPU:
                 x.made_by, x.some = name, some if x.dtype != torch.bool or name == "any" else None
                 if value is not None and value.numel() <= SMALL:
@@ -191,12 +191,12 @@ class VirtualGPU(TorchDispatchMode):
         if not isinstance(like, torch.Tensor) or isinstance(like, FakeTensor):
             return like
         with self.fake:
-            made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-        made.value = value
-        return made
+            fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+        fake.value = value
+        return fake
 
     def indices(self, name: str, indices: list) -> list:
-        """Those of bool become as many as if all were true."""
+        """Indices of bool as if all were true."""
         whole = []
         for i in indices:
             chosen = i is not None and i.dtype in (torch.bool, torch.uint8)
@@ -209,7 +209,7 @@ class VirtualGPU(TorchDispatchMode):
 
 
 class _Generator(torch.Generator):
-    """In the place of torch.Generator: of the device "gpu" too."""
+    """A torch.Generator that may be of the device "gpu" too."""
 
     device, real = property(lambda self: torch.device(GPU)), torch.Generator
 
@@ -300,7 +300,7 @@ def _autocast(op, to, without, *args, **kwargs):
 # --- What runs on it
 
 def accelerator() -> SimpleNamespace:
-    """What the trainer asks of accelerate's, for one process on the device; `offload.place` puts the recipe there."""
+    """An Accelerator as far as the trainer uses it, for one process there; `offload.place` puts the recipe there."""
     return SimpleNamespace(
         device=torch.device(GPU), num_processes=1, process_index=0, is_main_process=True, print=lambda *_: None,
         main_process_first=nullcontext, no_sync=lambda model: nullcontext(), prepare=lambda model, **_: model,
@@ -308,7 +308,7 @@ def accelerator() -> SimpleNamespace:
 
 
 def be_gpu_of_comfyui(half: torch.dtype, memory: int = 24 * 2**30):
-    """From now on ComfyUI, imported on a CPU, has a card of so many bytes that computes in `half`."""
+    """Give a ComfyUI that was imported on a CPU a card of `memory` bytes that computes in `half`."""
     import comfy.model_management as mm
 
     register()
@@ -326,7 +326,7 @@ def be_gpu_of_comfyui(half: torch.dtype, memory: int = 24 * 2**30):
 
 @dataclass
 class Waits:
-    """What was waited for: "what at place" -> how often."""
+    """Waits: "what at place" -> how often."""
 
     step: dict[str, float]
     once: dict[str, float] | None = None
@@ -334,8 +334,8 @@ class Waits:
 
 
 def one_pass(run: Callable[[], object], dtype: torch.dtype, count: bool = True) -> Waits:
-    """Of a network that computes in dtype, and so has to answer: in its second pass, for the first may fill caches.
-    Without `count` there is only one, and no waits."""
+    """The waits of a network that computes in dtype and must return it, in its second pass: the first may fill caches.
+    Without `count` there is only one pass, and no waits."""
     with VirtualGPU() as gpu, torch.no_grad():
         for x in (x for x in tree_leaves(run()) if isinstance(x, torch.Tensor)):
             if x.device.type != GPU or x.dtype != dtype:
@@ -349,7 +349,7 @@ def one_pass(run: Callable[[], object], dtype: torch.dtype, count: bool = True) 
 
 
 def in_steps(run: Callable[[int], object], few: int, many: int) -> Waits:
-    """Of a loop `run(steps)`: what a longer run waits for and a shorter one does not, per step."""
+    """The waits of a loop `run(steps)` per step: those of a longer run that a shorter one does not have."""
     seen = []
     for steps in (few, many):
         with VirtualGPU() as gpu, torch.no_grad():
@@ -369,7 +369,7 @@ def rehearse(run: Callable[[], Waits]) -> dict:
 
 
 def main(module: str, out: str, *names: str):
-    """In the child process: those of the module's REHEARSALS, a line of JSON for each."""
+    """Run the module's REHEARSALS in the child process and print a line of JSON for each."""
     from pixstack.tools.comfy_host import prepare_torch
 
     prepare_torch()
@@ -381,7 +381,7 @@ def main(module: str, out: str, *names: str):
 
 
 def in_child(request, folder: Path) -> dict[str, dict]:
-    """What came of the rehearsals that the tests of this file ask for, by name. One child for all of them, and for all
+    """The results of the rehearsals that the tests of this file ask for, by name. One child for all of them, and all
     workers of pytest-xdist."""
     from filelock import FileLock  # a requirement of torch
 

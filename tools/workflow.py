@@ -84,7 +84,7 @@ def _is_widget(spec: list) -> bool:
 
 
 def _follow(origin: int, slot: int, nodes: dict, links: dict):
-    """What a link really carries, through reroutes and bypassed nodes: [node, slot], a primitive's value, or None."""
+    """The source of a link, through reroutes and bypassed nodes: [node, slot], a primitive's value, or None."""
     node = nodes[origin]
     if node.get("mode") == MUTED:
         return None
@@ -107,7 +107,7 @@ def _bypass(node: dict, slot: int) -> dict | None:
 
 
 def set_inputs(graph: dict, assignments: list[str], info: dict) -> dict:
-    """A copy of `graph` with each NODE.input=value done. NODE is an id, a title or a type that one node alone has."""
+    """A copy of `graph` with each NODE.input=value done. NODE is an id, a title or a type that only one node has."""
     graph = {i: {**node, "inputs": dict(node["inputs"])} for i, node in graph.items()}
     for assignment in assignments:
         target, equals, text = assignment.partition("=")

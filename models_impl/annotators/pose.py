@@ -1,6 +1,6 @@
 """People, their hands and faces, by the small networks of MediaPipe (BlazePose, arXiv 2006.10204), run by LiteRT.
 
-The networks are tflite files of fixed size. What stands around them is here: anchors, suppression, the turned square
+The networks are tflite files of fixed size. This file has what surrounds them: anchors, suppression, the turned square
 that is cut out for each network, and the way back to the picture. (mediapipe/modules/{pose_detection, pose_landmark,
 holistic_landmark, hand_landmark, face_detection, face_landmark} of google-ai-edge/mediapipe, 0.10.21, static images)
 
@@ -31,7 +31,7 @@ RIGHT_EYE, LEFT_EYE = 5, 2
 HEAD = 11  # the first points of the body are those of the head
 WRIST_SEEN = 0.1
 SAME_HEAD = 0.05  # mean distance of two heads' points in sides of the body's box, below which they are one person's
-WITHIN, GHOST = 0.5, 0.9  # a body that lies so much within another, and is so much less sure, is a part of it
+WITHIN, GHOST = 0.5, 0.9  # a body that overlaps another by this much, and is less certain by this much, is a part of it
 
 
 class Graph:
@@ -53,12 +53,12 @@ class Graph:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x: (B, side, side, 3). One picture at a time: the graphs were converted for one."""
-        found = []
+        outputs = []
         for picture in x.float().split(1):
             self._interpreter.set_tensor(self._input, picture.contiguous().cpu().numpy())
             self._interpreter.invoke()
-            found.append([torch.from_numpy(self._interpreter.get_tensor(index)) for index in self._outputs])
-        return [torch.cat(out) for out in zip(*found, strict=True)]
+            outputs.append([torch.from_numpy(self._interpreter.get_tensor(index)) for index in self._outputs])
+        return [torch.cat(out) for out in zip(*outputs, strict=True)]
 
 
 Network = Callable[[Tensor], list[Tensor]]
@@ -66,10 +66,10 @@ Network = Callable[[Tensor], list[Tensor]]
 
 @dataclass(frozen=True)
 class Person:
-    """Points in pixels of the picture; they may lie outside of it."""
+    """One person. Points are in pixels of the picture and may lie outside of it."""
 
     score: float
-    """How sure it is, in [0, 1]."""
+    """Certainty, in [0, 1]."""
     body: Tensor
     """(33, 3): x, y, and how likely the point is to be seen, in [0, 1]."""
     left: Tensor | None = None
@@ -89,14 +89,14 @@ def whole(height: int, width: int) -> Tensor:
 def windows(height: int, width: int, search: int) -> Tensor:
     """(N, 4): where people are looked for. search 0: in the whole picture, as MediaPipe does. 1: in squares of its
     shorter side as well, which overlap by half. 2: also in squares of half of it."""
-    found, short = [whole(height, width)], min(height, width)
+    boxes, short = [whole(height, width)], min(height, width)
     for side in [s for s in (short, short / 2)[:search] if s < max(height, width)]:
         spots = []
         for length in (height, width):
             steps = ceil((length - side) / (side / 2))
             spots.append([side / 2 + (length - side) * i / max(1, steps) for i in range(steps + 1)])
-        found.append(torch.tensor([[x, y, side, 0.0] for y in spots[0] for x in spots[1]]))
-    return torch.cat(found)
+        boxes.append(torch.tensor([[x, y, side, 0.0] for y in spots[0] for x in spots[1]]))
+    return torch.cat(boxes)
 
 
 def crop(picture: Tensor, boxes: Tensor, side: int, outside: str = "border") -> Tensor:
@@ -150,12 +150,12 @@ def around(points: Tensor, start: Tensor, end: Tensor, target: float) -> Tensor:
 
 def anchors(side: int, strides: tuple[int, ...]) -> Tensor:
     """(A, 2): centres of the anchors in [0, 1]; two for each stride that is named, stride by stride."""
-    found = []
+    anchors = []
     for stride in dict.fromkeys(strides):
         along = (torch.arange(side // stride) + 0.5) / (side // stride)
         centres = torch.stack(torch.meshgrid(along, along, indexing="xy"), -1).view(-1, 1, 2)
-        found.append(centres.expand(-1, 2 * strides.count(stride), -1).reshape(-1, 2))
-    return torch.cat(found)
+        anchors.append(centres.expand(-1, 2 * strides.count(stride), -1).reshape(-1, 2))
+    return torch.cat(anchors)
 
 
 POSE_STRIDES, FACE_STRIDES = (8, 16, 32, 32, 32), (8, 16, 16, 16)
@@ -174,8 +174,8 @@ def decode(raw: Tensor, logits: Tensor, side: int, strides: tuple[int, ...]) -> 
 
 
 def suppressed(points: Tensor, scores: Tensor, overlap: float = 0.3) -> tuple[Tensor, Tensor]:
-    """Weighted suppression of points (A, 2 + K, 2) by their boxes: each is the mean, by score, of those it overlaps
-    with. Best first; a box keeps the score of its best."""
+    """Weighted suppression of points (A, 2 + K, 2) by their boxes: each is the mean, by score, of those it
+    overlaps. Best first; a box keeps the score of its best."""
     order = scores.argsort(descending=True)
     points, scores, kept = points[order], scores[order], []
     while len(scores):
@@ -198,11 +198,11 @@ def overlaps(one: Tensor, many: Tensor) -> Tensor:
 
 def detect(network: Network, picture: Tensor, boxes: Tensor, side: int, strides: tuple[int, ...],
            confidence: float) -> tuple[Tensor, Tensor]:
-    """What a detector finds within boxes of a picture (3, H, W): points (N, 2 + K, 2) in pixels and scores (N,)."""
+    """Findings of a detector within boxes of a picture (3, H, W): points (N, 2 + K, 2) in pixels and scores (N,)."""
     raw, logits = network(crop(picture, boxes, side, "zeros") * 2 - 1)
     points, scores = decode(raw, logits, side, strides)
-    found = project(points.flatten(1, 2), boxes).view_as(points)[scores >= confidence]
-    return suppressed(found, scores[scores >= confidence])
+    candidates = project(points.flatten(1, 2), boxes).view_as(points)[scores >= confidence]
+    return suppressed(candidates, scores[scores >= confidence])
 
 
 # --- Landmarks
@@ -215,7 +215,7 @@ def body_points(raw: Tensor, heatmap: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refined(points: Tensor, heatmap: Tensor, kernel: int = 7, confidence: float = 0.5) -> Tensor:
-    """Points (N, P, 2) in [0, 1] moved to the mass of the heatmap (N, h, w, P) around them, where that is sure."""
+    """Points (N, P, 2) in [0, 1] moved to the mass of the heatmap (N, h, w, P) around them, where it is certain."""
     height, width = heatmap.shape[1:3]
     x, y = (points[..., 0] * width).int(), (points[..., 1] * height).int()  # (N, P)
     reach = (kernel - 1) // 2
@@ -232,8 +232,8 @@ def refined(points: Tensor, heatmap: Tensor, kernel: int = 7, confidence: float 
 
 def people(networks: dict[str, Network], picture: Tensor, *, hands: bool = True, face: bool = True, most: int = 10,
            confidence: float = 0.5, search: int = 1) -> list[Person]:
-    """The people in a picture (3, H, W) of [0, 1], the surest first, at most `most` of them. How sure: the detector's
-    score times the mean visibility of the body.
+    """The people in a picture (3, H, W) in [0, 1], the most certain first, at most `most` of them. The certainty is the
+    detector's score times the mean visibility of the body.
 
     networks: the parts of FILES, of which hands and faces need theirs. confidence: the least score of a person.
     search: see `windows`.
@@ -248,24 +248,24 @@ def people(networks: dict[str, Network], picture: Tensor, *, hands: bool = True,
     local, visible = body_points(raw, heatmap)
     bodies = torch.cat([project(local, boxes), visible[..., None]], -1)  # (N, 33, 3)
     sure = scores * visible.mean(1)
-    found: list[Person] = []
+    people: list[Person] = []
     for index in sure.argsort(descending=True).tolist():
         body, side = bodies[index], boxes[index, 2]
-        if presence[index, 0] <= 0.5 or any(_same(other, body, sure[index], side) for other in found):
+        if presence[index, 0] <= 0.5 or any(_same(other, body, sure[index], side) for other in people):
             continue
-        found.append(Person(
+        people.append(Person(
             float(sure[index]), body,
             left=hand(networks, picture, body[list(LEFT_HAND)]) if hands else None,
             right=hand(networks, picture, body[list(RIGHT_HAND)]) if hands else None,
             face=face_points(networks, picture, body[:HEAD]) if face else None,
         ))
-        if len(found) == most:
+        if len(people) == most:
             break
-    return found
+    return people
 
 
 def _same(known: Person, body: Tensor, sure: Tensor, side: Tensor) -> bool:
-    """Whether a body found in a box of this side belongs to a person who is known, and surer."""
+    """Whether a body found in a box of this side belongs to a person already found with more certainty."""
     if (known.body - body)[:HEAD, :2].norm(dim=-1).mean() < SAME_HEAD * side:
         return True
     corners = [torch.stack([points[:, :2].amin(0), points[:, :2].amax(0)]) for points in (known.body, body)]
@@ -295,7 +295,7 @@ def face_points(networks: dict[str, Network], picture: Tensor, head: Tensor) -> 
     points, _ = detect(networks["face_detector"], picture, box, SIDES["face_detector"], FACE_STRIDES, 0.5)
     if not len(points):
         return None
-    keys = points[:1, 2:]  # eyes, nose, mouth and ears of the surest
+    keys = points[:1, 2:]  # eyes, nose, mouth and ears of the most certain face
     box = grown(around(keys, keys[:, 0], keys[:, 1], 0.0), 2.0, down=-0.1)
     raw, presence = networks["face"](crop(picture, box, SIDES["face"]))
     return _scored(raw, presence.flatten()[0].sigmoid(), SIDES["face"], box)

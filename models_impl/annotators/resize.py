@@ -20,7 +20,7 @@ MOST = 16384
 def seen(image: Tensor, resolution: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """image: (B, C, H, W) -> the image as the annotator sees it, and what brings (B, C', h, w) back to (B, C', H, W).
 
-    resolution: pixels of the shorter side; OWN is the picture's own size and leaves it alone; RELEASE is the length of
+    resolution: pixels of the shorter side; OWN is the picture's own size and changes nothing; RELEASE is the length of
     its longer side, as the release has it.
     """
     height, width = image.shape[-2:]
@@ -38,13 +38,13 @@ def seen(image: Tensor, resolution: int) -> tuple[Tensor, Callable[[Tensor], Ten
 
 
 def resized(image: Tensor, height: int, width: int, area: bool = False) -> Tensor:
-    """As OpenCV resizes float pictures: the mean of what a pixel covers with `area`, else bilinear."""
+    """image resized as by OpenCV for floats: with `area` the mean of what a pixel covers, else bilinear."""
     if image.shape[-2:] == (height, width):
         return image
     import cv2
 
     how = cv2.INTER_AREA if area else cv2.INTER_LINEAR
     pictures = image.float().cpu().movedim(1, -1).contiguous().numpy()
-    made = [torch.from_numpy(cv2.resize(p, (width, height), interpolation=how)).view(height, width, -1)
-            for p in pictures]
-    return torch.stack(made).movedim(-1, 1).to(image.device)
+    scaled = [torch.from_numpy(cv2.resize(p, (width, height), interpolation=how)).view(height, width, -1)
+              for p in pictures]
+    return torch.stack(scaled).movedim(-1, 1).to(image.device)

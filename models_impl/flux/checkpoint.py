@@ -60,18 +60,18 @@ def read(
 
 
 def metadata(config: FluxConfig) -> dict[str, str]:
-    """What our exported safetensors say about themselves, so that nothing has to be guessed."""
+    """Metadata of our exported safetensors: the family and the whole configuration."""
     return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
 
 
 def refuse_incomplete(tensors: Mapping, needed, what: str):
     missing = [key for key in needed if key not in tensors]
     if missing:
-        raise ValueError(f"This {what} is not whole: it has no {', '.join(missing)}.")
+        raise ValueError(f"This {what} is incomplete: it has no {', '.join(missing)}.")
 
 
 def from_shapes(tensors: Mapping[str, Tensor]) -> dict:
-    """What keys and shapes tell of a FLUX trunk, a base's or a ControlNet's; axes and theta they do not."""
+    """The entries that keys and shapes give of a FLUX trunk, a base's or a ControlNet's: all but axes and theta."""
     hidden, in_channels = tensors["img_in.weight"].shape
     return dict(
         hidden=hidden,
@@ -88,13 +88,13 @@ def from_shapes(tensors: Mapping[str, Tensor]) -> dict:
 
 
 def count(tensors: Mapping, name: str) -> int:
-    """How many entries the module list `name` has."""
-    found = (re.match(rf"{re.escape(name)}\.(\d+)\.", key) for key in tensors)
-    return 1 + max((int(m[1]) for m in found if m), default=-1)
+    """Number of entries of the module list `name`."""
+    matches = (re.match(rf"{re.escape(name)}\.(\d+)\.", key) for key in tensors)
+    return 1 + max((int(m[1]) for m in matches if m), default=-1)
 
 
 def complete(shapes: Mapping, stated: Mapping) -> dict:
-    """Both together; raises ValueError where they contradict, or where the rope is neither stated nor a release's."""
+    """Both merged. Raises ValueError where they contradict, or where the rope is neither stated nor a release's."""
     for name in shapes.keys() & stated.keys():
         if stated[name] != shapes[name]:
             raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
@@ -103,7 +103,7 @@ def complete(shapes: Mapping, stated: Mapping) -> dict:
         head_dim = entries["hidden"] // entries["heads"]
         if head_dim not in HEAD_AXES:
             raise ValueError(f"The heads of this checkpoint are {head_dim} wide, those of the releases 128, and its "
-                             "keys do not tell how they turn with the position. Give its configuration (axes_dim).")
+                             "keys do not say how they turn with the position. Give its configuration (axes_dim).")
         entries["axes"] = HEAD_AXES[head_dim]
     return entries
 

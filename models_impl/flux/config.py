@@ -1,4 +1,4 @@
-"""What a FLUX checkpoint is: the shape of its transformer."""
+"""Configuration of a FLUX checkpoint: the shape of its transformer."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -75,7 +75,7 @@ class FluxConfig:
 
     @classmethod
     def from_dict(cls, entries: Mapping) -> FluxConfig:
-        """From a complete set of entries; see `entries_of` for the names it takes."""
+        """The configuration of a complete set of entries; see `entries_of` for the names it takes."""
         return cls(**cls.entries_of(entries))
 
     @classmethod
@@ -85,7 +85,7 @@ class FluxConfig:
         Raises ValueError for an entry that is none of them.
         """
         known = {f.name for f in fields(cls)}
-        found, ratio, head_dim = {}, None, None
+        renamed, ratio, head_dim = {}, None, None
         for name, value in entries.items():
             ours = REFERENCE_NAMES.get(name, name)
             if name == "mlp_ratio":
@@ -93,18 +93,18 @@ class FluxConfig:
             elif name == "attention_head_dim":
                 head_dim = value
             elif ours in known:
-                found[ours] = tuple(value) if ours == "axes" else value
+                renamed[ours] = tuple(value) if ours == "axes" else value
             elif name not in NOT_OURS and not name.startswith("_"):  # diffusers signs its files: _class_name, ...
                 raise ValueError(f"Unknown entry {name!r} in a FLUX configuration; known are "
                                  f"{', '.join(sorted(known | set(REFERENCE_NAMES)))}.")
-        if head_dim is not None and "heads" in found:
-            found.setdefault("hidden", head_dim * found["heads"])
-        if "hidden" in found:
+        if head_dim is not None and "heads" in renamed:
+            renamed.setdefault("hidden", head_dim * renamed["heads"])
+        if "hidden" in renamed:
             if ratio is not None:
-                found["mlp_hidden"] = int(found["hidden"] * ratio)
+                renamed["mlp_hidden"] = int(renamed["hidden"] * ratio)
             elif "_class_name" in entries:  # diffusers does not say it
-                found.setdefault("mlp_hidden", 4 * found["hidden"])
-        return found
+                renamed.setdefault("mlp_hidden", 4 * renamed["hidden"])
+        return renamed
 
 
 PRESETS = {"dev": FluxConfig(), "schnell": FluxConfig(guidance=False)}

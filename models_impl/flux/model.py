@@ -1,6 +1,6 @@
 """The FLUX.1 transformer: blocks with separate image and text streams, then blocks on both joined (text first).
 
-It is told positions, so pictures of any size are sequences of 2x2-cell tokens. Key names are those of the release
+Positions are an input, so pictures of any size are sequences of 2x2-cell tokens. Key names are those of the release
 (black-forest-labs/flux, src/flux/model.py and modules/layers.py).
 """
 from __future__ import annotations
@@ -194,7 +194,7 @@ class FinalLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Residuals:
-    """What a ControlNet adds behind the blocks of the base, each entry serving a run of neighbouring blocks."""
+    """Residuals of a ControlNet, added after the blocks of the base; each entry serves a run of neighbouring blocks."""
 
     double: tuple[Tensor, ...] = ()
     """(B, N, D) each, to the image tokens."""

@@ -1,7 +1,7 @@
 """Rectified flow as FLUX uses it: noisy = (1 - sigma) * latent + sigma * noise, velocity = noise - latent.
 
-The network is told sigma itself, in [0, 1]. (black-forest-labs/flux, src/flux/sampling.py; training as in train.py of
-chfyfr/PixelPonder@3326c73)
+The network is conditioned on sigma itself, in [0, 1]. (black-forest-labs/flux, src/flux/sampling.py; training as in
+train.py of chfyfr/PixelPonder@3326c73)
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BASE_TOKENS, MAX_TOKENS = 256, 4096  # sequence lengths that base_shift and max_
 def schedule(
     steps: int, tokens: int, base_shift: float = 0.5, max_shift: float = 1.15, shift: bool = True
 ) -> list[float]:
-    """steps + 1 sigmas from 1 to 0; more of them are large the more image tokens there are. float32 values."""
+    """steps + 1 sigmas from 1 to 0, float32 values; the more image tokens, the more of them are large."""
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1.")
     sigmas = torch.linspace(1, 0, steps + 1)

@@ -1,7 +1,7 @@
 """The picture sizes that PixArt was trained on, by aspect ratio (diffusion/data/datasets/utils.py of PixArt-sigma).
 
 Within a table every size has about as many tokens. The label of a size is its height/width as the release rounded it,
-and what a micro-conditioned network is told as its aspect ratio.
+and the aspect ratio that a micro-conditioned network is given.
 """
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from .model import axis_table, position_table
 
 FAMILY = "pixart"
 CONTROLNET_FAMILY = "pixart_controlnet"
-RELEASED_HEAD_DIM = 72  # keys and shapes do not tell it: the projections span all heads
+RELEASED_HEAD_DIM = 72  # not in keys or shapes: the projections span all heads
 ONETRAINER_GRID, ONETRAINER_RANGE = 64, 64.0  # the table that its exports hold, whatever the model
 
 TOP = {  # module of the release -> of diffusers (tools/convert_pixart_alpha_to_diffusers.py of PixArt-alpha@cac2fd3)
@@ -47,7 +47,7 @@ BLOCK = {  # the same inside a block; several of diffusers are equal parts of th
     "mlp.fc1": ("ff.net.0.proj",),
     "mlp.fc2": ("ff.net.2",),
 }
-TABLES = {  # keys that are no module's weight or bias
+TABLES = {  # keys that are not a module's weight or bias
     "final_layer.scale_shift_table": "scale_shift_table",
     "y_embedder.y_embedding": "caption_projection.y_embedding",
 }
@@ -58,7 +58,7 @@ _FROM_TOP = {theirs: ours for ours, theirs in TOP.items()}
 _FROM_TABLES = {theirs: ours for ours, theirs in TABLES.items()}
 _FROM_BLOCK = {name: (ours, part) for ours, theirs in BLOCK.items() for part, name in enumerate(theirs)}
 
-RELEASED_FILES = (  # how the name of a released file begins -> preset; the keys of many do not tell the resolution
+RELEASED_FILES = (  # how the name of a released file begins -> preset; the keys of many do not give the resolution
     ("pixart-xl-2-256x256", "alpha_256"),
     ("pixart-xl-2-sam-256x256", "alpha_256"),
     ("pixart-xl-2-512", "alpha_512"),
@@ -71,7 +71,7 @@ RELEASED_FILES = (  # how the name of a released file begins -> preset; the keys
     ("pixart-sigma-xl-2-2k", "sigma_2k"),
     ("pixart-900m-1024", "sigma_900m"),
 )
-BY_NAME = ("sample_size", "position_range", "latent_scale", "token_limit")  # what such a name tells
+BY_NAME = ("sample_size", "position_range", "latent_scale", "token_limit")  # the entries that such a name gives
 
 
 def read(
@@ -85,7 +85,7 @@ def read(
 
     weights: "ema" or "model", which of the two to take from a training file; EMA falls back to the model when there is
     none. config: entries (any names of `PixArtConfig.entries_of`) that complete and must not contradict what the shapes
-    say; {"variant": "alpha"} alone is enough where a file does not tell alpha from Sigma. beside: the same from
+    say; {"variant": "alpha"} is enough where a file could be alpha or Sigma. beside: the same from
     `beside`, which counts where it fits and the file itself says nothing. A ControlNet bundle gives its base model.
     Raises ValueError for a file of another family, or a ControlNet without its base.
     """
@@ -96,14 +96,14 @@ def read(
     _refuse_others(tensors)
     tensors = to_original(tensors)
     if missing := [key for key in NEEDED if key not in tensors]:
-        raise ValueError(f"This PixArt checkpoint is not whole: it has no {', '.join(missing)}.")
+        raise ValueError(f"This PixArt checkpoint is incomplete: it has no {', '.join(missing)}.")
 
     own = metadata_config(metadata or {}, FAMILY)
     stated = {**PixArtConfig.entries_of(own or {}), **PixArtConfig.entries_of(config or {})}
     stated.pop("null_caption", None)  # the weights say it
     near = {} if own or not beside else _if_it_fits(PixArtConfig.entries_of(beside), tensors)
-    told = {name: near[name] for name in ("mlp_ratio", "kv_compression") if name in near}  # shapes tell these in part
-    shapes = _from_shapes(tensors, {**told, **stated})
+    hints = {name: near[name] for name in ("mlp_ratio", "kv_compression") if name in near}  # shapes give these in part
+    shapes = _from_shapes(tensors, {**hints, **stated})
     known = {**near, **_variant_of(shapes), **_from_table(tensors, shapes), **stated, **shapes}
     return _completed(known), {key: value for key, value in tensors.items() if key not in NOT_NEEDED}
 
@@ -116,10 +116,10 @@ def read_controlnet(
 ) -> tuple[PixArtConfig, int, dict[str, Tensor]]:
     """(configuration of its base, number of blocks, weights under the names of `PixArtControlNet`) of a ControlNet.
 
-    Takes the release's bundles, whose base model is left out, files of the ControlNet alone under the release's names,
-    ours or diffusers' (which SimpleTuner writes too). What neither its blocks nor its base tell comes from `config`,
-    for which the configuration of the model that it is to control serves (`as_dict()`); without a base it must not
-    contradict the blocks. Raises ValueError for a file of another family, or a PixArt model.
+    Takes the release's bundles, whose base model is left out, files of only the ControlNet under the release's names,
+    ours or diffusers' (which SimpleTuner writes too). What neither its blocks nor its base determine comes from
+    `config`, which can be the configuration of the model to control (`as_dict()`); without a base it must agree with
+    the blocks. Raises ValueError for a file of another family, or a PixArt model.
     """
     tensors = _unwrap(tensors, weights)
     layout = _controlnet_layout(tensors)
@@ -132,7 +132,7 @@ def read_controlnet(
     needed = ("0.before_proj.weight", *(f"{i}.{name}.weight" for i in range(blocks)
                                         for name in ("copied_block.attn.qkv", "copied_block.mlp.fc1", "after_proj")))
     if missing := [key for key in needed if key not in net]:
-        raise ValueError(f"This PixArt ControlNet of {blocks} blocks is not whole: it has no {', '.join(missing[:3])}"
+        raise ValueError(f"This PixArt ControlNet of {blocks} blocks is incomplete: it has no {', '.join(missing[:3])}"
                          f"{' ...' if len(missing) > 3 else ''}.")
     if any(key.startswith("base_model.") for key in tensors):
         return read(tensors, weights=weights, beside=config)[0], blocks, net
@@ -143,33 +143,33 @@ def read_controlnet(
 
 
 def beside(path: str | os.PathLike) -> dict | None:
-    """What lies beside a file about it: diffusers' `config.json`, with it a `scheduler_config.json` there or in
+    """Entries about a file from beside it: diffusers' `config.json`, with it a `scheduler_config.json` there or in
     `../scheduler`, and `../vae`; or a released name."""
     path = Path(path)
-    found = {}
+    stated = {}
     for stem, preset in RELEASED_FILES:
         if path.name.lower().startswith(stem) or path.parent.parent.name.lower().startswith(stem):
-            found = {name: getattr(PRESETS[preset], name) for name in BY_NAME}
+            stated = {name: getattr(PRESETS[preset], name) for name in BY_NAME}
             break
     transformer = _json(path.with_name("config.json")) or {}
     if transformer.get("norm_type") != "ada_norm_single" or "caption_channels" not in transformer:
-        return found or None
-    found |= PixArtConfig.entries_of(transformer)
-    found |= _from_scheduler(_json(path.with_name("scheduler_config.json"))
-                             or _json(path.parent.parent / "scheduler" / "scheduler_config.json") or {})
+        return stated or None
+    stated |= PixArtConfig.entries_of(transformer)
+    stated |= _from_scheduler(_json(path.with_name("scheduler_config.json"))
+                              or _json(path.parent.parent / "scheduler" / "scheduler_config.json") or {})
     pipeline = (_json(path.parent.parent / "model_index.json") or {}).get("_class_name", "")
     variant = next((v for v in LATENT_SCALES if v in pipeline.lower()), None)
     if scale := (_json(path.parent.parent / "vae" / "config.json") or {}).get("scaling_factor"):
-        found["latent_scale"] = scale
+        stated["latent_scale"] = scale
         variant = variant or min(LATENT_SCALES, key=lambda name: abs(LATENT_SCALES[name] - scale))
     if variant:
-        found.setdefault("latent_scale", LATENT_SCALES[variant])
-        found.setdefault("token_limit", TOKEN_LIMITS[variant])
-    return found
+        stated.setdefault("latent_scale", LATENT_SCALES[variant])
+        stated.setdefault("token_limit", TOKEN_LIMITS[variant])
+    return stated
 
 
 def metadata(config: PixArtConfig) -> dict[str, str]:
-    """What our exported safetensors say about themselves, so that nothing has to be guessed."""
+    """Metadata of our exported safetensors: the family and the whole configuration."""
     return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
 
 
@@ -253,12 +253,12 @@ def _blocks_to_original(tensors: Mapping[str, Tensor], theirs: str, ours: str) -
             converted[f"{ours.format(index)}{name}.{suffix}"] = value
         else:
             parts.setdefault((index, name, suffix), {})[part] = value
-    for (index, name, suffix), found in parts.items():
+    for (index, name, suffix), pieces in parts.items():
         wanted = BLOCK[name]
-        if missing := [wanted[i] for i in range(len(wanted)) if i not in found]:
+        if missing := [wanted[i] for i in range(len(wanted)) if i not in pieces]:
             absent = f"{theirs.format(index)}{missing[0]}.{suffix}"
-            raise ValueError(f"This PixArt checkpoint is not whole: it has no {absent}.")
-        converted[f"{ours.format(index)}{name}.{suffix}"] = torch.cat([found[i] for i in range(len(wanted))])
+            raise ValueError(f"This PixArt checkpoint is incomplete: it has no {absent}.")
+        converted[f"{ours.format(index)}{name}.{suffix}"] = torch.cat([pieces[i] for i in range(len(wanted))])
     return converted
 
 
@@ -297,7 +297,7 @@ def _unwrap(tensors: Mapping, weights: str) -> dict:
 
 
 def _controlnet_layout(tensors: Mapping) -> re.Pattern | None:
-    """What a ControlNet's keys look like in this file, its group our key but for diffusers' names inside a block."""
+    """Pattern of a ControlNet's keys in this file; its group is our key but for diffusers' names inside a block."""
     for mark, layout in (
         ("controlnet.0.copied_block.scale_shift_table", r"controlnet\.(\d+\..*)"),
         ("0.copied_block.scale_shift_table", r"(\d+\..*)"),
@@ -354,19 +354,19 @@ def _from_block_shapes(tensors: Mapping[str, Tensor], prefix: str, depth: int, s
 def _kv_compression(
     tensors: Mapping[str, Tensor], prefix: str, depth: int, stated: KVCompression | None
 ) -> KVCompression | None:
-    """What the keys say about the convolution, which has weights, and `stated` about the rest, which has none."""
+    """KV compression from the keys, for the convolution, which has weights, else from `stated`."""
     factors = {i: tensors[key].shape[-1] for i in range(depth)
                if (key := f"{prefix.format(i)}attn.sr.weight") in tensors}
     if len(set(factors.values())) > 1:
         raise ValueError(f"The blocks of this PixArt checkpoint compress by different factors: {factors}.")
-    found = KVCompression("conv", next(iter(factors.values())), tuple(factors)) if factors else None
+    present = KVCompression("conv", next(iter(factors.values())), tuple(factors)) if factors else None
     if stated is not None:
         stated = replace(stated, layers=tuple(i for i in stated.layers if i < depth))
-        if stated.sampling == "conv" or found:
-            _refuse_contradictions({"kv_compression": found}, {"kv_compression": stated if stated.layers else None})
+        if stated.sampling == "conv" or present:
+            _refuse_contradictions({"kv_compression": present}, {"kv_compression": stated if stated.layers else None})
         elif stated.layers:
             return stated
-    return found
+    return present
 
 
 def _refuse_contradictions(shapes: Mapping, stated: Mapping):
@@ -376,7 +376,7 @@ def _refuse_contradictions(shapes: Mapping, stated: Mapping):
 
 
 def _if_it_fits(entries: dict, tensors: Mapping[str, Tensor]) -> dict:
-    """`entries` that tell a network of these shapes. They need not be right about the caption that the file stores."""
+    """`entries` if they describe a network of these shapes, else {}. They may be wrong about the stored caption."""
     try:
         _from_shapes(tensors, {n: value for n, value in entries.items() if n not in ("token_limit", "null_caption")})
     except ValueError:
@@ -385,7 +385,7 @@ def _if_it_fits(entries: dict, tensors: Mapping[str, Tensor]) -> dict:
 
 
 def _variant_of(shapes: Mapping) -> dict:
-    """Alpha and Sigma have one network, on the latents of two VAEs. Some files tell it by what else they hold."""
+    """Alpha and Sigma have one network, on the latents of two VAEs. Some files show which by what else they hold."""
     for variant, limit in TOKEN_LIMITS.items():
         if shapes.get("token_limit") == limit:
             return {"latent_scale": LATENT_SCALES[variant]}
@@ -393,19 +393,19 @@ def _variant_of(shapes: Mapping) -> dict:
 
 
 def _completed(known: dict) -> PixArtConfig:
-    """With what the release has in place of everything that is not known."""
+    """The entries, with the release's values for everything that is not known."""
     if "heads" not in known:
         if known["hidden"] % RELEASED_HEAD_DIM:
             raise ValueError(
-                f"This PixArt checkpoint is {known['hidden']} wide, which is no multiple of the head size "
-                f"{RELEASED_HEAD_DIM}, and its keys do not tell its own. Put the config.json of its training beside it."
+                f"This PixArt checkpoint is {known['hidden']} wide, which is not a multiple of the head size "
+                f"{RELEASED_HEAD_DIM}, and its keys do not give its own. Put the config.json of its training beside it."
             )
         known["heads"] = known["hidden"] // RELEASED_HEAD_DIM
     if "latent_scale" not in known:
         known["latent_scale"] = LATENT_SCALES["sigma"]
         if known["depth"] != PRESETS["sigma_900m"].depth:
             logging.getLogger(__name__).warning(
-                "This file does not tell whether it is PixArt-alpha or PixArt-Sigma. It is taken for Sigma, which has "
+                "This file does not say whether it is PixArt-alpha or PixArt-Sigma. It is taken for Sigma, which has "
                 "the VAE of SDXL: say which it is if the pictures come out garbled."
             )
     variant = PixArtConfig(**known).variant
@@ -437,7 +437,7 @@ def _from_table(tensors: Mapping[str, Tensor], shapes: dict) -> dict:
 
 
 def _fitted_range(stored: Tensor, n: int) -> float | None:
-    """The position_range of a table for n x n tokens, (n*n, D); None if it is no such table."""
+    """The position_range of a table for n x n tokens, (n*n, D); None if it is not such a table."""
     D = stored.shape[1]
     slow = D // 8  # a frequency of 1/100, whose sine and cosine leave no doubt how far the second column turns
     step = torch.atan2(stored[1, slow], stored[1, D // 4 + slow]).item() * 10000.0 ** (slow / (D // 4))
@@ -454,15 +454,15 @@ def _fitted_range(stored: Tensor, n: int) -> float | None:
 
 
 def _from_scheduler(scheduler: Mapping) -> dict:
-    """What a diffusers scheduler says of the training. One that gives no betas has the defaults, which are PixArt's."""
+    """Entries from a diffusers scheduler. One that gives no betas has the defaults, which are PixArt's."""
     prediction = {"epsilon": "eps", "v_prediction": "v"}.get(scheduler.get("prediction_type"))
-    found = {"prediction": prediction} if prediction else {}
+    stated = {"prediction": prediction} if prediction else {}
     if scheduler.get("beta_schedule") in ("linear", "scaled_linear"):
-        found["schedule"] = scheduler["beta_schedule"]
-        found |= {name: scheduler[name] for name in ("beta_start", "beta_end") if scheduler.get(name) is not None}
+        stated["schedule"] = scheduler["beta_schedule"]
+        stated |= {name: scheduler[name] for name in ("beta_start", "beta_end") if scheduler.get(name) is not None}
     if scheduler.get("rescale_betas_zero_snr"):
-        found["zero_terminal_snr"] = True
-    return found
+        stated["zero_terminal_snr"] = True
+    return stated
 
 
 def _json(path: Path) -> dict | None:
@@ -471,5 +471,5 @@ def _json(path: Path) -> dict | None:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     return entries if isinstance(entries, dict) else None

@@ -1,4 +1,4 @@
-"""What a PixArt checkpoint is: the shape of its transformer, and the latents and the noise that it was trained on."""
+"""Configuration of a PixArt checkpoint: the shape of its transformer, the latents and the noise of its training."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -69,7 +69,7 @@ class PixArtConfig:
     token_limit: int = 300
     """Text tokens that it was trained with: 120 for alpha, 300 for Sigma."""
     micro_conditions: bool = False
-    """Whether it is told the size and the aspect ratio of its picture, as alpha's 1024 model is."""
+    """Whether it is conditioned on the size and the aspect ratio of its picture, as alpha's 1024 model is."""
     qk_norm: bool = False
     kv_compression: KVCompression | None = None
     null_caption: bool = False
@@ -80,10 +80,10 @@ class PixArtConfig:
     sample_size: int = 128
     """Side in latent cells of the square pictures it was trained on."""
     latent_scale: float = 0.13025
-    """What VAE latents are multiplied with."""
+    """Factor that VAE latents are multiplied by."""
     prediction: str = "eps"
     schedule: str = "linear"
-    """How beta grows: linear, or scaled_linear ..."""
+    """Growth of beta, linear or scaled_linear ..."""
     beta_start: float = 1e-4
     beta_end: float = 0.02
     """... from the first timestep to the last."""
@@ -136,11 +136,11 @@ class PixArtConfig:
 
     @classmethod
     def from_dict(cls, entries: Mapping) -> PixArtConfig:
-        """From entries under any of the names that `entries_of` takes; what they leave out has its default."""
-        found = cls.entries_of(entries)
+        """The configuration of entries under any names that `entries_of` takes; what they leave out has its default."""
+        values = cls.entries_of(entries)
         if "variant" in entries:
-            found.setdefault("token_limit", TOKEN_LIMITS[entries["variant"]])
-        return cls(**found)
+            values.setdefault("token_limit", TOKEN_LIMITS[entries["variant"]])
+        return cls(**values)
 
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
@@ -149,22 +149,22 @@ class PixArtConfig:
         `variant` ("alpha" or "sigma") stands for the latent scale. Raises ValueError for an entry that is none of them.
         """
         known = {f.name for f in fields(cls)}
-        found = _derived(entries)
+        renamed = _derived(entries)
         for name, value in entries.items():
             ours = OTHER_NAMES.get(name, name)
             if ours == "kv_compression":
-                found[ours] = _kv_compression(value)
+                renamed[ours] = _kv_compression(value)
             elif ours in known:
                 if value is not None:
-                    found[ours] = value
+                    renamed[ours] = value
             elif name not in NOT_OURS | DERIVED and not name.startswith("_"):
                 raise ValueError(f"Unknown entry {name!r} in a PixArt configuration; known are "
                                  f"{', '.join(sorted(known | set(OTHER_NAMES) | DERIVED))}.")
-        return found
+        return renamed
 
 
 def _derived(entries: Mapping) -> dict:
-    """What follows from entries that have no counterpart of their own."""
+    """Our entries that follow from those without a counterpart of their own."""
 
     def value(ours, default=None):
         names = (ours, *(theirs for theirs, name in OTHER_NAMES.items() if name == ours))

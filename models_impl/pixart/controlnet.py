@@ -49,7 +49,7 @@ class PixArtControlNet(nn.ModuleList):
 
     def residuals(self, x: Tensor, hint: Tensor, flow: Flow, run: Callable,
                   before_block: Callable[[nn.Module | None], None] = lambda block: None) -> Iterator[Tensor]:
-        """What is added to the tokens before block 1, 2, ... of the base model, (B, N, D) each.
+        """Residuals, added to the tokens before block 1, 2, ... of the base model, (B, N, D) each.
 
         x: (B, N, D) tokens that leave its block 0; hint: (B or 1, N, D) embedded by the base model, positions included;
         run: how the base model runs a block, `run(block, tokens, flow)`; before_block: called with each block of this

@@ -1,4 +1,4 @@
-"""What other programs call the modules of PixArt, so that `models_impl/lora.py` finds its way.
+"""Names that other programs give to the modules of PixArt, for `models_impl/lora.py`.
 
 original: the release's modules, with one qkv and one kv_linear. diffusers: to_q, to_k and to_v, each a third or a half
 of the rows (the tables of checkpoint.py). The ControlNet's modules are in both too.
@@ -25,8 +25,8 @@ def names(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Target]]:
 
 
 def guessed_names(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Target]]:
-    """The tables for the network that a LoRA file was made for, as far as the file tells: its depth and width from
-    the layers it has, sizes that only the network knows unchecked. For converting without the network at hand."""
+    """The tables for the network that a LoRA file was made for, as far as the file shows: its depth and width from
+    the layers it has, sizes that only the network knows unchecked. For converting without the network."""
     sizes = lora.sizes(tensors)
     depth = 1 + max((int(m[1]) for m in map(BLOCK_NUMBER.search, sizes) if m), default=27)
     copies = 1 + max((int(m[1]) for m in map(COPY_NUMBER.search, sizes) if m), default=-1)

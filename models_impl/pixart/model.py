@@ -2,7 +2,7 @@
 
 A DiT on VAE latents whose adaLN is computed once for all blocks (adaLN-single) and whose text enters through an ungated
 cross attention on the raw residual. One class for the single-scale and the multi-scale networks of the release: they
-differ in where the table of positions comes from, and here it is always computed for the grid at hand.
+differ in where the table of positions comes from, and here it is always computed for the current grid.
 """
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def position_table(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def sinusoid(value: Tensor, channels: int = 256) -> Tensor:
-    """(B,) -> (B, channels) float32 as [cos | sin], so that a half precision network still tells 949.05 from 949."""
+    """(B,) -> (B, channels) float32 as [cos | sin], so that 949.05 differs from 949 in a half precision network."""
     half = channels // 2
     frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=value.device) * (-math.log(10000.0) / half))
     angle = value.float()[:, None] * frequency
@@ -59,12 +59,12 @@ class TextTokens:
     tokens: Tensor
     """(B, L, D) after y_embedder."""
     keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
-    """Of each block, (B, heads, L, D/heads) both; None: the blocks compute their own."""
+    """(keys, values) of each block, (B, heads, L, D/heads) each; None: the blocks compute their own."""
 
 
 @dataclass(frozen=True)
 class Flow:
-    """What every block of one forward pass is given."""
+    """Inputs that all blocks of one forward pass share."""
 
     modulation: Tensor
     """(B, 6, D) of t_block."""
@@ -303,13 +303,13 @@ class PixArt(nn.Module):
         text: TextTokens | None = None,
         before_block: Callable[[nn.Module | None], None] = lambda block: None,
     ) -> Tensor:
-        """Predicted noise (or velocity) and, where the network has one, the variance.
+        """Predicted noise (or velocity) and, if the network has one, the variance.
 
         x: (B, 4, H, W) noisy latent times latent_scale; timestep: (B,) in [0, 999], fractional allowed; context: (B, L,
         context_dim) text tokens with mask (B or 1, L), True = keep, of which a row may be all False: its cross
         attention then adds nothing but the bias of its projection, as if it read no token; size: (B or 1, 2) (height,
-        width) in pixels and aspect_ratio: (B or 1, 1) height/width of the picture, by default those of x, read by
-        micro-conditioned networks alone; control: see `controlnet.Control`; text: `encode_text(context)`, in which case
+        width) in pixels and aspect_ratio: (B or 1, 1) height/width of the picture, by default those of x, read only by
+        micro-conditioned networks; control: see `controlnet.Control`; text: `encode_text(context)`, in which case
         context is not read; before_block: called with each of `blocks` before it runs, so that a host can fetch its
         weights, and with None after the last. Returns (B, out_channels, H, W): in_channels of prediction, then as many
         of variance.

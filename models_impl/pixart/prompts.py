@@ -1,4 +1,4 @@
-"""What PixArt's demos let a user write into a prompt, and the styles that they offer.
+"""Flags that PixArt's demos accept in a prompt, and the styles that they offer.
 
 A prompt is parsed first, then styled, then cleaned (text/captions.py): each step would spoil what the one before reads.
 """
@@ -14,7 +14,7 @@ NO_STYLE = "(No style)"
 @dataclass(frozen=True)
 class Prompt:
     text: str
-    """What the network reads: all that stands before the first flag, stripped."""
+    """The text that the network reads: everything before the first flag, stripped."""
     ratio: float | None = None
     """height / width; where it is None the release takes 1. The picture is made in the nearest bucket."""
     size: tuple[int, int] | None = None
@@ -32,9 +32,9 @@ def parse(prompt: str) -> Prompt:
         name, height, width = flag.groups()
         if height is None or not int(height) or not int(width):
             example = "--hw 768:1024 (height:width in pixels)" if name == "hw" else f"--{name} 3:4 (height:width)"
-            found = prompt[flag.start() : flag.start() + 24]
+            excerpt = prompt[flag.start() : flag.start() + 24]
             raise ValueError(
-                f"The prompt has {found!r}, but --{name} needs two whole numbers above 0. "
+                f"The prompt has {excerpt!r}, but --{name} needs two whole numbers above 0. "
                 f"Write {example} at the end of the prompt, or leave --{name} out."
             )
         values.setdefault(name, (int(height), int(width)))

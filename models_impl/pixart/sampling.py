@@ -1,11 +1,11 @@
 """The noise of PixArt: its schedule, the samplers that undo it, and the training formulas.
 
 A state is x = alpha * sample + std * noise with alpha^2 + std^2 = 1, and sigma = std / alpha. `timestep` is what the
-network is told, 0 to 999 and anything between. The step before 0 is CLEAN: there alpha is 1 and sigma is 0.
+network is conditioned on, any number from 0 to 999. The step before 0 is CLEAN: there alpha is 1 and sigma is 0.
 
 Every sampler walks a list of falling timesteps, from the state at the first to the state at the last, so a schedule may
-start late or be cut in two; only at CLEAN it ends with the network's estimate. After a cut a multistep solver starts
-anew with its first order.
+start late or be cut in two; only at CLEAN it ends with the network's estimate. After a cut a multistep solver restarts
+at its first order.
 (diffusion/model/{dpm_solver,sa_solver,gaussian_diffusion}.py, diffusion/lcm_scheduler.py and train_scripts/ of
 PixArt-alpha/PixArt-sigma@1ce521a)
 """
@@ -37,14 +37,14 @@ Predict = Callable[[Tensor, float], Tensor]
 Noise = Callable[[int, torch.Size], Tensor]
 """(index of the step, shape) -> noise."""
 Callback = Callable[[int, Tensor, Tensor], None]
-"""(index of the step, x, denoised), once per step, with the state that the estimate was made from."""
+"""(index of the step, x, denoised), once per step; x is the state that the estimate was made from."""
 AfterStep = Callable[[Tensor, "float | None"], Tensor]
 """(x, its timestep, or None after the last step of a list that ends at 0 or CLEAN) -> x. Blends in a known region."""
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How much noise there is at a timestep: log(alpha) is linear between whole timesteps (NoiseScheduleVP).
+    """Noise level by timestep: log(alpha) is linear between whole timesteps (NoiseScheduleVP).
 
     Methods take a float and give one, or take a tensor and give one of its shape, float32 or, for float64, float64.
     With zero terminal SNR (arXiv 2305.08891, algorithm 1) alpha at the last timestep is ZERO_SNR_ALPHA and not 0: an
@@ -59,7 +59,7 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, config: PixArtConfig) -> NoiseSchedule:
-        """The one that a checkpoint was trained on."""
+        """The schedule that a checkpoint was trained on."""
         return cls(config.schedule, TRAIN_TIMESTEPS, config.beta_start, config.beta_end, config.zero_terminal_snr)
 
     def __post_init__(self):
@@ -97,7 +97,7 @@ class NoiseSchedule:
 
     @cached_property
     def _log_alphas(self) -> Tensor:
-        """At CLEAN, 0, 1, ... steps - 1."""
+        """log(alpha) at CLEAN, 0, 1, ... steps - 1."""
         logs = self.alphas_cumprod.clamp(min=ZERO_SNR_ALPHA**2 if self.zero_terminal_snr else 0).log() / 2
         return torch.cat([torch.zeros(1, dtype=torch.float64), logs])
 
@@ -152,7 +152,7 @@ class NoiseSchedule:
         return (x - self._like(self.std, timestep, x) * eps) / self._like(self.alpha, timestep, x)
 
     def velocity(self, sample: Tensor, noise: Tensor, timestep) -> Tensor:
-        """What a v-prediction network learns: alpha * noise - std * sample (arXiv 2202.00512, appendix D)."""
+        """Target of a v-prediction network: alpha * noise - std * sample (arXiv 2202.00512, appendix D)."""
         return self._like(self.alpha, timestep, sample) * noise - self._like(self.std, timestep, sample) * sample
 
     def denoised_from_velocity(self, x: Tensor, velocity: Tensor, timestep) -> Tensor:
@@ -160,8 +160,8 @@ class NoiseSchedule:
         return self._like(self.alpha, timestep, x) * x - self._like(self.std, timestep, x) * velocity
 
     def eps(self, x: Tensor, velocity: Tensor, timestep) -> Tensor:
-        """The eps that a velocity says; finite for every timestep. At zero SNR it is x itself, whatever the velocity:
-        float32 keeps three digits of the sample there."""
+        """The eps that a velocity implies; finite for every timestep. At zero SNR it is x itself, whatever the
+        velocity: float32 keeps three digits of the sample there."""
         return self._like(self.std, timestep, x) * x + self._like(self.alpha, timestep, x) * velocity
 
     def eps_from_denoised(self, x: Tensor, denoised: Tensor, timestep) -> Tensor:
@@ -195,7 +195,7 @@ def _state_dtype(x: Tensor) -> torch.dtype:
 # --- Lists of timesteps, high to low: one more than steps, the last is where the sample is left
 
 def time_uniform(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
-    """Even in time, fractional, from the last timestep to 0: DPM-Solver++ and SA-Solver as PixArt runs them.
+    """Timesteps even in time, fractional, from the last timestep to 0: DPM-Solver++ and SA-Solver as PixArt runs them.
 
     0 is not CLEAN: the sample keeps noise of sigma 0.01, as in the reference.
     """
@@ -203,7 +203,7 @@ def time_uniform(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
 
 
 def time_quadratic(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
-    """As time_uniform, but denser towards 0: even in the square root of time."""
+    """Timesteps as in time_uniform, but denser towards 0: even in the square root of time."""
     return _power(steps, train_steps, 2)
 
 
@@ -215,12 +215,12 @@ def _power(steps: int, train_steps: int, power: float) -> list[float]:
 
 
 def logsnr_uniform(steps: int, schedule: NoiseSchedule) -> list[float]:
-    """Even in log(sigma), from the last timestep to 0."""
+    """Timesteps even in log(sigma), from the last timestep to 0."""
     return _between_sigmas(steps, schedule, math.log, math.exp)
 
 
 def karras(steps: int, schedule: NoiseSchedule, rho: float = 7.0) -> list[float]:
-    """Even in sigma^(1/rho) (arXiv 2206.00364, eq. 5), from the last timestep, or sigma 80, to 0."""
+    """Timesteps even in sigma^(1/rho) (arXiv 2206.00364, eq. 5), from the last timestep, or sigma 80, to 0."""
     return _between_sigmas(steps, schedule, lambda s: min(s, 80.0) ** (1 / rho), lambda r: r**rho)
 
 
@@ -243,7 +243,7 @@ def iddpm_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[floa
 
 
 def lcm_timesteps(steps: int, origin: int = 50, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
-    """Those of the `origin` timesteps of the distillation that a sampler with `steps` steps visits, then CLEAN."""
+    """The timesteps, of the distillation's `origin`, that a sampler of `steps` steps visits, then CLEAN."""
     if not 1 <= origin <= train_steps:
         raise ValueError(f"origin={origin} must be between 1 and the {train_steps} timesteps of training.")
     _at_least_one(steps, origin)
@@ -258,7 +258,7 @@ def linspace_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[f
 
 
 def leading_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
-    """Whole multiples of the same stride, then CLEAN: diffusers' "leading"."""
+    """Timesteps at whole multiples of the same stride, then CLEAN: diffusers' "leading"."""
     _at_least_one(steps, train_steps - 1)
     return [*(float(i * (train_steps // (steps + 1))) for i in range(steps, 0, -1)), CLEAN]
 
@@ -449,7 +449,7 @@ def sa_solver(
     """
     if predictor_order < 1 or corrector_order < 0:
         raise ValueError(f"predictor_order={predictor_order} must be at least 1, and corrector_order={corrector_order} "
-                         "at least 0, which is no corrector.")
+                         "at least 0, which means no corrector.")
     points = _points(timesteps, schedule)
     dtype, x = x.dtype, x.to(_state_dtype(x))
     finish = more_steps and points[-1] == 0
@@ -497,7 +497,7 @@ def _tau(timestep: float, eta: float, schedule: NoiseSchedule) -> float:
 
 
 def _sa_start(x, schedule, now, then, tau, noise, index) -> Tensor:
-    """What predictor and corrector of a step share: the old state and the noise."""
+    """The part that predictor and corrector of a step share: the old state and the noise."""
     decay = math.exp(-(tau**2) * (_half_log_snr(schedule, then) - _half_log_snr(schedule, now)))
     start = decay * schedule.std(then) / schedule.std(now) * x
     if not tau:
@@ -584,7 +584,7 @@ class IddpmLoss:
 
     mse: Tensor
     vb: Tensor
-    """Of the variance alone, in bits per value. Its gradient reaches the logits, not eps."""
+    """The loss of the variance, in bits per value. Its gradient reaches the logits, not eps."""
 
     @property
     def total(self) -> Tensor:
@@ -627,7 +627,7 @@ def variance_bound(
     """
     now = timestep.detach().cpu().double()
     from_sample, from_x, _, high = _posterior(schedule, now, now - 1)
-    low = _posterior(schedule, now.clamp(min=1), now.clamp(min=1) - 1)[2]  # at 0 it is 0: the next one stands in
+    low = _posterior(schedule, now.clamp(min=1), now.clamp(min=1) - 1)[2]  # at 0 it is 0: the next one is used
     low, high, from_sample, from_x, scale, sigma = _columns(
         (low.log(), high.log(), from_sample, from_x, 1 / schedule.alpha(now), schedule.sigma(now)), eps, eps.dtype)
 
@@ -643,7 +643,7 @@ def variance_bound(
 
 
 def _log_likelihood(sample: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Of the bin of width 2/255 around each value. (diffusion_utils.py)"""
+    """Log likelihood of the bin of width 2/255 around each value, elementwise. (diffusion_utils.py)"""
     sharpness = torch.exp(-log_std)
     above = _normal_cdf(sharpness * (sample - mean + 1 / 255))
     below = _normal_cdf(sharpness * (sample - mean - 1 / 255))
@@ -674,7 +674,7 @@ def consistency(x: Tensor, denoised: Tensor, timestep) -> Tensor:
 
 
 def consistency_weights(timestep):
-    """(c_skip, c_out): (1, 0) at timestep 0, all but (0, 1) elsewhere."""
+    """(c_skip, c_out): (1, 0) at timestep 0, nearly (0, 1) elsewhere."""
     scaled = timestep * LCM_TIME_SCALE
     square = scaled**2 + LCM_SIGMA_DATA**2
     return LCM_SIGMA_DATA**2 / square, scaled / square**0.5
@@ -711,7 +711,7 @@ class LcmGrid:
         return self.schedule.alpha(torch.cat([torch.zeros(1), self.timesteps[:-1]]).double()) ** 2
 
     def pair(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(start, end): what the student and what the target is asked about, (B,) int64 on the device of index."""
+        """(start, end): the timesteps of the student and of the target, (B,) int64 on the device of index."""
         start = self.timesteps.to(index.device)[index]
         return start, (start - self.stride).clamp(min=0)
 
@@ -780,9 +780,9 @@ def lcm_distillation(
 @dataclass(frozen=True)
 class DmdLoss:
     loss: Tensor
-    """(), whose gradient in `generated` is weight * direction, but for a constant."""
+    """(), whose gradient with respect to `generated` is weight * direction times a constant."""
     direction: Tensor
-    """From what the teacher takes to be real to what the student makes, (B, C, H, W)."""
+    """Direction from the teacher's estimate to the estimate that fake_eps gives, (B, C, H, W)."""
     weight: Tensor
     """(B, 1, 1, 1)"""
     real_denoised: Tensor
@@ -792,7 +792,7 @@ class DmdLoss:
 def dmd_loss(
     generated: Tensor, noisy: Tensor, real_eps: Tensor, fake_eps: Tensor, timestep: Tensor, schedule: NoiseSchedule
 ) -> DmdLoss:
-    """Distribution matching (arXiv 2311.18828). Its gradient reaches `generated` alone.
+    """Distribution matching (arXiv 2311.18828). Its gradient reaches only `generated`.
 
     noisy: add_noise(generated, noise, timestep); real_eps: the guided teacher there; fake_eps: the network that
     follows the student there. (train_pixart_dmd.py)

@@ -14,7 +14,7 @@ from ..state_dict import metadata_config, without_prefix
 from .config import PixelFlowConfig
 
 FAMILY = "pixelflow"
-RELEASED_HEAD_DIM = 72  # keys and shapes do not tell it: the query norm spans all heads
+RELEASED_HEAD_DIM = 72  # not in keys or shapes: the query norm spans all heads
 NEEDED = ("patch_embed.proj.weight", "proj_out_2.weight", "transformer_blocks.0.attn1.q_proj.weight")
 RELEASED_RESOLUTION = {"class": 256, "text": 1024}
 
@@ -40,7 +40,7 @@ def read(
         raise ValueError(f"This is not a PixelFlow checkpoint. {whose(tensors)}")
     missing = [key for key in NEEDED if key not in tensors]
     if missing:
-        raise ValueError(f"This PixelFlow checkpoint is not whole: it has no {', '.join(missing)}.")
+        raise ValueError(f"This PixelFlow checkpoint is incomplete: it has no {', '.join(missing)}.")
     stated = {**(metadata_config(metadata or {}, FAMILY) or {}), **PixelFlowConfig.entries_of(config or {})}
     if not stated and beside is not None:
         stated = _if_it_fits(PixelFlowConfig.entries_of(beside), tensors)
@@ -61,7 +61,7 @@ def config_beside(path: str | os.PathLike) -> dict | None:
             try:
                 entries = yaml.safe_load(candidate.read_text(encoding="utf-8"))
             except yaml.YAMLError as error:
-                raise ValueError(f"{candidate.name} beside {path.name} is no valid YAML: {error}") from error
+                raise ValueError(f"{candidate.name} beside {path.name} is not valid YAML: {error}") from error
             model = entries.get("model") if isinstance(entries, dict) else None
             if isinstance(model, dict) and "attention_head_dim" in model.get("params", {}):  # else another family's
                 return {"model": model, "scheduler": entries.get("scheduler") or {}}
@@ -77,7 +77,7 @@ def _if_it_fits(entries: dict, tensors: Mapping[str, Tensor]) -> dict:
 
 
 def metadata(config: PixelFlowConfig) -> dict[str, str]:
-    """What our exported safetensors say about themselves, so that nothing has to be guessed."""
+    """Metadata of our exported safetensors: the family and the whole configuration."""
     return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
 
 
@@ -95,8 +95,8 @@ def _from_shapes(tensors: Mapping[str, Tensor], head_dim: int) -> dict:
     classes = tensors.get("class_embedder.embedding_table.weight")
     if hidden % head_dim:
         raise ValueError(
-            f"This PixelFlow checkpoint is {hidden} wide, which is no multiple of the head size {head_dim}, and its "
-            "keys do not tell its own. Put the config.yaml that it was trained with beside it."
+            f"This PixelFlow checkpoint is {hidden} wide, which is not a multiple of the head size {head_dim}, and its "
+            "keys do not give its own. Put the config.yaml that it was trained with beside it."
         )
     return dict(
         heads=hidden // head_dim,

@@ -1,4 +1,4 @@
-"""What a PixelFlow checkpoint is: the shape of its transformer and the cascade that it was trained for."""
+"""Configuration of a PixelFlow checkpoint: the shape of its transformer and the cascade that it was trained for."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ class PixelFlowConfig:
 
     @classmethod
     def from_dict(cls, entries: Mapping) -> PixelFlowConfig:
-        """From a complete set of entries; see `entries_of` for the names it takes."""
+        """The configuration of a complete set of entries; see `entries_of` for the names it takes."""
         return cls(**cls.entries_of(entries))
 
     @classmethod
@@ -79,18 +79,18 @@ class PixelFlowConfig:
         if "model" in entries:
             entries = {**entries["model"].get("params", entries["model"]), "scheduler": entries.get("scheduler", {})}
         known = {f.name for f in fields(cls)}
-        found = {}
+        renamed = {}
         for name, value in entries.items():
             ours = REFERENCE_NAMES.get(name, name)
             if name == "scheduler":
                 stages = value.get("params", value).get("num_stages")
-                found.update({} if stages is None else {"num_stages": stages})
+                renamed.update({} if stages is None else {"num_stages": stages})
             elif ours in known:
-                found[ours] = value
+                renamed[ours] = value
             elif name not in NOT_OURS:
                 raise ValueError(f"Unknown entry {name!r} in a PixelFlow configuration; known are "
                                  f"{', '.join(sorted(known | set(REFERENCE_NAMES)))}.")
-        return found
+        return renamed
 
 
 _XL = dict(heads=16, head_dim=72, depth=28)

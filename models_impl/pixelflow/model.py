@@ -1,7 +1,7 @@
 """The PixelFlow transformer (arXiv 2504.07963, section 3.3; pixelflow/model.py of ShoufaChen/PixelFlow@8805204).
 
-A DiT on pixel patches. Beyond DiT it is told the size of its canvas (tokens per side), turns queries and keys by a
-two-dimensional rope, normalises them, and, when text-conditional, has an ungated cross attention in every block.
+A DiT on pixel patches. Beyond DiT it is conditioned on the size of its canvas (tokens per side), turns queries and keys
+by a two-dimensional rope, normalises them, and, when text-conditional, has an ungated cross attention in every block.
 """
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ class Modulation(nn.Module):
 
 
 class Attention(nn.Module):
-    """Query and key are normalised over all heads together, before the split. Only self attention turns its keys."""
+    """Attention whose queries and keys are normalised over all heads together, before the split. Only self attention
+    turns its keys."""
 
     def __init__(self, config: PixelFlowConfig, context_dim: int, operations, to: dict):
         super().__init__()
@@ -158,7 +159,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Flow:
-    """How one forward pass lays out its tokens: dense (B, N, D), or packed (N, D)."""
+    """Layout of the tokens of one forward pass: dense (B, N, D), or packed (N, D)."""
 
     rope: Tensor
     spread: Callable[[Tensor], Tensor]
@@ -171,7 +172,7 @@ class PackedLayout:
     """Which packed rows belong to which item."""
 
     grids: tuple[tuple[int, int], ...]
-    """(height, width) in tokens, one per item; its rows stand row-major, items end to end."""
+    """(height, width) in tokens, one per item; its rows are row-major, items end to end."""
     context_lengths: tuple[int, ...] | None = None
     """Text tokens of each item; None without text."""
 
@@ -230,7 +231,7 @@ class PixelFlow(nn.Module):
 
         x: (B, C, H, W) noisy pixels in the range of [-1, 1]; timestep: (B,) in [0, 1000); context: (B, L, context_dim)
         text tokens with mask (B, L), True = keep; class_labels: (B,), `num_classes` is the null class; latent_size:
-        tokens per side, by default sqrt(rows*columns), which is what training told it for a square; rope: see
+        tokens per side, by default sqrt(rows*columns), as training did for a square; rope: see
         `rope_table`, made here when not given; before_block: called with each of `transformer_blocks` before it runs,
         so that a host can fetch its weights, and with None after the last. Returns (B, out_channels, H, W).
         """

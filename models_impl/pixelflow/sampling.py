@@ -40,7 +40,7 @@ class Stages:
 
     @cached_property
     def origin(self) -> tuple[float, ...]:
-        """Where the stages would start if resolutions did not differ. Cut to whole timesteps: 0.333, not 1/3."""
+        """Starts of the stages if resolutions did not differ. Cut to whole timesteps: 0.333, not 1/3."""
         steps = self.num_train_timesteps
         return tuple(int(steps * k / self.num_stages) / steps for k in range(self.num_stages))
 
@@ -89,7 +89,7 @@ class Stages:
         return tuple(last for _, last in self._ranges)
 
     def train_timesteps(self, stage: int) -> Tensor:
-        """The timesteps that training draws from in a stage: (num_train_timesteps,) float64."""
+        """The timesteps from which training draws in a stage: (num_train_timesteps,) float64."""
         return torch.linspace(*self._ranges[stage], self.num_train_timesteps, dtype=torch.float64)
 
     def timestep(self, stage: int, t: float) -> float:
@@ -168,11 +168,11 @@ def _class_share(stage: int, num_stages: int) -> float:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What happens in one stage: the solver's grid and the guidance."""
+    """Plan of one stage: the solver's grid and the guidance."""
 
     stage: int
     timesteps: tuple[float, ...]
-    """What the network is told, one per Euler step."""
+    """Timesteps that the network is conditioned on, one per Euler step."""
     times: tuple[float, ...]
     """t inside the stage, one more than timesteps; a whole stage ends with 1."""
     guidance: float = 1.0
@@ -190,7 +190,7 @@ class Schedule:
     """"euler"; "dopri5": adaptive, the plan's grid only sets where progress is reported; "dopri5_reference": the same
     with the reference's last step, which runs past the stage and is interpolated back."""
     enter_next: bool = False
-    """Finish with the jump into the stage after the last plan: another sampler goes on there."""
+    """Finish with the jump into the stage after the last plan: another sampler continues there."""
     clean: bool = False
     """Finish with the clean estimate, because the last plan does not end at the full sample."""
 
@@ -215,7 +215,7 @@ class Schedule:
         start_stage: int = 0,
         end_stage: int | None = None,
     ) -> Schedule:
-        """Whole stages from start_stage to end_stage (default: the last). Lists have one entry per stage."""
+        """Schedule of whole stages, start_stage to end_stage (default: the last). Lists have one entry per stage."""
         last = stages.num_stages - 1
         end_stage = last if end_stage is None else end_stage
         if not 0 <= start_stage <= end_stage <= last:
@@ -335,7 +335,7 @@ def double(x: Tensor) -> Tensor:
 
 
 def jump(x: Tensor, stage: int, noise: Tensor, stages: Stages) -> Tensor:
-    """From the end of the stage before to the start of `stage`, at twice the resolution."""
+    """State at the start of `stage` from x, that at the end of the stage before; twice the resolution."""
     alpha, beta = stages.jump(stage)
     return alpha * double(x) + beta * noise.to(x)
 
@@ -344,7 +344,7 @@ def jump(x: Tensor, stage: int, noise: Tensor, stages: Stages) -> Tensor:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the callback hears after each step."""
+    """Progress that the callback is given after each step."""
 
     step: int
     """Index over the whole schedule."""
@@ -431,8 +431,8 @@ def _dopri5(predict: Predict, x: Tensor, plan: StagePlan, stages: Stages, report
     """Adaptive Dormand-Prince 5(4) over the stage. Its timestep maps t in [0, 1] onto the trained range.
 
     The error norm is taken over the whole batch, so pictures of one batch share their steps.
-    overshoot: let the last step run past the end, as torchdiffeq does, and interpolate back. The network is then asked
-    about times of the next stage; without, the last step ends where the stage does.
+    overshoot: let the last step run past the end, as torchdiffeq does, and interpolate back. The network is then called
+    at times of the next stage; without, the last step ends where the stage does.
     """
     first, last = stages.first_timestep[plan.stage], stages.last_timestep[plan.stage]
 
@@ -469,7 +469,7 @@ def _weighted(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
 
 
 def _between(x0: Tensor, x1: Tensor, middle: Tensor, d0: Tensor, d1: Tensor, share: float) -> Tensor:
-    """At `share` of a step: the quartic through x0, middle, x1 with slopes d0, d1 (times the step) at the ends."""
+    """State at `share` of a step: quartic through x0, middle, x1 with slopes d0, d1 (times the step) at the ends."""
     a = 2 * (d1 - d0) - 8 * (x1 + x0) + 16 * middle
     b = 5 * d0 - 3 * d1 + 18 * x0 + 14 * x1 - 32 * middle
     c = d1 - 4 * d0 - 11 * x0 - 5 * x1 + 16 * middle

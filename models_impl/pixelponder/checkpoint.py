@@ -41,27 +41,27 @@ def read(
     stated = {**ours, **given, "trunk": {**ours.get("trunk", {}), **given["trunk"]}}
     stated["trunk"].pop("single_depth", None)  # a pruned file has fewer
     trunk = FluxConfig(**complete(from_shapes(tensors), stated["trunk"]))
-    found = PixelPonderConfig(trunk, _types(count(tensors, STEMS), stated.get("types")),
-                              selector=_selector(tensors, stated.get("selector")),
-                              text_tokens=stated.get("text_tokens", PixelPonderConfig.text_tokens))
+    config_found = PixelPonderConfig(trunk, _types(count(tensors, STEMS), stated.get("types")),
+                                     selector=_selector(tensors, stated.get("selector")),
+                                     text_tokens=stated.get("text_tokens", PixelPonderConfig.text_tokens))
     if select_net:
         part = {key[len(SELECT):]: value for key, value in tensors.items() if key.startswith(SELECT)}
         if SELECT_MARK not in part:
             raise ValueError("This PixelPonder file was saved without its selection network. Use a selection that does "
                              "not run it, or the file as released.")
         select, _ = read_select_net(part, stated.get("select"))
-        found = replace(found, select=select)
+        config_found = replace(config_found, select=select)
     else:
         tensors = {key: value for key, value in tensors.items() if not key.startswith(SELECT)}
     if not unused:
-        found = found.without_unused()
-        dead = tuple(f"single_blocks.{i}." for i in range(found.trunk.single_depth, trunk.single_depth))
+        config_found = config_found.without_unused()
+        dead = tuple(f"single_blocks.{i}." for i in range(config_found.trunk.single_depth, trunk.single_depth))
         tensors = {key: value for key, value in tensors.items() if not key.startswith(dead)}
-    return found, tensors
+    return config_found, tensors
 
 
 def read_select_net(tensors: Mapping, config: Mapping | None = None) -> tuple[SelectConfig, dict[str, Tensor]]:
-    """The same for the selection network alone (keys without `select_net.`)."""
+    """The same for only the selection network (keys without `select_net.`)."""
     refuse_incomplete(tensors, ("pos_embed_input.weight", "attn_block.0.img_attn.norm.query_norm.scale",
                                 "attn_block.0.img_mlp.0.weight", "combine_attn_block.0.img_attn.qkv.weight"),
                       "selection network")  # fmt: skip
@@ -85,14 +85,14 @@ def read_select_net(tensors: Mapping, config: Mapping | None = None) -> tuple[Se
 
 
 def read_hint_encoders(tensors: Mapping, types: Mapping[str, int] | None = None) -> tuple[tuple, dict[str, Tensor]]:
-    """(kinds of hints, weights) of the hint encoders alone; types: name -> index of its stem."""
+    """(kinds of hints, weights) of only the hint encoders; types: name -> index of its stem."""
     part = {key: value for key, value in without_prefix(tensors).items() if key.startswith((f"{STEMS}.", f"{TOWER}."))}
     refuse_incomplete(part, (f"{STEMS}.0.0.weight", f"{TOWER}.8.weight"), "PixelPonder checkpoint")
     return _types(count(part, STEMS), None if types is None else sorted(types, key=types.get)), part
 
 
 def metadata(config: PixelPonderConfig) -> dict[str, str]:
-    """What our exported safetensors say about themselves, so that nothing has to be guessed."""
+    """Metadata of our exported safetensors: the family and the whole configuration."""
     return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
 
 
@@ -120,7 +120,7 @@ def _types(stems: int, names) -> tuple[str, ...]:
     if names is None:
         if stems != len(TYPES):
             raise ValueError(f"This PixelPonder checkpoint has {stems} hint encoders, the release {len(TYPES)} "
-                             f"({', '.join(TYPES)}), and its keys do not tell what they are for. Give its "
+                             f"({', '.join(TYPES)}), and its keys do not say what they are for. Give its "
                              "configuration (type2id).")
         return TYPES
     if len(names) != stems:
@@ -132,7 +132,7 @@ def _selector(tensors: Mapping[str, Tensor], stated: Mapping | None) -> Selector
     weight = tensors.get("selector.cond_in.weight")
     if weight is None:
         return None
-    found = SelectorConfig(width=weight.shape[0], depth=count(tensors, "selector.blocks"))
-    if stated is not None and SelectorConfig(**stated) != found:
-        raise ValueError(f"The configuration says {SelectorConfig(**stated)}, the weights say {found}.")
-    return found
+    selector = SelectorConfig(width=weight.shape[0], depth=count(tensors, "selector.blocks"))
+    if stated is not None and SelectorConfig(**stated) != selector:
+        raise ValueError(f"The configuration says {SelectorConfig(**stated)}, the weights say {selector}.")
+    return selector

@@ -1,4 +1,4 @@
-"""What a PixelPonder checkpoint is: a short FLUX trunk, the kinds of hints it knows, and how it may select patches."""
+"""Configuration of a PixelPonder checkpoint: a short FLUX trunk, the kinds of hints, and the selection of patches."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class SelectConfig:
     patch_size: int = 2
     """Latent cells along one side of a patch."""
     select_num: int | None = None
-    """Patches taken in a round; None: as many as stand in a row of the picture, 32 at 512 pixels."""
+    """Patches taken in a round; None: as many as a row of the picture has, 32 at 512 pixels."""
     qkv_bias: bool = False
 
     def __post_init__(self):
@@ -48,21 +48,21 @@ class SelectConfig:
     def entries_of(cls, entries: Mapping) -> dict:
         """Entries under our names or the reference's -> ours. Raises ValueError for an entry that is neither."""
         known = {f.name for f in fields(cls)}
-        found, ratio = {}, None
+        renamed, ratio = {}, None
         for name, value in entries.items():
             ours = SELECT_REFERENCE_NAMES.get(name, name)
             if name == "mlp_ratio":
                 ratio = value
             elif ours in known:
-                found[ours] = value
+                renamed[ours] = value
             elif name not in SELECT_NOT_OURS:
                 raise ValueError(f"Unknown entry {name!r} of a selection network; known are "
                                  f"{', '.join(sorted(known | set(SELECT_REFERENCE_NAMES)))}.")
         if entries.get("depth", 1) != 1:
             raise ValueError(f"The selection network has depth={entries['depth']}, the released one 1.")
-        if ratio is not None and "hidden" in found:
-            found["mlp_hidden"] = int(found["hidden"] * ratio)
-        return found
+        if ratio is not None and "hidden" in renamed:
+            renamed["mlp_hidden"] = int(renamed["hidden"] * ratio)
+        return renamed
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class SelectorConfig:
 @dataclass(frozen=True)
 class PixelPonderConfig:
     trunk: FluxConfig = field(default_factory=lambda: FluxConfig(depth=2, single_depth=2))
-    """Its depth is the number of double-stream blocks. Of the single-stream blocks only as many are used by FLUX; the
-    release has twice as many and computes the rest for nothing."""
+    """Shape of the trunk; its depth is the number of double-stream blocks. FLUX uses only as many
+    single-stream blocks; the release has twice as many and computes the rest for nothing."""
     types: tuple[str, ...] = TYPES
     """Kinds of hints, in the order of their stems."""
     select: SelectConfig | None = None
@@ -136,12 +136,12 @@ class PixelPonderConfig:
 
     @classmethod
     def from_dict(cls, entries: Mapping) -> PixelPonderConfig:
-        """From our `as_dict`, or from the reference's complete parameters."""
-        found = cls.entries_of(entries)
+        """The configuration of our `as_dict`, or from the reference's complete parameters."""
+        values = cls.entries_of(entries)
         for name, kind in (("trunk", FluxConfig), ("select", SelectConfig), ("selector", SelectorConfig)):
-            if found.get(name) is not None:
-                found[name] = kind(**found[name])
-        return cls(**found)
+            if values.get(name) is not None:
+                values[name] = kind(**values[name])
+        return cls(**values)
 
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
@@ -150,21 +150,21 @@ class PixelPonderConfig:
         """
         if "trunk" in entries:
             return dict(entries)
-        found, trunk = {}, {}
+        renamed, trunk = {}, {}
         for name, value in entries.items():
             if name == "type2id":
                 if sorted(value.values()) != list(range(len(value))):
                     raise ValueError(f"type2id={value} must number its types from 0 without gaps.")
-                found["types"] = tuple(sorted(value, key=value.get))
+                renamed["types"] = tuple(sorted(value, key=value.get))
             elif name == "select_net":
-                found["select"] = SelectConfig.entries_of(value)
+                renamed["select"] = SelectConfig.entries_of(value)
             elif name == "controlnet_depth":
                 trunk |= {"depth": value, "single_depth": 2 * value}
             elif name == "types":
-                found["types"] = tuple(value)
+                renamed["types"] = tuple(value)
             elif name not in BASE_ONLY:
                 trunk |= {name: value}
-        return {**found, "trunk": FluxConfig.entries_of(trunk)}
+        return {**renamed, "trunk": FluxConfig.entries_of(trunk)}
 
 
 PRESETS = {"released": PixelPonderConfig()}

@@ -24,7 +24,7 @@ _ONE_WRITER = Lock()
 def read(path: str | os.PathLike) -> list[dict]:
     """The entries of a list, in order; empty lines are left out.
 
-    Raises FileNotFoundError, or ValueError with the line that is no entry.
+    Raises FileNotFoundError, or ValueError with the line that is not an entry.
     """
     path = Path(path)
     if not path.is_file():
@@ -34,9 +34,9 @@ def read(path: str | os.PathLike) -> list[dict]:
 
 
 def _lines(path: Path) -> list[tuple[dict, int]]:
-    """Entries with the byte at which each one's line ends. An unfinished last line, without its newline, that is no
-    JSON is what a broken write left and is not counted."""
-    content, found, end = path.read_bytes(), [], 0
+    """Entries with the byte at which each one's line ends. An unfinished last line, without its newline, that is not
+    JSON is what an interrupted write left and is not counted."""
+    content, listed, end = path.read_bytes(), [], 0
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         end += len(line)
         if not line.strip():
@@ -52,12 +52,12 @@ def _lines(path: Path) -> list[tuple[dict, int]]:
         if wrong:
             raise ValueError(f"{path.name}, line {number}: {', '.join(wrong)} must be text, in an entry with "
                              f"{', '.join((IMAGE, TEXT, *CONDITIONS))}.")
-        found.append((entry, end))
-    return found
+        listed.append((entry, end))
+    return listed
 
 
 def names(listed: Sequence[dict]) -> list[str]:
-    """A file name without ending for each entry, another for every one, whatever the case of its letters.
+    """A file name without extension for each entry, unique even where case is ignored.
 
     The stem of its image; where others have the same, its path with "_" for each "/", then with the ending too, and at
     last with the entry's number.
@@ -70,11 +70,11 @@ def names(listed: Sequence[dict]) -> list[str]:
         choices.append((last.stem, whole.removesuffix(last.suffix), whole, f"{whole}_{index:06}"))
     taken = [0] * len(choices)
     while True:
-        found = [choice[i] for choice, i in zip(choices, taken, strict=True)]
-        count = Counter(name.casefold() for name in found)
-        same = [i for i, name in enumerate(found) if count[name.casefold()] > 1 and taken[i] < len(choices[i]) - 1]
+        names = [choice[i] for choice, i in zip(choices, taken, strict=True)]
+        count = Counter(name.casefold() for name in names)
+        same = [i for i, name in enumerate(names) if count[name.casefold()] > 1 and taken[i] < len(choices[i]) - 1]
         if not same:
-            return found
+            return names
         for i in same:
             taken[i] += 1
 
@@ -116,7 +116,7 @@ def save(folder: str | os.PathLike, name: str, text: str, pictures: Mapping[str,
     A line is only written after its pictures. An entry of the same name keeps what is not given anew, so that
     conditions can be added in several runs; an image that is listed at another path is kept too. One process may write
     to a folder at a time.
-    Raises ValueError for a name that is no plain file name or could be several entries, or a new entry that has no
+    Raises ValueError for a name that is not a plain file name or could be several entries, or a new entry that has no
     image.
     """
     folder = Path(folder)
@@ -163,7 +163,7 @@ def _line(entry: dict) -> bytes:
 
 
 def _append(path: Path, end: int, entry: dict):
-    """Add a line behind the last whole one, which ends at byte `end`: what a broken write left there is cut off."""
+    """Add a line after the last complete one, which ends at byte `end`; the rest of an interrupted write is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "r+b" if path.exists() else "w+b") as file:
         if end:

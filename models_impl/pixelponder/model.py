@@ -2,7 +2,7 @@
 
 A FLUX trunk of two double- and two single-stream blocks. The hint of each condition is embedded by the stem of its kind
 and a tower that all kinds share; a selection (`patch_select`) makes one map of all of them, which is added to the image
-tokens. The hidden states behind the blocks are the residuals: there are no zero-initialised output layers.
+tokens. The hidden states after the blocks are the residuals: there are no zero-initialised output layers.
 """
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def hint_tower(operations, to: dict) -> nn.Sequential:
 
 
 class HintEncoders(nn.Module):
-    """The stems and the tower alone. Independent of the timestep: hints are embedded once per picture."""
+    """The stems and the tower. They do not depend on the timestep: hints are embedded once per picture."""
 
     def __init__(self, types: Sequence[str], operations=nn, dtype=None, device=None):
         super().__init__()
@@ -58,16 +58,16 @@ class HintEncoders(nn.Module):
 
 @dataclass(frozen=True)
 class Control:
-    """What one pass of the ControlNet gives."""
+    """The residuals of one pass of the ControlNet."""
 
     double: tuple[Tensor, ...]
-    """(B, N, D) behind each double-stream block."""
+    """(B, N, D) after each double-stream block."""
     single: tuple[Tensor, ...]
-    """(B, N+L, D) behind each single-stream block, the image first."""
+    """(B, N+L, D) after each single-stream block, the image first."""
     selection: Selection
 
     def residuals(self, strength: float | Tensor = 1.0, dtype: torch.dtype | None = None) -> Residuals:
-        """What FLUX adds, scaled (0.8 in the release when sampling, 1 in training).
+        """Residuals that FLUX adds, scaled (0.8 in the release when sampling, 1 in training).
 
         The single ones go as they are, image first, onto a sequence that has the text first: with 512 text and 1024
         image tokens the text receives what belongs to image tokens 0..511, and so on. The weights were trained so.
@@ -98,7 +98,7 @@ class PixelPonder(FluxTrunk):
         shared = {key: value for key, value in base.items() if key in own}
         wrong = [key for key, value in shared.items() if value.shape != own[key].shape]
         if wrong or "double_blocks.0.img_attn.qkv.weight" not in shared:
-            raise ValueError("This FLUX is no base for the ControlNet: "
+            raise ValueError("This FLUX cannot be the base of the ControlNet:  "
                              + (f"{wrong[0]} is {list(shared[wrong[0]].shape)}, expected {list(own[wrong[0]].shape)}."
                                 if wrong else "it has no double_blocks.0.img_attn.qkv.weight."))
         self.load_state_dict(shared, strict=False)

@@ -1,7 +1,7 @@
-"""Which condition speaks for which patch of the picture.
+"""Selection of a condition for each patch of the picture.
 
 A strategy is used in two steps. `choose = strategy.begin(conditions, forced)` does once per picture all that no step
-changes; `choose(guide)` gives the Selection of one step. `stepwise` says whether it depends on the step at all.
+changes; `choose(guide)` returns the Selection of one step. `stepwise` says whether it depends on the step at all.
 
     Released    the primary condition everywhere: what the released rule amounts to, and no network is needed
     AsRun       the released network, executed as the reference does: for study, and for weights that somebody trained
@@ -25,7 +25,7 @@ from ...kernels.rope import rotate
 from ..flux.model import Modulation, SelfAttention, mlp, norm, pack, unpack
 from .config import PixelPonderConfig, SelectConfig
 
-FREE = -1  # nobody is forced here
+FREE = -1  # no condition is forced here
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Guide:
-    """What a network may look at in one step, all inside the ControlNet's trunk."""
+    """Inputs of a selection network in one step, all from inside the ControlNet's trunk."""
 
     txt: Tensor
     """(B, L, D) embedded text."""
@@ -117,7 +117,7 @@ def _one_hot(winner: Tensor, conditions: int) -> Tensor:
 
 
 def _gather(conditions: Conditions, winner: Tensor) -> Selection:
-    """Every patch from its winner alone."""
+    """Each patch taken from only its winner."""
     share = _one_hot(winner, conditions.count)  # (B, K, rows, columns)
     H, W = conditions.embeds.shape[-2:]
     cells = share.repeat_interleave(H // share.shape[-2], dim=-2).repeat_interleave(W // share.shape[-1], dim=-1)
@@ -133,7 +133,7 @@ class Released:
 
     In exact arithmetic the released score is zero (a sum of values whose mean was just subtracted), ties go to the
     first condition, and the map is not accumulated but replaced in every round. What remains of the reference is
-    rounding noise, which picks the last 32 of 1024 patches, that stand doubled in the map; it is left out here.
+    rounding noise, which picks the last 32 of 1024 patches, which are doubled in the map; it is left out here.
     """
 
     stepwise = False
@@ -226,7 +226,7 @@ class ImageStreamBlock(nn.Module):
         return torch.addcmul(x, mods[5], self.img_mlp(modulated_norm(x, mods[3], mods[4])))
 
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor], vec: Tensor, rope: Tensor, attention: Callable) -> Tensor:
-        """x: (B, N, D); text: what `self.text` gave; rope of the image tokens alone."""
+        """x: (B, N, D); text: what `self.text` gave; rope of only the image tokens."""
         mods = self.img_mod(vec)
         q, k, v = self.image(norm(x), mods, rope)
         return self.finish(x, attention(q, torch.cat((text[0], k), 2), torch.cat((text[1], v), 2)), mods)
@@ -247,7 +247,7 @@ class SelectNet(nn.Module):
         self.attn_block = nn.ModuleList(ImageStreamBlock(*shape) for _ in range(config.types))
 
     def tokens(self, conditions: Conditions) -> SelectTokens:
-        """What depends on the conditions alone, so once per picture."""
+        """The part that depends only on the conditions, computed once per picture."""
         if max(conditions.types) >= self.config.types:
             raise ValueError(f"The selection network has {self.config.types} types, got {max(conditions.types)}.")
         B, K, C, H, W = conditions.embeds.shape
@@ -260,7 +260,7 @@ class SelectNet(nn.Module):
         return SelectTokens(conditions.types, x, norm(x), zero, norm(zero), index.transpose(1, 2).reshape(-1, side**2))
 
     def step(self, tokens: SelectTokens, guide: Guide) -> SelectStep:
-        """What one step has in common in all rounds: every key and value that a round may need.
+        """Keys and values that all rounds of one step share: every one that a round may need.
 
         In a round only patches that were taken change, and they become one constant token; so queries, keys and values
         of all others are those of the first round.
@@ -293,18 +293,18 @@ class SelectNet(nn.Module):
         taken = torch.ones(index.shape[0], tokens.x.shape[2], dtype=torch.bool, device=index.device)
         taken = taken.scatter(1, index, False)[:, None, :, None]  # (B, 1, N, 1)
         combined = self._patches(self._combine(step, index, last))  # (B, free, P)
-        found = []
+        features = []
         for k, (kind, state) in enumerate(zip(tokens.types, step.states, strict=True)):
             block = self.attn_block[kind]
             key = torch.cat((state.text[0], torch.where(taken, state.zero_k, state.k)), dim=2)
             value = torch.cat((state.text[1], torch.where(taken, state.zero_v, state.v)), dim=2)
             attended = guide.attention(_take(state.q, index), key, value)
             x = block.finish(_take(tokens.x[:, k], index), attended, state.mods)
-            found.append(self._patches(x) + combined)
-        return torch.stack(found, dim=2)
+            features.append(self._patches(x) + combined)
+        return torch.stack(features, dim=2)
 
     def _combine(self, step: SelectStep, index: Tensor, last: Picked | None) -> Tensor:
-        """The block that looks at the map so far, for the tokens at `index`."""
+        """The block that reads the map so far, for the tokens at `index`."""
         tokens, block = step.tokens, self.combine_attn_block[0]
         if last is None:  # the map is empty: every token is the zero token
             x = tokens.zero.expand(*index.shape, -1)
@@ -436,7 +436,7 @@ def pick(score: Tensor, free: Tensor, select_num: int) -> Picked:
 
 
 class AsRun:
-    """The released selection as the reference executes it, what it returns included.
+    """The released selection as the reference executes it, its return value included.
 
     Every round scores all patches, takes the `select_num` most certain, and replaces the map by everyone's winner,
     those just taken doubled; taken patches count for the first condition from then on. So the map of the last round is
@@ -514,8 +514,8 @@ class AsRun:
 class Selector(nn.Module):
     """Scores for `Accumulate`: a logit per condition and patch, from text, timestep, the condition and the map so far.
 
-    One network serves all conditions, which it tells apart by a type embedding alone; so the order in which they are
-    given means nothing, any number can take part, and a kind may take part twice.
+    One network serves all conditions and distinguishes them only by a type embedding. So their order does not matter,
+    any number can take part, and a kind may take part twice.
     """
 
     def __init__(self, config: PixelPonderConfig, operations=nn, dtype=None, device=None):
@@ -539,7 +539,7 @@ class Selector(nn.Module):
         return self.cond_in(hints) + kinds[:, None]
 
     def prepare(self, guide: Guide, conditions: int) -> SelectorStep:
-        """What all rounds of a step share: the text's keys and values, each for every condition."""
+        """The text's keys and values, which all rounds of a step share, each for every condition."""
         L = guide.txt.shape[1]
         txt, vec = self.txt_in(norm(guide.txt)), self.vec_in(F.silu(guide.vec))
         text_rope, rope = guide.rope[:, :, :L], guide.rope[:, :, L:]
@@ -579,7 +579,7 @@ class Accumulate:
 
     In every round the selector scores the conditions of all patches; of the patches still free the most certain ones,
     1/rounds of all, are fixed to their winner. Straight-through: the choice is hard, its gradient that of the softmax.
-    The released code picks by argmax and topk alone, so its selection gets no gradient. On an easy task one round did
+    The released code picks only by argmax and topk, so its selection gets no gradient. On an easy task one round did
     as well as four, at half the cost.
     """
 

@@ -1,4 +1,4 @@
-"""How PixelPonder's release samples (pipeline.py of chfyfr/PixelPonder@3326c73); the flow itself is FLUX's."""
+"""Sampling settings of PixelPonder's release (pipeline.py of chfyfr/PixelPonder@3326c73); the flow itself is FLUX's."""
 from __future__ import annotations
 
 from ..flux import sampling as flux

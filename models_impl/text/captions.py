@@ -1,4 +1,4 @@
-"""How PixArt-alpha cleaned the captions of its training (diffusion/model/t5.py there, and DeepFloyd IF before it).
+"""The cleaning of PixArt-alpha's training captions (diffusion/model/t5.py there, and DeepFloyd IF before it).
 
 The captions came from the web, so this drops what a web page leaves in a caption: addresses, markup, article numbers,
 file names, image sizes, offers of shipping. A prompt that is cleaned alike gives the tokens that the network knows.
@@ -88,7 +88,7 @@ def clean_caption(text: str) -> str:
     """`text` as PixArt-alpha's T5 read it: cleaned twice, in lower case.
 
     Where cleaning_needs() names a package, the text is only stripped and in lower case, as diffusers has it: half of
-    the rules would give a caption that no release was trained on. Whoever offers cleaning says so to the user.
+    the rules would give a caption that no release was trained on. Callers that offer cleaning warn the user.
     """
     if cleaning_needs():
         return text.lower().strip()

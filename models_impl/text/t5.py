@@ -41,7 +41,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def read(cls, path) -> TextEncoder:
-        """From a file of ours. Raises ValueError for any other."""
+        """The encoder of one of our files. Raises ValueError for any other file."""
         tensors, metadata = read_file(path)
         config = metadata_config(metadata, T5_FAMILY)
         if config is None or "pixstack.tokenizer" not in metadata:
@@ -52,7 +52,7 @@ class TextEncoder(nn.Module):
         return encoder
 
     def weights(self) -> dict[str, Tensor]:
-        """What goes into a file: every tensor once."""
+        """Tensors for a file, each once."""
         return {k: v for k, v in self.t5.state_dict().items() if k != "encoder.embed_tokens.weight"}
 
     def metadata(self) -> dict[str, str]:

@@ -41,7 +41,7 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 
 
 def sinusoids(value: Tensor, channels: int) -> Tensor:
-    """(B,) in [0, 1] -> (B, channels) float32 as [sin | cos], a zero behind where `channels` is odd."""
+    """(B,) in [0, 1] -> (B, channels) float32 as [sin | cos], a zero at the end if `channels` is odd."""
     half = channels // 2
     # Frequencies and products stay in float32, in this order: the fastest angle is 10000 rad, and its rounding shows.
     frequency = torch.arange(half, device=value.device).float().mul(-math.log(POSITIONS) / (half - 1)).exp()
@@ -165,7 +165,7 @@ class AttentionBlock(nn.Module):
 
 @dataclass
 class Walk:
-    """What one forward pass carries through the levels."""
+    """The state that one forward pass carries through the levels."""
 
     embeddings: Mapping[str, Tensor]
     context: Tensor

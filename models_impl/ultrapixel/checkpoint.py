@@ -19,7 +19,7 @@ from .config import (
 )
 
 FAMILY = "ultrapixel"
-HEAD_DIM = 64  # of every released Stage C and B; keys and shapes do not tell it
+HEAD_DIM = 64  # of every released Stage C and B; not in keys or shapes
 GUIDE_HEAD_DIM = 32
 RELEASED_BLOCKS = ControlNetConfig().blocks
 PARTS = {
@@ -41,7 +41,7 @@ Told = Mapping[str, str] | None
 
 
 def metadata(config) -> dict[str, str]:
-    """What our exported safetensors say about themselves."""
+    """Metadata of our exported safetensors."""
     return {"pixstack.family": f"{FAMILY}.{PARTS[type(config)]}", "pixstack.config": json.dumps(config.as_dict())}
 
 
@@ -51,7 +51,7 @@ def _stated(cls: type, file: Told, config: Mapping | None) -> dict:
 
 
 def _checked(cls: type, stated: dict, shapes: dict):
-    """The configuration of what the shapes say, completed by what is stated."""
+    """The configuration that follows from the shapes, completed by the stated entries."""
     for name in shapes.keys() & stated.keys():
         if stated[name] != shapes[name]:
             raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
@@ -63,7 +63,7 @@ def _refuse(tensors: Mapping, what: str):
 
 
 def unwrap(tensors: Mapping) -> dict:
-    """The weights, out of the table and from behind the prefixes that other programs put them in."""
+    """The weights, out of the table and without the prefixes of other programs."""
     inner = tensors.get("state_dict")
     return without_prefix(inner if isinstance(inner, Mapping) else tensors)
 
@@ -72,17 +72,17 @@ def unwrap(tensors: Mapping) -> dict:
 
 def attention_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`in_proj_weight` as torch stores it, or `to_q`, `to_k`, `to_v` as ComfyUI does -> `in_proj.weight`."""
-    found = {}
+    joined = {}
     for key, tensor in tensors.items():
         fused, split = FUSED.match(key), SPLIT.match(key)
         if fused:
-            found[f"{fused[1]}in_proj.{fused[2]}"] = tensor
+            joined[f"{fused[1]}in_proj.{fused[2]}"] = tensor
         elif split:
             parts = [tensors[f"{split[1]}{part}.{split[2]}"] for part in ("to_q", "to_k", "to_v")]
-            found[f"{split[1]}in_proj.{split[2]}"] = torch.cat(parts)
+            joined[f"{split[1]}in_proj.{split[2]}"] = torch.cat(parts)
         elif not re.search(r"\.attn\.to_[kv]\.(weight|bias)$", key):
-            found[key] = tensor
-    return found
+            joined[key] = tensor
+    return joined
 
 
 def released_attention_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,18 +92,18 @@ def released_attention_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def core_attention_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`in_proj.weight` -> `to_q.weight`, `to_k.weight`, `to_v.weight`, as ComfyUI's Stage C and B have it."""
-    found = {}
+    split = {}
     for key, tensor in tensors.items():
         name, fused, kind = key.partition(".in_proj.")
-        found |= {f"{name}.to_{part}.{kind}": t.clone() for part, t in zip("qkv", tensor.chunk(3), strict=True)
+        split |= {f"{name}.to_{part}.{kind}": t.clone() for part, t in zip("qkv", tensor.chunk(3), strict=True)
                   } if fused else {key: tensor}
-    return found
+    return split
 
 
 def read_stage_c(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
     """(StageCConfig, weights) of a released, core or own file, or of a live UltraPixel model, whose guide is left out.
 
-    config: entries, under our names or the reference's, that keys and shapes do not tell.
+    config: entries, under our names or the reference's, that keys and shapes do not determine.
     """
     tensors = unwrap(tensors)
     if "clip_txt_mapper.weight" not in tensors:
@@ -136,7 +136,7 @@ def read_stage_b(tensors: Mapping, metadata: Told = None, config: Mapping | None
 
 
 def _cascade(tensors: Mapping[str, Tensor], stated: dict, released_patch_size: int) -> dict:
-    """What keys and shapes tell of a Stage C or B; completes `stated` by what the released nets have."""
+    """The entries that keys and shapes of a Stage C or B give; completes `stated` with those of the released nets."""
 
     def strings(direction: str) -> tuple[str, ...]:
         kinds: dict[int, dict[int, str]] = {}
@@ -175,19 +175,19 @@ def _cascade(tensors: Mapping[str, Tensor], stated: dict, released_patch_size: i
     ))
     stated.setdefault("self_attention", (True,) * levels)
     stated.setdefault("dropout", tuple(0.1 if "A" in down[i] else 0.0 for i in range(levels)))
-    found = dict(
+    from_shapes = dict(
         hidden=hidden, down=down, up=up, down_repeats=repeats("down", levels), up_repeats=repeats("up", levels),
         in_channels=tensors["embedding.1.weight"].shape[1] // patch_size**2,
         out_channels=tensors["clf.1.weight"].shape[0] // patch_size**2,
     )
     if mapper is not None:
-        found["timestep_dim"] = mapper.shape[1]
+        from_shapes["timestep_dim"] = mapper.shape[1]
         names = {m[1] for m in (re.search(r"\.mapper_(\w+)\.weight$", key) for key in tensors) if m}
         order = stated.pop("conditions", ("sca", "crp"))  # of no consequence: each has a mapper of its own
-        found["conditions"] = (*(n for n in order if n in names), *sorted(names - set(order)))
+        from_shapes["conditions"] = (*(n for n in order if n in names), *sorted(names - set(order)))
     if kernel is not None:
-        found["kernel_size"] = kernel.shape[-1]
-    return found
+        from_shapes["kernel_size"] = kernel.shape[-1]
+    return from_shapes
 
 
 # --- Stage A
@@ -210,8 +210,8 @@ def read_stage_a(tensors: Mapping, metadata: Told = None, config: Mapping | None
 def read_guide(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
     """(GuideConfig, weights as `guidance.Guide` names them) from `ultrapixel_t2i` or our own file.
 
-    Also from a live model's weights, where the guide stands among Stage C's. The unused third of the released file is
-    dropped. config: entries that the shapes do not tell, above all `heads`.
+    Also from a live model's weights, where the guide is among Stage C's. The unused third of the released file is
+    dropped. config: entries that the shapes do not determine, above all `heads`.
     """
     rows, numbers = [], set()
     for key, tensor in tensors.items():
@@ -220,11 +220,11 @@ def read_guide(tensors: Mapping, metadata: Told = None, config: Mapping | None =
             rows.append((match[1], int(match[2]), match[3], tensor))
             numbers |= {int(match[1])} if match[1].isdigit() else set()
     names = dict(zip(map(str, sorted(numbers)), ("agg_net", "agg_net_up"), strict=False))
-    found = {f"{names.get(group, group)}.{level}.{name}": tensor for group, level, name, tensor in rows}
-    if len(numbers) > 2 or not any(key.endswith(".wtokens") for key in found):
+    guide = {f"{names.get(group, group)}.{level}.{name}": tensor for group, level, name, tensor in rows}
+    if len(numbers) > 2 or not any(key.endswith(".wtokens") for key in guide):
         _refuse(tensors, "a guide of UltraPixel")
     weights = {}
-    for key, tensor in found.items():
+    for key, tensor in guide.items():
         if key.endswith(".toout.0.weight"):
             for half, part in zip(("guide", "target"), tensor.chunk(2, dim=1), strict=True):
                 weights[key.replace(".toout.0.", f".toout.{half}.")] = part
@@ -328,7 +328,7 @@ def kind(tensors: Mapping) -> str | None:
 
 
 def read(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
-    """(configuration, weights) of any of the files; the type of the configuration tells which."""
+    """(configuration, weights) of any of the files; the type of the configuration shows which file it is."""
     what = kind(tensors)
     if what not in READERS:
         _refuse(unwrap(tensors), "a file of UltraPixel")

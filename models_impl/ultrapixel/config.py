@@ -1,4 +1,4 @@
-"""What the files of UltraPixel and Stable Cascade are: the shapes of Stage C, B and A, the guide and the ControlNet."""
+"""Configurations of UltraPixel's and Stable Cascade's files: shapes of Stage C, B and A, the guide, the ControlNet."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -56,17 +56,17 @@ class _Entries:
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
         known = {f.name for f in fields(cls)}
-        found = {}
+        renamed = {}
         for name, value in entries.items():
             ours = REFERENCE_NAMES.get(name, name)
             if ours in known:
-                found[ours] = _frozen(value)
-        return found
+                renamed[ours] = _frozen(value)
+        return renamed
 
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeConfig(_Entries):
-    """What Stage C and Stage B have in common: a U-net whose levels are strings of blocks.
+    """Configuration that Stage C and Stage B share: a U-net whose levels are strings of blocks.
 
     Tuples have one entry a level; those that begin with `up` go from the deepest level to the first, as the net runs.
     """
@@ -78,7 +78,7 @@ class CascadeConfig(_Entries):
     """Blocks of a level in order: C a ResBlock, T a timestep block, A an attention, F a feed-forward."""
     up: tuple[str, ...]
     down_repeats: tuple[int, ...]
-    """How often a level is run; a 1x1 convolution stands between two runs."""
+    """Number of runs of a level; a 1x1 convolution is between two runs."""
     up_repeats: tuple[int, ...]
     in_channels: int
     out_channels: int
@@ -119,18 +119,18 @@ class CascadeConfig(_Entries):
 
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
-        found = super().entries_of(entries)
+        renamed = super().entries_of(entries)
         if "level_config" in entries and "blocks" in entries:
             (down, up), kinds = entries["blocks"], entries["level_config"]
-            found["down"] = tuple(kind * count for kind, count in zip(kinds, down, strict=True))
-            found["up"] = tuple(kind * count for kind, count in zip(reversed(kinds), up, strict=True))
+            renamed["down"] = tuple(kind * count for kind, count in zip(kinds, down, strict=True))
+            renamed["up"] = tuple(kind * count for kind, count in zip(reversed(kinds), up, strict=True))
         if entries.get("block_repeat") is not None:
-            found["down_repeats"], found["up_repeats"] = _frozen(entries["block_repeat"])
+            renamed["down_repeats"], renamed["up_repeats"] = _frozen(entries["block_repeat"])
         levels = len(entries.get("c_hidden", entries.get("hidden", ())))
         for name in ("dropout", "self_attention"):
-            if name in found and not isinstance(found[name], tuple):
-                found[name] = (found[name],) * levels
-        return found
+            if name in renamed and not isinstance(renamed[name], tuple):
+                renamed[name] = (renamed[name],) * levels
+        return renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ class StageAConfig(_Entries):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """From the finest level to that of the latent."""
+        """Widths from the finest level to that of the latent."""
         return tuple(self.hidden // 2**i for i in reversed(range(self.levels)))
 
     @property
@@ -245,15 +245,15 @@ class GuideConfig(_Entries):
     timestep_dim: int = 64
     scale_dim: int = 64
     scale_tokens: int = 576
-    """Tokens at which the scale-aware normalisation is told 1: those of a 1024x1024 picture."""
+    """Tokens at which the input of the scale-aware normalisation is 1: those of a 1024x1024 picture."""
 
     def __post_init__(self):
         problems = [f"{name}={getattr(self, name)} must be at least 1."
                     for name in ("width", "heads", "groups", "frequencies", "max_tokens") if getattr(self, name) < 1]
         if not problems:
             if self.width % self.heads:
-                problems.append(f"width={self.width} is no multiple of heads={self.heads}.")
-            problems += [f"A layer of {size} columns is no multiple of groups={self.groups}."
+                problems.append(f"width={self.width} is not a multiple of heads={self.heads}.")
+            problems += [f"A layer of {size} columns is not a multiple of groups={self.groups}."
                          for size in self.layers if size % min(self.groups, size)]
         if not self.layers or not self.down + self.up:
             problems.append("It needs at least one layer and one level.")
@@ -261,10 +261,10 @@ class GuideConfig(_Entries):
 
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
-        found = super().entries_of(entries)
+        renamed = super().entries_of(entries)
         if "n_head" in entries:  # the U-net's own `heads` is a tuple under another name
-            found["heads"] = entries["n_head"]
-        return found
+            renamed["heads"] = entries["n_head"]
+        return renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ class ControlNetConfig(_Entries):
     hidden: int = 2048
     """Channels of Stage C where the residuals are added."""
     blocks: tuple[int, ...] = (0, 4, 8, 12, 51, 55, 59, 63)
-    """Running numbers of the ResBlocks of Stage C that get a residual."""
+    """Indices of the ResBlocks of Stage C that get a residual."""
     backbone: str = "effnet"
     """effnet, large or simple."""
 
@@ -287,10 +287,10 @@ class ControlNetConfig(_Entries):
 
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
-        found = super().entries_of(entries)
-        if "backbone" in found:
-            found["backbone"] = found["backbone"] or "effnet"
-        return found
+        renamed = super().entries_of(entries)
+        if "backbone" in renamed:
+            renamed["backbone"] = renamed["backbone"] or "effnet"
+        return renamed
 
 
 STAGE_C_PRESETS = {

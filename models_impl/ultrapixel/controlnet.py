@@ -59,7 +59,7 @@ class ControlNet(nn.Module):
     def forward(self, hint: Tensor) -> list[Tensor | None]:
         """(B, in_channels, H, W) -> residuals (B, hidden, h, w), one or None for each ResBlock of Stage C in order.
 
-        They do not depend on the timestep: once an image is enough. Their size need not be that of the latent.
+        They do not depend on the timestep: once per image is enough. Their size need not be that of the latent.
         """
         x = self.backbone(hint)
         residuals: list[Tensor | None] = [None] * (max(self.config.blocks) + 1)

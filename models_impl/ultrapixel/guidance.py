@@ -3,10 +3,10 @@
 For each level of Stage C, on the way down and on the way up (arXiv 2407.02158): a transformer reads the
 low-resolution features and writes the weights of a small coordinate network ("implicit neural representation"), which
 is evaluated at the cells of the high-resolution picture; together with the nearest low-resolution feature that is the
-reconstruction; an MLP fuses it with the features at hand, and the "scale-aware normalisation" is told the size.
+reconstruction; an MLP fuses it with the current features, and the "scale-aware normalisation" reads the size.
 
-The guide acts on features only, through a callable `hook(direction, level, features) -> features` that whoever runs
-Stage C calls after the first attention block of each level: our own `model.StageC`, or hooks on another implementation.
+The guide acts on features only, through a callable `hook(direction, level, features) -> features` that the caller of
+Stage C runs after the first attention block of each level: our own `model.StageC`, or hooks on another implementation.
 """
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def up_weight(height: int, width: int) -> float:
 
 @dataclass
 class Features:
-    """What Stage C's first attention block of every level gave: (B, D, h, w) each, in the order the net runs."""
+    """Outputs of Stage C's first attention block of every level: (B, D, h, w) each, in the order the net runs."""
 
     down: list[Tensor] = field(default_factory=list)
     up: list[Tensor] = field(default_factory=list)
 
     def rows(self, start: int, stop: int) -> Features:
-        """Those of a part of the batch, for example of its conditional half."""
+        """The features of a part of the batch, for example its conditional half."""
         return Features([x[start:stop] for x in self.down], [x[start:stop] for x in self.up])
 
 
@@ -95,7 +95,7 @@ class Tokenizer(nn.Module):
 
 
 class TokenAttention(nn.Module):
-    """SiLU before the projections and none behind: as released."""
+    """SiLU before the projections and none after: as released."""
 
     def __init__(self, config: GuideConfig, operations, to: dict):
         super().__init__()
@@ -266,11 +266,11 @@ class GuideLevel(nn.Module):
         return detail + F.interpolate(low, size=(height, width), mode="nearest")
 
     def prepare(self, low: Tensor, height: int, width: int, attention: Callable = dense_attention) -> Tensor:
-        """Its part in the fusion: (B, height, width, D/4)."""
+        """The reconstruction's part of the fusion: (B, height, width, D/4)."""
         return self.toout["guide"](channels_last(self.reconstruct(low, height, width, attention)))
 
     def fuse(self, x: Tensor, prepared: Tensor, time_embedding: Tensor) -> Tensor:
-        """What is to be added to x (k*B, D, H, W), k times the batch of `prepared` in the order of a `repeat`."""
+        """The term to add to x (k*B, D, H, W), k times the batch of `prepared` in the order of a `repeat`."""
         B = prepared.shape[0]
         if x.shape[0] % B:
             raise ValueError(f"A batch of {x.shape[0]} is guided by features of {B} pictures: it must be a multiple.")
@@ -309,7 +309,7 @@ class Guide(nn.Module):
 
 
 class GuidedImage:
-    """What of a guide depends on neither x nor the timestep is computed when a size first comes up, and kept.
+    """A guide with fixed features. What depends on neither x nor the timestep is computed once per size and kept.
 
     features: those of the low-resolution pass, of the conditional half of the batch.
     """
@@ -326,7 +326,7 @@ class GuidedImage:
         return self._prepared[key]
 
     def hook(self, timestep: Tensor, down: float = 1.0, up: float | None = None) -> Callable:
-        """The hook of one step. timestep: (B,), what the network is told; down, up: weights of the guide.
+        """The hook of one step. timestep: (B,), what the network is conditioned on; down, up: weights of the guide.
 
         `up` None takes the released step function of the size; training is at 1.
         """

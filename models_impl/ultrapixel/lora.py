@@ -36,12 +36,12 @@ class Personalisation:
     token_change: Tensor | None = None
     """(rows, width)."""
     token: str | None = None
-    """What to write in a prompt; None where the file does not tell."""
+    """Word to write in a prompt; None where the file does not say."""
     base: str | None = None
     """The pattern of the words whose mean the token's row began as."""
 
     def change(self, key: str, shape: torch.Size) -> Tensor:
-        """Of one weight, float32."""
+        """The change of one weight, float32."""
         up, down = self.layers[key]
         return (self.scale * (up.float() @ down.float())).reshape(shape)
 
@@ -75,7 +75,7 @@ def base_rows(vocabulary: Mapping[str, int], pattern: str) -> list[int]:
     try:
         rows = sorted(row for word, row in vocabulary.items() if re.search(pattern, word))
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from error
     if not rows:
         raise ValueError(f"{pattern!r} is found in none of the text encoder's {len(vocabulary):,} words. A whole word "
                          "ends in </w>: \"^cat</w>\".")
@@ -111,8 +111,8 @@ def read(
     if any(key.startswith(KOHYA) for key in tensors):
         tensors = {KOHYA_NAME.sub(rf"{CORE}\1_blocks.\2.\3.attention.attn.\4.\5", k): v for k, v in tensors.items()}
         if odd := [k for k in tensors if k.startswith(KOHYA)]:
-            raise ValueError(f"{len(odd)} keys are no attention's, such as {odd[0]}: load this file with core's LoRA "
-                             "loader; a personalisation changes attentions alone.")
+            raise ValueError(f"{len(odd)} keys do not belong to an attention, such as {odd[0]}: load this file "
+                             "with core's LoRA loader; a personalisation changes only attentions.")
     if any(key.startswith(CORE) for key in tensors):
         return _read_named(tensors, metadata)
     parts: dict[int, dict[str, Tensor]] = {}
@@ -165,14 +165,14 @@ def to_kohya(personalisation: Personalisation) -> tuple[dict[str, Tensor], dict[
 
 
 def to_released(personalisation: Personalisation) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """By numbers, as the release has it; a scale other than its 1 / rank goes into the weights. Raises ValueError where
-    not all attentions of the net are changed, for then a number would mean another layer."""
+    """(tensors, metadata) with numbered modules, as released; a scale other than its 1 / rank goes into the weights.
+    Raises ValueError where not all attentions of the net are changed: a number would then mean another layer."""
     layers = personalisation.layers
     order = sorted(layers, key=_place)
     pairs = [key.rsplit(".", 2)[0] for key in order]
     if any(pairs.count(one) != 2 for one in pairs):
         raise ValueError("The release's format numbers all attentions of Stage C, in_proj and out_proj of each; this "
-                         f"file has {len(layers)} layers that are no such pairs.")
+                         f"file has {len(layers)} layers that are not such pairs.")
     tensors = {}
     for number, key in enumerate(order):
         up, down = layers[key]
@@ -186,12 +186,12 @@ def to_released(personalisation: Personalisation) -> tuple[dict[str, Tensor], di
 
 
 def _told(personalisation: Personalisation) -> dict[str, str]:
-    told = {"pixstack.token": personalisation.token, "pixstack.token_base": personalisation.base}
-    return {name: value for name, value in told.items() if value is not None}
+    entries = {"pixstack.token": personalisation.token, "pixstack.token_base": personalisation.base}
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def _place(key: str) -> tuple:
-    """Where the release's numbering has a weight."""
+    """Sort key of a weight in the release's numbering."""
     way, level, position, part = re.match(r"(down|up)_blocks\.(\d+)\.(\d+)\..*\.(in_proj|out_proj)\.weight$",
                                           key).groups()
     return way, int(level), int(position), part == "in_proj"

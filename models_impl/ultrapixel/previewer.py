@@ -15,7 +15,7 @@ PIXELS = 8  # along a side of a cell
 
 
 class Previewer(nn.Module):
-    """Meant for evaluation mode."""
+    """The previewer's network. Meant for evaluation mode."""
 
     def __init__(self, latent_channels: int = 16, hidden: int = 512, operations=nn, dtype=None, device=None):
         super().__init__()

@@ -2,8 +2,8 @@
 
 (arXiv 2306.00637 and 2407.02158; gdf/ of Stability-AI/StableCascade@7a7d341f, MIT.) Variance preserving: x = a * clean
 + b * noise with a^2 + b^2 = 1. `t` runs from 1 (noise) to 0; `logsnr` = log(a^2 / b^2) names the noise level;
-`timestep` is what the networks are told: the t at which the unshifted schedule has that logsnr, 0.99358 and not 1 at
-the start.
+`timestep` is what the networks are conditioned on: the t at which the unshifted schedule has that logsnr, 0.99358 and
+not 1 at the start.
 """
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Schedule:
         return (self._unshifted(t) + 2 * math.log(1 / self.shift)).clamp(low, high)
 
     def timestep(self, logsnr: Tensor) -> Tensor:
-        """What the networks are told, in [0, 1]."""
+        """Timestep that the networks are conditioned on, in [0, 1]."""
         offset, first = self._first(logsnr)
         return (logsnr.sigmoid() * first).sqrt().acos() / (torch.pi * 0.5) * (1 + offset) - offset
 
@@ -84,7 +84,7 @@ def denoised(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
 
 
 def ddpm_step(clean: Tensor, eps: Tensor, logsnr: Tensor, following: Tensor, noise: Tensor, eta: float = 1.0) -> Tensor:
-    """From one noise level to the `following`. eta 1: DDPM, 0: DDIM. Noise is added in the last step too.
+    """One step, from one noise level to the `following`. eta 1: DDPM, 0: DDIM. Noise is added in the last step too.
 
     sigma = eta * (b'/b) * sqrt(1 - a^2/a'^2); x' = a' clean + sqrt(b'^2 - sigma^2) eps + sigma noise
     """
@@ -156,7 +156,7 @@ def sample_features(predict, features, x, schedule, logsnrs, noise, keep: int | 
     """
     keep = kept_step(schedule, logsnrs) if keep is None else keep
     if not 0 <= keep < len(logsnrs) - 1:
-        raise ValueError(f"keep={keep} is no step of {len(logsnrs) - 1}.")
+        raise ValueError(f"keep={keep} is not one of the steps 0 to {len(logsnrs) - 1}.")
     x, _ = run(predict, x, schedule, logsnrs[: keep + 1], noise, **options)
     return features(x, schedule.timestep(logsnrs[keep]).to(x.device).expand(x.shape[0]))
 
@@ -180,8 +180,8 @@ def sample_guided(
     """Both passes of UltraPixel (arXiv 2407.02158). Returns the clean high-resolution latent.
 
     predict_low and features_low: see `sample_features`; predict_high(x, timestep, features) -> eps, features None where
-    unguided. x_low, x_high: noise of the two sizes, each with noise of its own for the steps. guide_steps: only so many
-    steps are guided, for the reference's numbers, which stop after 20; None: all. keep: None for `kept_step`; the
+    unguided. x_low, x_high: noise of the two sizes, each with noise of its own for the steps. guide_steps: number
+    of guided steps; the reference stops after 20; None: all. keep: None for `kept_step`; the
     reference takes the last step, whatever its noise level.
     """
     features = sample_features(predict_low, features_low, x_low, schedule, logsnrs, noise_low, keep, eta=eta,
@@ -215,7 +215,7 @@ def sizes(
     height: int, width: int, compression_c: float = COMPRESSION_C, compression_a: float = COMPRESSION_A,
     low_side: int = LOW_SIDE,
 ) -> Sizes:
-    """Of a picture of height x width pixels. For Stage B both must be multiples of 8, see `stage_b`."""
+    """The sizes for a picture of height x width pixels. For Stage B both must be multiples of 8, see `stage_b`."""
 
     def cells(pixels, compression):
         return tuple(math.ceil(p / compression) for p in pixels)
@@ -258,7 +258,7 @@ class AdaptiveLossWeight:
         return (1 / losses).clamp(*self.weight_range).to(logsnr.device)
 
     def update(self, logsnr: Tensor, loss: Tensor, beta: float = 0.99):
-        """Of several samples in one bucket only one counts, as in the reference."""
+        """Update the running means. Of several samples in one bucket only one counts, as in the reference."""
         bucket = torch.searchsorted(self.edges, logsnr.detach().float().cpu())
         self.losses = self.losses.clone()
         self.losses[bucket] = self.losses[bucket] * beta + loss.detach().float().cpu() * (1 - beta)

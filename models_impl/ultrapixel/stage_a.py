@@ -66,10 +66,10 @@ class Block(nn.Module):
 
 
 def decode_bytes(config: StageAConfig, height: int, width: int, itemsize: int, strip: int = STRIP) -> int:
-    """What `StageA.decode` of one latent of height x width cells takes over the weights, in strips; `encode` likewise.
+    """Bytes, without weights, of `StageA.decode` in strips for one latent of height x width cells; `encode` likewise.
 
-    Two levels' features stand side by side while one is made from the other, then the finest with the picture before
-    and after its shuffle. A strip's tensors add up to eleven times its width: its input and output, the normed input,
+    Features of two levels exist at once while one is made from the other, then the finest with the picture before and
+    after its shuffle. A strip's tensors add up to eleven times its width: its input and output, the normed input,
     and the four times wider layer before and after the GELU.
     """
     cells, levels = height * width, range(config.levels)

@@ -12,7 +12,7 @@ from ...kernels.attention import attention as dense_attention
 from .blocks import Norm2d, UNet, Walk, norm, resize
 from .config import StageBConfig
 
-PIXELS = 8  # cells along a side of the pixels that nobody gave
+PIXELS = 8  # cells along a side of the zeros used when `pixels` is not given
 
 
 class StageB(UNet):
@@ -58,8 +58,8 @@ class StageB(UNet):
 
         x: (B, in_channels, H, W), sides multiples of patch_size; timestep: (B,) in [0, 1]; semantic: (B,
         semantic_channels, h, w), what Stage C made (zeros: unconditional); pooled: (B, 1, pooled_dim) or
-        (B, pooled_dim); pixels: (B, pixel_channels, h, w), by default zeros, which are not nothing: the mapper has
-        biases. Returns (B, out_channels, H, W).
+        (B, pooled_dim); pixels: (B, pixel_channels, h, w), by default zeros, which still have an effect: the mapper
+        has biases. Returns (B, out_channels, H, W).
         """
         p = self.config.patch_size
         if x.shape[-2] % p or x.shape[-1] % p:

@@ -1,1 +1,1 @@
-"""What ComfyUI must be told about each family: how it loads, conditions, samples and previews."""
+"""Everything that ComfyUI must know about a family: how it loads, conditions, samples and previews."""

@@ -1,8 +1,8 @@
-"""How each (family, component) of a parity case is computed with our code: name of an output -> (ours, tolerance).
+"""Adapters that compute each (family, component) of a parity case with our code: output -> (ours, tolerance).
 
 A tolerance is a number, or a tensor with one for every value of the output.
 
-An adapter reads shapes and settings from the case alone.
+An adapter reads shapes and settings only from the case.
 """
 from importlib import import_module
 from pkgutil import iter_modules

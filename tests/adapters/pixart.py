@@ -23,8 +23,8 @@ def pixart_model(weights, config) -> PixArt:
 
 def run(model, case, **more):
     i = case.inputs
-    told = i.get("img_hw"), i.get("aspect_ratio")
-    return model(i["x"], i["timestep"], i["y"].squeeze(1), i.get("mask"), *told, **more)
+    size_inputs = i.get("img_hw"), i.get("aspect_ratio")
+    return model(i["x"], i["timestep"], i["y"].squeeze(1), i.get("mask"), *size_inputs, **more)
 
 
 @adapter("pixart", "transformer")

@@ -21,7 +21,7 @@ def noise_schedule(config) -> sampling.NoiseSchedule:
 
 
 class Recorder:
-    """The network of a sampler case, and what the sampler asks of it and makes of the state."""
+    """The network of a sampler case, with the times at which it is called and the states that follow."""
 
     def __init__(self, case):
         self.cond, self.uncond = case.inputs.get("cond"), case.inputs.get("uncond")

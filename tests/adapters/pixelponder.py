@@ -15,7 +15,7 @@ from .registry import TOLERANCE, adapter
 
 
 def controlnet_model(weights, config) -> PixelPonder:
-    """With everything that the case has weights of; the selection network's scores are inputs, so without it."""
+    """The ControlNet with everything that the case has weights of, but no selection network: its scores are inputs."""
     config, weights = checkpoint.read(weights, config=without(config, "cond_order"), unused=True)
     model = PixelPonder(config)
     state_dict.load_into(model, weights, "PixelPonder")
@@ -46,7 +46,7 @@ def run_controlnet(net: PixelPonder, case, settings, img):
 
 
 def as_run(scores, settings) -> AsRun | Released:
-    if scores is None:  # one condition alone is not selected
+    if scores is None:  # with a single condition nothing is selected
         return Released()
     rounds, _, patches, _ = scores.shape
     return AsRun(scores=scores, patch_size=settings.get("patch_size", 2), select_num=patches // rounds)

@@ -1,4 +1,4 @@
-"""Where the adapters of all families are registered under the (family, component) of a parity case."""
+"""The registry of the adapters of all families under the (family, component) of a parity case."""
 from __future__ import annotations
 
 TOLERANCE = 1e-4

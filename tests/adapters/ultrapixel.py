@@ -44,8 +44,8 @@ def conditioning(inputs, config):
 
 
 def numbered(tensors, name):
-    found = {int(key.rsplit(".", 1)[1]): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-    return [found.get(i) for i in range(max(found) + 1)]
+    by_number = {int(key.rsplit(".", 1)[1]): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    return [by_number.get(i) for i in range(max(by_number) + 1)]
 
 
 def low_features(inputs) -> Features:
@@ -130,7 +130,7 @@ def personalisation(case):
     mine = {key: value for key, value in case.weights.items() if key.startswith("module.")}
     config, weights = checkpoint.read_stage_c(case.weights, config=c)
     file = lora.read(mine, config=config, alpha=c["alpha"], modules=c["index_to_module"])
-    if c["module_filters"] == [".attn"]:  # what is personalised where nobody says so
+    if c["module_filters"] == [".attn"]:  # what is personalised by default
         assert list(lora.read(mine, config=config).layers) == list(file.layers)
     arguments = i["x"], i["r"]
     return close({

@@ -18,7 +18,7 @@ from ..common.patcher import patcher
 
 MOST = 16  # pictures in one call of a network
 HED_BYTES = 3 * 64 * 4  # of its widest layer, for a pixel: in, out and room to compute
-DEPTH_BYTES = 4096  # generous: what a large ViT with its decoder holds for a pixel
+DEPTH_BYTES = 4096  # generous: what a large ViT with its decoder holds per pixel
 
 
 def picture(path: Path) -> Tensor:
@@ -54,7 +54,7 @@ def depth_map(folder: str, image: Tensor, numbers: str, resolution: int = 0) -> 
         try:
             return net.model(pictures, resize=resolution == 0)
         except ValueError as error:
-            raise ValueError(f"{Path(folder).name} cannot look at {pictures.shape[-1]}x{pictures.shape[-2]} pixels "
+            raise ValueError(f"{Path(folder).name} cannot take {pictures.shape[-1]}x{pictures.shape[-2]} pixels "
                              f"({error}). With resolution 0 it takes the size it was made for.") from error
 
     return annotated(image, resolution, look, net, DEPTH_BYTES, lambda found: depth.normalised(found, distance))
@@ -62,13 +62,13 @@ def depth_map(folder: str, image: Tensor, numbers: str, resolution: int = 0) -> 
 
 def annotated(image: Tensor, resolution: int, look: Callable[[Tensor], Tensor], net=None, pixel_bytes: int = 64,
               finish: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """image: (B, H, W, C) in [0, 1] -> (B, H, W, 3) in [0, 1]: `look` called with as many pictures at once,
-    (b, 3, h, w), as fit into memory, at the size `resolution` says; `finish` with what it found at the picture's own.
+    """image: (B, H, W, C) in [0, 1] -> (B, H, W, 3) in [0, 1]. `look` is called with as many pictures at once,
+    (b, 3, h, w), as fit into memory, at the size of `resolution`; `finish` with its result at the picture's own size.
 
     net: the ModelPatcher of a network, which is then on its device.
     """
     device = net.load_device if net else mm.get_torch_device()
-    bar, found, done = comfy.utils.ProgressBar(len(image)), [], 0
+    bar, hints, done = comfy.utils.ProgressBar(len(image)), [], 0
     while done < len(image):
         mm.throw_exception_if_processing_interrupted()
         pictures, back = seen(image[done : done + MOST, ..., :3].movedim(-1, 1), resolution)
@@ -79,7 +79,7 @@ def annotated(image: Tensor, resolution: int, look: Callable[[Tensor], Tensor], 
         count = max(1, min(len(pictures), int(free / 2 / needed)))
         hint = back(look(pictures[:count].to(device, torch.float32)).to("cpu"))
         hint = hint if finish is None else finish(hint)
-        found.append(hint.clamp(0, 1).to(mm.intermediate_device()))
+        hints.append(hint.clamp(0, 1).to(mm.intermediate_device()))
         done += count
         bar.update(count)
-    return torch.cat(found).movedim(1, -1).expand(-1, -1, -1, 3).contiguous()
+    return torch.cat(hints).movedim(1, -1).expand(-1, -1, -1, 3).contiguous()

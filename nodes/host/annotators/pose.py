@@ -1,4 +1,4 @@
-"""Where the networks that find poses lie, and poses of whole batches."""
+"""The files of the networks that find poses, and poses of whole batches."""
 from __future__ import annotations
 
 import zipfile
@@ -18,7 +18,7 @@ FOLDER = "annotators"
 BODIES = ["full", "lite", "heavy"]
 WHEEL = "mediapipe-*.whl"
 HOW = (
-    "MediaPipe 0.10.21's wheel holds them (36 MB, later ones hold none), and may lie there as it is: pip download "
+    "MediaPipe 0.10.21's wheel holds them (36 MB, later ones hold none), and can be put there as it is: pip download "
     "--no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_28_x86_64 mediapipe==0.10.21 -d "
 )
 OTHER_BODIES = "pose_landmark_lite.tflite and pose_landmark_heavy.tflite are in the npm package @mediapipe/pose."
@@ -32,7 +32,7 @@ def wanted(body: str, hands: bool, face: bool) -> dict[str, str]:
 
 
 def found(files: dict[str, str]) -> dict[str, bytes | Path]:
-    """part -> the file, or its contents where it lies in a wheel: those of `files` that there are.
+    """part -> the file, or its contents where it is inside a wheel: those of `files` that exist.
 
     A file of that name anywhere in models/annotators comes first, then a wheel of MediaPipe there, then an installed
     MediaPipe, which is not imported.
@@ -60,11 +60,11 @@ def _in_wheel(path: str, files: dict[str, str]) -> dict[str, bytes]:
             names = {part: f"mediapipe/modules/{file}" for part, file in files.items()}
             return {part: wheel.read(name) for part, name in names.items() if name in held}
     except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{Path(path).name} is not a whole wheel ({error}): download it again.") from error
+        raise ValueError(f"{Path(path).name} is not a complete wheel ({error}): download it again.") from error
 
 
 def problem(body: str, hands: bool, face: bool) -> str | None:
-    """What is missing to find poses, and how to get it; None when nothing is."""
+    """A sentence on what is missing to find poses and how to get it; None when nothing is."""
     if find_spec("ai_edge_litert") is None:
         return "Finding poses needs the package ai-edge-litert: pip install ai-edge-litert"
     files = wanted(body, hands, face)

@@ -6,7 +6,7 @@ from comfy.ldm.modules.attention import optimized_attention
 
 
 def host_attention(transformer_options: dict):
-    """attention(q, k, v, mask=None) over (B, H, N, D) through whatever ComfyUI was told to use, overrides included."""
+    """attention(q, k, v, mask=None) over (B, H, N, D) by the implementation set in ComfyUI, overrides included."""
 
     def attend(q, k, v, mask=None):
         if mask is not None:  # not all of ComfyUI's attention functions read a bool mask as "keep"

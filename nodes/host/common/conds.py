@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FEW = 512
-"""Patch tokens. With more of them, a CPU is sooner done with two passes than with one of twice the rows."""
+"""Patch tokens. With more of them, a CPU finishes two passes sooner than one of twice the rows."""
 
 
 def one_pass_is_faster(tokens: int, device: torch.device) -> bool:
@@ -17,7 +17,7 @@ def one_pass_is_faster(tokens: int, device: torch.device) -> bool:
 
 
 class Text(comfy.conds.CONDRegular):
-    """Text tokens (B, L, C). Prompts of different lengths share a batch, if they may: the shorter one is filled with
+    """Text tokens (B, L, C). Prompts of different lengths share a batch, if they may: the shorter one is padded with
     zeros."""
 
     def __init__(self, cond: Tensor, fill: bool = True):
@@ -40,7 +40,7 @@ class Text(comfy.conds.CONDRegular):
 
 
 class TextMask(Text):
-    """1 = keep, (B, L), filled like the tokens; None where all are kept, because a mask rules out flash attention."""
+    """1 = keep, (B, L), padded like the tokens; None where all are kept, because a mask rules out flash attention."""
 
     def concat(self, others) -> Tensor | None:
         mask = super().concat(others)
@@ -55,7 +55,7 @@ class Exact(comfy.conds.CONDRegular):
 
 
 class Prompt:
-    """One prompt of one sampling run; what a network computes from it alone can be kept here for as long."""
+    """One prompt of one sampling run; what a network computes only from it can be kept here for as long."""
 
     def __init__(self):
         self.kept = {}

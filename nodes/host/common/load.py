@@ -1,4 +1,4 @@
-"""Tensors into MODEL objects that ComfyUI can patch, offload and cast."""
+"""MODEL objects made of tensors, which ComfyUI can patch, offload and cast."""
 from __future__ import annotations
 
 import comfy.model_management as mm
@@ -22,7 +22,7 @@ MODEL_DTYPES = {**DTYPES, FAST: torch.float8_e4m3fn}
 
 def as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str, disable_dynamic: bool,
              fast: bool = False):
-    """Tensors under a network's own names as a MODEL in a ModelPatcher.
+    """A MODEL in a ModelPatcher, from tensors under the network's own names.
 
     model_config: a comfy.supported_models_base.BASE of the family; dtype: of the storage, None lets ComfyUI choose;
     what: the file as errors call it; disable_dynamic: a plain ModelPatcher; fast: multiply in fp8 as well.
@@ -36,7 +36,7 @@ def as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str, 
         stored = None if kept else comfy.utils.weight_dtype(tensors)
         dtype = mm.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
     cast = mm.unet_manual_cast(None if kept else dtype, mm.get_torch_device(), supported)
-    if cast is None and dtype not in supported:  # ComfyUI would compute in float16 where that is stored
+    if cast is None and dtype not in supported:  # ComfyUI would compute in float16 if that is the stored dtype
         cast = mm.unet_dtype(model_params=parameters, supported_dtypes=supported)
     model_config.set_inference_dtype(dtype, cast)
     model_config.optimizations["fp8"] = fast

@@ -1,4 +1,4 @@
-"""Free memory and running out of it, asked as the running ComfyUI wants to be asked."""
+"""Free memory, and running out of it, through the interfaces of the running ComfyUI."""
 from __future__ import annotations
 
 import comfy.model_management as mm
@@ -7,7 +7,7 @@ from comfy.model_patcher import ModelPatcher
 
 
 def free(patcher: ModelPatcher, device: torch.device) -> int:
-    """Bytes of `device` that a computation of `patcher` can have.
+    """Bytes of `device` that a computation of `patcher` can use.
 
     Weights that ComfyUI's DynamicVRAM would give up for it count as free, but only if the patcher is asked.
     """

@@ -17,7 +17,7 @@ def host_prefetch(blocks: Iterable[nn.Module], device: torch.device, dynamic: bo
     """before_block(block) to call with each of `blocks`, in this order, before it runs, and with None after the last;
     then it may begin again.
 
-    dynamic: whether their ModelPatcher is; only such a one has weights to fetch.
+    dynamic: whether their ModelPatcher is dynamic; only then are there weights to fetch.
     """
     if model_prefetch is None or not dynamic:
         return lambda block: None

@@ -1,4 +1,4 @@
-"""Quantised files in ComfyUI's hands: what its own operations compute with stays in few bits, the rest is made whole.
+"""Quantised files in ComfyUI: what its own operations compute with stays in few bits, the rest is dequantised.
 
 ComfyUI has these operations in two forms. 0.3.75 wants the formats of all layers in the model's configuration and knows
 float8_e4m3fn; later ones read the format of each layer from a tensor beside its weight, and comfy-kitchen brings more.
@@ -32,7 +32,7 @@ def runnable() -> frozenset[str]:
 def kept(tensors: Mapping, dtype: torch.dtype | None = None) -> dict[str, dict]:
     """Layer -> settings, of the weights that stay as their file keeps them; empty for a file that is not quantised.
 
-    dtype: of the storage that the user asks for. One with more bits makes the weights whole, unless only ComfyUI could.
+    dtype: of the storage that the user asks for. One with more bits dequantises the weights, unless only ComfyUI could.
     """
     whole = dtype is not None and dtype not in FP8
     return {key.removesuffix(".weight"): value.settings for key, value in tensors.items()
@@ -40,7 +40,7 @@ def kept(tensors: Mapping, dtype: torch.dtype | None = None) -> dict[str, dict]:
 
 
 def entries(layers: Mapping[str, dict]) -> dict:
-    """What a model's configuration has to say, for `pick_operations` to choose operations for `kept` layers."""
+    """Entries of a model's configuration with which `pick_operations` chooses operations for `kept` layers."""
     if not layers:
         return {}
     if hasattr(comfy.supported_models_base.BASE, "layer_quant_config"):  # 0.3.75
@@ -62,7 +62,7 @@ def encoder_operations(layers: Mapping[str, dict], dtype: torch.dtype):
 
 def for_net(net: nn.Module, tensors: Mapping, assign: bool = False) -> dict:
     """The tensors as `load_state_dict` of this network takes them: those of `kept` layers under ComfyUI's names, others
-    whole. assign: the tensors themselves become the network's."""
+    dequantised. assign: the tensors themselves become the network's."""
     loaded, counts = {}, {}
     for key, value in tensors.items():
         if not isinstance(value, Quantised):
@@ -75,11 +75,11 @@ def for_net(net: nn.Module, tensors: Mapping, assign: bool = False) -> dict:
             loaded |= _named(layer, value)
         else:
             owner = net.get_submodule(key.rpartition(".")[0])
-            loaded[key] = value  # made whole when it is copied, one after the other
+            loaded[key] = value  # dequantised when it is copied, one after the other
             if assign:
                 loaded[key] = value.whole(getattr(owner, "weight_comfy_model_dtype", None))
     if counts:
-        logging.info("PixStack: of %d quantised weights %d stay so in ComfyUI's operations, %d are made whole.",
+        logging.info("PixStack: of %d quantised weights %d stay so in ComfyUI's operations, %d are dequantised.",
                      sum(counts.values()), counts.get(True, 0), counts.get(False, 0))
     return loaded
 
@@ -115,6 +115,6 @@ def _named(layer: str, value: Quantised) -> dict:
         if value.settings.get("full_precision_matrix_mult"):
             named.pop(f"{layer}.input_scale", None)
     else:
-        told = json.dumps(value.settings).encode()
-        named[f"{layer}.comfy_quant"] = torch.tensor(list(told), dtype=torch.uint8)
+        encoded = json.dumps(value.settings).encode()
+        named[f"{layer}.comfy_quant"] = torch.tensor(list(encoded), dtype=torch.uint8)
     return named

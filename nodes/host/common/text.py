@@ -2,7 +2,7 @@
 
 Core loads a 2048 wide T5 as AuraFlow's, with another vocabulary, so flan-t5-xl needs this loader. For PixelFlow and
 PixArt the text is encoded at its real length: padding it and masking the padding, as the references do, gives the same
-numbers. FLUX attends to all of its tokens, so for it the text is filled up and nothing is masked.
+numbers. FLUX attends to all of its tokens, so for it the text is padded and nothing is masked.
 """
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ FIXED_IN_COMFYUI = {"relative_attention_num_buckets": 32, "layer_norm_epsilon": 
 
 
 def load_t5(
-    path: str, dtype: torch.dtype | None = None, device: torch.device | None = None, filled: bool = False,
+    path: str, dtype: torch.dtype | None = None, device: torch.device | None = None, padded: bool = False,
     disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
     """A T5 encoder file as CLIP. dtype None stores the weights as the file does; device None lets ComfyUI choose;
-    filled: texts are as long as the encoder reads at most, the filling is attended to like words, as FLUX has it."""
+    padded: texts are padded to the encoder's full length, and the padding is attended to like words, as in FLUX."""
     file = Path(path)
     tensors, metadata = read_file(file, quantised.runnable())
     tensors = encoder_weights(tensors, file.name)
@@ -52,7 +52,7 @@ def load_t5(
     kept = quantised.kept(tensors, dtype)
     if kept or dtype is None:
         dtype = comfy.utils.weight_dtype(tensors)
-    options = {"dtype": dtype, "t5_config": t5_config(config), "t5_filled": filled, "t5_file": file.name}
+    options = {"dtype": dtype, "t5_config": t5_config(config), "t5_filled": padded, "t5_file": file.name}
     if kept:
         options["custom_operations"] = quantised.encoder_operations(kept, dtype)
     if device is not None:
@@ -67,19 +67,19 @@ def load_t5(
             "t5_tokenizer": metadata.get("pixstack.tokenizer"),
             "t5_max_length": config.get("max_length", MAX_LENGTH),
             "t5_width": config["d_model"],
-            "t5_filled": filled,
+            "t5_filled": padded,
         },
         model_options=options,
         **{name: value for name, value in later.items() if name in taken},
     )
     if "state_dict" not in taken:
         clip.load_sd(tensors)
-    reloadable(clip.patcher, load_t5_patcher, path, dtype, device, filled)
+    reloadable(clip.patcher, load_t5_patcher, path, dtype, device, padded)
     return clip
 
 
 def load_t5_patcher(path: str, *how, disable_dynamic: bool = False):
-    """What `load_t5` puts into the CLIP, alone."""
+    """The ModelPatcher that `load_t5` puts into the CLIP."""
     return load_t5(path, *how, disable_dynamic=disable_dynamic).patcher
 
 
@@ -89,8 +89,8 @@ def encoder_weights(tensors: dict, name: str) -> dict:
     if "encoder.block.0.layer.0.SelfAttention.q.weight" not in tensors:
         raise ValueError(f"{name} is not a T5 text encoder. {whose(tensors)}")
     if "shared.weight" not in tensors:
-        raise ValueError(f"{name} is no whole T5 encoder: it has no shared.weight.")
-    # encoder.embed_tokens is shared.weight under a second name
+        raise ValueError(f"{name} is not a complete T5 encoder: it has no shared.weight.")
+    # encoder.embed_tokens is shared.weight under another name
     return {k: v for k, v in tensors.items()
             if not k.startswith(("decoder.", "lm_head.")) and k != "encoder.embed_tokens.weight"}
 
@@ -120,8 +120,8 @@ def t5_config(config: dict) -> dict:
 
 
 class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
-    """One sequence, without padding unless it is to be filled up; what exceeds the length that the encoder was trained
-    with is cut, and said so."""
+    """A tokenizer that gives one sequence, padded only for FLUX. What exceeds the length that the encoder was trained
+    with is cut, with a warning."""
 
     def __init__(self, embedding_directory=None, tokenizer_data=None):
         data = tokenizer_data or {}
@@ -138,7 +138,7 @@ class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
             pad_to_max_length=False,
             tokenizer_data=data,
         )
-        self.filled = data.get("t5_filled", False)
+        self.padded = data.get("t5_filled", False)
 
     def tokenize_with_weights(self, text: str, return_word_ids=False, **kwargs):
         # core breaks a long text into sequences of max_length, each with its own </s>: taken apart again here
@@ -148,13 +148,13 @@ class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
             logging.warning(f"PixStack: the text encoder reads {self.max_length - 1} tokens, this prompt has "
                             f"{len(words)}. Its end is left out: ...{text[-60:]}")
         tokens = [*words[: self.max_length - 1], (self.end_token, 1.0, 0)]
-        if self.filled:
+        if self.padded:
             self.pad_tokens(tokens, self.max_length - len(tokens))
         return [tokens if return_word_ids else [token[:2] for token in tokens]]
 
 
 class FromText:
-    """A whole tokenizer.json in the place of a folder."""
+    """A tokenizer from the text of a tokenizer.json instead of a folder."""
 
     @staticmethod
     def from_pretrained(text: str) -> PreTrainedTokenizerFast:
@@ -183,21 +183,21 @@ class T5Model(comfy.sd1_clip.SDClipModel):
 class Encode(comfy.sd1_clip.SD1ClipModel):
     def __init__(self, device="cpu", dtype=None, model_options=None):
         super().__init__(device=device, dtype=dtype, model_options=model_options, name="t5", clip_model=T5Model)
-        self.filled = model_options["t5_filled"]
+        self.padded = model_options["t5_filled"]
         self.file = model_options["t5_file"]
 
     def load_sd(self, sd):
-        """Called before the encoder is put on a device. Raises ValueError for weights that do not fit."""
+        """Load weights, before the encoder is put on a device. Raises ValueError for weights that do not fit."""
         net = self.t5.transformer
         expected = expected_shapes(net)
         if wrong := [key for key, shape in expected.items() if key in sd and sd[key].shape != shape]:
-            raise ValueError(f"{self.file} is no whole T5 encoder: {len(wrong)} weights have other shapes than its "
-                             f"first layer asks for, for example {wrong[0]}: {list(sd[wrong[0]].shape)}, expected "
+            raise ValueError(f"{self.file} is not a complete T5 encoder: {len(wrong)} weights have other shapes than "
+                             f"its first layer implies, for example {wrong[0]}: {list(sd[wrong[0]].shape)}, expected "
                              f"{list(expected[wrong[0]])}.")
         assign = getattr(self, "can_assign_sd", False)  # set by ComfyUI after 0.3.75 where it moves weights at use
         missing, unexpected = super().load_sd(quantised.for_net(net, sd, assign))
         if missing or unexpected:
-            raise ValueError(f"{self.file} is no whole T5 encoder: {len(missing)} keys are missing "
+            raise ValueError(f"{self.file} is not a complete T5 encoder: {len(missing)} keys are missing "
                              f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}).")
         if not assign:
             to_own_dtypes(self)
@@ -205,15 +205,15 @@ class Encode(comfy.sd1_clip.SD1ClipModel):
 
     def encode_token_weights(self, token_weight_pairs):
         tokens, pooled = super().encode_token_weights(token_weight_pairs)
-        return tokens, pooled, {FILLED: self.filled}  # core puts these entries into the conditioning
+        return tokens, pooled, {FILLED: self.padded}  # core puts these entries into the conditioning
 
 
-def check_type(entries: Mapping, filled: bool, model: str):
-    """Raises ValueError for the entries of a conditioning from `load_t5` with another `filled` than the model reads."""
-    found = entries.get(FILLED, filled)
-    if found and not filled:
-        raise ValueError(f"This text is filled up as for FLUX, and {model} would read the filling as words. Load the "
+def check_type(entries: Mapping, padded: bool, model: str):
+    """Raise ValueError if the entries of a conditioning from `load_t5` have another `padded` than the model reads."""
+    is_padded = entries.get(FILLED, padded)
+    if is_padded and not padded:
+        raise ValueError(f"This text is padded as for FLUX, and {model} would read the padding as words. Load the "
                          "encoder with 'Load T5 Text Encoder', type 'pixelflow, pixart'.")
-    if filled and not found:
+    if padded and not is_padded:
         raise ValueError(f"This text has its own length, as PixelFlow and PixArt read it, and {model} was trained with "
-                         "text that is filled up. Load the encoder with 'Load T5 Text Encoder', type flux.")
+                         "padded text. Load the encoder with 'Load T5 Text Encoder', type flux.")

@@ -15,16 +15,16 @@ LATENT_CHANNELS = comfy.supported_models.Flux.latent_format.latent_channels
 
 
 class FluxModel(comfy.model_base.Flux):
-    """Core's, and it says whose text and latents it reads before the network stumbles over others."""
+    """Core's FLUX, which refuses the texts and latents of other models before the network runs."""
 
     def extra_conds(self, cross_attn=None, noise=None, **entries) -> dict:
         width = self.diffusion_model.params.context_in_dim
         if cross_attn is None or cross_attn.shape[-1] != width:
-            found = "has no text" if cross_attn is None else f"has text tokens {cross_attn.shape[-1]} wide"
-            raise ValueError(f"This FLUX reads text tokens {width} wide, but its conditioning {found}. Load the "
+            fault = "has no text" if cross_attn is None else f"has text tokens {cross_attn.shape[-1]} wide"
+            raise ValueError(f"This FLUX reads text tokens {width} wide, but its conditioning {fault}. Load the "
                              "encoder that it was trained with ('Load T5 Text Encoder', type flux) and encode the "
                              "prompt with that CLIP.")
-        check_type(entries, filled=True, model="FLUX")
+        check_type(entries, padded=True, model="FLUX")
         if noise is not None and noise.shape[1] != LATENT_CHANNELS:
             raise ValueError(f"This latent has {noise.shape[1]} channels, FLUX's have {LATENT_CHANNELS}: take it from "
                              "core's EmptySD3LatentImage, or encode the picture with the VAE of this FLUX.")
@@ -35,12 +35,12 @@ def model_config(config: FluxConfig):
     """Core's configuration of a FLUX, as `as_model` takes it. Raises ValueError for latents that are not FLUX's."""
     channels = config.in_channels // 4
     if channels != LATENT_CHANNELS:
-        raise ValueError(f"This FLUX draws latents of {channels} channels, and ComfyUI knows FLUX's {LATENT_CHANNELS} "
-                         "alone.")
+        raise ValueError(f"This FLUX draws latents of {channels} channels, and ComfyUI only FLUX's "
+                         f"{LATENT_CHANNELS}.")
     known = comfy.supported_models
     # Wanted since ComfyUI 0.4: the axes along which text tokens are numbered. FLUX.1 leaves them all at the origin.
     newer = dict(txt_ids_dims=[]) if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
-    made = (known.Flux if config.guidance else known.FluxSchnell)(dict(
+    core = (known.Flux if config.guidance else known.FluxSchnell)(dict(
         image_model="flux", patch_size=2, in_channels=channels, out_channels=channels, vec_in_dim=config.pooled_dim,
         context_in_dim=config.context_dim, hidden_size=config.hidden, num_heads=config.heads,
         mlp_ratio=math.nextafter(config.mlp_hidden / config.hidden, math.inf),  # core cuts what comes of it
@@ -48,5 +48,5 @@ def model_config(config: FluxConfig):
         qkv_bias=config.qkv_bias, guidance_embed=config.guidance, **newer,
     ))
     kind = comfy.model_base.ModelType.FLUX if config.guidance else comfy.model_base.ModelType.FLOW
-    made.get_model = lambda state_dict, prefix="", device=None: FluxModel(made, model_type=kind, device=device)
-    return made
+    core.get_model = lambda state_dict, prefix="", device=None: FluxModel(core, model_type=kind, device=device)
+    return core

@@ -15,7 +15,7 @@ from ..common.patcher import patcher, reloadable
 # 16 GB at 1024 x 1024 in float16 (huggingface/diffusers#5761), 1.3 GB of which are weights
 BYTES_PER_PIXEL_AND_BYTE = 7000
 CHANNELS = 4
-SEED = 0  # the decoder adds noise; the same latent shall give the same picture
+SEED = 0  # the decoder adds noise; the same latent should give the same picture
 
 
 class Codec(nn.Module):
@@ -64,18 +64,18 @@ def load(path: str, disable_dynamic: bool = False) -> comfy.sd.VAE:
 
 
 def load_patcher(path: str, disable_dynamic: bool = False):
-    """What `load` puts into the VAE, alone."""
+    """The ModelPatcher that `load` puts into the VAE."""
     return load(path, disable_dynamic).patcher
 
 
 def sizes(tensors: dict[str, Tensor]) -> dict:
     """Widths of the stages, of files that are not the release too."""
     def widths(start: str, end: str) -> list[int]:
-        found, index = [], 0
+        channels, index = [], 0
         while (key := f"{start}.{index}.{end}") in tensors:
-            found.append(tensors[key].shape[0])
+            channels.append(tensors[key].shape[0])
             index += 1
-        return found
+        return channels
 
     return dict(
         encoder_block_out_channels=tuple(widths("encoder.down_blocks", "resnets.0.conv1.weight")),

@@ -22,7 +22,7 @@ def load_pixart(
     path: str, weights: str = "ema", dtype: torch.dtype | None = None, settings: dict | None = None,
     fast: bool = False, disable_dynamic: bool = False,
 ):
-    """A PixArt file as a ModelPatcher. settings: entries of PixArtConfig that the user knows better than the file;
+    """A PixArt file as a ModelPatcher. settings: entries of PixArtConfig that override the file's;
     dtype and fast: storage and product as in `as_model`."""
     file = Path(path)
     tensors, metadata = read_file(file, quantised.runnable())
@@ -56,7 +56,7 @@ def pixart_controlnet(path: str, dtype: torch.dtype | None = None, disable_dynam
         model_params=parameters, supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(tensors)
     )
     cast = mm.unet_manual_cast(None if kept else stored, mm.get_torch_device(), supported)
-    # What it computes in is the base network's to say, at each run: weights of any storage follow their input.
+    # The base network decides the compute dtype at each run: weights of any storage dtype follow their input.
     casts = cast is not None or kept
     operations = quantised.operations(stored, cast, kept) if casts else comfy.ops.manual_cast
     net = PixArtControlNet(config, blocks, operations=operations, dtype=stored, device=mm.unet_offload_device())

@@ -46,22 +46,22 @@ class LayerAdapter(comfy.weight_adapter.WeightAdapterBase):
 
 
 def load(model, path: str, strength: float, alpha: float | None) -> tuple:
-    """(a clone of MODEL with the LoRA of the file, what was found in words). Raises ValueError when nothing fits."""
+    """(a clone of MODEL with the LoRA of the file, a report in words). Raises ValueError when nothing fits."""
     config_of(model)
     file = Path(path)
     shapes = expected_shapes(model.model.diffusion_model)
     tensors, metadata = read_file(file)
     try:
-        found = lora.read(tensors, names(shapes), metadata, lora.beside(file), alpha)
+        adapter = lora.read(tensors, names(shapes), metadata, lora.beside(file), alpha)
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
-    patches = {_place(layer): LayerAdapter.of(layer) for layer in found.layers}
+    patches = {_place(layer): LayerAdapter.of(layer) for layer in adapter.layers}
     patched = model.clone()
     taken = set(patched.add_patches(patches, strength))
-    missed = [layer.key for layer in found.layers if _place(layer) not in taken]
+    missed = [layer.key for layer in adapter.layers if _place(layer) not in taken]
     assert not missed, f"the names table leads to parameters that are not in the model: {missed[:3]}"
-    matched = f"{file.name}: {len(found.layers)} layers applied with strength {strength:g}."
-    return patched, "\n".join([matched, *found.notes])
+    matched = f"{file.name}: {len(adapter.layers)} layers applied with strength {strength:g}."
+    return patched, "\n".join([matched, *adapter.notes])
 
 
 def _place(layer: lora.Layer) -> str | tuple:

@@ -1,4 +1,4 @@
-"""PixArt as a ComfyUI MODEL: its schedule, what its conditioning becomes, whose attention it calls."""
+"""PixArt as a ComfyUI MODEL: its schedule, its conditioning, and the attention that it calls."""
 from __future__ import annotations
 
 import comfy.conds
@@ -114,7 +114,7 @@ class ModelConfig(comfy.supported_models_base.BASE):
 
 
 class PixArtModel(comfy.model_base.PixArt):
-    """Of core's class, so that core's LoRA loaders know its names; the network and the conditioning are ours."""
+    """PixArt with its own network and conditioning, a subclass of core's so that core's LoRA loaders know its names."""
 
     def __init__(self, model_config: ModelConfig, device=None):
         config = model_config.pixart
@@ -128,9 +128,9 @@ class PixArtModel(comfy.model_base.PixArt):
         return self.diffusion_model.config
 
     def extra_conds(self, cross_attn=None, attention_mask=None, noise=None, hooks=None, **entries) -> dict:
-        """What the network is told, from one entry of a conditioning; refuses one that was made for another model."""
+        """The inputs that the network is conditioned on, from one entry of a conditioning; refuses another model's."""
         self._check_latent(noise)
-        check_type(entries, filled=False, model="PixArt")
+        check_type(entries, padded=False, model="PixArt")
         context, mask = self._trim(self._context(cross_attn), attention_mask)
         fill = noise is None or one_pass_is_faster(self._patches(noise), noise.device)
         conds = {"c_crossattn": Text(context, fill), "mask": TextMask(mask, fill)}
@@ -161,10 +161,10 @@ class PixArtModel(comfy.model_base.PixArt):
     def _context(self, context: Tensor | None) -> Tensor:
         width = self.config.context_dim
         if context is None or context.ndim != 3 or context.shape[-1] != width:
-            found = "has no text" if context is None else f"has text tokens {context.shape[-1]} wide"
+            fault = "has no text" if context is None else f"has text tokens {context.shape[-1]} wide"
             encoder = "T5 v1.1 XXL with CLIPLoader (type pixart)" if width == PixArtConfig.context_dim else \
                 "the encoder that it was trained with by 'Load T5 Text Encoder' (type pixelflow, pixart)"
-            raise ValueError(f"This PixArt model reads text tokens {width} wide, but its conditioning {found}. Load "
+            raise ValueError(f"This PixArt model reads text tokens {width} wide, but its conditioning {fault}. Load "
                              f"{encoder} and encode the prompt with that CLIP.")
         return context
 
@@ -183,7 +183,7 @@ class PixArtModel(comfy.model_base.PixArt):
 
 
 def _ratio(height: int, width: int) -> float:
-    """Height / width as training named it: the label of the bucket where there is one of this size."""
+    """Height / width as in training: the label of the bucket if there is one of this size."""
     for table in buckets.TABLES.values():
         label, *size = buckets.nearest(table, height, width)
         if size == [height, width]:

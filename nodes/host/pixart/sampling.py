@@ -127,7 +127,7 @@ def _blend(schedule, noise: Tensor, latent: Tensor, mask: Tensor):
 
 
 class _Variance:
-    """What the network says of the variance, beside the eps that ComfyUI passes on."""
+    """The variance that the network predicts, beside the eps that ComfyUI passes on."""
 
     def __init__(self):
         self.logits: Tensor | None = None
@@ -150,13 +150,13 @@ class _Variance:
 
 
 def _guide_first_channels(args: dict) -> Tensor:
-    """As forward_with_cfg, a habit of DiT: the last channel stays the positive prompt's."""
+    """Guidance as in DiT's forward_with_cfg: the last channel stays the positive prompt's."""
     cond, uncond = args["cond"], args["uncond"]
     guided = uncond + (cond - uncond) * args["cond_scale"]
     return torch.cat([guided[:, :GUIDED_CHANNELS], cond[:, GUIDED_CHANNELS:]], dim=1)
 
 
-SCHEDULES = {  # name -> fn(steps) -> timesteps, high to low; the last is where sampling ends
+SCHEDULES = {  # name -> fn(steps) -> timesteps, high to low; sampling ends at the last
     "reference (time-uniform)": sampling.time_uniform,
     "diffusers (linspace)": sampling.linspace_timesteps,
     "diffusers (trailing)": sampling.trailing_timesteps,

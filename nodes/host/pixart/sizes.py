@@ -1,4 +1,4 @@
-"""Sizes in words: what PixArt was trained on, and what is to be expected off that path."""
+"""Sizes in words: what PixArt was trained on, and what to expect at other sizes."""
 from __future__ import annotations
 
 from math import sqrt
@@ -30,7 +30,7 @@ def table_side(config: PixArtConfig | None, default: int = 1024) -> int:
 
 
 def only_squares(config: PixArtConfig) -> bool:
-    """Whether the releases of this kind were trained on squares alone: alpha's 256 and 512 (and DMD), Sigma's 256."""
+    """Whether the releases of this kind were trained only on squares: alpha's 256 and 512 (and DMD), Sigma's 256."""
     alpha = config.token_limit < 300
     return config.sample_size <= 32 or (alpha and not config.micro_conditions)
 

@@ -11,14 +11,14 @@ END_TOKEN = 1
 
 
 def encode(clip, text: str, limit: int, entries: dict | None = None) -> list:
-    """A conditioning of at most `limit` tokens, </s> included; what is beyond is left out, and said so.
+    """A conditioning of at most `limit` tokens, </s> included; the rest is left out, with a warning.
 
     The releases pad to the limit and mask the padding; without padding the same numbers come out.
     """
     tokens = clip.tokenize(text)
     name, *others = tokens
     if others or name not in ENCODERS:
-        raise ValueError(f"This CLIP holds {', '.join(tokens)}: PixArt reads T5 v1.1 XXL alone. Load it with "
+        raise ValueError(f"This CLIP holds {', '.join(tokens)}: PixArt reads only T5 v1.1 XXL. Load it with "
                          "CLIPLoader, type pixart.")
     longest = max(map(len, tokens[name]))
     if longest > limit:

@@ -16,7 +16,7 @@ def class_names() -> tuple[str, ...]:
 
 
 def options() -> list[str]:
-    """What a menu shows: '207: golden retriever'. Found by typing a part of it."""
+    """Entries of a menu: '207: golden retriever'. Typing a part of one finds it."""
     return [f"{index}: {name}" for index, name in enumerate(class_names())]
 
 

@@ -1,4 +1,4 @@
-"""PixelFlow as a ComfyUI MODEL: what a sigma means to it, what its conditioning becomes, whose attention it calls."""
+"""PixelFlow as a ComfyUI MODEL: the meaning of its sigmas, its conditioning, and the attention that it calls."""
 from __future__ import annotations
 
 import comfy.conds
@@ -116,11 +116,11 @@ class PixelFlowModel(comfy.model_base.BaseModel):
         return self.diffusion_model.config
 
     def extra_conds(self, cross_attn=None, attention_mask=None, **entries) -> dict:
-        """What the network is told, from one entry of a conditioning; refuses one that was made for another model."""
+        """The inputs that the network is conditioned on, from one entry of a conditioning; refuses another model's."""
         labels, conds = entries.get(CLASS_LABELS), {}
         if self.config.text_conditional:
             context = self._text(cross_attn, labels)
-            check_type(entries, filled=False, model="PixelFlow")
+            check_type(entries, padded=False, model="PixelFlow")
             mask = torch.ones(context.shape[:2]) if attention_mask is None else attention_mask
             conds["c_crossattn"] = Text(context)
             conds["mask"] = TextMask(mask.to(context.device, torch.long))  # ComfyUI would make a bool one floats
@@ -134,9 +134,9 @@ class PixelFlowModel(comfy.model_base.BaseModel):
                              "Encode with the CLIP of 'Load T5 Text Encoder' instead of 'PixelFlow Class'.")
         width = self.config.context_dim
         if context is None or context.ndim != 3 or context.shape[-1] != width:
-            found = "has no text" if context is None else f"has text tokens {context.shape[-1]} wide"
+            fault = "has no text" if context is None else f"has text tokens {context.shape[-1]} wide"
             encoder = "flan-t5-xl" if width == 2048 else "its own T5 encoder"
-            raise ValueError(f"This PixelFlow model reads text tokens {width} wide, but its conditioning {found}. Load "
+            raise ValueError(f"This PixelFlow model reads text tokens {width} wide, but its conditioning {fault}. Load "
                              f"{encoder} with 'Load T5 Text Encoder' and encode the prompt with that CLIP.")
         return context
 

@@ -45,7 +45,7 @@ def config_of(model) -> PixelFlowConfig:
 
 
 def check_size(height: int, width: int, multiple: int):
-    """Refuse pixels that the first stage cannot cut into whole tokens, and say what would do."""
+    """Refuse pixels that the first stage cannot cut into whole tokens, and name sizes that work."""
     if height % multiple or width % multiple:
         near = [f"{w}x{h}" for h in _near(height, multiple) for w in _near(width, multiple)]
         raise ValueError(f"{width}x{height} pixels do not fit this PixelFlow model: width and height must be multiples "
@@ -61,13 +61,13 @@ def _near(value: int, multiple: int) -> list[int]:
 class CascadeSampler(comfy.samplers.Sampler):
     solver: str = "euler"
     guidance: str = "auto"
-    """How the guider's cfg becomes a scale per stage, see `guidance_scales`; auto: as the release of that kind does."""
+    """Policy that turns the guider's cfg into a scale per stage, see `guidance_scales`; auto: that of the release."""
     custom_guidance: Sequence[float] = ()
     reference_noise: bool = False
     """Draw all noise number for number as the reference does; slow."""
     latent: str = "auto"
-    """What the latent is when sampling starts after the first step: a "picture" to add noise to, or the "state" that an
-    earlier sampler handed over. auto: a state in the middle of a stage or without noise, else a picture."""
+    """Meaning of the latent when sampling starts after the first step: a "picture" to add noise to, or the "state" that
+    an earlier sampler handed over. auto: a state in the middle of a stage or without noise, else a picture."""
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False):
@@ -180,7 +180,7 @@ class ReferenceNoise:
 
 @contextmanager
 def _stage_by_stage(guider):
-    """Gives `enter(x, cfg)`: what a guider must know of the stage that x belongs to. Restores it in the end."""
+    """A context manager that gives `enter(x, cfg)`, which sets a guider to the stage of x. Restores it in the end."""
     conds, cfg = guider.conds, getattr(guider, "cfg", None)
     if any("area" in c for entries in conds.values() for c in entries):
         raise ValueError("PixelFlow's picture grows while it is sampled, so conditioning areas cannot be followed. Use "
@@ -207,7 +207,7 @@ def _at_size(cond: dict, size: torch.Size) -> dict:
 
 
 def run(model, positive, negative, latent: dict, seed: int, cfg: float, sampler, sigmas: Tensor) -> dict:
-    """What core's SamplerCustom does, for the node that has every setting on it."""
+    """Sampling as in core's SamplerCustom, for the node that has every setting on it."""
     # Newer empty latents say what they are made for, and core fits those to any model.
     ratios = {name: latent[name] for name in ("downscale_ratio_spacial", "downscale_ratio_temporal") if name in latent}
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)

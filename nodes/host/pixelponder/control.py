@@ -39,7 +39,7 @@ from .map import draw, masks_of, preview
 
 STRATEGIES = ("released", "as run", "accumulate", "blend")
 INFERENCE_DTYPES = (torch.bfloat16, torch.float32)  # residuals are whole hidden states: float16 may not hold them
-CROP_UNSAID = 0.02  # of a hint's side that may be cut off without a word
+CROP_UNSAID = 0.02  # of a hint's side that may be cut off without a warning
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Condition:
     image: Tensor
     """(B, H, W, 3) in [0, 1]."""
     kind: str
-    """As the checkpoint calls it."""
+    """Kind of hint, by the checkpoint's name."""
     strength: float = 1.0
     mask: Tensor | None = None
     """(B, H, W) in [0, 1], painted where this condition must win."""
@@ -57,7 +57,7 @@ class Condition:
 
 
 class Shown:
-    """The selections of the last steps, for whoever wants to see them: copies of a control share one."""
+    """The selections of the last steps, kept to be shown; copies of a control share them."""
 
     def __init__(self):
         self.share: Tensor | None = None
@@ -93,7 +93,7 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
         super().pre_run(model, percent_to_timestep_function)
         if not self.conditions:
             raise ValueError("This PixelPonder ControlNet has no conditions: connect it to 'Apply PixelPonder', with "
-                             "'PixelPonder Condition' for each hint. Core's Apply ControlNet cannot tell it what kind "
+                             "'PixelPonder Condition' for each hint. Core's Apply ControlNet cannot say what kind "
                              "of hint an image is.")
         self._forget()
         self._check_base(model)
@@ -107,15 +107,15 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
             raise ValueError(f"PixelPonder cannot guide a {type(model).__name__} ({type(base).__name__}): it controls "
                              "FLUX, loaded by ComfyUI's own node or any that makes the same model.")
         theirs = base.params
-        for what, ours, found in (
+        for what, ours, actual in (
             ("width", trunk.hidden, theirs.hidden_size),
             ("heads", trunk.heads, theirs.num_heads),
             ("text width", trunk.context_dim, theirs.context_in_dim),
             ("values per token", trunk.in_channels, base.out_channels),
         ):
-            if ours != found:
+            if ours != actual:
                 its = "FLUX.1" if trunk.hidden == FluxConfig.hidden else "the small FLUX that it was trained with"
-                raise ValueError(f"This PixelPonder was trained for a FLUX with {what} {ours}, the model has {found}: "
+                raise ValueError(f"This PixelPonder was trained for a FLUX with {what} {ours}, the model has {actual}: "
                                  f"it is for {its}.")
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
@@ -216,11 +216,11 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
             self._embeds[size] = embeds
         return self._embeds[size]
 
-    # What becomes of it
+    # The residuals
 
     def _inject(self, residuals: Residuals, before: dict | None, transformer_options: dict) -> dict:
         """The control dictionary of core's FLUX for the double-stream blocks. Its entries for the single-stream blocks
-        reach image tokens only, so those go in behind the blocks themselves, text and image alike.
+        reach image tokens only, so those are added after the blocks themselves, text and image alike.
         """
         doubles, singles = len(self._base.double_blocks), len(self._base.single_blocks)
         ours = [residuals.double[residual_index(i, doubles, len(residuals.double))] for i in range(doubles)]
@@ -335,7 +335,7 @@ def fit(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def warn_of_shape(condition: Condition, number: int, size: tuple[int, int]):
-    """Say it in ComfyUI's log if the hint or its mask is of another shape than a picture with a latent of `size`."""
+    """Warn in ComfyUI's log if the hint or its mask is of another shape than a picture with a latent of `size`."""
     height, width = (HINT_CELL * side for side in size)
     shapes = {"hint": condition.image.shape[1:3]}
     if condition.mask is not None and condition.mask.any():  # without any paint it is often a placeholder
@@ -364,7 +364,7 @@ def mask_for(condition: Condition, size: tuple[int, int]) -> Tensor | None:
 
 
 def _even(image: Tensor) -> Tensor:
-    """FLUX fills a latent with an odd side up to whole tokens; so do hints."""
+    """image padded to whole tokens, as FLUX pads a latent with an odd side."""
     down, right = (-side % (2 * HINT_CELL) for side in image.shape[-2:])
     return F.pad(image, (0, right, 0, down), mode="replicate") if down or right else image
 
@@ -400,7 +400,7 @@ def map_of(control: PixelPonderControl, size: tuple[int, int]) -> Tensor:
 def picture_of(control: PixelPonderControl, size: tuple[int, int], overlay: float) -> tuple[Tensor, list[Tensor]]:
     """The map as a picture (B, height, width, 3) and as a mask (B, 8 H', 8 W') for each condition; see `map_of`."""
     share, hints = map_of(control, size), [hint_for(c, size).cpu() for c in control.conditions]
-    height, width = (HINT_CELL * side for side in size)  # an odd latent's hints go on to whole patches
+    height, width = (HINT_CELL * side for side in size)  # an odd latent's hints are padded to whole patches
     pictures = draw(share, hints, labels(control.conditions), overlay, (height, width))
     return pictures, [mask[:, :height, :width] for mask in masks_of(share, *hints[0].shape[-2:])]
 
@@ -429,16 +429,16 @@ def with_conditions(
     config = control.net_patcher.model.config
     for condition in conditions:
         config.type_index(condition.kind)
-    made = control.copy()
-    made.set_cond_hint(torch.zeros(1), strength, (start, end))
-    made.conditions = tuple(sorted(conditions, key=lambda c: -c.priority))
-    made.strategy, made.rounds, made.shown, made.node_id = strategy, rounds, Shown(), node_id
+    applied = control.copy()
+    applied.set_cond_hint(torch.zeros(1), strength, (start, end))
+    applied.conditions = tuple(sorted(conditions, key=lambda c: -c.priority))
+    applied.strategy, applied.rounds, applied.shown, applied.node_id = strategy, rounds, Shown(), node_id
     plan(strategy, rounds, control.net_patcher.model, [], [], (2, 2))  # refuses early what cannot run
-    return made
+    return applied
 
 
 def warn_of_length(conditioning: list, control: PixelPonderControl):
-    """Say it in ComfyUI's log if the text is not as long as the checkpoint is used to."""
+    """Warn in ComfyUI's log if the text is not of the length that the checkpoint was trained with."""
     config = control.net_patcher.model.config
     wanted = config.text_tokens
     lengths = {tokens.shape[1] for tokens, _ in conditioning if tokens is not None} - {wanted}
@@ -446,9 +446,9 @@ def warn_of_length(conditioning: list, control: PixelPonderControl):
         return
     remedy = f"Put core's T5TokenizerOptions with min_length {wanted} between the CLIP loader and the prompt."
     if config.trunk.context_dim != FluxConfig.context_dim:
-        remedy = "Load its encoder with 'Load T5 Text Encoder', type flux, which fills every text up."
+        remedy = "Load its encoder with 'Load T5 Text Encoder', type flux, which pads every text."
     logging.warning(f"PixelPonder was trained with {wanted} text tokens, this prompt has {min(lengths)}, so part of "
-                    f"what it adds lands on other tokens than in training. {remedy}")
+                    f"what it adds reaches other tokens than in training. {remedy}")
 
 
 def apply(conditioning: list, control: PixelPonderControl, made: dict) -> list:

@@ -52,7 +52,7 @@ def entry(folder: str, index: int) -> tuple[dict, str, int]:
 
 def pictures(folder: str, listed: dict) -> list[Tensor | ExecutionBlocker]:
     """The picture of each of entries.PICTURES as (1, H, W, 3); where the entry has none or its file is missing, what
-    stops the nodes behind it and says so."""
+    stops the nodes after it, with a message."""
     return [ExecutionBlocker(f"This entry of {folder} has no {key}.") if path is None
             else _picture(path) if path.is_file()
             else ExecutionBlocker(f"{key} of this entry of {folder} is missing: {listed[key]}. Paths begin at the "
@@ -63,14 +63,14 @@ def pictures(folder: str, listed: dict) -> list[Tensor | ExecutionBlocker]:
 def files(folder: str, listed: dict) -> dict[str, Path | None]:
     """key -> file of an entry. Raises ValueError for one outside of input and output."""
     root, roots = find(folder), [folder_paths.get_input_directory(), folder_paths.get_output_directory()]
-    found: dict[str, Path | None] = dict.fromkeys(entries.PICTURES)
-    for key in found:
+    files: dict[str, Path | None] = dict.fromkeys(entries.PICTURES)
+    for key in files:
         if name := listed.get(key):
             path = Path(os.path.abspath(root / name))
             if not _within(path, roots):
                 raise ValueError(f"{key} of this entry, {name}, lies outside of ComfyUI's input and output folders.")
-            found[key] = path
-    return found
+            files[key] = path
+    return files
 
 
 def _picture(path: Path) -> Tensor:
@@ -82,7 +82,7 @@ def _picture(path: Path) -> Tensor:
             else:
                 pixels = numpy.asarray(upright.convert("RGB"), dtype=numpy.float32) / 255
     except OSError as error:
-        raise ValueError(f"{path.name} is not a whole picture ({error}).") from error
+        raise ValueError(f"{path.name} is not a complete picture ({error}).") from error
     return torch.from_numpy(pixels)[None]
 
 
@@ -94,7 +94,7 @@ def _size(path: Path) -> tuple[int, int] | None:
         with Image.open(path) as file:
             width, height = ImageOps.exif_transpose(file).size
     except OSError as error:
-        raise ValueError(f"{path.name} is not a whole picture ({error}).") from error
+        raise ValueError(f"{path.name} is not a complete picture ({error}).") from error
     return height, width
 
 

@@ -1,4 +1,4 @@
-"""The patch map as a picture: which condition speaks where, in colours, with a legend."""
+"""The patch map as a picture: which condition is selected where, in colours, with a legend."""
 from __future__ import annotations
 
 import torch
@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-COLOURS = (  # Okabe and Ito's, which colour-blind eyes tell apart; repeated when there are more conditions
+COLOURS = (  # Okabe and Ito's, which colour-blind people can distinguish; repeated when there are more conditions
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167), (0, 114, 178),
     (255, 255, 255),
 )  # fmt: skip
@@ -22,8 +22,8 @@ def draw(share: Tensor, hints: list[Tensor], names: list[str], overlay: float, s
          ) -> Tensor:
     """Each patch shows the hint of its condition, tinted; below, what the colours mean and how much each has.
 
-    share: (B, K, rows, columns); hints: K times (1 or B, 3, H, W) in [0, 1]; overlay: 0 shows the hints alone, 1 the
-    colours alone; size: (height, width) of the picture, at the top left, where patches reach beyond it. Returns
+    share: (B, K, rows, columns); hints: K times (1 or B, 3, H, W) in [0, 1]; overlay: 0 shows only the hints, 1 only
+    the colours; size: (height, width) of the picture, at the top left, where patches reach beyond it. Returns
     (B, height + legend, width, 3) in [0, 1]. Patches without any condition are dark.
     """
     H, W = hints[0].shape[-2:]
@@ -49,7 +49,7 @@ def rows(x: Tensor, B: int) -> Tensor:
 
 
 def preview(share: Tensor, names: list[str], side: int = 320) -> Image.Image:
-    """The colours of the first picture alone, small, with the legend."""
+    """The colours of only the first picture, small, with the legend."""
     share = share[:1]
     cell = max(1, side // max(share.shape[-2:]))
     H, W = cell * share.shape[-2], cell * share.shape[-1]

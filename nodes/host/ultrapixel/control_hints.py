@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from ....models_impl.annotators.canny import RESIZE, canny
 
-FILTERS = {"reference": RESIZE, "fine": None}  # the side of the square at which edges are sought
+FILTERS = {"reference": RESIZE, "fine": None}  # the side of the square at which edges are detected
 SHORT_SIDE = 768
-"""Of hints in the release; core scales a hint to 32 pixels for each cell of the low-resolution pass, 768 for 24."""
+"""Pixels of the shorter side of a hint in the release; core scales a hint to 32 pixels for each cell of the
+low-resolution pass, 768 for 24."""
 
 
 def canny_hint(image: Tensor, filter: str, low: float, high: float) -> Tensor:

@@ -35,7 +35,7 @@ HEADROOM = 1.1
 
 @dataclass(frozen=True)
 class Strengths:
-    """Of the guide on the way down and up; up None: the released step function of the size."""
+    """Weights of the guide on the way down and up; up None: the released step function of the size."""
 
     down: float = 1.0
     up: float | None = None
@@ -60,7 +60,7 @@ def load_guide(path: str, disable_dynamic: bool = False):
 
 
 def stage_c_of(model) -> comfy.model_base.StableCascade_C:
-    """What is inside a MODEL; refuses others by name."""
+    """The Stage C inside a MODEL; refuses other networks by name."""
     inner = model.model
     if isinstance(inner, comfy.model_base.StableCascade_B):
         raise ValueError("This MODEL is Stable Cascade's Stage B, but UltraPixel works on Stage C: load "
@@ -74,8 +74,8 @@ def stage_c_of(model) -> comfy.model_base.StableCascade_C:
 def guided_blocks(net) -> dict[str, list[AttnBlock]]:
     """Direction -> the first attention block of each level of core's Stage C, in the order the net runs."""
     levels = {"down": net.down_blocks, "up": net.up_blocks}
-    return {way: [next(b for b in blocks if isinstance(b, AttnBlock)) for blocks in found]
-            for way, found in levels.items()}
+    return {way: [next(b for b in blocks if isinstance(b, AttnBlock)) for blocks in level_blocks]
+            for way, level_blocks in levels.items()}
 
 
 def check_base(model, config: GuideConfig):
@@ -116,7 +116,7 @@ def sampling_with(shift: float):
 
 
 def _with_estimate(executor, *args, **kwargs):
-    """Sampling with our estimate of its memory in the place of core's, which leaves out half of it on a GPU with memory
+    """Sampling with our estimate of its memory instead of core's, which leaves out half of it on a GPU with memory
     saving attention and asks for four times as much on another."""
     inner = executor.class_obj.model_patcher.model
     inner.memory_required = partial(memory_required, inner)
@@ -136,7 +136,7 @@ def memory_required(inner, input_shape, cond_shapes=None) -> float:
 
 
 def guide_of(model) -> tuple[Guide, Strengths]:
-    """What 'UltraPixel Guide' put on a MODEL."""
+    """The guide and its strengths that 'UltraPixel Guide' put on a MODEL."""
     guides = model.get_additional_models_with_key(KEY)
     if not guides:
         raise ValueError("This MODEL has no guide: put 'UltraPixel Guide' between the Stage C loader and the guider.")
@@ -195,7 +195,7 @@ class Kept(Plain):
         if not self.parts:
             raise ValueError("No positive prompt is active at the end of the low-resolution pass, from which the guide "
                              "is made: give one an end_percent of 1.")
-        weights, found = zip(*self.parts, strict=True)
+        weights, features = zip(*self.parts, strict=True)
         total = sum(weights)
         shares = [torch.where(total > 0, weight / total, 1 / len(weights)) for weight in weights]
 
@@ -203,7 +203,7 @@ class Kept(Plain):
             return sum(share.to(x) * x for share, x in zip(shares, levels, strict=True))
 
         return Features(*([mean(levels) for levels in zip(*parts, strict=True)]
-                          for parts in ([part.down for part in found], [part.up for part in found])))
+                          for parts in ([part.down for part in features], [part.up for part in features])))
 
 
 class Guided(Plain):

@@ -66,7 +66,7 @@ def patch(model, personal: Personalisation, strength: float):
 def learn(clip, personal: Personalisation, strength: float, token: str, base: str):
     """A clone of the CLIP that knows the learned word. The weights of CLIP stay as they are."""
     if not isinstance(clip.tokenizer, comfy.sdxl_clip.StableCascadeTokenizer):
-        raise ValueError(f"This CLIP is a {type(clip.cond_stage_model).__name__}; Stage C reads CLIP-G alone: load it "
+        raise ValueError(f"This CLIP is a {type(clip.cond_stage_model).__name__}; Stage C reads only CLIP-G: load it "
                          "with Load CLIP, type stable_cascade.")
     encoder = clip.cond_stage_model.clip_g
     table = encoder.transformer.get_input_embeddings().weight
@@ -95,7 +95,7 @@ def _mean(table: Tensor, vocabulary: dict[str, int], base: str) -> Tensor:
     try:
         rows = [row for word, row in vocabulary.items() if row < len(table) and re.search(base, word)]
     except re.error as error:
-        raise ValueError(f"base_token={base!r} is no regular expression: {error}.") from error
+        raise ValueError(f"base_token={base!r} is not a regular expression: {error}.") from error
     if not rows:
         raise ValueError(f"base_token={base!r} matches no word of CLIP's vocabulary. For the word cat it is "
                          "'^cat</w>'.")

@@ -78,7 +78,7 @@ class GuidedSampler(comfy.samplers.Sampler):
             return sampling.sample(predict, model.start(), schedule, logsnrs, draw.high)
 
     def _low(self, latent: Tensor, noise: Tensor, sigmas: Tensor, guider) -> Tensor:
-        """What the low-resolution pass starts from, before noise: (B, 16, h, w), zeros for a picture from nothing."""
+        """Clean latent that the low-resolution pass starts from: (B, 16, h, w), zeros for a picture from nothing."""
         B, C, H, W = noise.shape
         low = self.low_latent
         if low is not None:
@@ -90,7 +90,7 @@ class GuidedSampler(comfy.samplers.Sampler):
             size = sampling.sizes(H * COMPRESSION_C, W * COMPRESSION_C).low
             return noise.new_zeros(B, C, *size) if low is None else low
         if not noise.any() and sigmas[0] > 0:
-            raise ValueError("Sampling goes on from a noisy latent here, from which the low-resolution pass cannot "
+            raise ValueError("Sampling continues from a noisy latent here, from which the low-resolution pass cannot "
                              "start. Give the whole schedule to one sampler; to change a picture, connect RandomNoise "
                              "and take the latents from 'UltraPixel Canvas' with the picture.")
         size = sampling.sizes(H * COMPRESSION_C, W * COMPRESSION_C).low if low is None else low.shape[-2:]
@@ -117,7 +117,7 @@ def _check_low(low: Tensor, noise: Tensor):
                          "output 'low' of 'UltraPixel Canvas'.")
     if len(low) not in (1, len(noise)) and low.any():
         raise ValueError(f"low_latent has {len(low)} pictures, the latent {len(noise)}: put the same 'Latent From "
-                         "Batch' behind both outputs of 'UltraPixel Canvas'.")
+                         "Batch' after both outputs of 'UltraPixel Canvas'.")
     (h, w), (H, W) = low.shape[-2:], noise.shape[-2:]
     if not 0.75 < (w / h) / (W / H) < 1.33:
         raise ValueError(f"low_latent has {w} x {h} cells, the picture {W} x {H}: they are of different shapes. Take "
@@ -173,9 +173,9 @@ class Report:
 
 
 class SeededNoise:
-    """Streams of their own for every picture and pass, so that neither the low-resolution pass nor the other pictures
-    of a batch move what a picture gets. They begin from the picture's own noise: alone it comes out as in its batch.
-    All from the CPU, so that a seed means the same on every device."""
+    """Noise from a stream of its own for every picture and pass, so that neither the low-resolution pass nor the other
+    pictures of a batch change a picture's noise. The streams follow from the picture's own first noise: it comes out
+    the same without its batch. All from the CPU, so that a seed means the same on every device."""
 
     def __init__(self, noise: Tensor, seed: int, low: torch.Size):
         marks = [hashlib.sha256(row.float().cpu().numpy().tobytes()).digest() for row in noise]
@@ -223,7 +223,7 @@ class ReferenceNoise:
 
 @contextmanager
 def _two_passes(guider):
-    """Gives what a guider must know of the pass at hand, and takes it back in the end."""
+    """A context manager that sets a guider to the current pass, and resets it in the end."""
     conds = guider.conds
     if any("area" in c for entries in conds.values() for c in entries):
         raise ValueError("UltraPixel draws at two sizes, so conditioning areas cannot be followed. Use masks: "
@@ -239,14 +239,14 @@ class Conditions:
         self.guider, self.conds = guider, conds
 
     def positive(self) -> dict[object, Tensor]:
-        """id -> weight (n, 1, h or 1, w or 1) at the size of the pass at hand."""
+        """id -> weight (n, 1, h or 1, w or 1) at the size of the current pass."""
         return {c["uuid"]: _weight(c) for c in self.guider.conds["positive"]}
 
     def low(self, size: torch.Size):
         self.guider.conds = {kind: [_at_size(c, size) for c in entries] for kind, entries in self.conds.items()}
 
     def high(self):
-        """ControlNets act on the low-resolution pass alone, as in the release."""
+        """ControlNets act only on the low-resolution pass, as in the release."""
         self.guider.conds = {kind: [{k: v for k, v in c.items() if k != "control"} for c in entries]
                              for kind, entries in self.conds.items()}
 
@@ -257,6 +257,6 @@ def _at_size(cond: dict, size: torch.Size) -> dict:
 
 
 def _weight(cond: dict) -> Tensor:
-    """What core multiplies the prediction with before it takes the mean."""
+    """Weights by which core multiplies the prediction before it takes the mean."""
     mask = cond["mask"][:, None] * cond.get("mask_strength", 1.0) if "mask" in cond else torch.ones(1, 1, 1, 1)
     return mask * cond.get("strength", 1.0)

@@ -61,18 +61,18 @@ def encoded(image: Tensor, vae, height: int, width: int) -> tuple[dict, dict, di
     def latent(cells):
         h, w = (n * ENCODER_CELL for n in cells)
         small = comfy.utils.common_upscale(pixels, w, h, "bicubic", "center").clamp(0, 1)
-        found = vae.encode(small.movedim(1, -1))
-        if found.shape[1] != CHANNELS_C or found.shape[-2:] != cells:
-            raise ValueError(f"This VAE makes latents of {tuple(found.shape[1:])} of a picture of {w} x {h}, Stage C "
+        encoded = vae.encode(small.movedim(1, -1))
+        if encoded.shape[1] != CHANNELS_C or encoded.shape[-2:] != cells:
+            raise ValueError(f"This VAE makes latents of {tuple(encoded.shape[1:])} of a picture of {w} x {h}, Stage C "
                              f"needs ({CHANNELS_C}, {cells[0]}, {cells[1]}): load effnet_encoder.safetensors with "
                              "'Load VAE'.")
-        return {"samples": found}
+        return {"samples": encoded}
 
     return latent(size.stage_c), latent(size.low), stage_b
 
 
 def report(height: int, width: int, asked: tuple[int, int], batch: int = 1) -> str:
-    """What a size means, for a person. asked: before snapping."""
+    """Report on a size, in words. asked: the size before snapping."""
     size = sizes(height, width)
     (hc, wc), (hl, wl), (hb, wb) = size.stage_c, size.low, size.stage_b
     lines = [
@@ -96,19 +96,19 @@ def memory(size: Sizes, batch: int) -> list[str]:
         "memory in bf16, about: "
         f"Stage C {WEIGHTS_C + CELL_C * cells_c * batch:.1f} GB ({WEIGHTS_C} of them weights), "
         f"Stage B 700M {b:.1f} GB ({WEIGHTS_B} of them weights), Stage A {a:.1f} GB, the last two with our nodes for "
-        f"them; {core_b:.1f} and {core_a:.1f} GB with core's alone. One follows the other; ComfyUI can keep part of "
+        f"them; {core_b:.1f} and {core_a:.1f} GB with only core's. One follows the other; ComfyUI can keep part of "
         "the weights in main memory.",
     ]
 
 
 def problems(height: int, width: int) -> list[str]:
-    found, area = [], height * width
+    warnings, area = [], height * width
     if area < SMALLEST_SIDE**2:
-        found.append(f"fewer pixels than {SMALLEST_SIDE} x {SMALLEST_SIDE}. The low-resolution pass is that large "
-                     "already, so the guide has nothing to add: draw with Stable Cascade alone.")
+        warnings.append(f"fewer pixels than {SMALLEST_SIDE} x {SMALLEST_SIDE}. The low-resolution pass is that large "
+                        "already, so the guide has nothing to add: draw with Stable Cascade without it.")
     if area > LARGEST_SIDE**2:
-        found.append(f"more pixels than {LARGEST_SIDE} x {LARGEST_SIDE}, the most that the guide was trained on.")
+        warnings.append(f"more pixels than {LARGEST_SIDE} x {LARGEST_SIDE}, the most that the guide was trained on.")
     if max(height, width) > WIDEST * min(height, width):
-        found.append(f"sides of {max(height, width) / min(height, width):.1f} : 1; the training saw up to "
-                     f"{WIDEST:.0f} : 1.")
-    return found
+        warnings.append(f"sides of {max(height, width) / min(height, width):.1f} : 1; the training saw up to "
+                        f"{WIDEST:.0f} : 1.")
+    return warnings

@@ -21,7 +21,7 @@ from ..common.patcher import reloadable, with_weights
 
 TILES = (1024, 768, 512, 384, 256, 192, 128, 96, 64)  # cells a side, four pixels each
 COMFORT = 256
-"""Tiles of this side cost a fifth more work than none. Other models are only moved out of the way for less."""
+"""Tiles of this side cost a fifth more work than no tiles. Other models are only unloaded for smaller ones."""
 HEADROOM = 1.2  # workspaces of the kernels, fragmentation
 
 
@@ -33,7 +33,7 @@ def load(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = Fa
         config, tensors = checkpoint.read_stage_a(tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
-    # ComfyUI's latents of Stage B are already scaled: its latent format SC_B multiplies by 0.43 behind the sampler.
+    # ComfyUI's latents of Stage B are already scaled: its latent format SC_B multiplies by 0.43 after the sampler.
     config = replace(config, scale_factor=1.0)
     vae = StageAVAE(dtype)
     net = StageA(config, operations=comfy.ops.disable_weight_init, dtype=vae.vae_dtype)
@@ -44,7 +44,7 @@ def load(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = Fa
 
 
 def load_patcher(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
-    """What `load` puts into the VAE, alone."""
+    """The ModelPatcher that `load` puts into the VAE."""
     return load(path, dtype, disable_dynamic).patcher
 
 
@@ -77,7 +77,7 @@ class StageAVAE(comfy.sd.VAE):
 
     def decode_tiled(self, samples: Tensor, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None
                      ) -> Tensor:
-        """By tiles of a given side. They bring along what they need, so `overlap` changes nothing."""
+        """Decode by tiles of a given side. Each includes the cells that it depends on, so `overlap` changes nothing."""
         return self._decode(samples, min(tile_x or COMFORT, tile_y or COMFORT))
 
     @torch.no_grad()

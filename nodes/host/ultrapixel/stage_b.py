@@ -1,6 +1,6 @@
 """Core's Stage B at 4096 pixels: patches of its MODEL for what it takes, what it asks for, its guidance, and tiles.
 
-Core's network and weights stay as they are, and with them LoRAs, offloading and every dtype. Left alone, each MLP of
+Core's network and weights stay as they are, and with them LoRAs, offloading and every dtype. Unpatched, each MLP of
 the finest level holds three tensors of four times its width at once, and ComfyUI's estimate for the model is its
 default: 80 GiB at 4096 x 4096 in bf16, for which it unloads all other models and keeps Stage B itself off the GPU.
 """
@@ -88,7 +88,7 @@ def _set_wrapper(patched, kind: str, wrapper: Callable):
 # --- Memory
 
 def _with_estimate(executor: Callable, *args, strip: int, tile: int | None, **kwargs):
-    """Sampling with our estimate in the place of core's. As an object patch it would come after core has asked."""
+    """Sampling with our estimate instead of core's. As an object patch it would come after core has asked."""
     inner = executor.class_obj.model_patcher.model
     inner.memory_required = partial(memory_required, inner, strip=strip, tile=tile)
     try:
@@ -147,7 +147,7 @@ def pointwise(layers: nn.Sequential, x: Tensor, *, strip: int = STRIP) -> Tensor
     """layers(x) for layers that keep every position to itself, strip after strip."""
     widest = max(m.out_channels for m in layers if isinstance(m, nn.Conv2d))
     rows = max(1, strip // (x.shape[0] * x.shape[3] * max(widest, x.shape[1])))
-    made = None
+    out = None
     for top in range(0, x.shape[2], rows):
         part = x[:, :, top : top + rows]
         for layer in layers:
@@ -155,10 +155,10 @@ def pointwise(layers: nn.Sequential, x: Tensor, *, strip: int = STRIP) -> Tensor
         if rows >= x.shape[2]:
             return part
         scale = part.shape[3] // x.shape[3]
-        if made is None:
-            made = part.new_empty(*part.shape[:2], scale * x.shape[2], part.shape[3])
-        made[:, :, scale * top : scale * (top + rows)] = part
-    return made
+        if out is None:
+            out = part.new_empty(*part.shape[:2], scale * x.shape[2], part.shape[3])
+        out[:, :, scale * top : scale * (top + rows)] = part
+    return out
 
 
 # --- Tiles
@@ -184,18 +184,18 @@ def _by_tiles(executor: Callable, x: Tensor, t: Tensor, *args, tile: int, overla
 
 
 def spans(size: int, tile: int, overlap: int) -> list[tuple[int, int, Tensor]]:
-    """(start, end, weights (end - start,)) of tiles along a side: evenly spread, fading where they lie on another."""
+    """(start, end, weights (end - start,)) of tiles along a side: evenly spread, fading where they overlap."""
     if size <= tile:
         return [(0, size, torch.ones(size))]
     count = math.ceil((size - overlap) / (tile - overlap))
     starts = [(size - tile) * i // (count - 1) // ALIGNMENT * ALIGNMENT for i in range(count)]
     ends = [*(start + tile for start in starts[:-1]), size]
-    found = []
+    tiles = []
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
         at, weights = torch.arange(start, end) + 0.5, torch.ones(end - start)
         if i:
             weights = torch.minimum(weights, (at - start) / (ends[i - 1] - start))
         if i < count - 1:
             weights = torch.minimum(weights, (end - at) / (end - starts[i + 1]))
-        found.append((start, end, weights))
-    return found
+        tiles.append((start, end, weights))
+    return tiles
