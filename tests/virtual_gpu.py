@@ -48,6 +48,7 @@ OURS = ("/models_impl/", "/nodes/", "/trainer/")  # whose lines are named, if an
 DOUBLE = (torch.float64, torch.complex128)
 DATA_DEPENDENT = {"nonzero", "masked_select", "_unique2", "unique_consecutive", "repeat_interleave", "bincount"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+MATRICES = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot"}
 RESHAPED = {"resize_", "resize_as_", "set_"}  # change the shape of what they are given
 # What CUDA's autocast computes in half precision, in float32, and in the widest dtype that it is given.
 HALF = ("linear matmul mm bmm addmm baddbmm mv einsum conv1d conv2d conv3d convolution conv_transpose2d "
@@ -256,6 +257,8 @@ def without_data(func, op: _Operation, tensors, args, kwargs):
         key = (func, torch.get_default_dtype(), *map(described, args), *map(described, kwargs.items()))
         if (seen := _seen.get(key)) is not None:
             return args[0] if op.result == "first" else mapped(lambda x: x() if isinstance(x, partial) else x, seen)
+    if op.name in MATRICES and len(dtypes := {x.dtype for x in tensors}) > 1:  # FakeTensorMode would promote them
+        raise RuntimeError(f"{op.name} is given {' and '.join(sorted(map(str, dtypes)))}, expected one dtype")
     args, kwargs = mapped(own_device, args), {name: mapped(own_device, x) for name, x in kwargs.items()}
     with fake():
         result = func(*args, **kwargs)
