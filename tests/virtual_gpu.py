@@ -26,19 +26,20 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU, CPU = "gpu", torch.device("cpu")
@@ -47,6 +48,8 @@ OURS = ("/models_impl/", "/nodes/", "/trainer/")  # whose lines are named, if an
 DOUBLE = (torch.float64, torch.complex128)
 DATA_DEPENDENT = {"nonzero", "masked_select", "_unique2", "unique_consecutive", "repeat_interleave", "bincount"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+MATRICES = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot"}
+RESHAPED = {"resize_", "resize_as_", "set_"}  # change the shape of what they are given
 # What CUDA's autocast computes in half precision, in float32, and in the widest dtype that it is given.
 HALF = ("linear matmul mm bmm addmm baddbmm mv einsum conv1d conv2d conv3d convolution conv_transpose2d "
         "scaled_dot_product_attention").split()
@@ -65,14 +68,16 @@ class VirtualGPU(TorchDispatchMode):
         self.double, self.depth = double, 0
         self.waits: Counter[str] = Counter()
         """ "what at place" -> how often."""
-        self.fake, self.generators = FakeTensorMode(allow_non_fake_inputs=True), _GeneratorsOfTheirDevice()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and keeping Dynamo away takes longer than a small operation
 
     def __enter__(self):
         if not self.depth:  # it is entered again inside, for operations that are made of others
             self.outside = torch.Generator, nn.Module._apply, torch._C._only_lift_cpu_tensors()
             torch.Generator, nn.Module._apply = _Generator, _apply
             torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) comes here as a copy
-            self.generators.__enter__()
         self.depth += 1
         return super().__enter__()
 
@@ -80,23 +85,23 @@ class VirtualGPU(TorchDispatchMode):
         super().__exit__(*error)
         self.depth -= 1
         if not self.depth:
-            self.generators.__exit__(*error)
             torch.Generator, nn.Module._apply, lifted = self.outside
             torch._C._set_only_lift_cpu_tensors(lifted)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        tensors, devices = ([x for x in leaves if isinstance(x, kind)] for kind in (torch.Tensor, torch.device))
-        if not any(isinstance(x, FakeTensor) for x in tensors) and all(device.type != GPU for device in devices):
+        device = kwargs.get("device") or next((x for x in args if type(x) is torch.device), None)
+        if kwargs.get("generator") is not None:
+            check_generator(kwargs["generator"], device, args)
+        if FakeTensor not in types and (device is None or device.type != GPU):
             return func(*args, **kwargs)
-        if func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(
-                func.name(), "CompositeImplicitAutograd"):
+        op = about(func)
+        if op.composite:
             with self:  # in inference mode they arrive whole
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+        name, tensors = op.name, [x for x in leaves((*args, *kwargs.values())) if isinstance(x, torch.Tensor)]
         unblocked = bool(kwargs.get("non_blocking")) or name == "copy_" and len(args) > 2 and args[2]
         if name in ("_local_scalar_dense", "equal", "is_nonzero"):
             self.wait("number")
@@ -104,24 +109,22 @@ class VirtualGPU(TorchDispatchMode):
         if name == "copy_" and not isinstance(args[0], FakeTensor):
             self.download(name, args[0].dtype, unblocked)
             return args[0].copy_(self.read(args[1]))
-        if name == "_to_copy" and devices and devices[0].type != GPU:
+        if name == "_to_copy" and device is not None and device.type != GPU:
             self.download(name, kwargs.get("dtype"), unblocked)
             return func(self.read(args[0]), **kwargs)
         if name in ("_to_copy", "copy_") and not all(isinstance(x, FakeTensor) for x in tensors):
             self.wait("upload", unblocked)
-        values = self.values(func, tensors, args, kwargs)
+        values = self.values(func, op, tensors, args, kwargs)
         if name in DATA_DEPENDENT:
             self.wait("shape")
         args = (args[0], self.indices(name, args[1]), *args[2:]) if name in INDEXED else args
         if values is not None and (name in DATA_DEPENDENT or name == "index"):
-            return tree_map(lambda x: self.on_gpu(x, GPU, x), values)
+            return mapped(lambda x: on_gpu(x, GPU, x), values)
         if name == "nonzero":  # as if nothing were zero
-            return self.on_gpu(torch.empty(args[0].numel(), args[0].ndim, dtype=torch.int64))
+            return on_gpu(torch.empty(args[0].numel(), args[0].ndim, dtype=torch.int64))
         some = self.some(tensors)
-        args, kwargs = tree_map(lambda x: self.on_gpu(x, getattr(x, "device", None)), (args, kwargs))
-        with self.fake:
-            result = func(*args, **kwargs)
-        self.keep(func, name, args, result, values, some)
+        result = without_data(func, op, tensors, args, kwargs)
+        self.keep(op, args, result, values, some)
         return result
 
     def wait(self, what: str, unblocked: bool = False):
@@ -148,16 +151,20 @@ class VirtualGPU(TorchDispatchMode):
         number = x.dtype != torch.bool or made_by == "mul"  # isfinite is made of two comparisons
         return torch.full(x.shape, 0.25 if x.is_floating_point() else number, dtype=x.dtype)
 
-    def values(self, func, tensors, args, kwargs):
+    def values(self, func, op: _Operation, tensors, args, kwargs):
         """The result of an operation on small tensors whose values are known, or None."""
-        large = any(isinstance(x, int) and x > SMALL for x in tree_leaves(args)) and not tensors
-        if large or torch.Tag.nondeterministic_seeded in func.tags or any(
-                x.numel() > SMALL or isinstance(x, FakeTensor) and getattr(x, "value", None) is None for x in tensors):
+        if op.random or any(x.numel() > SMALL or isinstance(x, FakeTensor) and getattr(x, "value", None) is None
+                            for x in tensors):
             return None
-        args, kwargs = tree_map(lambda x: x.value if isinstance(x, FakeTensor) else
-                                CPU if isinstance(x, torch.device) else x, (args, kwargs))
+        if not tensors and any((prod(x) if isinstance(x, (list, tuple)) else x) > SMALL for x in args
+                               if isinstance(x, (int, list, tuple))):
+            return None
+
+        def known(x):
+            return x.value if isinstance(x, FakeTensor) else CPU if isinstance(x, torch.device) else x
+
         try:
-            result = func(*args, **kwargs)
+            result = func(*mapped(known, args), **{key: mapped(known, x) for key, x in kwargs.items()})
             return result.zero_() if "empty" in func.name() else result
         except RuntimeError:  # a CPU has no kernel for it, or it is wrong, which is said in a moment
             return None
@@ -172,28 +179,18 @@ class VirtualGPU(TorchDispatchMode):
             return getattr(tensors[0], "some", None)
         return bool(tensors[0].any())
 
-    def keep(self, func, name, args, result, values, some=None):
-        for argument, x in zip(func._schema.arguments, args, strict=False):
-            if values is None and argument.alias_info is not None and argument.alias_info.is_write:
-                for changed in (y for y in tree_leaves(x) if isinstance(y, FakeTensor)):
-                    changed.value = None
-        leaves = tree_leaves(result)
-        for x, value in zip(leaves, [None] * len(leaves) if values is None else tree_leaves(values), strict=True):
-            if isinstance(x, FakeTensor) and x.device.type == GPU:
-                x.made_by, x.some = name, some if x.dtype != torch.bool or name == "any" else None
+    def keep(self, op: _Operation, args, result, values, some=None):
+        for x in (args[i] for i in op.written if values is None and i < len(args)):
+            for changed in (y for y in leaves((x,)) if isinstance(y, FakeTensor)):
+                changed.value = None
+        made = [*leaves((result,))]
+        for x, value in zip(made, [None] * len(made) if values is None else leaves((values,)), strict=True):
+            if isinstance(x, FakeTensor) and x.fake_device.type == GPU:
+                x.made_by, x.some = op.name, some if x.dtype != torch.bool or op.name == "any" else None
                 if value is not None and value.numel() <= SMALL:
                     x.value = value
                 if x.dtype in DOUBLE:
-                    self.refuse_double(name, x.dtype)
-
-    def on_gpu(self, like, device=GPU, value=None):
-        """A tensor without data like this one. What is no tensor, or has no data already, stays as it is."""
-        if not isinstance(like, torch.Tensor) or isinstance(like, FakeTensor):
-            return like
-        with self.fake:
-            fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-        fake.value = value
-        return fake
+                    self.refuse_double(op.name, x.dtype)
 
     def indices(self, name: str, indices: list) -> list:
         """Indices of bool as if all were true."""
@@ -204,29 +201,144 @@ class VirtualGPU(TorchDispatchMode):
                 self.wait("upload (index)")
             if chosen and name == "index":
                 self.wait("shape")
-            whole += [self.on_gpu(torch.empty(i.numel(), dtype=torch.int64)) for _ in range(i.ndim)] if chosen else [i]
+            whole += [on_gpu(torch.empty(i.numel(), dtype=torch.int64)) for _ in range(i.ndim)] if chosen else [i]
         return whole
 
+
+# --- Operations without data
+
+@dataclass(frozen=True)
+class _Operation:
+    """What an operation does with the tensors that it is given."""
+
+    name: str
+    composite: bool
+    """It is made of others, on any device."""
+    random: bool
+    written: tuple[int, ...]
+    """Which of its arguments it changes."""
+    result: str | None
+    """ "new" tensors, the "first" argument, a "view" of it, or None: something else, or by their data."""
+
+
+@cache
+def about(func) -> _Operation:
+    schema, name = func._schema, func.overloadpacket._qualified_op_name.removeprefix("aten::")
+    composite = func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), "CompositeImplicitAutograd")
+    aliases = [i for i, x in enumerate(schema.arguments) if x.alias_info is not None]
+    written = tuple(i for i in aliases if schema.arguments[i].alias_info.is_write)
+    by_data = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}
+    result = None
+    if func.namespace != "aten" or by_data and name != "index" or name in RESHAPED or (
+            torch.Tag.inplace_view in func.tags):
+        pass
+    elif func.is_view:
+        result = "view"
+    elif not aliases:
+        result = "new"
+    elif aliases == [0] and written == (0,) and name.endswith("_"):
+        result = "first"
+    return _Operation(name, composite, torch.Tag.nondeterministic_seeded in func.tags, written, result)
+
+
+_seen: dict[tuple, object] = {}
+
+
+def without_data(func, op: _Operation, tensors, args, kwargs):
+    """The result of an operation, as far as it is known without data. PyTorch's FakeTensorMode says it, or what is
+    wrong; as it takes long, once for arguments of these shapes, strides, dtypes and devices."""
+    if op.result == "view" and len(tensors) == 1 and type(tensors[0]) is FakeTensor:
+        with in_kernel_invocation_manager(fake()):
+            made = func(*args, **kwargs)
+        return mapped(lambda x: FakeTensor(fake(), x, tensors[0].fake_device), made)
+    key = None
+    if op.result in ("new", "first") and all(getattr(x, "constant", None) is None for x in tensors):
+        key = (func, torch.get_default_dtype(), *map(described, args), *map(described, kwargs.items()))
+        if (seen := _seen.get(key)) is not None:
+            return args[0] if op.result == "first" else mapped(lambda x: x() if isinstance(x, partial) else x, seen)
+    if op.name in MATRICES and len(dtypes := {x.dtype for x in tensors}) > 1:  # FakeTensorMode would promote them
+        raise RuntimeError(f"{op.name} is given {' and '.join(sorted(map(str, dtypes)))}, expected one dtype")
+    args, kwargs = mapped(own_device, args), {name: mapped(own_device, x) for name, x in kwargs.items()}
+    with fake():
+        result = func(*args, **kwargs)
+    made = [*leaves((result,))]
+    expected = made[0] is args[0] if op.result == "first" else not any(x is y for x in made for y in tensors)
+    if key is not None and expected and all(type(x) is FakeTensor and x.constant is None for x in made):
+        _seen[key] = mapped(lambda x: partial(empty, x.shape, x.stride(), x.dtype, x.fake_device), result)
+    return result
+
+
+def described(x):
+    """What the shape of a result can depend on."""
+    if isinstance(x, FakeTensor):
+        return x.shape, x.stride(), x.dtype, x.fake_device
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.stride(), x.dtype, x.device
+    if isinstance(x, (list, tuple)):
+        return tuple(map(described, x))
+    if isinstance(x, torch._C.Generator):
+        return torch._C.Generator
+    return (type(x), x) if isinstance(x, (bool, int, float)) else x  # 1 == 1.0 == True
+
+
+def empty(shape, stride, dtype: torch.dtype, device: torch.device) -> FakeTensor:
+    return FakeTensor(fake(), torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
+
+
+def on_gpu(like, device=GPU, value=None):
+    """A tensor without data like this one. What is no tensor, or has no data already, stays as it is."""
+    if not isinstance(like, torch.Tensor) or isinstance(like, FakeTensor):
+        return like
+    made = empty(like.shape, like.stride(), like.dtype, torch.device(device))
+    made.value = value
+    return made
+
+
+def own_device(x):
+    return on_gpu(x, x.device) if isinstance(x, torch.Tensor) else x
+
+
+@cache
+def fake() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def leaves(x: tuple | list) -> Iterator:
+    """As tree_leaves, for lists and tuples; there are no others in what an operation takes and gives."""
+    for each in x:
+        if isinstance(each, (list, tuple)):
+            yield from leaves(each)
+        else:
+            yield each
+
+
+def mapped(change: Callable, x):
+    """As tree_map, for lists and tuples."""
+    return type(x)(mapped(change, each) for each in x) if type(x) in (list, tuple) else change(x)
+
+
+# --- Random numbers, modules and places
 
 class _Generator(torch.Generator):
     """A torch.Generator that may be of the device "gpu" too."""
 
-    device, real = property(lambda self: torch.device(GPU)), torch.Generator
+    device, real, known = property(lambda self: torch.device(GPU)), torch.Generator, WeakValueDictionary()
 
     def __new__(cls, device="cpu"):
-        return super().__new__(cls) if torch.device(device).type == GPU else cls.real(device)
+        if torch.device(device).type != GPU:
+            return cls.real(device)
+        made = super().__new__(cls)
+        cls.known[made._cdata] = made  # operations get it in a new Python object
+        return made
 
 
-class _GeneratorsOfTheirDevice(TorchFunctionMode):
+def check_generator(generator, device: torch.device | None, args):
     """A generator must be of the device that the numbers are drawn on."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if kwargs and kwargs.get("generator") is not None:
-            own = (x.device for x in tree_leaves(args) if isinstance(x, torch.Tensor))
-            device, given = torch.device(kwargs.get("device") or next(own, CPU)).type, kwargs["generator"].device.type
-            if given != device:
-                raise RuntimeError(f"Expected a '{device}' device type for generator but found '{given}'")
-        return func(*args, **(kwargs or {}))
+    own = (x.device for x in leaves(args) if isinstance(x, torch.Tensor))
+    wanted, given = (device or next(own, CPU)).type, GPU if generator._cdata in _Generator.known else "cpu"
+    if given != wanted:
+        raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{given}'")
 
 
 def _apply(self, fn, recurse=True):
@@ -250,14 +362,24 @@ def _apply(self, fn, recurse=True):
 
 def place(frames=None) -> str:
     """The innermost of our lines among the frames, by default of what is being run; else of ComfyUI's."""
-    lines = [(frame.f_code.co_filename, line, frame.f_code.co_name)
-             for frame, line in frames or traceback.walk_stack(None)]
-    for folders in (OURS, ("/comfy/",)):
-        for file, line, function in lines:
-            folder = next((folder for folder in folders if folder in file), None)
-            if folder and "site-packages" not in file:
-                return f"{file[file.rindex(folder) + 1:]}:{line} ({function})"
-    return "?"
+    theirs = "?"
+    for frame, line in frames or traceback.walk_stack(None):
+        ours, file = named(frame.f_code.co_filename)
+        if file and (ours or theirs == "?"):
+            found = f"{file}:{line} ({frame.f_code.co_name})"
+            if ours:
+                return found
+            theirs = found
+    return theirs
+
+
+@cache
+def named(file: str) -> tuple[bool, str | None]:
+    """(whether a file is ours, its path below the repository or ComfyUI), of another file None."""
+    for folder in (*OURS, "/comfy/"):
+        if folder in file and "site-packages" not in file:
+            return folder in OURS, file[file.rindex(folder) + 1:]
+    return False, None
 
 
 _libraries = []  # what they register is there as long as they are
@@ -285,16 +407,17 @@ def register():
 
 def _autocast(op, to, without, *args, **kwargs):
     def affected(x):
-        return isinstance(x, torch.Tensor) and x.is_floating_point() and x.device.type == GPU and x.dtype not in DOUBLE
+        return isinstance(x, FakeTensor) and x.fake_device.type == GPU and x.is_floating_point() and (
+            x.dtype not in DOUBLE)
 
     dtype = torch.get_autocast_dtype(GPU) if to == "half" else torch.float32
-    same = to == "widest" and not any(affected(x) and x.dtype == dtype for x in tree_leaves((args, kwargs)))
+    same = to == "widest" and not any(affected(x) and x.dtype == dtype for x in leaves((*args, *kwargs.values())))
 
     def cast(x):
         return x.to(dtype) if affected(x) and not same else x
 
     with torch._C._ExcludeDispatchKeyGuard(without):
-        return op(*tree_map(cast, args), **tree_map(cast, kwargs))
+        return op(*mapped(cast, args), **{name: mapped(cast, x) for name, x in kwargs.items()})
 
 
 # --- What runs on it
