@@ -1,6 +1,6 @@
 """How long a step takes, said before there are weights. A step of the recipe itself runs on tensors without memory;
 every operation takes as long as its products or its reading and writing would on this device, whichever is more
-(roofline).
+(roofline). Of blocks that are alike one is looked at.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..config.schema import Config
@@ -23,6 +23,7 @@ from ..features import text_encoders
 from ..features.hints import Hints
 from .optim import is_matrix
 
+CONTAINERS = nn.ModuleList, nn.ModuleDict, nn.Sequential
 AT_MOST = 16  # pictures of a pass that are looked at; more are estimated from these
 aten = torch.ops.aten
 FLOPS = {  # what torch's table leaves out
@@ -96,6 +97,7 @@ class Clock(TorchDispatchMode):
     def __init__(self, rates: Rates):
         super().__init__()
         self.rates, self.fake, self.cost = rates, FakeTensorMode(allow_non_fake_inputs=True), Cost()
+        self.blocks: dict[tuple, Block] = {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         # What was made on the meta device, a schedule's table for instance, is with everything else.
@@ -123,6 +125,66 @@ class Clock(TorchDispatchMode):
             yield self.cost
         finally:
             self.cost = before
+
+
+@dataclass
+class Block:
+    """What a block costs, and what it says: tensors to be imagined, and how they are put together."""
+
+    forward: Cost
+    backward: Cost
+    said: list[Tensor]
+    spec: object
+
+
+class StandIn(torch.autograd.Function):
+    """A block that is known already."""
+
+    @staticmethod
+    def forward(ctx, clock: Clock, block: Block, anchor: Tensor | None, *given: Tensor):
+        """anchor: a weight that learns, if the block has one."""
+        ctx.clock, ctx.block = clock, block
+        ctx.save_for_backward(anchor, *given)
+        clock.cost.add(block.forward.flops, block.forward.seconds)
+        return tuple(clock.imagined(one) for one in block.said)
+
+    @staticmethod
+    def backward(ctx, *_):
+        anchor, *given = ctx.saved_tensors  # where activations are checkpointed, this makes them again
+        ctx.clock.cost.add(ctx.block.backward.flops, ctx.block.backward.seconds)
+        return None, None, None, *(torch.empty_like(one) for one in given)
+
+
+def shorten(module: nn.Module, clock: Clock):
+    """Lets a block stand for all that are like it, and are given as much."""
+    whole = module.forward
+
+    def forward(*args, **kwargs):
+        leaves, _ = tree_flatten((args, kwargs))
+        given, weights = [x for x in leaves if isinstance(x, Tensor)], list(module.parameters())
+        key = (type(module), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), *(
+                   x for x in leaves if isinstance(x, int)),
+               *((tuple(x.shape), x.dtype, x.requires_grad) for x in (*given, *weights)))
+        if key not in clock.blocks:
+            clock.blocks[key] = look_at(whole, args, kwargs, weights, clock)
+        block = clock.blocks[key]
+        anchor = next((w for w in weights if w.requires_grad), None)
+        return tree_unflatten(StandIn.apply(clock, block, anchor, *given), block.spec)
+
+    module.forward = forward
+
+
+def look_at(whole, args, kwargs, weights: list[Tensor], clock: Clock) -> Block:
+    args, kwargs = tree_map(lambda x: x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x,
+                            (args, kwargs))
+    inputs = [x for x in (*tree_leaves((args, kwargs)), *weights) if isinstance(x, Tensor) and x.requires_grad]
+    with clock.apart() as forward, torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        said, spec = tree_flatten(whole(*args, **kwargs))
+    with clock.apart() as backward:
+        if learns := [one for one in said if one.requires_grad]:
+            torch.autograd.grad(learns, inputs, [torch.empty_like(one) for one in learns], retain_graph=True,
+                                allow_unused=True)
+    return Block(forward, backward, [one.detach() for one in said], spec)
 
 
 class Blank:
@@ -182,6 +244,10 @@ def imagine(net: nn.Module, clock: Clock):
             setattr(module, name, nn.Parameter(clock.imagined(p), p.requires_grad))
         for name, value in list(module.named_buffers(recurse=False)):
             setattr(module, name, clock.imagined(value))
+    compound = [m for m in net.modules() if any(True for _ in m.children()) and not isinstance(m, CONTAINERS)]
+    for block in compound:
+        if sum(type(m) is type(block) for m in compound) > 2:
+            shorten(block, clock)
 
 
 def encoding(reader, clock: Clock, counted: bool):
