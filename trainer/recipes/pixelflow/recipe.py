@@ -159,7 +159,7 @@ class Recipe(Base):
             small = replace(shape, depth=depth)
             return kept(small, 2, side, bf16) - kept(small, 1, side, bf16)
 
-        found = of_network(probe, (side, 2 * side), mean, shape.depth, inputs, self.diffusion.gradient_checkpointing)
+        found = of_network(probe, (4, 8), mean, shape.depth, inputs, self.diffusion.gradient_checkpointing)
         if cpu:  # where `attention` multiplies plainly it keeps the scores, in bf16 as float32 too
             scores = sum(s * n * n for s, n in zip(share, tokens, strict=True) if n * n <= SHORT)
             blocks = 1 if self.diffusion.gradient_checkpointing else shape.depth
