@@ -11,7 +11,7 @@ from pixstack.models_impl.pixart.config import PixArtConfig
 from pixstack.models_impl.pixart.model import PixArt
 from pixstack.models_impl.quantised_files import Quantised
 from pixstack.models_impl.state_dict import load_into, read_file, write_file
-from pixstack.trainer import cli
+from pixstack.trainer.cli import main as cli
 from weights import random_state
 
 CONFIG = PixArtConfig(depth=2, hidden=288, heads=4, context_dim=64, null_caption=True)

@@ -156,7 +156,7 @@ def sample_features(predict, features, x, schedule, logsnrs, noise, keep: int | 
     """
     keep = kept_step(schedule, logsnrs) if keep is None else keep
     if not 0 <= keep < len(logsnrs) - 1:
-        raise ValueError(f"keep={keep} is not one of the steps 0 to {len(logsnrs) - 1}.")
+        raise ValueError(f"keep={keep} is not one of the steps 0 to {len(logsnrs) - 2}.")
     x, _ = run(predict, x, schedule, logsnrs[: keep + 1], noise, **options)
     return features(x, schedule.timestep(logsnrs[keep]).to(x.device).expand(x.shape[0]))
 

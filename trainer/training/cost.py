@@ -129,11 +129,11 @@ class Clock(TorchDispatchMode):
 
 @dataclass
 class Block:
-    """What a block costs, and what it says: tensors to be imagined, and how they are put together."""
+    """The cost of a block, and its outputs: what they are without their memory, and how they are put together."""
 
     forward: Cost
     backward: Cost
-    said: list[Tensor]
+    outputs: list
     spec: object
 
 
@@ -146,7 +146,7 @@ class StandIn(torch.autograd.Function):
         ctx.clock, ctx.block = clock, block
         ctx.save_for_backward(anchor, *given)
         clock.cost.add(block.forward.flops, block.forward.seconds)
-        return tuple(clock.imagined(one) for one in block.said)
+        return tuple(clock.imagined(one) if isinstance(one, Tensor) else one for one in block.outputs)
 
     @staticmethod
     def backward(ctx, *_):
@@ -179,12 +179,12 @@ def look_at(whole, args, kwargs, weights: list[Tensor], clock: Clock) -> Block:
                             (args, kwargs))
     inputs = [x for x in (*tree_leaves((args, kwargs)), *weights) if isinstance(x, Tensor) and x.requires_grad]
     with clock.apart() as forward, torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        said, spec = tree_flatten(whole(*args, **kwargs))
+        outputs, spec = tree_flatten(whole(*args, **kwargs))  # tensors, and None among those of transformers 5
     with clock.apart() as backward:
-        if learns := [one for one in said if one.requires_grad]:
+        if learns := [one for one in outputs if isinstance(one, Tensor) and one.requires_grad]:
             torch.autograd.grad(learns, inputs, [torch.empty_like(one) for one in learns], retain_graph=True,
                                 allow_unused=True)
-    return Block(forward, backward, [one.detach() for one in said], spec)
+    return Block(forward, backward, [one.detach() if isinstance(one, Tensor) else one for one in outputs], spec)
 
 
 class Blank:
