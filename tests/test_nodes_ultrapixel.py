@@ -313,6 +313,15 @@ def test_the_model_given_stays_as_it_was(ultra):
     assert hooks_of(ultra.base.model.diffusion_model) == 0
 
 
+def test_the_noise_levels_of_a_guided_model_stay_its_own(ultra):
+    """DynamicVRAM gives buffers back by name, to the object that has the name by then: the base's or the guide's."""
+    sampling = guided(ultra).get_model_object("model_sampling")
+    levels = sampling.sigmas.clone()
+    assert not list(sampling.buffers())  # so that none of them can be kept for the base
+    sampling.register_buffer("sigmas", torch.zeros_like(levels))  # as core does it
+    assert torch.equal(sampling.sigmas, levels)
+
+
 def draw_core(ultra, model, name="euler", noise=None):
     noise = noise_of() if noise is None else noise
     with torch.inference_mode():

@@ -110,7 +110,14 @@ def sampling_with(shift: float):
     """Stable Cascade's noise levels; core's own are shifted by 2, UltraPixel's text to image by 1."""
 
     class ModelSampling(comfy.model_sampling.StableCascadeSampling, comfy.model_sampling.EPS):
-        pass
+        # Tables as plain attributes that nobody overwrites. DynamicVRAM keeps a model's buffers under their names and
+        # gives them back to whichever object has the name by then: the base would go on with this one's levels.
+
+        def set_sigmas(self, sigmas):
+            self.__dict__.update(sigmas=sigmas.float(), log_sigmas=sigmas.log().float())
+
+        def register_buffer(self, name, tensor, persistent=True):
+            pass
 
     return ModelSampling(SimpleNamespace(sampling_settings={"shift": shift}))
 
