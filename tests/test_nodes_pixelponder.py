@@ -428,7 +428,10 @@ def test_accumulate_runs_the_trained_selector(flux, rounds):
         return residuals
 
     ours = draw(flux, positive)
-    close(ours, expected(flux, lambda sigma: (hints, Accumulate(flux.ponder.selector, rounds), 0.8), change=change))
+    # Where two conditions score nearly alike, the shares multiply rounding by about a hundred: apart by 1e-6 with AVX2
+    # and AVX-512, by 1.4e-4 without vector instructions. Other choices differ by more than 1e-3 (`differ`).
+    reference = expected(flux, lambda sigma: (hints, Accumulate(flux.ponder.selector, rounds), 0.8), change=change)
+    close(ours, reference, tolerance=1e-3)
     last = positive[0][1]["control"].shown.share
     assert torch.equal(last, shares[-1]) and (last.mean(dim=(2, 3)) > 0).sum() >= 2
 
