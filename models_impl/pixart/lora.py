@@ -1,4 +1,4 @@
-"""Names that other programs give to the modules of PixArt, for `models_impl/lora.py`.
+"""Names that other programs give to the modules of PixArt, for `models_impl/lora`.
 
 original: the release's modules, with one qkv and one kv_linear. diffusers: to_q, to_k and to_v, each a third or a half
 of the rows (the tables of checkpoint.py). The ControlNet's modules are in both too.

@@ -1,0 +1,81 @@
+"""What the layers of an adapter change in the weights, and the weights with these changes merged."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .adapter import Layer, Lora, size_of
+
+
+@torch.no_grad()
+def delta(layer: Layer, shape: Sequence[int], weight: Tensor | None = None) -> Tensor:
+    """The change of a weight at strength 1, float32, of shape `shape`.
+
+    shape and weight are those of what the layer changes: only of its rows when it has rows. weight: needed, and used,
+    only where there is a dora_scale; the result is on its device. Raises ValueError when the sizes do not fit.
+    """
+    t = {name: tensor.to("cpu" if weight is None else weight.device, torch.float32)
+         for name, tensor in layer.tensors.items()}
+    if layer.kind in ("lora", "dora"):
+        change = _product(t["lora_up"], t["lora_down"], t.get("lora_mid"))
+    elif layer.kind == "loha":
+        change = _rebuilt(t, "hada_w1", "hada_t1") * _rebuilt(t, "hada_w2", "hada_t2")
+    elif layer.kind == "lokr":
+        w1, w2 = _rebuilt(t, "lokr_w1"), _rebuilt(t, "lokr_w2", "lokr_t2")
+        change = torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2)
+    else:
+        change = t["diff"]
+    if change.shape[0] != shape[0] or change.numel() != math.prod(shape):
+        height, width = size_of(layer)
+        raise ValueError(f"The LoRA layer of {layer.key} is for {height} x {width}, and the weight is {list(shape)}. "
+                         "It was made for another model.")
+    change = change.reshape(tuple(shape)) * layer.scale
+    if "dora_scale" not in t:
+        return change
+    if weight is None:
+        raise ValueError(f"{layer.key}: a DoRA layer changes a weight by its length, so it needs the weight.")
+    magnitude, weight = t["dora_scale"], weight.float()
+    whole = weight + change
+    per_output = magnitude.shape[0] == whole.shape[0]  # a square weight's (1, in) has 1 here
+    dims = tuple(range(1, whole.ndim)) if per_output else (0, *range(2, whole.ndim))
+    length = torch.linalg.vector_norm(whole, dim=dims, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return magnitude * whole / length - weight
+
+
+def _product(up: Tensor, down: Tensor, mid: Tensor | None) -> Tensor:
+    if mid is None:
+        return up.flatten(1) @ down.flatten(1)
+    return _tucker(mid, up.flatten(1).T, down.flatten(1))
+
+
+def _rebuilt(t: Mapping[str, Tensor], factor: str, tucker: str | None = None) -> Tensor:
+    if factor in t:
+        return t[factor]
+    a, b = t[factor + "_a"], t[factor + "_b"]
+    return _tucker(t[tucker], a.flatten(1), b.flatten(1)) if tucker in t else a.flatten(1) @ b.flatten(1)
+
+
+def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    # contiguous: torch.kron cannot take the strides that einsum leaves
+    return torch.einsum("i j ..., i p, j r -> p r ...", core, a, b).contiguous()
+
+
+@torch.no_grad()
+def merge(weights: Mapping[str, Tensor], lora: Lora, strength: float = 1.0) -> dict[str, Tensor]:
+    """A new table with `strength` times every layer's change added in float32; tensors that no layer changes are the
+    same objects, and none is written to. Raises ValueError when a layer's parameter is missing or of another size."""
+    merged, touched = dict(weights), {}
+    for layer in lora.layers:
+        if layer.key not in weights:
+            raise ValueError(f"The LoRA changes {layer.key}, which these weights do not have.")
+        before = weights[layer.key]
+        if layer.key not in touched:
+            touched[layer.key] = before.to(torch.promote_types(torch.float32, before.dtype), copy=True)
+        after = touched[layer.key]
+        start, length = layer.rows or (0, after.shape[0])
+        part = after[start : start + length]
+        part += strength * delta(layer, part.shape, part)
+    return {**merged, **{key: value.to(weights[key].dtype) for key, value in touched.items()}}
