@@ -90,7 +90,7 @@ def ours(args, case: str):
 
 def peer(args, case: str):
     import torch
-    from pixstack.models_impl.pixart.checkpoint import to_diffusers
+    from pixstack.models_impl.pixart.key_names import to_diffusers
     from pixstack.trainer.libraries import hide_broken_torchvision
 
     hide_broken_torchvision()

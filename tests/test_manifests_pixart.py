@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pixstack.models_impl.pixart import buckets, checkpoint
+from pixstack.models_impl.pixart import buckets, checkpoint, key_names
 from pixstack.models_impl.pixart.config import PRESETS, PixArtConfig
 from pixstack.models_impl.pixart.controlnet import PixArtControlNet
 from pixstack.models_impl.pixart.model import PixArt
@@ -72,7 +72,7 @@ def test_a_released_controlnet_fits_its_network(name):
 def test_our_weights_go_back_to_the_names_of_diffusers(name):
     _, tensors = opened(name)
     _, weights = checkpoint.read(tensors)
-    assert shapes(checkpoint.to_diffusers(weights)) == shapes(tensors)
+    assert shapes(key_names.to_diffusers(weights)) == shapes(tensors)
 
 
 def test_the_size_tables_are_the_released_ones():

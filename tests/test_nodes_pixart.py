@@ -12,7 +12,7 @@ import pytest
 import torch
 from parity_cases import cases
 from pixstack.models_impl import lora as lora_files
-from pixstack.models_impl.pixart import checkpoint, sampling
+from pixstack.models_impl.pixart import checkpoint, key_names, sampling
 from pixstack.models_impl.pixart.controlnet import Control, PixArtControlNet
 from pixstack.models_impl.pixart.lora import names
 from pixstack.models_impl.pixart.model import PixArt
@@ -588,7 +588,7 @@ def test_the_reference_controlnet_cases_come_out_of_comfyui(art, pytestconfig):
         write_file(art.host.models / "diffusion_models" / name, base_weights, checkpoint.metadata(base))
         write_file(
             art.host.models / "controlnet" / name,
-            checkpoint.to_released_controlnet(net_weights),
+            key_names.to_released_controlnet(net_weights),
             checkpoint.metadata_controlnet(base),
         )
         model = load(art, name)

@@ -13,6 +13,7 @@ import test_nodes_pixelflow as on_pixelflow
 import test_nodes_pixelponder as on_ponder
 import torch
 from pixstack.models_impl.pixart import checkpoint as pixart_checkpoint
+from pixstack.models_impl.pixart import key_names
 from pixstack.models_impl.pixart.config import PixArtConfig
 from pixstack.models_impl.pixart.controlnet import PixArtControlNet
 from pixstack.models_impl.pixart.model import PixArt
@@ -105,7 +106,7 @@ def test_pixart_draws_from_a_quantised_file_what_its_numbers_draw(art, format): 
 
 @pytest.mark.parametrize("format", ["scaled_fp8", "nvfp4"])
 def test_layers_that_a_diffusers_file_has_in_parts_are_made_whole(art, format):  # noqa: F811
-    tensors = pixart_checkpoint.to_diffusers(random_state(PixArt(ART)))
+    tensors = key_names.to_diffusers(random_state(PixArt(ART)))
     model, whole = pixart(art, format, "parts.safetensors", tensors)
     block = model.model.diffusion_model.blocks[0]
     assert not stays(block.attn.qkv) and stays(block.mlp.fc1) == runs(format)
@@ -162,7 +163,7 @@ def test_pixelflow_draws_from_a_quantised_file_what_its_numbers_draw(flow, forma
 @pytest.mark.parametrize("format", ["scaled_fp8", "nvfp4", "comfy_int8", "quanto"])
 def test_a_quantised_pixart_controlnet_guides_as_its_numbers_do(art, format):  # noqa: F811
     _, model = pixart(art, "scaled_fp8")
-    net = pixart_checkpoint.to_released_controlnet(random_state(PixArtControlNet(ART, 2), seed=1))
+    net = key_names.to_released_controlnet(random_state(PixArtControlNet(ART, 2), seed=1))
     files = place(art.host.models / "controlnet", "pixart_net.safetensors", net,
                   pixart_checkpoint.metadata_controlnet(ART), format,
                   lambda key, value: value.ndim == 2 and "mlp" in key or made.in_blocks(key, value))

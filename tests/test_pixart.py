@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pixstack.models_impl import state_dict
-from pixstack.models_impl.pixart import buckets, checkpoint
+from pixstack.models_impl.pixart import buckets, checkpoint, key_names
 from pixstack.models_impl.pixart.config import PRESETS, KVCompression, PixArtConfig
 from pixstack.models_impl.pixart.controlnet import Control, PixArtControlNet
 from pixstack.models_impl.pixart.model import PixArt, axis_table, position_table, sinusoid
@@ -98,7 +98,7 @@ def wrapped(form, tensors):
         tensors = {prefixed[form] + key: value for key, value in tensors.items()}
     if form == "bundle":
         net = control_network().state_dict()
-        tensors |= checkpoint.to_released_controlnet(net)
+        tensors |= key_names.to_released_controlnet(net)
     if form == "onetrainer":
         tensors = {**tensors, "pos_embed": table(64, 64.0)}
     return {form: tensors} if form in ("state_dict", "state_dict_ema", "model") else tensors
@@ -141,26 +141,26 @@ def test_our_own_file_says_everything_about_itself(tmp_path):
 def test_the_way_to_diffusers_and_back_changes_no_bit(config):
     tensors = network(config, dtype=torch.float64).state_dict()
     del tensors["y_embedder.y_embedding"]  # which diffusers does not store
-    there = checkpoint.to_diffusers(tensors)
-    assert same(checkpoint.to_original(there), tensors)
+    there = key_names.to_diffusers(tensors)
+    assert same(key_names.to_original(there), tensors)
     read, loaded = checkpoint.read(there, config={**STATED, "token_limit": 5, "sample_size": 8})
     assert same(loaded, tensors) and read == replace(config, null_caption=False)
 
 
 def test_a_null_caption_in_a_diffusers_file_is_kept():
     tensors = network().state_dict()
-    there = {**checkpoint.to_diffusers(tensors), "caption_projection.y_embedding": tensors["y_embedder.y_embedding"],
+    there = {**key_names.to_diffusers(tensors), "caption_projection.y_embedding": tensors["y_embedder.y_embedding"],
              "pos_embed.pos_embed": table(8, 8.0)}
     assert same(checkpoint.read(there, config=STATED)[1], tensors)
 
 
 def test_diffusers_is_not_given_what_it_cannot_run():
     with pytest.raises(ValueError, match=r"blocks\.1\.attn\.sr.*KV compression"):
-        checkpoint.to_diffusers(network(replace(TINY, kv_compression=KVCompression("conv", 2, (1,)))).state_dict())
+        key_names.to_diffusers(network(replace(TINY, kv_compression=KVCompression("conv", 2, (1,)))).state_dict())
 
 
 def test_a_diffusers_file_that_lacks_a_part_of_a_fused_projection_says_which():
-    there = checkpoint.to_diffusers(network().state_dict())
+    there = key_names.to_diffusers(network().state_dict())
     del there["transformer_blocks.2.attn2.to_v.bias"]
     with pytest.raises(ValueError, match=r"transformer_blocks\.2\.attn2\.to_v\.bias"):
         checkpoint.read(there, config=STATED)
@@ -267,7 +267,7 @@ def diffusers_folder(folder, scale=0.18215, **transformer):
 
 
 def test_a_diffusers_folder_says_what_its_file_does_not(tmp_path, caplog):
-    there = checkpoint.to_diffusers(network().state_dict())
+    there = key_names.to_diffusers(network().state_dict())
     config, _ = checkpoint.read(there, beside=checkpoint.beside(diffusers_folder(tmp_path)))
     assert config == replace(TINY, null_caption=False, sample_size=64, token_limit=120, latent_scale=0.18215,
                              **NOISE)
@@ -277,7 +277,7 @@ def test_a_diffusers_folder_says_what_its_file_does_not(tmp_path, caplog):
 def test_the_noise_of_a_training_may_lie_right_beside_its_file(tmp_path):
     file = diffusers_folder(tmp_path)
     (tmp_path / "scheduler" / "scheduler_config.json").rename(file.with_name("scheduler_config.json"))
-    config, _ = checkpoint.read(checkpoint.to_diffusers(network().state_dict()), beside=checkpoint.beside(file))
+    config, _ = checkpoint.read(key_names.to_diffusers(network().state_dict()), beside=checkpoint.beside(file))
     assert {name: getattr(config, name) for name in NOISE} == NOISE
     there, expected = NoiseSchedule.of(config), NoiseSchedule("scaled_linear", 1000, 0.00085, 0.012, True)
     assert torch.equal(there.alphas_cumprod, expected.alphas_cumprod)
@@ -340,12 +340,12 @@ def test_half_a_file_says_what_is_missing():
 
 CONTROL_FORMS = {
     "ours": lambda net: net,
-    "released": checkpoint.to_released_controlnet,
+    "released": key_names.to_released_controlnet,
     "bundle": lambda net: {**{f"base_model.{k}": v for k, v in network().state_dict().items()},
-                           **checkpoint.to_released_controlnet(net)},
+                           **key_names.to_released_controlnet(net)},
     "wrapped": lambda net: {"state_dict": {f"module.{k}": v for k, v in CONTROL_FORMS["bundle"](net).items()}},
-    "diffusers": checkpoint.to_diffusers_controlnet,
-    "simpletuner": lambda net: {f"controlnet.{k}": v for k, v in checkpoint.to_diffusers_controlnet(net).items()},
+    "diffusers": key_names.to_diffusers_controlnet,
+    "simpletuner": lambda net: {f"controlnet.{k}": v for k, v in key_names.to_diffusers_controlnet(net).items()},
 }
 
 
@@ -373,10 +373,10 @@ def test_a_controlnet_for_another_width_is_refused_with_both():
 
 def test_a_controlnet_without_its_base_is_no_model():
     with pytest.raises(ValueError, match="not a PixArt checkpoint. The keys are those of a PixArt ControlNet"):
-        checkpoint.read(checkpoint.to_released_controlnet(control_network().state_dict()), config=STATED)
+        checkpoint.read(key_names.to_released_controlnet(control_network().state_dict()), config=STATED)
 
 
-@pytest.mark.parametrize("names", [dict, checkpoint.to_diffusers], ids=["released", "diffusers"])
+@pytest.mark.parametrize("names", [dict, key_names.to_diffusers], ids=["released", "diffusers"])
 def test_a_model_is_no_controlnet(names):
     with pytest.raises(ValueError, match="not a PixArt ControlNet. The keys are those of PixArt"):
         checkpoint.read_controlnet(names(network().state_dict()), config=STATED)

@@ -17,6 +17,7 @@ from pixstack.models_impl.flux import checkpoint as flux_checkpoint
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
 from pixstack.models_impl.pixart import checkpoint as pixart_checkpoint
+from pixstack.models_impl.pixart import key_names
 from pixstack.models_impl.pixart.config import PixArtConfig
 from pixstack.models_impl.pixart.controlnet import PixArtControlNet
 from pixstack.models_impl.pixart.model import PixArt, axis_table, position_table
@@ -97,7 +98,7 @@ def tiny_pixart(path: Path, **entries) -> PixArtConfig:
     if path.suffix == ".pth":
         torch.save({"state_dict": weights}, path)
     else:
-        write_file(path, pixart_checkpoint.to_diffusers(weights))
+        write_file(path, key_names.to_diffusers(weights))
     return config
 
 
@@ -107,7 +108,7 @@ def tiny_pixart_controlnet(path: Path, blocks: int = 2, **entries) -> PixArtConf
     base = {f"base_model.{key}": value for key, value in random_state(PixArt(config)).items()}
     copied = random_state(PixArtControlNet(config, blocks), seed=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": {**base, **pixart_checkpoint.to_released_controlnet(copied)}}, path)
+    torch.save({"state_dict": {**base, **key_names.to_released_controlnet(copied)}}, path)
     return config
 
 
@@ -244,7 +245,7 @@ def tiny_emoji(path: Path):
                                    text_tokens=32)
         weights, metadata = one_norms(random_state(PixelPonder(config))), ponder_checkpoint.metadata(config)
     elif path.parent.name == "controlnet":
-        weights = pixart_checkpoint.to_released_controlnet(random_state(PixArtControlNet(config, 2)))
+        weights = key_names.to_released_controlnet(random_state(PixArtControlNet(config, 2)))
         metadata = pixart_checkpoint.metadata_controlnet(config)
     elif path.parent.name == "loras":
         weights = random_state(torch.nn.ModuleDict({

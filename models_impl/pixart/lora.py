@@ -1,7 +1,7 @@
 """Names that other programs give to the modules of PixArt, for `models_impl/lora`.
 
 original: the release's modules, with one qkv and one kv_linear. diffusers: to_q, to_k and to_v, each a third or a half
-of the rows (the tables of checkpoint.py). The ControlNet's modules are in both too.
+of the rows (the tables of key_names.py). The ControlNet's modules are in both too.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import lora
 from ..lora import Target
-from .checkpoint import BLOCK, TOP
+from .key_names import BLOCK, TOP
 
 COPY = re.compile(r"^(\d+)\.copied_block\.")  # our ControlNet's keys
 BLOCK_NUMBER = re.compile(r"(?:^|[._])(?:transformer_)?blocks[._](\d+)[._]")

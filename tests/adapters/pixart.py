@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 from pixstack.models_impl import state_dict
-from pixstack.models_impl.pixart import checkpoint
+from pixstack.models_impl.pixart import checkpoint, key_names
 from pixstack.models_impl.pixart.config import PixArtConfig
 from pixstack.models_impl.pixart.controlnet import Control, PixArtControlNet
 from pixstack.models_impl.pixart.model import CaptionEmbedder, PixArt, axis_table, position_table
@@ -37,7 +37,7 @@ def transformer(case):
 @torch.no_grad()
 def convert(case):
     original = checkpoint.read(case.weights, config=case.config)[1]
-    diffusers = checkpoint.to_diffusers(original)
+    diffusers = key_names.to_diffusers(original)
     results = {f"diffusers.{key}": (value, 0) for key, value in diffusers.items()}
     assert {f"diffusers.{key}" for key in diffusers} == {name for name in case.outputs if name != "x"}
     return {**results, "x": (run(pixart_model(diffusers, case.config), case), TOLERANCE)}

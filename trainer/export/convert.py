@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...models_impl import known_files, lora, state_dict
 from ...models_impl.pixart import checkpoint as pixart_checkpoint
+from ...models_impl.pixart import key_names
 from ...models_impl.pixart import lora as pixart_lora
 from ...models_impl.pixart.config import PixArtConfig
 from ...models_impl.pixelflow import checkpoint as pixelflow_checkpoint
@@ -174,7 +175,7 @@ def _pixart_model(source: Source) -> Result:
     if config.null_caption:
         found.append("left out: y_embedder.y_embedding, the null caption of training, which diffusers has no place for")
         config = replace(config, null_caption=False)
-    return Result(pixart_checkpoint.to_diffusers(tensors), pixart_checkpoint.metadata(config), found,
+    return Result(key_names.to_diffusers(tensors), pixart_checkpoint.metadata(config), found,
                   {"config.json": _diffusers_config(config), "scheduler_config.json": _diffusers_scheduler(config)})
 
 
@@ -233,9 +234,9 @@ def _pixart_controlnet(source: Source) -> Result:
     if bundled:
         found.append(f"its base model ({bundled} tensors) " + ("is replaced by --base" if base else "is left out"))
     if source.to == "diffusers":
-        tensors = pixart_checkpoint.to_diffusers_controlnet(net)
+        tensors = key_names.to_diffusers_controlnet(net)
     else:
-        tensors = pixart_checkpoint.to_released_controlnet(net)
+        tensors = key_names.to_released_controlnet(net)
         if base:
             found.append(f"with the base model {source.base} ({len(base[1])} tensors)")
             tensors |= {f"base_model.{key}": value for key, value in base[1].items()}

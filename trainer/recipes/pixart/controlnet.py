@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ....models_impl import state_dict
-from ....models_impl.pixart import checkpoint, controlnet
+from ....models_impl.pixart import checkpoint, controlnet, key_names
 from ...config.schema import Config
 from ...data.pictures import shown
 from ...memory import quantization
@@ -79,5 +79,5 @@ class Recipe(PixArtRecipe):
         return d.sample(predict, what, height, width, cfg, seed, d.solver(steps))
 
     def files(self) -> Files:
-        tensors = checkpoint.to_released_controlnet(self.control.state_dict())
+        tensors = key_names.to_released_controlnet(self.control.state_dict())
         return {"controlnet/{name}.safetensors": (tensors, checkpoint.metadata_controlnet(self.net.config))}
