@@ -27,7 +27,8 @@ from pixstack.kernels.rope import rotate  # noqa: E402
 from pixstack.models_impl.flux.model import norm, pack, positions, unpack  # noqa: E402
 from pixstack.models_impl.pixelponder.config import PRESETS, TYPES, SelectConfig  # noqa: E402
 from pixstack.models_impl.pixelponder.model import PixelPonder  # noqa: E402
-from pixstack.models_impl.pixelponder.patch_select import AsRun, Guide, Released, Selection, pick  # noqa: E402
+from pixstack.models_impl.pixelponder.patch_select import Guide, Released, Selection  # noqa: E402
+from pixstack.models_impl.pixelponder.select_net import AsRun, pick  # noqa: E402
 
 SMALL = dict(hidden=384, heads=3, mlp_hidden=1536)  # heads as wide as the release's
 RELEASED_SINGLES = 4  # of which FLUX takes two

@@ -27,9 +27,10 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from pixstack.models_impl.flux import sampling  # noqa: E402
 from pixstack.models_impl.flux.config import FluxConfig  # noqa: E402
 from pixstack.models_impl.flux.model import Flux, pack, positions  # noqa: E402
+from pixstack.models_impl.pixelponder.accumulate import Accumulate  # noqa: E402
 from pixstack.models_impl.pixelponder.config import TYPES, PixelPonderConfig, SelectorConfig  # noqa: E402
 from pixstack.models_impl.pixelponder.model import HINT_CELL, PixelPonder  # noqa: E402
-from pixstack.models_impl.pixelponder.patch_select import Accumulate, Conditions, Released  # noqa: E402
+from pixstack.models_impl.pixelponder.patch_select import Conditions, Released  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 

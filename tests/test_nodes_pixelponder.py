@@ -14,9 +14,10 @@ from pixstack.models_impl.flux import sampling
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux, FluxTrunk, Residuals, pack, positions, residual_index, unpack
 from pixstack.models_impl.pixelponder import checkpoint
+from pixstack.models_impl.pixelponder.accumulate import Accumulate
 from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectConfig, SelectorConfig
 from pixstack.models_impl.pixelponder.model import PixelPonder
-from pixstack.models_impl.pixelponder.patch_select import Accumulate, Blend, Released
+from pixstack.models_impl.pixelponder.patch_select import Blend, Released
 from pixstack.models_impl.pixelponder.sampling import schedule
 from pixstack.models_impl.state_dict import write_file
 from torch import nn

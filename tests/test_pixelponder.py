@@ -20,20 +20,11 @@ from pixstack.models_impl.flux.model import (
 )
 from pixstack.models_impl.pixelponder import checkpoint
 from pixstack.models_impl.pixelponder import sampling as released_sampling
+from pixstack.models_impl.pixelponder.accumulate import Accumulate, Selector
 from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectConfig, SelectorConfig
 from pixstack.models_impl.pixelponder.model import PixelPonder
-from pixstack.models_impl.pixelponder.patch_select import (
-    Accumulate,
-    AsRun,
-    Blend,
-    Conditions,
-    Guide,
-    Released,
-    SelectNet,
-    Selector,
-    forced_map,
-    pick,
-)
+from pixstack.models_impl.pixelponder.patch_select import Blend, Conditions, Guide, Released, forced_map
+from pixstack.models_impl.pixelponder.select_net import AsRun, SelectNet, pick
 
 BASE = FluxConfig(hidden=16, heads=2, axes=(2, 2, 4), mlp_hidden=32, depth=3, single_depth=5, pooled_dim=6,
                   context_dim=10)

@@ -19,9 +19,10 @@ from pixstack.models_impl.flux import sampling
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux, pack, unpack
 from pixstack.models_impl.pixelponder import checkpoint
+from pixstack.models_impl.pixelponder.accumulate import Accumulate
 from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectorConfig
 from pixstack.models_impl.pixelponder.model import PixelPonder
-from pixstack.models_impl.pixelponder.patch_select import Accumulate, AsRun
+from pixstack.models_impl.pixelponder.select_net import AsRun
 from pixstack.trainer import libraries
 from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data import loader

@@ -20,9 +20,11 @@ from pixstack.models_impl.pixart.controlnet import Control, PixArtControlNet
 from pixstack.models_impl.pixart.model import PixArt
 from pixstack.models_impl.pixelflow import config as pixelflow_config
 from pixstack.models_impl.pixelflow.model import PixelFlow
+from pixstack.models_impl.pixelponder.accumulate import Accumulate
 from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectConfig, SelectorConfig
 from pixstack.models_impl.pixelponder.model import PixelPonder
-from pixstack.models_impl.pixelponder.patch_select import Accumulate, AsRun, Blend, Released
+from pixstack.models_impl.pixelponder.patch_select import Blend, Released
+from pixstack.models_impl.pixelponder.select_net import AsRun
 from pixstack.models_impl.ultrapixel.config import (
     STAGE_B_PRESETS,
     STAGE_C_PRESETS,

@@ -67,7 +67,7 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class SelectorConfig:
-    """Our selector that learns (`patch_select.Selector`)."""
+    """Our selector that learns (`accumulate.Selector`)."""
 
     width: int = 768
     """A multiple of the trunk's head size: its heads turn by the same rope."""

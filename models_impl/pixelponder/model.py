@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ...kernels.attention import attention as dense_attention
 from ..flux.model import FluxTrunk, Residuals, pack
+from .accumulate import Selector
 from .config import HINT_CHANNELS, PixelPonderConfig
-from .patch_select import Conditions, Guide, Selection, SelectNet, Selector
+from .patch_select import Conditions, Guide, Selection
+from .select_net import SelectNet
 
 HINT_CELL = 8  # pixels along one side of an embedded cell
 

@@ -9,7 +9,8 @@ from pixstack.models_impl.flux import sampling
 from pixstack.models_impl.flux.model import Flux, rope_table
 from pixstack.models_impl.pixelponder import checkpoint
 from pixstack.models_impl.pixelponder.model import HintEncoders, PixelPonder
-from pixstack.models_impl.pixelponder.patch_select import AsRun, Conditions, Guide, Picked, Released, SelectNet
+from pixstack.models_impl.pixelponder.patch_select import Conditions, Guide, Released
+from pixstack.models_impl.pixelponder.select_net import AsRun, Picked, SelectNet
 
 from .registry import TOLERANCE, adapter
 

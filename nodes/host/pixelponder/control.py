@@ -19,17 +19,11 @@ from torch.nn import functional as F
 from ....models_impl.flux.config import FluxConfig
 from ....models_impl.flux.model import Residuals, pack, positions, residual_index
 from ....models_impl.pixelponder import checkpoint
+from ....models_impl.pixelponder.accumulate import Accumulate
 from ....models_impl.pixelponder.model import HINT_CELL, PixelPonder
-from ....models_impl.pixelponder.patch_select import (
-    Accumulate,
-    AsRun,
-    Blend,
-    Conditions,
-    Released,
-    Selection,
-    forced_map,
-)
+from ....models_impl.pixelponder.patch_select import Blend, Conditions, Released, Selection, forced_map
 from ....models_impl.pixelponder.sampling import GUIDANCE
+from ....models_impl.pixelponder.select_net import AsRun
 from ....models_impl.state_dict import read_file
 from ..common import quantised
 from ..common.attention import host_attention

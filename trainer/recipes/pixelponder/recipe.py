@@ -16,9 +16,10 @@ from ....models_impl import state_dict
 from ....models_impl.flux import sampling
 from ....models_impl.flux.model import pack
 from ....models_impl.pixelponder import checkpoint
+from ....models_impl.pixelponder.accumulate import Accumulate
 from ....models_impl.pixelponder.config import PixelPonderConfig, SelectorConfig
 from ....models_impl.pixelponder.model import Control, PixelPonder
-from ....models_impl.pixelponder.patch_select import Accumulate, Released
+from ....models_impl.pixelponder.patch_select import Released
 from ...config.problems import Problems
 from ...config.schema import Config
 from ...data import pictures
