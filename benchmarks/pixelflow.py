@@ -27,6 +27,8 @@ from pixstack.models_impl.pixelflow import model as network_file  # noqa: E402
 from pixstack.models_impl.pixelflow import sampling  # noqa: E402
 from pixstack.models_impl.pixelflow.config import PRESETS  # noqa: E402
 from pixstack.models_impl.pixelflow.model import PixelFlow, rope_table  # noqa: E402
+from pixstack.models_impl.pixelflow.schedule import Schedule, guidance_scales  # noqa: E402
+from pixstack.models_impl.pixelflow.stages import Stages, stage_size  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 PADDED = 512  # tokens that the reference pads text to
@@ -77,12 +79,12 @@ def predictor(model, cond, uncond, batch, device, dtype):
 def ours(model, case, size, steps, batch, device, dtype):
     cond, uncond = conditions(model, batch, device, dtype)
     predict = predictor(model, cond, uncond, batch, device, dtype)
-    stages = sampling.Stages(model.config.num_stages)
+    stages = Stages(model.config.num_stages)
     policy = "constant" if model.config.text_conditional else "scaled"
-    guidance = sampling.guidance_scales(policy, CASES[case][1], stages.num_stages)
-    schedule = sampling.Schedule.build(stages, steps, guidance=guidance)
+    guidance = guidance_scales(policy, CASES[case][1], stages.num_stages)
+    schedule = Schedule.build(stages, steps, guidance=guidance)
     rng = torch.Generator().manual_seed(0)
-    small = sampling.stage_size(size, size, 0, stages.num_stages)
+    small = stage_size(size, size, 0, stages.num_stages)
     noise = torch.randn(batch, 3, *small, generator=rng).to(device)
     return sampling.sample(
         predict, noise, schedule, lambda stage, shape: sampling.block_noise(shape, rng, device)
@@ -91,7 +93,7 @@ def ours(model, case, size, steps, batch, device, dtype):
 
 def plain(model, case, size, steps, batch, device, dtype):
     cond, uncond = conditions(model, batch, device, dtype)
-    config, stages = model.config, sampling.Stages(model.config.num_stages)
+    config, stages = model.config, Stages(model.config.num_stages)
     if config.text_conditional:
         rows = [F.pad(c["context"], (0, 0, 0, PADDED - c["context"].shape[1])) for c in (uncond, cond)]
         keep = torch.tensor([c["context"].shape[1] for c in (uncond, cond)], device=device).repeat_interleave(batch)
@@ -106,7 +108,7 @@ def plain(model, case, size, steps, batch, device, dtype):
 
     covariance = (4 / 3 + sampling.NOISE_EPS) * torch.eye(4) - 1 / 3 * torch.ones(4, 4)
     normal = torch.distributions.MultivariateNormal(torch.zeros(4), covariance)
-    small = sampling.stage_size(size, size, 0, stages.num_stages)
+    small = stage_size(size, size, 0, stages.num_stages)
     x = torch.randn(batch, 3, *small, device=device)
     for k in range(stages.num_stages):
         if k:
@@ -119,7 +121,7 @@ def plain(model, case, size, steps, batch, device, dtype):
         timesteps, times = stages.times(k, steps)
         scale = CASES[case][1]
         if not config.text_conditional:
-            scale = sampling.guidance_scales("scaled", scale, stages.num_stages)[k]
+            scale = guidance_scales("scaled", scale, stages.num_stages)[k]
         for timestep, dt in zip(timesteps.tolist(), times.diff().tolist(), strict=True):
             both = x.to(dtype).repeat(2, 1, 1, 1)
             v = model(both, torch.full((2 * batch,), timestep, device=device), rope=rope, attention=attention, **given)

@@ -6,7 +6,8 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..models_impl.pixelflow.sampling import Schedule, Stages
+from ..models_impl.pixelflow.schedule import Schedule
+from ..models_impl.pixelflow.stages import Stages
 from .checks import first_problem, known_file, one_of
 from .host.common.load import DTYPES, FAST, MODEL_DTYPES
 from .host.common.text import load_t5

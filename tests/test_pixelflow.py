@@ -9,10 +9,11 @@ import torch
 from pixstack.kernels.attention import attention
 from pixstack.kernels.varlen_attention import packed_attention, packed_backends
 from pixstack.models_impl import state_dict
-from pixstack.models_impl.pixelflow import checkpoint, sampling
+from pixstack.models_impl.pixelflow import checkpoint, packing, sampling
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PackedLayout, PixelFlow
-from pixstack.models_impl.pixelflow.sampling import Schedule, Stages
+from pixstack.models_impl.pixelflow.schedule import Schedule, guidance_scales
+from pixstack.models_impl.pixelflow.stages import Stages, stage_size
 
 TEXT = PixelFlowConfig(heads=2, head_dim=8, depth=2, context_dim=12, num_stages=3, resolution=32)
 CLASS = PixelFlowConfig(heads=2, head_dim=8, depth=2, num_classes=5, num_stages=3, resolution=32)
@@ -177,9 +178,9 @@ def test_the_packed_pass_equals_the_dense_one(config):
         given = [{"class_labels": torch.tensor([i])} for i in range(3)]
         packed_given = {"class_labels": torch.arange(3)}
     dense = [model(a, t[None], **g) for a, t, g in zip(x, timestep, given, strict=True)]
-    rows = torch.cat([sampling.patches(a, 4) for a in x])
+    rows = torch.cat([packing.patches(a, 4) for a in x])
     packed = model.forward_packed(rows, timestep, PackedLayout(tuple(grids), lengths), **packed_given)
-    torch.testing.assert_close(packed, torch.cat([sampling.patches(d, 4) for d in dense]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed, torch.cat([packing.patches(d, 4) for d in dense]), rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -305,7 +306,7 @@ def test_an_adaptive_draft_is_estimated_at_the_end_of_its_stage():
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_cascade_started_from_a_picture_gets_back_to_it(stage):
     stages, image = Stages(3), sampling.double(sampling.double(sampling.double(torch.rand(1, 3, 4, 4) * 2 - 1)))
-    size = sampling.stage_size(32, 32, stage, 3)
+    size = stage_size(32, 32, stage, 3)
     noise = torch.randn(1, 3, *size)
     small = sampling.shrink(image, stage, 3)
     x, _ = sampling.training_pair(small, stage, torch.zeros(1), noise, stages)
@@ -356,12 +357,12 @@ def test_the_adaptive_solver_is_as_accurate_as_it_promises(solver, tolerance):
 
 
 def test_guidance_policies():
-    assert sampling.guidance_scales("constant", 4, 3) == [4, 4, 4]
-    assert sampling.guidance_scales("scaled", 4, 4) == pytest.approx([1, 1.5, 3, 4])
-    assert sampling.guidance_scales("scaled", 4, 6)[0] == 1 and sampling.guidance_scales("scaled", 4, 6)[-1] == 4
-    assert sampling.guidance_scales("custom", 4, 2, [1, 7]) == [1, 7]
+    assert guidance_scales("constant", 4, 3) == [4, 4, 4]
+    assert guidance_scales("scaled", 4, 4) == pytest.approx([1, 1.5, 3, 4])
+    assert guidance_scales("scaled", 4, 6)[0] == 1 and guidance_scales("scaled", 4, 6)[-1] == 4
+    assert guidance_scales("custom", 4, 2, [1, 7]) == [1, 7]
     with pytest.raises(ValueError, match="each of the 3 stages, got 2"):
-        sampling.guidance_scales("custom", 4, 3, [1, 7])
+        guidance_scales("custom", 4, 3, [1, 7])
 
 
 @pytest.mark.parametrize("sigmas, message", [

@@ -8,11 +8,14 @@ import torch
 import virtual_gpu
 from pixstack.models_impl.flux import sampling as flux
 from pixstack.models_impl.pixart import sampling as pixart
+from pixstack.models_impl.pixelflow import packing
 from pixstack.models_impl.pixelflow import sampling as pixelflow
+from pixstack.models_impl.pixelflow.schedule import Schedule
+from pixstack.models_impl.pixelflow.stages import Stages
 from pixstack.models_impl.ultrapixel import sampling as ultrapixel
 from virtual_gpu import GPU, in_steps
 
-SCHEDULE, STAGES, CASCADE = pixart.NoiseSchedule(), pixelflow.Stages(), ultrapixel.Schedule()
+SCHEDULE, STAGES, CASCADE = pixart.NoiseSchedule(), Stages(), ultrapixel.Schedule()
 
 
 def latent(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
@@ -69,13 +72,13 @@ def stage_noise(draw, generator):
 
 def pixelflow_loop(noise, dtype, side=32, **settings):
     return lambda steps: pixelflow.sample(same, latent(2, 3, side, side, dtype=dtype),
-                                          pixelflow.Schedule.build(STAGES, steps, **settings), noise)
+                                          Schedule.build(STAGES, steps, **settings), noise)
 
 
 def of_sigmas(dtype):
     def loop(steps):
-        sigmas = pixelflow.Schedule.build(STAGES, steps).sigmas()
-        return pixelflow.sample(same, latent(2, 3, 32, 32, dtype=dtype), pixelflow.Schedule.from_sigmas(STAGES, sigmas),
+        sigmas = Schedule.build(STAGES, steps).sigmas()
+        return pixelflow.sample(same, latent(2, 3, 32, 32, dtype=dtype), Schedule.from_sigmas(STAGES, sigmas),
                                 stage_noise(pixelflow.block_noise, torch.Generator))
 
     return loop
@@ -146,10 +149,10 @@ def dmd_step():
 
 
 def pixelflow_step():
-    packed = pixelflow.pack(
+    packed = packing.pack(
         latent(8, 3, 64, 64, dtype=torch.float32), pixelflow.assign_stages(8, 4, torch.Generator()), whole(8),
         lambda k, shape: torch.randn(shape, device=GPU), STAGES, 4, [5] * 8)
-    return pixelflow.packed_loss(packed.target, packed.target, packed.layout)
+    return packing.packed_loss(packed.target, packed.target, packed.layout)
 
 
 def cascade_step():

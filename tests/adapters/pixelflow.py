@@ -5,8 +5,10 @@ import math
 
 import torch
 from pixstack.models_impl import state_dict
-from pixstack.models_impl.pixelflow import checkpoint, sampling
+from pixstack.models_impl.pixelflow import checkpoint, packing, sampling
 from pixstack.models_impl.pixelflow.model import PackedLayout, PixelFlow, rope_table
+from pixstack.models_impl.pixelflow.schedule import Schedule, guidance_scales
+from pixstack.models_impl.pixelflow.stages import Stages
 
 from .registry import TOLERANCE, adapter
 
@@ -20,9 +22,9 @@ def pixelflow_model(weights, config) -> PixelFlow:
     return model.eval()
 
 
-def cascade(config) -> sampling.Stages:
+def cascade(config) -> Stages:
     known = {name: config[name] for name in ("gamma", "num_train_timesteps") if name in config}
-    return sampling.Stages(config["num_stages"], **known)
+    return Stages(config["num_stages"], **known)
 
 
 def cos_and_sin(*grid, **theta):
@@ -45,7 +47,7 @@ def scheduler(case):
     for name in case.outputs:
         parts = name.removesuffix("_f64").split(".")
         num_stages = int(parts[0].removeprefix("stages"))
-        stages = sampling.Stages(num_stages, case.config["gamma"], case.config["num_train_timesteps"])
+        stages = Stages(num_stages, case.config["gamma"], case.config["num_train_timesteps"])
         if parts[1] == "table":
             value = torch.tensor([
                 (stages.origin[k], stages.start[k], stages.end[k], *stages.jump(k), stages.first_timestep[k],
@@ -67,7 +69,7 @@ def scheduler(case):
 @adapter("pixelflow", "cfg_scale")
 def cfg_scale(case):
     num_stages = case.outputs["scale"].shape[1]
-    scale = [sampling.guidance_scales("scaled", g, num_stages) for g in case.inputs["guidance"].tolist()]
+    scale = [guidance_scales("scaled", g, num_stages) for g in case.inputs["guidance"].tolist()]
     return {"scale": (torch.tensor(scale), 1e-6)}
 
 
@@ -120,7 +122,7 @@ def packed_train(case):
         tuple(i["seqlen_k"].tolist()) if "seqlen_k" in i else None,
     )
     velocity = model.forward_packed(i["x"], i["timestep"], layout, i.get("context"), i.get("class_labels"))
-    items = sampling.packed_loss(velocity, i["target"], layout)
+    items = packing.packed_loss(velocity, i["target"], layout)
     items.mean().backward()
     results = {"velocity": velocity.detach(), "loss_items": items.detach(), "loss": items.mean().detach().view(1)}
     weights = dict(model.named_parameters())
@@ -134,7 +136,7 @@ def packed_train(case):
 def collate(case):
     i, c = case.inputs, case.config
     stages = cascade(c)
-    batch = sampling.pack(
+    batch = packing.pack(
         i["images"], i["stage_indices"], i["t_index"], lambda k, shape: i[f"noise_stage{k}"], stages, c["patch_size"]
     )
     lengths = torch.tensor(batch.layout.lengths)
@@ -157,9 +159,9 @@ def sampler(case):
     config, B, num_stages = model.config, i["noise0"].shape[0], c["num_stages"]
     stages = cascade(c)
     policy = "constant" if config.text_conditional else "scaled"
-    guidance = sampling.guidance_scales(policy, c["guidance"], num_stages)
+    guidance = guidance_scales(policy, c["guidance"], num_stages)
     solver = {"dopri5": "dopri5_reference"}.get(c["solver"], c["solver"])
-    schedule = sampling.Schedule.build(stages, c["steps"], c["shift"], guidance, solver)
+    schedule = Schedule.build(stages, c["steps"], c["shift"], guidance, solver)
     if config.text_conditional:  # rows are [uncond, cond]
         uncond, cond = ({"context": x, "mask": m} for x, m in zip(i["context"].chunk(2), i["context_mask"].chunk(2),
                                                                   strict=True))
@@ -188,7 +190,7 @@ def sampler(case):
     for k, plan in enumerate(schedule.plans):
         if k:
             x = sampling.jump(x, k, noise(k, None), stages)
-        x = sampling.sample(predict, x, sampling.Schedule(stages, (plan,), solver), noise)
+        x = sampling.sample(predict, x, Schedule(stages, (plan,), solver), noise)
         results[f"latent_stage{k}"] = x[:B]
     whole = sampling.sample(predict, start, schedule, noise)
     assert torch.equal(whole, x), "the stages one by one do not repeat the whole cascade"

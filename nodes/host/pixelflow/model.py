@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....models_impl.pixelflow.config import PixelFlowConfig
 from ....models_impl.pixelflow.model import PixelFlow
-from ....models_impl.pixelflow.sampling import TRAIN_TIMESTEPS, Stages
+from ....models_impl.pixelflow.stages import TRAIN_TIMESTEPS, Stages
 from ..common.attention import host_attention
 from ..common.conds import Text, TextMask
 from ..common.prefetch import host_prefetch

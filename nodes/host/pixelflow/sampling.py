@@ -19,16 +19,14 @@ from tqdm.auto import tqdm
 from ....models_impl.pixelflow.config import PixelFlowConfig
 from ....models_impl.pixelflow.sampling import (
     Progress,
-    Schedule,
-    Stages,
     block_noise,
     block_noise_reference,
-    guidance_scales,
     sample,
     shrink,
-    stage_size,
     training_pair,
 )
+from ....models_impl.pixelflow.schedule import Schedule, guidance_scales
+from ....models_impl.pixelflow.stages import Stages, stage_size
 from .model import CascadeSampling, PixelFlowModel
 
 POLICIES = ("auto", "constant", "scaled", "custom")

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ....kernels.attention import SHORT
 from ....kernels.varlen_attention import packed_attention
 from ....models_impl import lora, state_dict
-from ....models_impl.pixelflow import checkpoint, sampling
+from ....models_impl.pixelflow import checkpoint, packing, sampling
 from ....models_impl.pixelflow.config import PixelFlowConfig
 from ....models_impl.pixelflow.model import PixelFlow
+from ....models_impl.pixelflow.schedule import Schedule, guidance_scales
+from ....models_impl.pixelflow.stages import TRAIN_TIMESTEPS, Stages, stage_size
 from ...config.schema import Config
 from ...data.loader import Batch
 from ...features import text_encoders
@@ -41,7 +43,7 @@ class Recipe(Base):
             shape, tensors = starting_point(config)
             shape = replace(shape, resolution=config.data.resolution, num_classes=0 if text else classes,
                             context_dim=text_encoders.width(text) if text else None)
-        self.stages = sampling.Stages(shape.num_stages)
+        self.stages = Stages(shape.num_stages)
         self.text = text
         self.diffusion = PixelFlow(shape).initialise()
         self.diffusion.gradient_checkpointing = config.checkpoint_activations
@@ -75,7 +77,7 @@ class Recipe(Base):
         """Random draws for the pictures of a whole batch; they depend only on (seed, step)."""
         rng, B = generator(self.seed, step), self.batch_size
         stage = sampling.assign_stages(B, self.stages.num_stages, rng, self.settings.stage_weights)
-        t_index = torch.randint(sampling.TRAIN_TIMESTEPS, (B,), generator=rng)
+        t_index = torch.randint(TRAIN_TIMESTEPS, (B,), generator=rng)
         return stage, t_index, torch.rand(B, generator=rng) < self.settings.dropout
 
     def losses(self, batch: Batch, stage: Tensor, t_index: Tensor, dropped: Tensor, seed: int) -> Tensor:
@@ -102,7 +104,7 @@ class Recipe(Base):
     def dense(self, images, stage, t_index, noise, condition) -> Tensor:
         # Equal to `packed` picture by picture: a batch of one stage needs no packing.
         losses, order = [], []
-        grid_t = torch.arange(sampling.TRAIN_TIMESTEPS) / sampling.TRAIN_TIMESTEPS
+        grid_t = torch.arange(TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
         for k in range(self.stages.num_stages):
             items = (stage == k).nonzero().flatten()
             if not len(items):
@@ -120,7 +122,7 @@ class Recipe(Base):
     def packed(self, images, stage, t_index, noise, condition) -> Tensor:
         mask = condition.get("mask")
         lengths = None if mask is None else mask.sum(1).tolist()
-        batch = sampling.pack(images, stage, t_index, noise, self.stages, self.diffusion.config.patch_size, lengths)
+        batch = packing.pack(images, stage, t_index, noise, self.stages, self.diffusion.config.patch_size, lengths)
         if mask is None:
             given = {"class_labels": condition["class_labels"][batch.order]}
         else:
@@ -130,13 +132,13 @@ class Recipe(Base):
             return packed_attention(q.to(v.dtype), k.to(v.dtype), v, lengths_q, lengths_k)
 
         velocity = self.diffusion.forward_packed(batch.x, batch.timestep, batch.layout, **given, attention=attend)
-        return sampling.packed_loss(velocity, batch.target, batch.layout)[batch.order.argsort()]
+        return packing.packed_loss(velocity, batch.target, batch.layout)[batch.order.argsort()]
 
     def blocks(self) -> list[nn.Module]:
         return list(self.diffusion.transformer_blocks)
 
     def described(self, step: int) -> list[str]:
-        return [f"stage {k}, t {t / sampling.TRAIN_TIMESTEPS:.3f}{' (dropped)' if drop else ''}"
+        return [f"stage {k}, t {t / TRAIN_TIMESTEPS:.3f}{' (dropped)' if drop else ''}"
                 for k, t, drop in zip(*(x.tolist() for x in self.draw(step)), strict=True)]
 
     def buckets(self, step: int) -> list[str]:
@@ -174,7 +176,7 @@ class Recipe(Base):
             losses = []
             for batch in batches:
                 B = len(batch.positions)
-                t_index = spread(batch.positions, sampling.TRAIN_TIMESTEPS)
+                t_index = spread(batch.positions, TRAIN_TIMESTEPS)
                 losses.append(self.losses(batch, torch.full((B,), k), t_index, torch.zeros(B, dtype=torch.bool), -1))
             found[f"stage{k}"] = torch.cat(losses).mean().item()
         return {"loss": sum(found.values()) / len(found), **found}
@@ -185,10 +187,10 @@ class Recipe(Base):
         device, B = self.diffusion.proj_out_2.weight.device, len(what)
         last = self.stages.num_stages - 1
         policy = "scaled" if self.text is None else "constant"
-        guidance = sampling.guidance_scales(policy, cfg, self.stages.num_stages)
-        schedule = sampling.Schedule.build(self.stages, steps, shift, guidance)
+        guidance = guidance_scales(policy, cfg, self.stages.num_stages)
+        schedule = Schedule.build(self.stages, steps, shift, guidance)
         rng = torch.Generator().manual_seed(seed)
-        small = sampling.stage_size(height, width, 0, last + 1)
+        small = stage_size(height, width, 0, last + 1)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
             labels = torch.tensor(what if self.text is None else [0] * B, device=device).repeat(2)
             captions = ["" if self.text is None else w for w in what] * 2
