@@ -99,7 +99,7 @@ def write(row: str, path: Path):
 
 def load(row: str, path: Path):
     """(network, one step of it or None)."""
-    parts = {"pixart": "pixart.load", "pixelflow": "pixelflow.load", "pixelponder": "pixelponder.control",
+    parts = {"pixart": "pixart.load", "pixelflow": "pixelflow.load", "pixelponder": "pixelponder.load",
              "text": "common.text", "ultrapixel": "ultrapixel.guide"}
     host = {name: import_module(f"pixstack.nodes.host.{file}") for name, file in parts.items()}
     if row == "pixart_sigma":
@@ -112,7 +112,7 @@ def load(row: str, path: Path):
     if row == "ultrapixel_guide":
         return host["ultrapixel"].load_guide(str(path)).model, None
     if row == "pixelponder":
-        return host["pixelponder"].load(str(path)).net_patcher.model, None
+        return host["pixelponder"].load_pixelponder(str(path)).net_patcher.model, None
     clip = host["text"].load_t5(str(path))
 
     def encode():

@@ -10,6 +10,9 @@ from .checks import first_problem, known_file, one_of, part_of_sampling
 from .host.common.load import DTYPES
 from .host.flux.load import load_flux
 from .host.pixelponder import control as pixelponder
+from .host.pixelponder.hints import Condition
+from .host.pixelponder.load import load_pixelponder
+from .host.pixelponder.strategies import STRATEGIES
 
 CATEGORY = "pixstack/pixelponder"
 KINDS = {"canny": "canny", "depth": "depth", "hed": "hed", "pose": "openpose"}  # menu -> name in the release
@@ -85,7 +88,7 @@ class PixelPonderLoader(io.ComfyNode):
     @classmethod
     def execute(cls, control_net_name, selection_network, dtype) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("controlnet", control_net_name)
-        return io.NodeOutput(pixelponder.load(path, selection_network == "keep", DTYPES[dtype]))
+        return io.NodeOutput(load_pixelponder(path, selection_network == "keep", DTYPES[dtype]))
 
 
 class PixelPonderCondition(io.ComfyNode):
@@ -127,7 +130,7 @@ class PixelPonderCondition(io.ComfyNode):
     def execute(
         cls, image, kind, strength, priority, start_percent, end_percent, mask=None, conditions=()
     ) -> io.NodeOutput:
-        condition = pixelponder.Condition(image, KINDS[kind], strength, mask, start_percent, end_percent, priority)
+        condition = Condition(image, KINDS[kind], strength, mask, start_percent, end_percent, priority)
         return io.NodeOutput((*conditions, condition))
 
 
@@ -150,7 +153,7 @@ class PixelPonderApply(io.ComfyNode):
                 _part("start_percent", 0.0, "PixelPonder begins"),
                 _part("end_percent", 1.0, "it ends"),
                 io.Combo.Input(
-                    "strategy", options=list(pixelponder.STRATEGIES),
+                    "strategy", options=list(STRATEGIES),
                     tooltip="Which condition is selected per patch. released: the primary one everywhere, which is "
                     "what the release comes to. as run: its selection network, noise included. accumulate: a trained "
                     "selector, round by round. blend: a weighted mixture.",
@@ -169,7 +172,7 @@ class PixelPonderApply(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, strategy=None, start_percent=None, end_percent=None):
         return first_problem(
-            one_of("strategy", strategy, pixelponder.STRATEGIES), part_of_sampling(start_percent, end_percent)
+            one_of("strategy", strategy, STRATEGIES), part_of_sampling(start_percent, end_percent)
         )
 
     @classmethod

@@ -156,7 +156,7 @@ def ours(host) -> SimpleNamespace:
     return SimpleNamespace(host=host, **{name: import_module(f"{package}.{file}") for name, file in {
         "patcher": "common.patcher", "text": "common.text", "flux": "flux.load", "pixart": "pixart.load",
         "pixart_lora": "pixart.lora", "consistency": "pixart.consistency_decoder", "pixelflow": "pixelflow.load",
-        "pixelponder": "pixelponder.control", "ultrapixel": "ultrapixel.guide",
+        "pixelponder": "pixelponder.load", "ultrapixel": "ultrapixel.guide",
         "ultrapixel_stage_a": "ultrapixel.stage_a"}.items()})
 
 
@@ -172,7 +172,7 @@ def load(ours, what: str, dtype=torch.float32):
         "pixart of settings": lambda: ours.pixart.load_pixart(path, dtype=dtype, settings={"position_range": 2.0}),
         "flux": lambda: ours.flux.load_flux(path, dtype),
         "pixart controlnet": lambda: ours.pixart.load_pixart_controlnet(path, dtype),
-        "pixelponder": lambda: ours.pixelponder.load(path, dtype=dtype),
+        "pixelponder": lambda: ours.pixelponder.load_pixelponder(path, dtype=dtype),
         "guide": lambda: ours.ultrapixel.load_guide(path),
         "stage a": lambda: ours.ultrapixel_stage_a.load(path, dtype),
         "t5": lambda: ours.text.load_t5(path, dtype),

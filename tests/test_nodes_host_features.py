@@ -32,7 +32,7 @@ def core(host):
     core.ours = SimpleNamespace(**{name: import_module(f"{package}.{file}") for name, file in {
         "pixart": "pixart.load", "pixelflow": "pixelflow.load", "flux": "flux.load",
         "text": "common.text", "patcher": "common.patcher", "prefetch": "common.prefetch",
-        "pixart_lora": "pixart.lora", "pixart_control": "pixart.control", "pixelponder": "pixelponder.control",
+        "pixart_lora": "pixart.lora", "pixart_control": "pixart.control", "pixelponder": "pixelponder.load",
         "ultrapixel": "ultrapixel.guide", "ultrapixel_sampling": "ultrapixel.sampling",
         "ultrapixel_stage_a": "ultrapixel.stage_a", "ultrapixel_stage_b": "ultrapixel.stage_b"}.items()})
     return core
@@ -113,7 +113,8 @@ def _pixelponder(core):
     weights.tiny_emoji(models / "diffusion_models" / "flux_host.safetensors")
     weights.tiny_emoji(models / "controlnet" / "pixelponder_host.safetensors")
     model = core.ours.flux.load_flux(models / "diffusion_models" / "flux_host.safetensors", torch.float32)
-    control = core.ours.pixelponder.load(models / "controlnet" / "pixelponder_host.safetensors", dtype=torch.float32)
+    path = models / "controlnet" / "pixelponder_host.safetensors"
+    control = core.ours.pixelponder.load_pixelponder(path, dtype=torch.float32)
 
     def draw(model=model, hooks=None, control=control):
         entries = {"pooled_output": randn(1, 8, seed=4), core.ours.text.FILLED: True}

@@ -3,13 +3,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import comfy.controlnet
 import comfy.ldm.common_dit
 import comfy.ldm.flux.model
-import comfy.model_management as mm
-import comfy.ops
 import comfy.utils
 import torch
 from comfy_execution.progress import get_progress_state
@@ -18,36 +15,15 @@ from torch.nn import functional as F
 
 from ....models_impl.flux.config import FluxConfig
 from ....models_impl.flux.model import Residuals, pack, positions, residual_index
-from ....models_impl.pixelponder import checkpoint
-from ....models_impl.pixelponder.accumulate import Accumulate
-from ....models_impl.pixelponder.model import HINT_CELL, PixelPonder
-from ....models_impl.pixelponder.patch_select import Blend, Conditions, Released, Selection, forced_map
+from ....models_impl.pixelponder.model import HINT_CELL
+from ....models_impl.pixelponder.patch_select import Conditions, Selection
 from ....models_impl.pixelponder.sampling import GUIDANCE
-from ....models_impl.pixelponder.select_net import AsRun
-from ....models_impl.state_dict import read_file
-from ..common import quantised
 from ..common.attention import host_attention
-from ..common.patcher import is_dynamic, reloadable, with_weights
+from ..common.patcher import is_dynamic
 from ..common.prefetch import host_prefetch
+from .hints import Condition, hint_for, labels, mask_for, spread, warn_of_shape
 from .map import draw, masks_of, preview
-
-STRATEGIES = ("released", "as run", "accumulate", "blend")
-INFERENCE_DTYPES = (torch.bfloat16, torch.float32)  # residuals are whole hidden states: float16 may not hold them
-CROP_UNSAID = 0.02  # of a hint's side that may be cut off without a warning
-
-
-@dataclass(frozen=True)
-class Condition:
-    image: Tensor
-    """(B, H, W, 3) in [0, 1]."""
-    kind: str
-    """Kind of hint, by the checkpoint's name."""
-    strength: float = 1.0
-    mask: Tensor | None = None
-    """(B, H, W) in [0, 1], painted where this condition must win."""
-    start: float = 0.0
-    end: float = 1.0
-    priority: int = 0
+from .strategies import plan
 
 
 class Shown:
@@ -275,28 +251,6 @@ def _uncompiled(net):
     return getattr(net, "_orig_mod", net)
 
 
-def plan(name: str, rounds: int, net: PixelPonder, conditions: list[Condition], masks: list, grid: tuple[int, int]):
-    """(strategy, forced) of `patch_select`. masks: (1 or B, H, W) or None for each condition; grid: in tokens.
-
-    Raises ValueError for a strategy whose network the checkpoint lacks.
-    """
-    if name == "blend":
-        weights = zip((c.strength for c in conditions), masks, strict=True)
-        return Blend([weight if mask is None else weight * mask for weight, mask in weights]), None
-    if name == "released":
-        return Released(), forced_map(masks, *grid)
-    if name == "as run":
-        if net.config.select is None:
-            raise ValueError("The strategy 'as run' executes the selection network, which was not kept: set "
-                             "selection_network in 'Load PixelPonder' to 'keep', or choose another strategy.")
-        side = net.config.select.patch_size // 2
-        return AsRun(net.select_net), forced_map(masks, grid[0] // side, grid[1] // side)
-    if net.config.selector is None:
-        raise ValueError("The strategy 'accumulate' needs a selector that was trained for it, which this checkpoint "
-                         "does not have (the release has none). Choose 'released' or 'blend'.")
-    return Accumulate(net.selector, rounds), forced_map(masks, *grid)
-
-
 def weighted(residuals: Residuals, strengths: list[float], share: Tensor, grid: tuple[int, int]) -> Residuals:
     """Each image token's residual times the strength of the condition that it is from, text's times the mean of them.
 
@@ -311,61 +265,6 @@ def weighted(residuals: Residuals, strengths: list[float], share: Tensor, grid: 
         whole = torch.cat((factor, mean.expand(-1, r.shape[1] - factor.shape[1], -1)), dim=1)
         single.append(r * whole.to(r))
     return Residuals(double, tuple(single))
-
-
-def spread(rows: Tensor, B: int, batched_number: int) -> Tensor:
-    """Rows of a hint for a batch of prompts times pictures; a single row serves all as it is."""
-    return rows if len(rows) == 1 else comfy.controlnet.broadcast_image_to(rows, B, batched_number)
-
-
-def fit(image: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, height, width): the middle of it in the right shape, resized without losing thin lines."""
-    H, W = image.shape[-2:]
-    h, w = min(H, round(W * height / width)), min(W, round(H * width / height))
-    image = image[..., (H - h) // 2 : (H - h) // 2 + max(h, 1), (W - w) // 2 : (W - w) // 2 + max(w, 1)]
-    if tuple(image.shape[-2:]) == (height, width):
-        return image
-    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)
-
-
-def warn_of_shape(condition: Condition, number: int, size: tuple[int, int]):
-    """Warn in ComfyUI's log if the hint or its mask is of another shape than a picture with a latent of `size`."""
-    height, width = (HINT_CELL * side for side in size)
-    shapes = {"hint": condition.image.shape[1:3]}
-    if condition.mask is not None and condition.mask.any():  # without any paint it is often a placeholder
-        shapes["mask"] = condition.mask.shape[-2:]
-    for what, (H, W) in shapes.items():
-        kept = min(W * height, H * width) / max(W * height, H * width)
-        if kept < 1 - CROP_UNSAID:
-            logging.warning(f"PixelPonder: the {what} of condition {number} ({condition.kind}) is {W}x{H} pixels, the "
-                            f"picture {width}x{height}: it is cut to that shape from its middle, which loses "
-                            f"{1 - kept:.0%} of it.")
-
-
-def hint_for(condition: Condition, size: tuple[int, int]) -> Tensor:
-    """The hint (B, 3, 8 H', 8 W') in [0, 1] for a latent of `size`, whose sides are rounded up to even."""
-    image = condition.image[..., :3].movedim(-1, 1).float()
-    image = image if image.shape[1] == 3 else image[:, :1].expand(-1, 3, -1, -1)
-    return _even(fit(image, *(HINT_CELL * side for side in size)))
-
-
-def mask_for(condition: Condition, size: tuple[int, int]) -> Tensor | None:
-    """The mask (B, 8 H', 8 W'), cut like the hint."""
-    if condition.mask is None:
-        return None
-    mask = condition.mask.reshape(-1, 1, *condition.mask.shape[-2:]).float()
-    return _even(fit(mask, *(HINT_CELL * side for side in size)))[:, 0]
-
-
-def _even(image: Tensor) -> Tensor:
-    """image padded to whole tokens, as FLUX pads a latent with an odd side."""
-    down, right = (-side % (2 * HINT_CELL) for side in image.shape[-2:])
-    return F.pad(image, (0, right, 0, down), mode="replicate") if down or right else image
-
-
-def labels(conditions) -> list[str]:
-    """'1 canny', '2 depth', ... in the order in which they count."""
-    return [f"{number} {c.kind}" for number, c in enumerate(conditions, 1)]
 
 
 def map_of(control: PixelPonderControl, size: tuple[int, int]) -> Tensor:
@@ -457,40 +356,3 @@ def apply(conditioning: list, control: PixelPonderControl, made: dict) -> list:
             made[previous] = control.copy().set_previous_controlnet(previous)
         applied.append([tokens, {**entries, "control": made[previous], "control_apply_to_uncond": False}])
     return applied
-
-
-def load(path: str, select_net: bool = False, dtype: torch.dtype | None = None) -> PixelPonderControl:
-    """A PixelPonder file as CONTROL_NET. select_net: keep the selection network too; dtype None: ComfyUI chooses."""
-    return PixelPonderControl(*_load(path, select_net, dtype))
-
-
-def load_patcher(path: str, select_net: bool = False, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
-    """The network of a PixelPonder file as a ModelPatcher."""
-    return _load(path, select_net, dtype, disable_dynamic)[0]
-
-
-def _load(path: str, select_net: bool, dtype: torch.dtype | None, disable_dynamic: bool = False):
-    """(the network as a ModelPatcher, the dtype that it computes in)."""
-    file = Path(path)
-    tensors, metadata = read_file(file, quantised.runnable())
-    try:
-        config, tensors = checkpoint.read(tensors, metadata, select_net=select_net)
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from error
-    if select_net and checkpoint.select_net_is_untrained(tensors):
-        logging.warning(f"{file.name}: the selection network is as it was initialised, before any training, so what it "
-                        "selects means nothing. It costs time and memory; 'released' gives nearly the same picture.")
-    parameters, device = comfy.utils.calculate_parameters(tensors), mm.get_torch_device()
-    kept = quantised.kept(tensors, dtype)
-    stored = None if kept else dtype
-    stored = stored or mm.unet_dtype(
-        model_params=parameters, supported_dtypes=INFERENCE_DTYPES, weight_dtype=comfy.utils.weight_dtype(tensors)
-    )
-    cast = mm.unet_manual_cast(None if kept else stored, device, INFERENCE_DTYPES)
-    if cast is None and stored not in INFERENCE_DTYPES:
-        cast = mm.unet_dtype(model_params=parameters, supported_dtypes=INFERENCE_DTYPES)
-    net = PixelPonder(config, operations=quantised.operations(stored, cast, kept), dtype=stored,
-                      device=mm.unet_offload_device())
-    patched = with_weights(net.eval(), tensors, f"a PixelPonder ControlNet ({file.name})",
-                           disable_dynamic=disable_dynamic)
-    return reloadable(patched, load_patcher, path, select_net, dtype), cast or stored
