@@ -25,7 +25,7 @@ sys.path[:] = [str(Path(__file__).resolve().parents[1] / "package"), *sys.path[1
 
 import torch  # noqa: E402 - the repository gets its name first
 from pixstack.models_impl.state_dict import write_file  # noqa: E402
-from pixstack.tools.comfy_host import Host  # noqa: E402
+from pixstack.tools.host import Host  # noqa: E402
 
 GB = 1e9
 T5_XXL = dict(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128)

@@ -26,7 +26,7 @@ import torch  # noqa: E402 - the repository gets its name first
 from pixstack.models_impl.pixart.config import PixArtConfig  # noqa: E402
 from pixstack.models_impl.pixart.key_names import to_diffusers  # noqa: E402
 from pixstack.models_impl.pixart.model import PixArt  # noqa: E402
-from pixstack.tools.comfy_host import Host  # noqa: E402
+from pixstack.tools.host import Host  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 LENGTHS = (17, 3)

@@ -35,7 +35,7 @@ from pixstack.models_impl.ultrapixel.guidance import Features, Guide, GuidedImag
 from pixstack.models_impl.ultrapixel.model import StageC  # noqa: E402
 from pixstack.models_impl.ultrapixel.sampling import sizes  # noqa: E402
 from pixstack.models_impl.ultrapixel.stage_a import StageA  # noqa: E402
-from pixstack.tools.comfy_host import Host  # noqa: E402
+from pixstack.tools.host import Host  # noqa: E402
 
 CASES = ("stage_a", "guide", "stage_b")
 SIDES = ("untiled", "ours", "ComfyUI tiled", "reference windows")

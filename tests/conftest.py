@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from pixstack.tools.comfy_host import Host, make_base, prepare_torch, served
+from pixstack.tools.comfyui import make_base, prepare_torch
+from pixstack.tools.host import Host
+from pixstack.tools.server import served
 
 pytest_plugins = ["parity_cases"]
 prepare_torch()  # before any test imports transformers, which imports torchvision

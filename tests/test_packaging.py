@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pixstack.tools.comfy_host import find_comfyui
+from pixstack.tools.comfyui import find_comfyui
 
 if sys.version_info >= (3, 11):
     import tomllib

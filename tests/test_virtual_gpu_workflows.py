@@ -16,7 +16,8 @@ import torch
 import virtual_gpu
 import weights
 from conftest import ROOT, WORKFLOWS
-from pixstack.tools.comfy_host import Host, make_base
+from pixstack.tools.comfyui import make_base
+from pixstack.tools.host import Host
 from virtual_gpu import VirtualGPU, Waits
 
 FOLDER = tempfile.TemporaryDirectory()

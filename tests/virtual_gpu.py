@@ -493,7 +493,7 @@ def rehearse(run: Callable[[], Waits]) -> dict:
 
 def main(module: str, out: str, *names: str):
     """Run the module's REHEARSALS in the child process and print a line of JSON for each."""
-    from pixstack.tools.comfy_host import prepare_torch
+    from pixstack.tools.comfyui import prepare_torch
 
     prepare_torch()
     rehearsals = importlib.import_module(module).REHEARSALS

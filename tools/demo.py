@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .comfy_host import ROOT, Host
+from .comfyui import ROOT
+from .host import Host
 from .workflow import read
 
 WORKFLOW = ROOT / "workflows" / "pixelflow_text_to_image.json"

@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from ..models_impl.annotators import canny, openpose
 from ..models_impl.pixart.sampling import lcm_timesteps, time_uniform
 from ..models_impl.ultrapixel.sampling import Schedule, sizes
-from .comfy_host import CACHE, ROOT, Host, Run
+from .comfyui import CACHE, ROOT
+from .host import Host, Run
 from .workflow import read
 
 SIDE, GAP = 512, 8  # pixels of a whole picture, and between the parts of one

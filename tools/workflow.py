@@ -6,10 +6,9 @@ For plain graphs: widgets, muted and bypassed nodes, reroutes, primitives and no
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
-
-from .comfy_host import nearest
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTES = {"Note", "MarkdownNote"}
@@ -153,3 +152,8 @@ def _parse(text: str, spec: list, assignment: str):
 
 def _specs(described: dict) -> dict:
     return {name: spec for kind in ("required", "optional") for name, spec in described["input"].get(kind, {}).items()}
+
+
+def nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, [str(n) for n in names], n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
