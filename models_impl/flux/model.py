@@ -17,10 +17,11 @@ from ...kernels.attention import attention as dense_attention
 from ...kernels.modulated_norm import modulated_norm
 from ...kernels.rope import rope_matrices, rotate
 from .. import checkpointing
+from ..layers import sinusoid
 from .config import FluxConfig
 
 EPS = 1e-6
-TIME_CHANNELS = 256
+TIME_CHANNELS = 256  # of `sinusoid`
 
 
 def pack(x: Tensor) -> Tensor:
@@ -53,14 +54,6 @@ def rope_table(ids: Tensor, axes: tuple[int, ...], theta: float = 10000.0) -> Te
         frequency = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64, device=ids.device) / channels)
         angles.append(ids[..., axis, None].double() * frequency)
     return rope_matrices(torch.cat(angles, dim=-1))[:, None]
-
-
-def timestep_embedding(timestep: Tensor) -> Tensor:
-    """(B,) in [0, 1] -> (B, 256) float32 as [cos | sin] of 1000 times it."""
-    half = TIME_CHANNELS // 2
-    frequency = torch.exp(torch.arange(half, device=timestep.device) * (-math.log(10000.0) / half))
-    angle = 1000 * timestep.float()[:, None] * frequency
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -238,9 +231,9 @@ class FluxTrunk(nn.Module):
         """(image tokens (B, N, D), text tokens (B, L, D), vec (B, D), rope of [text, image])."""
         config = self.trunk
         _refuse_wrong_inputs(config, img, context, pooled, guidance, img_ids)
-        vec = self.time_in(timestep_embedding(timestep).to(img.dtype))
+        vec = self.time_in(sinusoid(1000 * timestep.float()).to(img.dtype))
         if config.guidance:
-            vec = vec + self.guidance_in(timestep_embedding(guidance).to(img.dtype))
+            vec = vec + self.guidance_in(sinusoid(1000 * guidance.float()).to(img.dtype))
         vec = vec + self.vector_in(pooled)
         if txt_ids is None:  # text has no place
             txt_ids = img_ids.new_zeros((*img_ids.shape[:-2], context.shape[1], 3))

@@ -19,6 +19,7 @@ from ...kernels.modulated_norm import modulate, modulated_norm
 from ...kernels.rope import rope_matrices, rotate
 from ...kernels.varlen_attention import packed_attention
 from .. import checkpointing
+from ..layers import sinusoid
 from .config import PixelFlowConfig
 
 EPS = 1e-6
@@ -41,14 +42,6 @@ def rope_table(height: int, width: int, head_dim: int, device=None, theta: float
     return rope_matrices(angle)[:, None].to(device)
 
 
-def sinusoid(position: Tensor, channels: int = 256) -> Tensor:
-    """(B,) -> (B, channels) as [cos | sin]; the slowest frequency is exactly 1/10000 (downscale_freq_shift=1)."""
-    half = channels // 2
-    frequency = torch.exp(torch.arange(half, device=position.device) * (-math.log(10000.0) / (half - 1)))
-    angle = position.float()[:, None] * frequency
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
-
-
 class SinusoidEmbedder(nn.Module):
     """A scalar (timestep, or tokens per side) -> (B, D)."""
 
@@ -58,7 +51,7 @@ class SinusoidEmbedder(nn.Module):
         self.linear_2 = operations.Linear(hidden, hidden, **to)
 
     def forward(self, position: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(sinusoid(position).to(dtype))))
+        return self.linear_2(F.silu(self.linear_1(sinusoid(position, exact_end=True).to(dtype))))
 
 
 class ClassEmbedder(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checkpointing
+from ..layers import sinusoid
 from .config import CascadeConfig
 
 EPS = 1e-6
@@ -40,13 +41,9 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x.float(), size=like.shape[-2:], mode="bilinear", align_corners=True).to(x.dtype)
 
 
-def sinusoids(value: Tensor, channels: int) -> Tensor:
-    """(B,) in [0, 1] -> (B, channels) float32 as [sin | cos], a zero at the end if `channels` is odd."""
-    half = channels // 2
-    # Frequencies and products stay in float32, in this order: the fastest angle is 10000 rad, and its rounding shows.
-    frequency = torch.arange(half, device=value.device).float().mul(-math.log(POSITIONS) / (half - 1)).exp()
-    angle = (value.float() * POSITIONS)[:, None] * frequency
-    return F.pad(torch.cat((angle.sin(), angle.cos()), dim=1), (0, channels % 2))
+def timestep_embedding(value: Tensor, channels: int) -> Tensor:
+    """(B,) in [0, 1] -> (B, channels) float32."""
+    return sinusoid(value.float() * POSITIONS, channels, exact_end=True, sin_first=True)
 
 
 class Norm2d(nn.Module):
@@ -259,7 +256,7 @@ class UNet(nn.Module):
         if unknown:
             raise ValueError(f"Conditions {', '.join(sorted(unknown))} are unknown here; there are "
                              f"{', '.join(self.config.conditions) or 'none'}.")
-        return {name: sinusoids(value, self.config.timestep_dim).to(dtype) for name, value in values.items()}
+        return {name: timestep_embedding(value, self.config.timestep_dim).to(dtype) for name, value in values.items()}
 
     def pooled_tokens(self, mapper: nn.Module, vector: Tensor) -> Tensor:
         """(B, C) or (B, K, C) -> (B, K*pooled_tokens, context_dim)."""

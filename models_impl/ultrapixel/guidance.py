@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.attention import attention as dense_attention
-from .blocks import channels_first, channels_last, norm, sinusoids
+from .blocks import channels_first, channels_last, norm, timestep_embedding
 from .config import GuideConfig
 
 UP_WEIGHTS = ((96 * 96, 0.7), (72 * 72, 0.5), (0, 0.3))  # cells of the latent, at least -> weight, tuned by its authors
@@ -184,7 +184,7 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value = math.sqrt(math.log(x.shape[1] * x.shape[2]) / math.log(self.scale_tokens))
-        value, nothing = (sinusoids(torch.full((1,), v, device=x.device), self.embedding).to(x.dtype)
+        value, nothing = (timestep_embedding(torch.full((1,), v, device=x.device), self.embedding).to(x.dtype)
                           for v in (value, 0.0))  # torch.tensor would be an upload, which waits for a GPU
         scale, shift = self.mapping(value, nothing)[:, None, None].chunk(2, dim=-1)
         return torch.addcmul(shift, x, 2 + scale)
@@ -297,7 +297,7 @@ class Guide(nn.Module):
         return (self.agg_net if direction == "down" else self.agg_net_up)[level]
 
     def time_embedding(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        return sinusoids(timestep, self.config.timestep_dim).to(dtype)
+        return timestep_embedding(timestep, self.config.timestep_dim).to(dtype)
 
     def image(self, features: Features, attention: Callable = dense_attention) -> GuidedImage:
         """The guide of one image or batch of images, with what its steps have in common."""
