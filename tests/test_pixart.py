@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from pixstack.models_impl import state_dict
+from pixstack.models_impl.layers import sinusoid
 from pixstack.models_impl.pixart import buckets, checkpoint, key_names
 from pixstack.models_impl.pixart.config import PRESETS, KVCompression, PixArtConfig
 from pixstack.models_impl.pixart.controlnet import Control, PixArtControlNet
-from pixstack.models_impl.pixart.model import PixArt, axis_table, position_table, sinusoid
+from pixstack.models_impl.pixart.model import PixArt, axis_table, position_table
 from pixstack.models_impl.pixart.sampling import NoiseSchedule
 
 TINY = PixArtConfig(depth=3, hidden=24, heads=2, context_dim=6, token_limit=5, sample_size=8, null_caption=True)

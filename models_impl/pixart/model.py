@@ -6,7 +6,6 @@ differ in where the table of positions comes from, and here it is always compute
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from ...kernels.attention import attention as dense_attention
 from ...kernels.modulated_norm import modulated_norm
 from .. import checkpointing
+from ..layers import sinusoid
 from .config import VAE_FACTOR, KVCompression, PixArtConfig
 
 if TYPE_CHECKING:
@@ -42,14 +42,6 @@ def position_table(rows: Tensor, columns: Tensor) -> Tensor:
     """(h, D/2) and (w, D/2) -> (h*w, D), tokens in reading order: released weights have the COLUMN's half first."""
     h, w = len(rows), len(columns)
     return torch.cat((columns[None].expand(h, -1, -1), rows[:, None].expand(-1, w, -1)), dim=-1).flatten(0, 1)
-
-
-def sinusoid(value: Tensor, channels: int = 256) -> Tensor:
-    """(B,) -> (B, channels) float32 as [cos | sin], so that 949.05 differs from 949 in a half precision network."""
-    half = channels // 2
-    frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=value.device) * (-math.log(10000.0) / half))
-    angle = value.float()[:, None] * frequency
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
 @dataclass(frozen=True)
