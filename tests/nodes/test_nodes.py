@@ -1,0 +1,74 @@
+"""What holds for every node: named, explained, documented and translated."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDGETS = {"INT": ("min", "max", "default"), "FLOAT": ("min", "max", "step", "default"), "COMBO": ("options",)}
+
+
+@pytest.fixture(scope="module")
+def ours(host):
+    """Schemas of our nodes by id."""
+    known = import_module("nodes").NODE_CLASS_MAPPINGS
+    schemas = {name: node.define_schema() for name, node in known.items() if name.startswith("PixStack_")}
+    assert schemas
+    return schemas
+
+
+def test_every_node_says_what_it_is(ours):
+    for name, schema in ours.items():
+        assert schema.node_id == name
+        assert schema.display_name and schema.description and schema.category.startswith("pixstack/"), name
+
+
+def test_every_input_and_output_has_a_tooltip(ours):
+    missing = [f"{name}.{part.id or part.display_name}" for name, schema in ours.items()
+               for part in (*schema.inputs, *schema.outputs) if not part.tooltip]
+    assert not missing
+
+
+def test_every_output_with_an_id_says_what_it_is_called(ours):
+    missing = [f"{name}.{out.id}" for name, schema in ours.items() for out in schema.outputs
+               if out.id and not out.display_name]
+    assert not missing, "the canvas shows the bare type of these"
+
+
+def test_every_number_has_its_range_and_every_menu_its_choices(ours):
+    for name, schema in ours.items():
+        for part in schema.inputs:
+            described = part.as_dict()
+            for entry in WIDGETS.get(part.get_io_type(), ()):
+                assert entry in described, f"{name}.{part.id} has no {entry}"
+
+
+def test_every_node_has_a_help_page_that_names_all_its_inputs(ours):
+    for name, schema in ours.items():
+        page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        for part in schema.inputs:
+            assert f"`{part.id}`" in page, f"{name}.md does not mention {part.id}"
+
+
+def test_no_help_page_is_left_of_a_node_that_is_gone(ours):
+    assert {p.stem for p in (ROOT / "web" / "docs").glob("*.md")} == set(ours)
+
+
+@pytest.mark.parametrize("language", sorted(p.name for p in (ROOT / "locales").iterdir()))
+def test_a_translation_knows_every_node_and_every_input(ours, language):
+    translated = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert set(translated) == set(ours)
+    for name, schema in ours.items():
+        assert translated[name]["display_name"] and translated[name]["description"]
+        assert set(translated[name]["inputs"]) == {part.id for part in schema.inputs}, name
+        for part in schema.inputs:
+            assert translated[name]["inputs"][part.id]["tooltip"], f"{name}.{part.id}"
+        assert set(translated[name]["outputs"]) == {str(i) for i in range(len(schema.outputs))}, name
+
+
+def test_the_embedded_models_are_in_the_ordinary_lists(ours):
+    folders = import_module("folder_paths")
+    for folder in ("diffusion_models", "text_encoders", "vae", "loras", "controlnet"):
+        assert any(Path(p).resolve() == ROOT / "assets" / folder for p in folders.get_folder_paths(folder))

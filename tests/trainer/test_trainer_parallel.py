@@ -1,0 +1,183 @@
+"""Two processes on gloo, each with a whole network (DDP), parts of its blocks (FSDP2), or parts of gradients and
+moments (DeepSpeed), learn, save and resume what one process does."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import copytree, rmtree
+
+import pytest
+import tiny_pixart
+import tiny_recipes
+import tiny_run
+import torch
+from pixstack.trainer.config import check, load, rules
+from pixstack.trainer.distributed import strategy
+from pixstack.trainer.recipes import RECIPES
+from pixstack.trainer.training import optim, plan
+from pixstack.trainer.training.checkpoints import read_tensors
+
+pytestmark = pytest.mark.long
+ROOT = Path(__file__).resolve().parents[2]
+TWO = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TOLD = {  # the variables by which `accelerate launch` configures a process
+    rules.DDP: {},
+    rules.FSDP2: {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    rules.DEEPSPEED: {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+}
+WAYS = [pytest.param(way, marks=pytest.mark.skipif(way == rules.DEEPSPEED and find_spec("deepspeed") is None,
+                                                   reason="DeepSpeed is not installed")) for way in TOLD]
+
+
+REFUSED = {
+    (rules.DEEPSPEED, "pixart_dmd"): "DeepSpeed clips all gradients as one",
+    (rules.DEEPSPEED, "pixelponder choices"): "DeepSpeed needs recipe.choices=1",
+    (rules.FSDP2, "pixelponder choices"): "accelerate's FSDP needs recipe.choices=1",
+}
+
+
+def launched(way: str, *words) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "package"), "OMP_NUM_THREADS": "1", **TOLD[way]}
+    done = subprocess.run([sys.executable, "-m", *TWO, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          env=environment)
+    assert done.returncode == 0, "\n".join(
+        line for line in done.stderr.splitlines() if "Error" in line or "/trainer/" in line)
+    return done.stdout
+
+
+# --- Every recipe
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Settings of a run of every recipe, which one process has done."""
+    folder = tmp_path_factory.mktemp("every")
+    found = tiny_recipes.every(folder / "files", folder / "one")
+    assert {name.split()[0] for name in found} == RECIPES.keys()
+    for settings in found.values():
+        tiny_run.train(settings)
+    return found
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def two(one, request, tmp_path_factory):
+    """The same runs by two processes: (how they shared them, settings)."""
+    way, folder = request.param, tmp_path_factory.mktemp("two")
+    found = {name: dataclasses.replace(settings, out=str(folder / name)) for name, settings in one.items()
+             if (way, name) not in REFUSED}
+    (folder / "list.json").write_text(json.dumps([load.as_dict(settings) for settings in found.values()]))
+    output = launched(way, ROOT / "tests/support/tiny_run.py", folder / "list.json")
+    assert output.count(f"{way} of 2 processes") == len(found)
+    return way, found
+
+
+@pytest.mark.parametrize("name", tiny_recipes.NAMES)
+def test_two_processes_learn_what_one_learns(one, two, name, monkeypatch):
+    """Weights, averages, moments, loss and gradient norm."""
+    way, found = two
+    if (way, name) in REFUSED:
+        monkeypatch.setattr(os, "environ", {**os.environ, **TOLD[way]})
+        with pytest.raises(ValueError, match=REFUSED[way, name]):
+            check.parse(load.as_dict(one[name]))
+        return
+    folders = one[name].folder, found[name].folder
+    for file in ("model", "ema", "optimizer"):
+        whole, some = (read_tensors(folder / f"checkpoints/00000003/{file}.safetensors") for folder in folders)
+        assert whole.keys() == some.keys()
+        for key in whole:
+            torch.testing.assert_close(some[key], whole[key], rtol=1e-3, atol=2e-5,
+                                       msg=lambda m, k=key: f"{k}: {m}")
+    for whole, some in zip(*map(tiny_pixart.log, folders), strict=True):
+        assert whole == pytest.approx(some, rel=1e-3, abs=1e-6)
+
+
+# --- A run
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_a_run_with_parts_goes_on_to_the_bit_and_in_one_process(path, parts, tmp_path, monkeypatch, way):
+    def made(name):
+        return tiny_pixart.settings(path, tmp_path / name, parts, "threads=1", "steps=4", "save_every=2", "keep=0",
+                                    "validation.every=2", "optimizer.eps=1e-3", recipe="pixart")
+
+    def train(name):
+        return launched(way, "-m", "trainer", "train", tiny_pixart.toml(tmp_path, made(name)))
+
+    def written(name, file):
+        return read_tensors(tmp_path / name / f"checkpoints/00000004/{file}.safetensors")
+
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # as `accelerate launch --use_fsdp` says unasked
+    assert strategy.IN_WORDS[way] in train("whole")
+    for name in ("broken", "alone"):
+        copytree(tmp_path / "whole", tmp_path / name)
+        rmtree(tmp_path / name / "checkpoints/00000004")
+        settings = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({**settings, "out": str(tmp_path / name)}))
+    train("broken")
+    assert tiny_pixart.log(tmp_path / "broken") == tiny_pixart.log(tmp_path / "whole")
+    tiny_run.train(made("alone"))
+    for file in ("model", "ema", "optimizer"):
+        whole, broken, alone = (written(name, file) for name in ("whole", "broken", "alone"))
+        assert whole.keys() == broken.keys() == alone.keys()
+        for key, value in whole.items():
+            assert torch.equal(value, broken[key]), (file, key)
+            torch.testing.assert_close(alone[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_a_dry_run_counts_the_parts(path, parts, tmp_path, monkeypatch, way):
+    for name, value in TOLD[way].items():
+        monkeypatch.setenv(name, value)
+    made = tiny_pixart.settings(path, tmp_path / "run", parts)
+    recipe, _ = tiny_pixart.recipe_of(made)
+    optimizers = optim.Optimizers(recipe.groups(made), made.optimizer, made.steps)
+    one, four = (plan.memory(made, recipe, optimizers, 6, processes, cpu=True) for processes in (1, 4))
+    every, block = (sum(p.numel() for p in module.parameters()) for module in (recipe.net, recipe.net.blocks))
+    fewer = {"weights": 4 * block, "gradients": 4 * block, "optimizer": 8 * block, "ema": 4 * block}
+    if way == rules.DEEPSPEED:  # and its own copy of the weights
+        fewer = {"weights": 0, "gradients": 4 * every, "optimizer": 12 * every, "ema": 0}
+    assert one["optimizer"] >= fewer["optimizer"]
+    for name, size in {**fewer, "activations": 0}.items():
+        assert one[name] - four[name] == pytest.approx(0.75 * size), name
+
+
+@pytest.mark.parametrize("told, words, part", [
+    ({}, ["memory.shard=true", "optimizer.name=came"], "memory.shard=true goes with optimizer.name='adamw'"),
+    ({}, ["memory.shard=true", "compile=true"], "memory.shard=true does not go with compile=True"),
+    ({"ACCELERATE_USE_FSDP": "true"}, [], "accelerate was asked to use FSDP 1"),
+    (TOLD[rules.FSDP2], ["optimizer.name=muon"], "accelerate's FSDP goes with optimizer.name='adamw'"),
+    ({"ACCELERATE_USE_MEGATRON_LM": "true"}, [], "Megatron-LM"),
+])
+def test_what_does_not_go_with_parts_is_refused(path, parts, tmp_path, monkeypatch, told, words, part):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as caught:
+        tiny_pixart.settings(path, tmp_path / "run", parts, *words)
+    assert part in str(caught.value)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("file, words, part", [
+    ({"zero_optimization": {"stage": 3}}, [], "zero_stage 3, and this trainer uses 1 and 2; memory.shard=true"),
+    ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, [], "the recipe's precision decides"),
+    ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, [], "names its own optimizer: take it out"),
+    ({"zero_optimization": {"stage": 2}}, ["optimizer.name=came"], "DeepSpeed goes with optimizer.name='adamw'"),
+    ({"zero_optimization": {"stage": 2}}, ["memory.shard=true"], "memory.shard=true is FSDP2"),
+])
+def test_what_does_not_go_with_deepspeed_is_refused(path, parts, tmp_path, monkeypatch, file, words, part):
+    (tmp_path / "deepspeed.json").write_text(json.dumps(file))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed.json"))
+    with pytest.raises(ValueError) as caught:
+        tiny_pixart.settings(path, tmp_path / "run", parts, *words)
+    assert part in str(caught.value)
+
+
+def test_deepspeed_that_is_missing_is_named(path, parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ValueError, match="not installed: pip install deepspeed"):
+        tiny_pixart.settings(path, tmp_path / "run", parts)

@@ -1,0 +1,133 @@
+"""What every shipped workflow has besides running: a prompt, a picture, notes, fixed seeds, places to download from."""
+
+import json
+
+import pytest
+from conftest import ROOT, WORKFLOWS
+from PIL import Image
+from pixstack.tools import workflow as conversion
+from pixstack.tools.make_workflow_pictures import CARDS, calls, cascade_calls, competing
+from weights import EMBEDDED, OWN
+
+FILES = {  # loader, whose first widgets name its files -> the folder of models/ where it looks
+    "PixStack_PixelFlowLoader": "diffusion_models",
+    "PixStack_PixelFlowTextEncoderLoader": "text_encoders",
+    "PixStack_PixArtLoader": "diffusion_models",
+    "PixStack_PixArtControlNetLoader": "controlnet",
+    "PixStack_PixArtLoraLoader": "loras",
+    "PixStack_FluxLoader": "diffusion_models",
+    "PixStack_PixelPonderLoader": "controlnet",
+    "PixStack_HEDEdges": "annotators",
+    "PixStack_UltraPixelGuideLoader": "model_patches",
+    "PixStack_UltraPixelPersonalise": "loras",
+    "PixStack_UltraPixelStageALoader": "vae",
+    "UNETLoader": "diffusion_models",
+    "LoraLoaderModelOnly": "loras",
+    "DualCLIPLoader": "text_encoders",
+    "ControlNetLoader": "controlnet",
+    "CLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+}
+SEVERAL = {"DualCLIPLoader": 2}  # files of a loader; the others have one
+WITHOUT_DOWNLOAD = {*EMBEDDED, *OWN, ("vae", "pixel_space")}
+SEEDS = {"PixStack_PixelFlowSample": 1, "RandomNoise": 1, "KSampler": 1, "SamplerCustom": 2}  # place of the control
+
+
+def nodes(workflow):
+    return json.loads(workflow.read_text(encoding="utf-8"))["nodes"]
+
+
+def test_it_is_the_prompt_it_was_made_from(workflow, host):
+    prompt = json.loads((ROOT / "tests/workflows/prompts" / workflow.name).read_text(encoding="utf-8"))
+    converted = conversion.read(workflow, host.object_info())
+    assert {i: (n["class_type"], n["inputs"]) for i, n in converted.items()} == {
+        i: (n["class_type"], n["inputs"]) for i, n in prompt.items()}
+
+
+def test_every_prompt_has_its_workflow():
+    assert {p.name for p in (ROOT / "tests/workflows/prompts").glob("*.json")} == {p.name for p in WORKFLOWS}
+
+
+def test_it_has_a_picture(workflow):
+    with Image.open(workflow.with_suffix(".jpg")) as picture:
+        assert picture.format == "JPEG" and picture.width == 512
+
+
+def test_notes_say_what_to_change(workflow):
+    assert any(n["type"] == "MarkdownNote" and len(n["widgets_values"][0]) > 200 for n in nodes(workflow))
+
+
+def test_its_seeds_stay_as_they_are(workflow):
+    controls = [n["widgets_values"][SEEDS[n["type"]]] for n in nodes(workflow) if n["type"] in SEEDS]
+    assert set(controls) <= {"fixed"}
+
+
+def test_every_node_that_has_a_seed_is_known(workflow, host):
+    info = host.object_info()
+    seeded = {n["type"] for n in nodes(workflow) for name in ("seed", "noise_seed")
+              if name in info.get(n["type"], {}).get("input", {}).get("required", {})}
+    assert seeded <= set(SEEDS)
+
+
+def test_every_file_is_at_hand_or_can_be_downloaded(workflow):
+    for node in nodes(workflow):
+        if node["type"] in FILES:
+            folder, names = FILES[node["type"]], node["widgets_values"][: SEVERAL.get(node["type"], 1)]
+            models = node["properties"].get("models", [])
+            wanted = [name for name in names if (folder, name) not in WITHOUT_DOWNLOAD]
+            assert [(model["directory"], model["name"]) for model in models] == [(folder, name) for name in wanted]
+            assert all(model["url"].startswith("https://huggingface.co/") for model in models)
+
+
+def test_the_notes_link_every_file_and_say_where_it_goes(workflow):
+    text = "\n".join(n["widgets_values"][0] for n in nodes(workflow) if n["type"] == "MarkdownNote")
+    for model in (m for n in nodes(workflow) for m in n["properties"].get("models", [])):
+        assert model["url"] in text
+        assert f"models/{model['directory']}" in text
+        if not model["url"].endswith(f"/{model['name']}"):
+            assert f"`models/{model['directory']}/{model['name']}`" in text, "it is saved under another name"
+
+
+def test_nothing_lies_on_top_of_something_else(workflow):
+    boxes = [(n["id"], *n["pos"], n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1]) for n in nodes(workflow)]
+    title = 30
+    overlapping = [
+        (a[0], b[0]) for a in boxes for b in boxes
+        if a[0] < b[0] and a[1] < b[3] and b[1] < a[3] and a[2] - title < b[4] and b[2] - title < a[4]
+    ]
+    assert not overlapping
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_workflow_that_cannot_be_drawn_here_has_its_card_described(name):
+    assert name in {p.stem for p in WORKFLOWS}
+
+
+@pytest.mark.parametrize(("name", "timesteps", "cfg"), [
+    ("pixart_lcm", [999, 759, 519, 279], 1.0),
+    ("pixart_dmd", [400], 1.0),
+    ("pixart_sigma_1024", [999 * (1 - i / 20) for i in range(20)], 4.5),
+    ("pixart_image_to_image", [999 * i / 33 for i in range(20, 0, -1)], 4.5),
+])  # fmt: skip
+def test_a_card_shows_when_its_workflow_calls_the_network(name, timesteps, cfg):
+    graph = json.loads((ROOT / "tests/workflows/prompts" / f"{name}.json").read_text(encoding="utf-8"))
+    assert calls(graph) == (pytest.approx(timesteps), cfg)
+
+
+@pytest.mark.parametrize(("name", "timesteps", "cfg"), [
+    ("ultrapixel_4096", [0.99358, *(1 - i / 20 for i in range(1, 20))], 4.0),
+    ("ultrapixel_image_to_image", [1 - i / 28 for i in range(8, 28)], 4.0),
+    ("ultrapixel_controlnet", [0.9936, 0.9750, 0.9497], 1.0),  # shifted by 2
+])  # fmt: skip
+def test_a_card_of_two_passes_shows_when_each_calls_stage_c(name, timesteps, cfg):
+    graph = json.loads((ROOT / "tests/workflows/prompts" / f"{name}.json").read_text(encoding="utf-8"))
+    found, guidance = cascade_calls(graph)
+    assert len(found) == 20 and guidance == cfg
+    assert found[: len(timesteps)] == pytest.approx(timesteps, abs=1e-4)
+
+
+def test_a_card_shows_which_condition_counts_where_by_priority():
+    graph = json.loads((ROOT / "tests/workflows/prompts/pixelponder_regional_masks.json").read_text(encoding="utf-8"))
+    assert competing(graph) == ([("canny", False), ("hed", True)], False)
+    next(n for n in graph.values() if n["inputs"].get("kind") == "hed")["inputs"]["priority"] = 2
+    assert competing(graph)[0] == [("hed", True), ("canny", False)]
