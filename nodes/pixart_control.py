@@ -5,6 +5,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .checks import first_problem, known_file, one_of, part_of_sampling
+from .host.common.control import apply_control
 from .host.common.load import DTYPES
 from .host.pixart import control as pixart_control
 from .host.pixart.load import load_pixart_controlnet
@@ -90,8 +91,7 @@ class PixArtControlNetApply(io.ComfyNode):
             control_net, strength, start_percent, end_percent, image=image, vae=vae, mask=mask,
             latent=None if latent is None else latent["samples"],
         )
-        successors = {}
-        return io.NodeOutput(*(pixart_control.apply(c, hinted, successors) for c in (positive, negative)))
+        return io.NodeOutput(*apply_control(hinted, positive, negative))
 
 
 NODES = [PixArtControlNetLoader, PixArtControlNetApply]

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..models_impl.pixelponder.sampling import STRENGTH
 from .checks import first_problem, known_file, one_of, part_of_sampling
+from .host.common.control import apply_control
 from .host.common.load import DTYPES
 from .host.flux.load import load_flux
 from .host.pixelponder import control as pixelponder
@@ -187,8 +188,7 @@ class PixelPonderApply(io.ComfyNode):
         ready = pixelponder.with_conditions(
             control_net, conditions, strength, start_percent, end_percent, strategy, rounds, node_id
         )
-        successors = {}
-        return io.NodeOutput(*(pixelponder.apply(c, ready, successors) for c in (positive, negative)))
+        return io.NodeOutput(*apply_control(ready, positive, negative))
 
 
 class PixelPonderMap(io.ComfyNode):

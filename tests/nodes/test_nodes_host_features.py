@@ -32,7 +32,8 @@ def core(host):
     core.ours = SimpleNamespace(**{name: import_module(f"{package}.{file}") for name, file in {
         "pixart": "pixart.load", "pixelflow": "pixelflow.load", "flux": "flux.load",
         "text": "common.text", "patcher": "common.patcher", "prefetch": "common.prefetch",
-        "pixart_lora": "pixart.lora", "pixart_control": "pixart.control", "pixelponder": "pixelponder.load",
+        "pixart_lora": "pixart.lora", "pixart_control": "pixart.control", "control": "common.control",
+        "pixelponder": "pixelponder.load",
         "ultrapixel": "ultrapixel.guide", "ultrapixel_sampling": "ultrapixel.sampling",
         "ultrapixel_stage_a": "ultrapixel.stage_a", "ultrapixel_stage_b": "ultrapixel.stage_b"}.items()})
     return core
@@ -81,7 +82,7 @@ def _pixart(core):
         positive, negative = hooked(text(4096), hooks), hooked(text(4096, 4, 2), hooks)
         if control is not None:
             hint = core.ours.pixart_control.with_hint(control, 1.0, 0.0, 1.0, latent=randn(1, 4, 8, 8, seed=3))
-            positive, negative = (core.ours.pixart_control.apply(c, hint, {}) for c in (positive, negative))
+            positive, negative = core.ours.control.apply_control(hint, positive, negative)
         return sample(core, model, randn(1, 4, 8, 8, seed=5), positive, negative)
 
     return SimpleNamespace(name="pixart", model=model, draw=draw, control=control, weight="blocks.1.attn.qkv.weight",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....models_impl.pixart.controlnet import Control
+from ..common.control import NetworkControl
 from ..common.patcher import is_dynamic
 from ..common.prefetch import host_prefetch
 from .model import CONTROL, PixArtModel
@@ -18,12 +19,11 @@ from .model import CONTROL, PixArtModel
 UPSCALE = "bilinear"
 
 
-class PixArtControl(comfy.controlnet.ControlBase):
+class PixArtControl(NetworkControl):
     """One ControlNet with its hint: a picture to encode (`set_cond_hint` with a VAE), or a latent."""
 
     def __init__(self, net_patcher):
-        super().__init__()
-        self.net_patcher = net_patcher
+        super().__init__(net_patcher)
         self.latent_format = comfy.latent_formats.SD15()  # core's Apply nodes ask for a VAE only if there is one
         self.hint_latent: Tensor | None = None
         self.mask: Tensor | None = None
@@ -105,35 +105,10 @@ class PixArtControl(comfy.controlnet.ControlBase):
         clone.hint_latent, clone.mask = self.hint_latent, self.mask
         return clone
 
-    def deepclone_multigpu(self, load_device, autoregister=False):
-        """Asked for by ComfyUI after 0.3.75, where a model runs on several GPUs at once: weights of its own there."""
-        clone = self.copy()
-        clone.net_patcher = self.net_patcher.deepclone_multigpu(load_device)  # loaded afresh from the file
-        if autoregister:
-            self.multigpu_clones[load_device] = clone
-        return clone
-
-    def get_models(self):
-        return [*super().get_models(), self.net_patcher]
-
 
 def colours(picture: Tensor) -> Tensor:
     """(B, H, W, C) as the VAE reads it: without an alpha channel, and gray (C = 1) in three."""
     return picture.expand(-1, -1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3]
-
-
-def apply(conditioning: list, control: PixArtControl, made: dict) -> list:
-    """The conditioning with `control` on each entry, after the ControlNets that it already has.
-
-    made: previous ControlNet -> its successor, shared by positive and negative so that both run in one batch.
-    """
-    applied = []
-    for tokens, entries in conditioning:
-        previous = entries.get("control")
-        if previous not in made:
-            made[previous] = control.copy().set_previous_controlnet(previous)
-        applied.append([tokens, {**entries, "control": made[previous], "control_apply_to_uncond": False}])
-    return applied
 
 
 def with_hint(

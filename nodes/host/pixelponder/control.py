@@ -19,6 +19,7 @@ from ....models_impl.pixelponder.model import HINT_CELL
 from ....models_impl.pixelponder.patch_select import Conditions, Selection
 from ....models_impl.pixelponder.sampling import GUIDANCE
 from ..common.attention import host_attention
+from ..common.control import NetworkControl
 from ..common.patcher import is_dynamic
 from ..common.prefetch import host_prefetch
 from .hints import Condition, hint_for, labels, mask_for, spread, warn_of_shape
@@ -36,12 +37,11 @@ class Shown:
         """The last one of every (height, width) in latent cells: a second pass at another size leaves the first's."""
 
 
-class PixelPonderControl(comfy.controlnet.ControlBase):
+class PixelPonderControl(NetworkControl):
     """One PixelPonder with the conditions of one node, which compete; chained ControlNets add up as usual."""
 
     def __init__(self, net_patcher, dtype: torch.dtype):
-        super().__init__()
-        self.net_patcher = net_patcher
+        super().__init__(net_patcher)
         self.dtype = dtype  # that it computes in
         self.conditions: tuple[Condition, ...] = ()  # the primary one first
         self.strategy, self.rounds = "released", 1
@@ -139,17 +139,6 @@ class PixelPonderControl(comfy.controlnet.ControlBase):
         for name in ("conditions", "strategy", "rounds", "shown", "node_id"):
             setattr(clone, name, getattr(self, name))
         return clone
-
-    def deepclone_multigpu(self, load_device, autoregister=False):
-        """Asked for by ComfyUI after 0.3.75, where a model runs on several GPUs at once: weights of its own there."""
-        clone = self.copy()
-        clone.net_patcher = self.net_patcher.deepclone_multigpu(load_device)  # loaded afresh from the file
-        if autoregister:
-            self.multigpu_clones[load_device] = clone
-        return clone
-
-    def get_models(self):
-        return [*super().get_models(), self.net_patcher]
 
     # Conditions and selection
 
@@ -342,17 +331,3 @@ def warn_of_length(conditioning: list, control: PixelPonderControl):
         remedy = "Load its encoder with 'Load T5 Text Encoder', type flux, which pads every text."
     logging.warning(f"PixelPonder was trained with {wanted} text tokens, this prompt has {min(lengths)}, so part of "
                     f"what it adds reaches other tokens than in training. {remedy}")
-
-
-def apply(conditioning: list, control: PixelPonderControl, made: dict) -> list:
-    """The conditioning with `control` on each entry, after the ControlNets that it already has.
-
-    made: previous ControlNet -> its successor, shared by positive and negative so that both run in one batch.
-    """
-    applied = []
-    for tokens, entries in conditioning:
-        previous = entries.get("control")
-        if previous not in made:
-            made[previous] = control.copy().set_previous_controlnet(previous)
-        applied.append([tokens, {**entries, "control": made[previous], "control_apply_to_uncond": False}])
-    return applied
