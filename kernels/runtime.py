@@ -30,6 +30,11 @@ def kitchen(x: Tensor, *others: Tensor) -> ModuleType | None:
     return library("comfy_kitchen")
 
 
+def bitsandbytes(x: Tensor) -> ModuleType | None:
+    """bitsandbytes where its products in 4 bits can take x: on CUDA. None while torch.compile traces."""
+    return library("bitsandbytes") if x.is_cuda and not torch.compiler.is_compiling() else None
+
+
 def has_flash_attention(q: Tensor) -> bool:
     """Whether FlashAttention 2 supports the device and dtype of q: 16 bits, on CUDA from Ampere on."""
     return q.is_cuda and q.dtype in HALF and torch.cuda.get_device_capability(q.device) >= (8, 0)

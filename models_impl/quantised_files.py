@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from ..kernels.quantized_linear import dequantize_4bit, nibbles
 
 METADATA = "_quantization_metadata"  # where a file may say what `comfy_quant` says, for all layers at once
 MARKER = "scaled_fp8"  # a tensor of no content beside the weights; with two elements: multiply in full precision
@@ -345,19 +346,13 @@ def _mxfp8(parts, settings, shape) -> Tensor:
 
 
 def _nvfp4(parts, settings, shape) -> Tensor:
-    codes = _nibbles(parts["weight"]).flatten(1)  # (rows, columns)
+    codes = nibbles(parts["weight"]).flatten(1)  # (rows, columns)
     rows, columns = codes.shape
     values = codes.new_tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES), dtype=torch.float32)[codes.long()]
     scale = _in_rows(parts["weight_scale"].view(torch.float8_e4m3fn), rows, columns // NVFP4_BLOCK).float()
     scale = scale * parts["weight_scale_2"].float()
     whole = (values.unflatten(1, (-1, NVFP4_BLOCK)) * scale[..., None]).flatten(1)
     return _smoothed(whole, parts)[: shape[0]]
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """(..., n) bytes -> (..., n, 2), the upper four bits first."""
-    packed = packed.view(torch.uint8)
-    return torch.stack([packed >> 4, packed & 15], dim=-1)
 
 
 def _blocks(parts, settings, shape) -> Tensor:
@@ -374,9 +369,7 @@ def _bitsandbytes4(parts, settings, shape) -> Tensor:
         inner = parts["nested_quant_map"].float()[largest.long()]
         outer = parts["nested_absmax"].float().repeat_interleave(int(settings["nested_blocksize"]))
         largest = inner * outer[: len(inner)] + float(settings["nested_offset"])
-    values = parts["quant_map"].float()[_nibbles(parts["weight"].flatten()).flatten().long()]
-    values = values * largest.float().repeat_interleave(block)[: len(values)]
-    return values[: prod(shape)].reshape(shape)
+    return dequantize_4bit(parts["weight"], largest, parts["quant_map"], shape, block)
 
 
 def _bitsandbytes8(parts, settings, shape) -> Tensor:

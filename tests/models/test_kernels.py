@@ -2,9 +2,17 @@
 import pytest
 import torch
 from pixstack.kernels import modulated_norm as norm_file
+from pixstack.kernels import quantized_linear as linear_file
 from pixstack.kernels import rope as rope_file
 from pixstack.kernels import runtime
 from pixstack.kernels.modulated_norm import modulated_norm, modulated_norm_reference
+from pixstack.kernels.quantized_linear import (
+    dequantize,
+    dequantize_reference,
+    quantize,
+    quantized_linear,
+    quantized_linear_reference,
+)
 from pixstack.kernels.rope import rope_matrices, rotate, rotate_reference
 
 HALF = (torch.float16, torch.bfloat16)
@@ -82,6 +90,57 @@ def test_comfy_kitchen_turns_as_we_do(kitchen, monkeypatch, shape, of_table):
     x = torch.randn(shape)
     monkeypatch.setattr(rope_file, "kitchen", lambda *tensors: kitchen)
     torch.testing.assert_close(rotate(x, table), rotate_reference(x, table))
+
+
+SIZES = [(96, 64), (33, 70), (5, 3)]  # of weights; 64 of nf4 share a scale
+
+
+@pytest.fixture
+def bitsandbytes():
+    return pytest.importorskip("bitsandbytes")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind, step", [("fp8", 2**-4), ("nf4", 0.152)])  # half the widest gap, of 1 and of the largest
+def test_a_quantized_weight_is_within_half_a_step_of_the_weight(request, kind, step, size, dtype):
+    if kind == "nf4":
+        request.getfixturevalue("bitsandbytes")
+    weight = torch.randn(size)
+    quantized = quantize(weight, kind)
+    dequantized = dequantize(quantized, dtype)
+    assert torch.equal(dequantized, dequantize_reference(quantized, dtype)) and dequantized.dtype == dtype
+    scale = weight.abs() if kind == "fp8" else weight.abs().max()
+    smallest = quantized.scale.max() * 2**-9  # of the subnormal numbers of float8
+    assert ((dequantized.float() - weight).abs() <= step * scale * (1 + 2**-6) + smallest).all()
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_the_product_with_a_quantized_weight_is_that_with_the_dequantized_one(request, kind, size, rows):
+    if kind == "nf4":
+        request.getfixturevalue("bitsandbytes")
+    weight, bias = quantize(torch.randn(size), kind), torch.randn(size[0])
+    x = torch.randn(2, rows, size[1], requires_grad=True)
+    y, expected = quantized_linear(x, weight, bias), torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+    assert torch.equal(y, expected)
+    probe = torch.randn_like(y)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, probe)[0] for out in (y, expected)))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("size", SIZES)
+def test_bitsandbytes_multiplies_as_we_do(bitsandbytes, monkeypatch, size, rows, learns):
+    monkeypatch.setattr(linear_file, "bitsandbytes", lambda x: bitsandbytes)
+    weight, bias = quantize(torch.randn(size), "nf4"), torch.randn(size[0])
+    x = torch.randn(rows, size[1], requires_grad=learns)
+    y, expected = (product(x, weight, bias) for product in (quantized_linear, quantized_linear_reference))
+    torch.testing.assert_close(y, expected)
+    if learns:
+        probe = torch.randn_like(y)
+        torch.testing.assert_close(*(torch.autograd.grad(out, x, probe)[0] for out in (y, expected)))
 
 
 def test_a_library_that_cannot_be_loaded_is_as_if_it_were_not_there(tmp_path, monkeypatch):

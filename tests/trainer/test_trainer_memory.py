@@ -45,7 +45,7 @@ def made(path, parts, base, tmp_path):
 def test_a_layer_in_few_bits_says_nearly_the_same_and_lets_its_gradient_through(kind, far, bytes):
     torch.manual_seed(0)
     whole = nn.Linear(64, 96).requires_grad_(False)
-    few = quantization.FewBits(whole, kind)
+    few = quantization.QuantizedLinear(whole, kind)
     assert sum(p.nbytes for n, p in few.named_parameters() if n != "bias") == bytes
     kept, x = [], torch.randn(5, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -62,7 +62,7 @@ def test_a_layer_in_few_bits_says_nearly_the_same_and_lets_its_gradient_through(
 def test_a_lora_learns_on_blocks_in_few_bits_and_is_exported_as_ever(made, base, tmp_path, kind):
     words = ("steps=60", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=60", "ema.decay=0.0")
     recipe, _ = tiny_run.train(made(*words, f"memory.base={kind}"))
-    assert sum(isinstance(m, quantization.FewBits) for m in recipe.modules()) == 7 * 2  # of each block
+    assert sum(isinstance(m, quantization.QuantizedLinear) for m in recipe.modules()) == 7 * 2  # of each block
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
     assert all("lora_" in name or "y_embedding" in name for name in module_tensors(recipe))
@@ -107,7 +107,7 @@ def alike(settings) -> tuple[float, int]:
         recipe, batches = recipe_of(settings(word))
         recipe(batches(0, range(4))).mean().backward()
         found.append(torch.cat([p.grad.flatten().float() for p in recipe.parameters() if p.grad is not None]))
-        few = sum(isinstance(m, quantization.FewBits) for m in recipe.modules())
+        few = sum(isinstance(m, quantization.QuantizedLinear) for m in recipe.modules())
     return torch.cosine_similarity(*found, dim=0).item(), few
 
 
@@ -137,8 +137,8 @@ def test_gradients_reach_a_controlnet_through_blocks_in_few_bits(tmp_path, kind)
         recipe, batches = recipe_of(tiny_ponder.settings(pictures, tmp_path / "run", parts, f"memory.base={base}"))
         recipe(batches(0, range(6))).mean().backward()
         found[base] = torch.cat([p.grad.flatten() for p in recipe.net.parameters() if p.grad is not None])
-    assert any(isinstance(m, quantization.FewBits) for m in recipe.base.modules())
-    assert not any(isinstance(m, quantization.FewBits) for m in recipe.net.modules())
+    assert any(isinstance(m, quantization.QuantizedLinear) for m in recipe.base.modules())
+    assert not any(isinstance(m, quantization.QuantizedLinear) for m in recipe.net.modules())
     assert torch.cosine_similarity(found[""], found[kind], dim=0) > 0.9
 
 

@@ -188,7 +188,7 @@ class Ema:
 class Memory:
     base: str = ""
     """How the blocks of a network that stays as it is are kept, under an adapter or a ControlNet: empty, in the run's
-    precision; fp8, a byte a weight; nf4, half a byte, by bitsandbytes. They are made whole as they are used."""
+    precision; fp8, a byte a weight; nf4, half a byte, by bitsandbytes. They are dequantised as they are used."""
     swap_blocks: int = 0
     """So many of those blocks are kept in host memory and copied to the device around their forward and backward
     passes, one ahead; needs checkpoint_activations."""

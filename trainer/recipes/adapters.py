@@ -10,7 +10,7 @@ from torch import nn
 from ...models_impl import lora
 from .. import libraries
 from ..config.schema import Adapter
-from ..memory.quantization import FewBits
+from ..memory.quantization import QuantizedLinear
 
 NAME = "default"  # of the one adapter, in peft's names
 PARTS = {"loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),  # in peft's and LyCORIS'
@@ -98,5 +98,5 @@ def shapes(net: nn.Module) -> dict[str, torch.Size]:
     """Shapes of the network's own parameters, under its own names: what `lora.names` of a family reads."""
     found = {key.replace(".base_layer.", "."): value.shape for key, value in net.state_dict().items()
              if not any(mark in key for mark in (".lora_", ".hada_", ".lokr_"))}
-    few = {name.replace(".base_layer", ""): m for name, m in net.named_modules() if isinstance(m, FewBits)}
+    few = {name.replace(".base_layer", ""): m for name, m in net.named_modules() if isinstance(m, QuantizedLinear)}
     return found | {f"{name}.weight": torch.Size((m.out_features, m.in_features)) for name, m in few.items()}
