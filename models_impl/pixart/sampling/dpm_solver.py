@@ -1,0 +1,86 @@
+"""DPM-Solver++ (arXiv 2211.01095), as PixArt and as diffusers run it."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .schedule import NoiseSchedule, half_log_snr
+from .walk import AfterStep, Callback, Predict, denoiser, points_of, walk
+
+
+def dpm_solver_pp(
+    predict: Predict,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Sequence[float],
+    order: int = 2,
+    solver_type: str = "dpmsolver",
+    lower_order_final: bool = True,
+    callback: Callback | None = None,
+    after_step: AfterStep | None = None,
+) -> Tensor:
+    """Multistep DPM-Solver++ (arXiv 2211.01095, algorithm 2) of order 1 (DDIM), 2 or 3, as PixArt runs it.
+
+    lower_order_final: end on lower orders at any number of steps. PixArt's edit; without, only CLEAN is of order 1.
+    solver_type: "dpmsolver" or "taylor", two weights of the second-order term.
+    """
+    steps = len(timesteps) - 1
+    orders = [min(order, i + 1, steps - i if lower_order_final else order) for i in range(steps)]
+    return _multistep(predict, x, schedule, timesteps, order, orders, solver_type, callback, after_step)
+
+
+def dpm_diffusers(
+    predict: Predict,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Sequence[float],
+    order: int = 2,
+    callback: Callback | None = None,
+    after_step: AfterStep | None = None,
+) -> Tensor:
+    """The same solver as diffusers' DPMSolverMultistepScheduler runs it in the PixArt pipelines.
+
+    With linspace_timesteps. It lowers the order at the end only below 15 steps, or to reach CLEAN.
+    """
+    steps = len(timesteps) - 1
+    ends = [steps - i if steps < 15 else order for i in range(steps)]
+    orders = [min(order, i + 1, ends[i]) for i in range(steps)]
+    return _multistep(predict, x, schedule, timesteps, order, orders, "dpmsolver", callback, after_step)
+
+
+def _multistep(predict, x, schedule, timesteps, order, orders, solver_type, callback, after_step) -> Tensor:
+    if order not in (1, 2, 3):
+        raise ValueError(f"DPM-Solver++ has the orders 1, 2 and 3, not {order}.")
+    if solver_type not in ("dpmsolver", "taylor"):
+        raise ValueError(f"solver_type={solver_type!r} is not one of dpmsolver, taylor.")
+    points = points_of(timesteps, schedule)
+    nodes = [half_log_snr(schedule, t) for t in points]
+    estimates = []
+
+    def step(index, x, denoised, _):
+        estimates[:] = [*estimates[-2:], denoised]
+        near = nodes[index + 1 - orders[index]:index + 2]
+        return _dpm_update(x, estimates, near, schedule, points[index], points[index + 1], solver_type)
+
+    return walk(denoiser(predict, schedule, x.dtype), x, points, step, callback, after_step)
+
+
+def _dpm_update(x, estimates, nodes, schedule, now, then, solver_type) -> Tensor:
+    """nodes: half log SNR at as many estimates as the order has, oldest first, and at the next timestep."""
+    alpha, order = schedule.alpha(then), len(nodes) - 1
+    h = nodes[-1] - nodes[-2]
+    phi1 = math.expm1(-h)
+    x = schedule.std(then) / schedule.std(now) * x - alpha * phi1 * estimates[-1]
+    if order == 1:
+        return x
+    slope = (estimates[-1] - estimates[-2]) * (h / (nodes[-2] - nodes[-3]))
+    if order == 2:
+        weight = phi1 / h + 1 if solver_type == "taylor" else -phi1 / 2
+        return x + alpha * weight * slope
+    r0, r1 = (nodes[-2] - nodes[-3]) / h, (nodes[-3] - nodes[-4]) / h
+    bend = (slope - (estimates[-2] - estimates[-3]) / r1) / (r0 + r1)
+    phi2 = phi1 / h + 1
+    phi3 = phi2 / h - 0.5
+    return x + alpha * phi2 * (slope + r0 * bend) - alpha * phi3 * bend
