@@ -138,19 +138,10 @@ def test_min_snr_weights_fall_where_there_is_little_noise():
     (sampling.lcm_timesteps(4), [999, 759, 519, 279, CLEAN]),
     (sampling.lcm_timesteps(2, origin=4), [999, 499, CLEAN]),
     (sampling.linspace_timesteps(2), [999, 500, CLEAN]),
-    (sampling.leading_timesteps(3), [750, 500, 250, CLEAN]),
     (sampling.trailing_timesteps(4), [999, 749, 499, 249, CLEAN]),
 ])
 def test_a_list_of_timesteps_is_the_published_one(timesteps, expected):
     assert timesteps == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("timesteps", [
-    sampling.time_quadratic(7), sampling.logsnr_uniform(7, SCHEDULE), sampling.karras(7, SCHEDULE),
-])
-def test_a_curved_list_of_timesteps_falls_to_zero(timesteps):
-    assert len(timesteps) == 8 and timesteps[-1] == 0 and timesteps[0] <= 999
-    assert timesteps == sorted(set(timesteps), reverse=True)
 
 
 def test_steps_that_a_table_does_not_have_are_refused():

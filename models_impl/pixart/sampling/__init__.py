@@ -19,23 +19,13 @@ from .dpm_solver import dpm_diffusers, dpm_solver_pp
 from .losses import IddpmLoss, eps_loss, iddpm_loss, variance_bound
 from .schedule import CLEAN, TRAIN_TIMESTEPS, NoiseSchedule
 from .stochastic_adams import sa_solver
-from .timesteps import (
-    iddpm_timesteps,
-    karras,
-    lcm_timesteps,
-    leading_timesteps,
-    linspace_timesteps,
-    logsnr_uniform,
-    time_quadratic,
-    time_uniform,
-    trailing_timesteps,
-)
+from .timesteps import iddpm_timesteps, lcm_timesteps, linspace_timesteps, time_uniform, trailing_timesteps
 from .walk import AfterStep, Callback, Noise, Predict
 
 __all__ = [
     "CLEAN", "DMD_TIMESTEP", "HUBER_C", "TRAIN_TIMESTEPS", "AfterStep", "Callback", "DmdLoss", "IddpmLoss",
     "LcmGrid", "LcmStep", "Noise", "NoiseSchedule", "Predict", "consistency_weights", "dmd", "dmd_loss",
-    "dpm_diffusers", "dpm_solver_pp", "eps_loss", "iddpm", "iddpm_loss", "iddpm_timesteps", "karras", "lcm",
-    "lcm_distillation", "lcm_timesteps", "leading_timesteps", "linspace_timesteps", "logsnr_uniform", "sa_solver",
-    "time_quadratic", "time_uniform", "trailing_timesteps", "variance_bound",
+    "dpm_diffusers", "dpm_solver_pp", "eps_loss", "iddpm", "iddpm_loss", "iddpm_timesteps", "lcm",
+    "lcm_distillation", "lcm_timesteps", "linspace_timesteps", "sa_solver", "time_uniform", "trailing_timesteps",
+    "variance_bound",
 ]

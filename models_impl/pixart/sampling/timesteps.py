@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 
-from .schedule import CLEAN, TRAIN_TIMESTEPS, NoiseSchedule
+from .schedule import CLEAN, TRAIN_TIMESTEPS
 
 
 def time_uniform(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
@@ -11,35 +11,9 @@ def time_uniform(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
 
     0 is not CLEAN: the sample keeps noise of sigma 0.01, as in the reference.
     """
-    return _power(steps, train_steps, 1)
-
-
-def time_quadratic(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
-    """Timesteps as in time_uniform, but denser towards 0: even in the square root of time."""
-    return _power(steps, train_steps, 2)
-
-
-def _power(steps: int, train_steps: int, power: float) -> list[float]:
     _at_least_one(steps)
-    root = train_steps ** (-1 / power)  # of the first of the times (timestep + 1) / train_steps, which end at 1
-    times = [(1 + (root - 1) * i / steps) ** power for i in range(steps)]
-    return [t * train_steps - 1 for t in times] + [0.0]
-
-
-def logsnr_uniform(steps: int, schedule: NoiseSchedule) -> list[float]:
-    """Timesteps even in log(sigma), from the last timestep to 0."""
-    return _between_sigmas(steps, schedule, math.log, math.exp)
-
-
-def karras(steps: int, schedule: NoiseSchedule, rho: float = 7.0) -> list[float]:
-    """Timesteps even in sigma^(1/rho) (arXiv 2206.00364, eq. 5), from the last timestep, or sigma 80, to 0."""
-    return _between_sigmas(steps, schedule, lambda s: min(s, 80.0) ** (1 / rho), lambda r: r**rho)
-
-
-def _between_sigmas(steps: int, schedule: NoiseSchedule, curve, inverse) -> list[float]:
-    _at_least_one(steps)
-    first, last = curve(schedule.sigma(schedule.steps - 1)), curve(schedule.sigma(0))
-    return [schedule.timestep(inverse(first + (last - first) * i / steps)) for i in range(steps)] + [0.0]
+    last = 1 / train_steps  # of the times (timestep + 1) / train_steps, which begin at 1
+    return [(1 + (last - 1) * i / steps) * train_steps - 1 for i in range(steps)] + [0.0]
 
 
 def iddpm_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
@@ -67,12 +41,6 @@ def linspace_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[f
     """Whole, from the last timestep towards 0, then CLEAN: diffusers' "linspace", what the PixArt pipelines use."""
     _at_least_one(steps, train_steps)
     return [*(float(round(i * ((train_steps - 1) / steps))) for i in range(steps, 0, -1)), CLEAN]
-
-
-def leading_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
-    """Timesteps at whole multiples of the same stride, then CLEAN: diffusers' "leading"."""
-    _at_least_one(steps, train_steps - 1)
-    return [*(float(i * (train_steps // (steps + 1))) for i in range(steps, 0, -1)), CLEAN]
 
 
 def trailing_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:

@@ -1,10 +1,15 @@
 """Parity adapters of PixArt's samplers and training formulas. The networks are the toy denoisers of the cases."""
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from pixstack.models_impl.pixart import sampling
 
 from .registry import TOLERANCE, adapter
+
+RHO = 7.0  # of the curve of Karras et al.
 
 
 def toy(x, timestep, cond=None):
@@ -84,12 +89,31 @@ def float32_noise(c) -> float:
 
 
 def spaced(c, schedule):
+    """The timesteps of a case. PixArt draws with those even in time; the reference has others, which a solver must be
+    able to walk as well."""
     skip, steps = c.get("skip_type", "time"), c["steps"]
     if skip in ("time", "time_uniform") and c.get("skip_order", 1) == 1:
         return sampling.time_uniform(steps, schedule.steps)
-    if skip == "time_quadratic":
-        return sampling.time_quadratic(steps, schedule.steps)
-    return {"logSNR": sampling.logsnr_uniform, "karras": sampling.karras}[skip](steps, schedule)
+    return {"time_quadratic": quadratic, "logSNR": partial(between, curve=math.log, inverse=math.exp),
+            "karras": partial(between, curve=lambda s: min(s, 80.0) ** (1 / RHO), inverse=lambda r: r**RHO),
+            }[skip](steps, schedule)
+
+
+def quadratic(steps, schedule):
+    """Even in the square root of time."""
+    roots = [1 + (schedule.steps**-0.5 - 1) * i / steps for i in range(steps)]
+    return [root**2 * schedule.steps - 1 for root in roots] + [0.0]
+
+
+def between(steps, schedule, curve, inverse):
+    """Even in a curve of sigma: its logarithm, or its root (arXiv 2206.00364, eq. 5)."""
+    first, last = curve(schedule.sigma(schedule.steps - 1)), curve(schedule.sigma(0))
+    return [schedule.timestep(inverse(first + (last - first) * i / steps)) for i in range(steps)] + [0.0]
+
+
+def leading(steps, train_steps):
+    """diffusers' "leading", which no PixArt pipeline uses: whole multiples of the same stride, then clean."""
+    return [*(float(i * (train_steps // (steps + 1))) for i in range(steps, 0, -1)), sampling.CLEAN]
 
 
 def dpm_solver_pp(case, schedule, heard):
@@ -105,7 +129,7 @@ def dpm_solver_pp(case, schedule, heard):
 
 def dpm_diffusers(case, schedule, heard):
     c = case.config
-    spacing = {"linspace": sampling.linspace_timesteps, "leading": sampling.leading_timesteps,
+    spacing = {"linspace": sampling.linspace_timesteps, "leading": leading,
                "trailing": sampling.trailing_timesteps}[c.get("timestep_spacing", "linspace")]
     timesteps = spacing(c["steps"], schedule.steps)
     if c.get("final_sigmas_type", "zero") == "sigma_min":
