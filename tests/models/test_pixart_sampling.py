@@ -45,8 +45,6 @@ RUNS = {  # name -> (sampler(predict, x, schedule, timesteps, callback=, after_s
     "dpm3": (partial(sampling.dpm_solver_pp, order=3), sampling.time_uniform(5)),
     "diffusers": (sampling.dpm_diffusers, sampling.linspace_timesteps(5)),
     "sa": (partial(sampling.sa_solver, noise=noises), sampling.time_uniform(5)),
-    "sa_more": (partial(sampling.sa_solver, noise=noises, more_steps=True), sampling.time_uniform(5)),
-    "sa_twice": (partial(sampling.sa_solver, noise=noises, evaluate_twice=True), sampling.time_uniform(5)),
     "lcm": (partial(sampling.lcm, noise=noises), sampling.lcm_timesteps(5)),
     "iddpm": (
         lambda predict, *args, **named: sampling.iddpm(with_logits(predict), *args, noise=noises, **named),
@@ -276,11 +274,11 @@ def test_each_order_of_dpm_solver_is_closer_to_the_exact_flow():
     assert error(1) > 5 * error(2) > 5 * error(3)
 
 
-@pytest.mark.parametrize("predictor, corrector", [(1, 0), (2, 0), (3, 0), (5, 0), (1, 2), (2, 2), (3, 4), (4, 5)])
+@pytest.mark.parametrize("predictor, corrector", [(1, 0), (3, 0), (5, 0), (1, 3), (3, 4), (4, 5)])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_a_step_of_sa_solver_is_exact_for_estimates_that_its_order_can_follow(predictor, corrector, eta):
     # For D = Q + Q' / q with a polynomial Q of lambda, x = alpha Q + C std exp(-tau^2 lambda) solves the equation
-    # without its noise.
+    # without its noise. Order 2 is left out: it is the reference's, with the weight of appendix D.
     order, q = corrector or predictor, 1 + eta**2
     powers = [0.5 * (-0.3) ** k for k in range(order)]
 
@@ -306,7 +304,7 @@ def test_a_step_of_sa_solver_is_exact_for_estimates_that_its_order_can_follow(pr
     timesteps = [790.0 - 40 * i for i in range(13)]
     sampling.sa_solver(
         predict, torch.full(SHAPE, exact(790.0), dtype=torch.float64), SCHEDULE, timesteps,
-        lambda index, shape: torch.zeros(shape), predictor, corrector, eta, more_steps=True, after_step=back_on_track,
+        lambda index, shape: torch.zeros(shape), predictor, corrector, eta, after_step=back_on_track,
     )
     settled = max(predictor, corrector - 1)
     assert max(errors[settled - 1:12 - order]) < 1e-10

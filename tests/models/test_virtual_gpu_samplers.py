@@ -56,10 +56,9 @@ def blended(x, timestep):
 PIXART = {
     "dpm-solver++ of order 2": (pixart.dpm_solver_pp, same, pixart.time_uniform),
     "dpm-solver++ of order 3": (pixart.dpm_solver_pp, same, pixart.time_uniform, 3),
-    "dpm-solver++ by taylor": (pixart.dpm_solver_pp, same, pixart.time_uniform, 2, "taylor"),
     "dpm-solver of diffusers": (pixart.dpm_diffusers, same, pixart.linspace_timesteps),
     "sa-solver": (pixart.sa_solver, same, pixart.time_uniform, from_cpu),
-    "sa-solver, corrected twice": (pixart.sa_solver, same, pixart.time_uniform, from_cpu, 3, 3, 1.0, True, True),
+    "sa-solver of order 3": (pixart.sa_solver, same, pixart.time_uniform, from_cpu, 3, 3),
     "iddpm": (pixart.iddpm, two, pixart.iddpm_timesteps, from_cpu),
     "lcm": (pixart.lcm, same, pixart.lcm_timesteps, from_cpu),
 }

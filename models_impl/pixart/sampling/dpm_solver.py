@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -16,19 +16,13 @@ def dpm_solver_pp(
     schedule: NoiseSchedule,
     timesteps: Sequence[float],
     order: int = 2,
-    solver_type: str = "dpmsolver",
-    lower_order_final: bool = True,
     callback: Callback | None = None,
     after_step: AfterStep | None = None,
 ) -> Tensor:
-    """Multistep DPM-Solver++ (arXiv 2211.01095, algorithm 2) of order 1 (DDIM), 2 or 3, as PixArt runs it.
-
-    lower_order_final: end on lower orders at any number of steps. PixArt's edit; without, only CLEAN is of order 1.
-    solver_type: "dpmsolver" or "taylor", two weights of the second-order term.
-    """
-    steps = len(timesteps) - 1
-    orders = [min(order, i + 1, steps - i if lower_order_final else order) for i in range(steps)]
-    return _multistep(predict, x, schedule, timesteps, order, orders, solver_type, callback, after_step)
+    """Multistep DPM-Solver++ of order 1 (DDIM), 2 or 3, as PixArt runs it: it ends on lower orders at any number of
+    steps. With time_uniform."""
+    orders = _orders(order, range(len(timesteps) - 1, 0, -1))
+    return multistep(predict, x, schedule, timesteps, orders, callback, after_step)
 
 
 def dpm_diffusers(
@@ -45,16 +39,27 @@ def dpm_diffusers(
     With linspace_timesteps. It lowers the order at the end only below 15 steps, or to reach CLEAN.
     """
     steps = len(timesteps) - 1
-    ends = [steps - i if steps < 15 else order for i in range(steps)]
-    orders = [min(order, i + 1, ends[i]) for i in range(steps)]
-    return _multistep(predict, x, schedule, timesteps, order, orders, "dpmsolver", callback, after_step)
+    orders = _orders(order, range(steps, 0, -1) if steps < 15 else [order] * steps)
+    return multistep(predict, x, schedule, timesteps, orders, callback, after_step)
 
 
-def _multistep(predict, x, schedule, timesteps, order, orders, solver_type, callback, after_step) -> Tensor:
+def _orders(order: int, most: Iterable[int]) -> list[int]:
+    """The order of each step: it rises with the estimates that are known. most: what it may be at the end."""
     if order not in (1, 2, 3):
         raise ValueError(f"DPM-Solver++ has the orders 1, 2 and 3, not {order}.")
-    if solver_type not in ("dpmsolver", "taylor"):
-        raise ValueError(f"solver_type={solver_type!r} is not one of dpmsolver, taylor.")
+    return [min(order, i + 1, limit) for i, limit in enumerate(most)]
+
+
+def multistep(
+    predict: Predict,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Sequence[float],
+    orders: Sequence[int],
+    callback: Callback | None = None,
+    after_step: AfterStep | None = None,
+) -> Tensor:
+    """DPM-Solver++ (algorithm 2) with an order for each step: 1 to 3, and at most one more than steps before it."""
     points = points_of(timesteps, schedule)
     nodes = [half_log_snr(schedule, t) for t in points]
     estimates = []
@@ -62,12 +67,12 @@ def _multistep(predict, x, schedule, timesteps, order, orders, solver_type, call
     def step(index, x, denoised, _):
         estimates[:] = [*estimates[-2:], denoised]
         near = nodes[index + 1 - orders[index]:index + 2]
-        return _dpm_update(x, estimates, near, schedule, points[index], points[index + 1], solver_type)
+        return _update(x, estimates, near, schedule, points[index], points[index + 1])
 
     return walk(denoiser(predict, schedule, x.dtype), x, points, step, callback, after_step)
 
 
-def _dpm_update(x, estimates, nodes, schedule, now, then, solver_type) -> Tensor:
+def _update(x, estimates, nodes, schedule, now, then) -> Tensor:
     """nodes: half log SNR at as many estimates as the order has, oldest first, and at the next timestep."""
     alpha, order = schedule.alpha(then), len(nodes) - 1
     h = nodes[-1] - nodes[-2]
@@ -77,8 +82,7 @@ def _dpm_update(x, estimates, nodes, schedule, now, then, solver_type) -> Tensor
         return x
     slope = (estimates[-1] - estimates[-2]) * (h / (nodes[-2] - nodes[-3]))
     if order == 2:
-        weight = phi1 / h + 1 if solver_type == "taylor" else -phi1 / 2
-        return x + alpha * weight * slope
+        return x + alpha * (-phi1 / 2) * slope
     r0, r1 = (nodes[-2] - nodes[-3]) / h, (nodes[-3] - nodes[-4]) / h
     bend = (slope - (estimates[-2] - estimates[-3]) / r1) / (r0 + r1)
     phi2 = phi1 / h + 1

@@ -21,16 +21,13 @@ def sa_solver(
     predictor_order: int = 2,
     corrector_order: int = 2,
     eta: float = 1.0,
-    evaluate_twice: bool = False,
-    more_steps: bool = False,
     callback: Callback | None = None,
     after_step: AfterStep | None = None,
 ) -> Tensor:
-    """Stochastic Adams predictor and corrector (SA-Solver, arXiv 2309.05019). With time_uniform.
+    """Predictor and corrector as PixArt runs them: one evaluation a step, the last step predicted only. With
+    time_uniform.
 
     eta: tau, the strength of the noise, in the middle of the time; 0 solves the ODE. corrector_order 0: no corrector.
-    evaluate_twice: "PECE", the network also sees the corrected state. more_steps: the reference's other mode, plain
-    second order, and where the list ends at 0 with that step corrected and its estimate returned: two evaluations more.
     The reference draws one noise more before its first step and throws it away.
     """
     if predictor_order < 1 or corrector_order < 0:
@@ -38,42 +35,34 @@ def sa_solver(
                          "at least 0, which means no corrector.")
     points = points_of(timesteps, schedule)
     dtype, x = x.dtype, x.to(state_dtype(x))
-    finish = more_steps and points[-1] == 0
     steps, settled = len(points) - 1, max(predictor_order, corrector_order - 1)
     nodes = [half_log_snr(schedule, t) for t in points]
     evaluate = denoiser(predict, schedule, dtype)
     estimates = []
 
-    def evaluated(index, x):
+    def estimate(index, x):
         denoised, _ = evaluate(x, points[index])
-        if callback is not None and index < steps:
+        if callback is not None:
             callback(index, x, denoised)
-        return denoised
+        estimates.append(denoised)
 
-    estimates.append(evaluated(0, x))
+    estimate(0, x)
     for n in range(1, steps + 1):
-        last = n == steps and not finish
         if points[n] < 0:
             x = estimates[-1]
         else:
-            tau = 0 if last else _tau(points[n], eta, schedule)
+            tau = 0 if n == steps else _tau(points[n], eta, schedule)
+            start, alpha = _start(x, schedule, points[n - 1], points[n], tau, noise, n - 1), schedule.alpha(points[n])
             order = min(predictor_order, n if n < settled else steps - n + 1)
-            start = _sa_start(x, schedule, points[n - 1], points[n], tau, noise, n - 1)
-            x = start + _adams(nodes, n, n - 1, order, estimates, tau, schedule.alpha(points[n]), not more_steps)
-            if not last:
-                estimates.append(evaluated(n, x))
-            if corrector_order and not last:
-                order = min(corrector_order, n + 1 if n < settled else steps - n + 2)
-                x = start + _adams(nodes, n, n, order, estimates, tau, schedule.alpha(points[n]), not more_steps)
-                if evaluate_twice and n < steps:
-                    estimates[-1], _ = evaluate(x, points[n])
+            x = start + _adams(nodes, n, n - 1, order, estimates, tau, alpha)
+            if n < steps:
+                estimate(n, x)
+                if corrector_order:
+                    order = min(corrector_order, n + 1 if n < settled else steps - n + 2)
+                    x = start + _adams(nodes, n, n, order, estimates, tau, alpha)
             del estimates[:-max(settled, corrector_order)]
         if after_step is not None:
-            x = after_step(x, None if last and points[n] <= 0 else points[n])
-    if finish:
-        x, _ = evaluate(x, points[-1])
-        if after_step is not None:
-            x = after_step(x, None)
+            x = after_step(x, None if n == steps and points[n] <= 0 else points[n])
     return x.to(dtype)
 
 
@@ -82,7 +71,7 @@ def _tau(timestep: float, eta: float, schedule: NoiseSchedule) -> float:
     return eta if first <= (timestep + 1) / schedule.steps <= last else 0
 
 
-def _sa_start(x, schedule, now, then, tau, noise, index) -> Tensor:
+def _start(x, schedule, now, then, tau, noise, index) -> Tensor:
     """The part that predictor and corrector of a step share: the old state and the noise."""
     decay = math.exp(-(tau**2) * (half_log_snr(schedule, then) - half_log_snr(schedule, now)))
     start = decay * schedule.std(then) / schedule.std(now) * x
@@ -91,7 +80,7 @@ def _sa_start(x, schedule, now, then, tau, noise, index) -> Tensor:
     return start + schedule.std(then) * math.sqrt(1 - decay**2) * noise(index, x.shape).to(x)
 
 
-def _adams(nodes, n, newest, order, estimates, tau, alpha, rescaled) -> Tensor:
+def _adams(nodes, n, newest, order, estimates, tau, alpha) -> Tensor:
     """The integral over the step to nodes[n] of the polynomial through the last `order` estimates (eq. 15 and 18).
 
     newest: index of the node of estimates[-1]. The integral is alpha q int_{-h}^0 exp(q u) D(u) du, where u = 0 is the
@@ -100,7 +89,7 @@ def _adams(nodes, n, newest, order, estimates, tau, alpha, rescaled) -> Tensor:
     q, h = 1 + tau**2, nodes[n] - nodes[n - 1]
     places = [nodes[newest - i] - nodes[n] for i in range(order)]
     moments = _moments(q, h, order)
-    if order == 2 and rescaled:
+    if order == 2:
         # Appendix D: the slope's weight exp(q u) becomes 1, whose integral over (u + h) is h^2 / 2.
         moments[1] = h**2 / 2 - h * moments[0]
     total = 0
