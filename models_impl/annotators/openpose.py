@@ -33,6 +33,7 @@ LIMBS = (
     (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
 )  # fmt: skip
 FINGERS = tuple((0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, HAND))
+AROUND = (-2.0, 3.0)  # fractions of the canvas up to which people may reach; no pose in pixels is so small
 PARTS = {"pose_keypoints_2d": BODY, "face_keypoints_2d": FACE, "hand_left_keypoints_2d": HAND,
          "hand_right_keypoints_2d": HAND}
 
@@ -101,15 +102,18 @@ def draw(frame: Mapping, height: int, width: int, *, body: bool = True, hands: b
          stick: float = 4.0, confidence: float = 0.3) -> Tensor:
     """A frame as (height, width, 3) in [0, 1], on black.
 
-    Points are stretched from the frame's canvas to this size; if all points lie in [0, 1] they are fractions of it.
+    Points are stretched from the frame's canvas to this size; see `_in_fractions` for those that are fractions of it.
     stick: half the width of a limb in pixels, and the radius of a joint. confidence: points below are left out.
     """
     import cv2
     import numpy
 
     canvas = numpy.zeros((height, width, 3), numpy.uint8)
-    people = [{name: _scaled(person.get(name) or [], frame, height, width, confidence) for name in PARTS}
-              for person in _people(frame)]
+    people = [{name: _triples(person.get(name)) for name in PARTS} for person in _people(frame)]
+    across, down = (1, 1) if _in_fractions(people) else (frame.get("canvas_width") or width,
+                                                        frame.get("canvas_height") or height)
+    people = [{name: {i: (x * width / across, y * height / down) for i, (x, y, c) in enumerate(points)
+                      if c > 0 and c >= confidence} for name, points in person.items()} for person in people]
     radius = max(1, round(stick))
     if body:
         for index, limb in enumerate(LIMBS):
@@ -143,11 +147,19 @@ def colour(turn: float) -> tuple[int, int, int]:
     return tuple(round(255 * min(1, max(0, abs((6 * turn + shift) % 6 - 3) - 1))) for shift in (0, 4, 2))
 
 
-def _scaled(values: Sequence[float], frame: Mapping, height: int, width: int, confidence: float) -> dict:
-    """index -> (x, y) in pixels, of the points with enough confidence."""
-    points = list(zip(values[::3], values[1::3], values[2::3], strict=True))
-    parts = bool(points) and max(max(x, y) for x, y, _ in points) <= 1
-    across = 1 if parts else frame.get("canvas_width") or width
-    down = 1 if parts else frame.get("canvas_height") or height
-    return {i: (x * width / across, y * height / down) for i, (x, y, c) in enumerate(points)
-            if c > 0 and c >= confidence}
+def _triples(values: Sequence[float] | None) -> list[tuple[float, float, float]]:
+    values = values or []
+    return list(zip(values[::3], values[1::3], values[2::3], strict=True))
+
+
+def _in_fractions(people: Sequence[Mapping[str, Sequence[tuple]]]) -> bool:
+    """Whether the points of a frame are fractions of its canvas and not pixels.
+
+    Parts of a person may lie beside the picture, so fractions reach past 0 and 1: at most AROUND, and then they are
+    not all whole numbers as pixels are. One answer for the whole frame: no part of a person has units of its own.
+    """
+    seen = [value for person in people for points in person.values() for x, y, c in points if c > 0 for value in (x, y)]
+    low, high = AROUND
+    if not seen or not all(low <= value <= high for value in seen):
+        return False
+    return all(0 <= value <= 1 for value in seen) or any(value != round(value) for value in seen)

@@ -235,6 +235,47 @@ def test_points_in_parts_of_the_picture_are_drawn_like_those_in_pixels():
     assert torch.equal(openpose.draw(frame_of({2: (0.25, 0.5, 1), 3: (0.75, 0.5, 1)}), 100, 200), pixels)
 
 
+STANDING = {i: (50 + 3 * i, 20 + 4 * i, 1) for i in range(18)}
+CANVAS = 128, 256  # powers of two, so that fractions of it are exact
+
+
+def in_fractions(frame: dict) -> dict:
+    """A frame with the points of every part as fractions of its canvas."""
+    sizes = frame["canvas_width"], frame["canvas_height"], 1
+    people = [{name: [v / sizes[i % 3] for i, v in enumerate(values)] for name, values in person.items()}
+              for person in frame["people"]]
+    return {**frame, "people": people}
+
+
+@pytest.mark.parametrize("joint, place", [
+    (10, (60, 140)),  # an ankle below the picture
+    (4, (-3, 40)),  # a wrist to its left
+    (7, (340, 40)),  # a hand far to its right
+    (0, (60, -90)),  # a head above it
+])  # fmt: skip
+def test_fractions_of_the_picture_may_lie_outside_of_it(joint, place):
+    frame = frame_of({**STANDING, joint: (*place, 1)}, *CANVAS)
+    assert torch.equal(openpose.draw(in_fractions(frame), *CANVAS), openpose.draw(frame, *CANVAS))
+
+
+def test_a_person_beside_the_picture_leaves_the_others_in_fractions():
+    inside, outside = (frame_of({i: (x - left, y, c) for i, (x, y, c) in STANDING.items()}, *CANVAS)
+                       for left in (0, 150))
+    frame = {**inside, "people": inside["people"] + outside["people"]}
+    assert torch.equal(openpose.draw(in_fractions(frame), *CANVAS), openpose.draw(frame, *CANVAS))
+
+
+def test_a_point_that_was_not_seen_does_not_change_the_units():
+    frame = in_fractions(frame_of({2: (50, 50, 1), 3: (150, 50, 1)}))
+    frame["people"][0]["pose_keypoints_2d"][30:33] = [640.0, 480.0, 0.0]
+    assert openpose.draw(frame, 100, 200)[50, 50].amax() == 1
+
+
+def test_whole_numbers_of_a_few_pixels_are_pixels():
+    drawn = openpose.draw(frame_of({2: (2, 2, 1), 3: (3, 2, 1)}), 100, 200)
+    assert drawn[2, 2].amax() == 1 and drawn[50:].amax() == 0
+
+
 def test_another_size_stretches_the_pose():
     drawn = openpose.draw(frame_of({2: (50, 50, 1)}), 300, 400)
     assert drawn.shape == (300, 400, 3) and (drawn[150, 100] * 255).tolist() == [255, 170, 0]
