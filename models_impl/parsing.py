@@ -1,0 +1,60 @@
+"""Texts of files from elsewhere as plain values: one sentence for whatever is wrong with them, in bounded time."""
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+DEEPEST = 100
+"""Levels that a configuration may be nested; those of the releases have five."""
+LONGEST = 2**17
+"""Characters of a YAML file: its parser, in Python, reads 100,000 a second."""
+TOO_DEEP = "it is nested too deeply"
+
+
+def from_json(text: str | bytes, what: str) -> Any:
+    """The value of a JSON text, which may begin with the mark of Windows' editors. what: the file as errors call it.
+
+    Raises ValueError, also for one that is nested too deeply for Python.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        return json.loads(text.removeprefix("\ufeff"))
+    except RecursionError:
+        raise ValueError(f"{what} is not valid JSON: {TOO_DEEP}.") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, and a number of more digits than Python reads
+        raise ValueError(f"{what} is not valid JSON: {error}") from error
+
+
+def from_yaml(text: str, what: str) -> Any:
+    """The value of a YAML text without anchors, which would repeat parts. Raises ValueError."""
+    import yaml  # comes with ComfyUI and with transformers
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("anchors (&, *) are not read here")
+            return super().compose_node(parent, index)
+
+    if len(text) > LONGEST:
+        raise ValueError(f"{what} has {len(text):,} characters; a configuration has a few thousand.")
+    if is_deep(text) or any(len(re.match(r"(?:[-?]\s+)*", line.lstrip())[0]) > 2 * DEEPEST
+                            for line in text.splitlines()):
+        raise ValueError(f"{what} is not valid YAML: {TOO_DEEP}.")
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise ValueError(f"{what} is not valid YAML: {TOO_DEEP}.") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a date that is none
+        raise ValueError(f"{what} is not valid YAML: {error}") from error
+
+
+def is_deep(text: str) -> bool:
+    """Whether more brackets are open at once than DEEPEST, those in its strings included."""
+    depth = 0
+    for bracket in re.findall(r"[][{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > DEEPEST:
+            return True
+    return False
