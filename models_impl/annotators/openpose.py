@@ -6,13 +6,13 @@ the joints; hands as thin lines with blue joints; faces as white dots.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from math import atan2, degrees, hypot
+from math import atan2, degrees, hypot, isfinite, nan
 
 import torch
 from torch import Tensor
 
+from ..parsing import from_json
 from .pose import Person
 
 BODY, HAND, FACE = 18, 21, 70
@@ -33,6 +33,7 @@ LIMBS = (
     (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
 )  # fmt: skip
 FINGERS = tuple((0 if joint % 4 == 1 else joint - 1, joint) for joint in range(1, HAND))
+FARTHEST = 2**20  # pixels from the corner; OpenCV draws shapes up to 2**31 away, and takes seconds for them
 AROUND = (-2.0, 3.0)  # fractions of the canvas up to which people may reach; no pose in pixels is so small
 PARTS = {"pose_keypoints_2d": BODY, "face_keypoints_2d": FACE, "hand_left_keypoints_2d": HAND,
          "hand_right_keypoints_2d": HAND}
@@ -65,37 +66,75 @@ def frame(people: Sequence[Person], height: int, width: int) -> dict:
 
 
 def read(text: str) -> list[dict]:
-    """Frames out of JSON: one frame, or a list of them. Raises ValueError for anything else."""
-    try:
-        frames = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"This is not JSON ({error}). OpenPose's JSON has a list of people.") from error
-    return checked(frames)
+    """Frames that can be drawn out of JSON: one frame, or a list of them. Raises ValueError for anything else."""
+    return checked(from_json(text, "This pose"))
 
 
 def checked(frames) -> list[dict]:
-    """`frames` as a list, every part of every person a whole number of points. Raises ValueError."""
-    frames = [frames] if isinstance(frames, Mapping) else frames
-    if not isinstance(frames, Sequence) or isinstance(frames, str) or not all(isinstance(f, Mapping) for f in frames):
-        raise ValueError("A pose is a frame with a list of people, or a list of such frames.")
+    """`plain(frames)`; raises ValueError for bodies that cannot be drawn too."""
+    frames = plain(frames)
     for frame in frames:
-        for person in _people(frame):
-            for name, count in PARTS.items():
-                values = person.get(name) or []
-                if len(values) % 3 or not all(isinstance(v, int | float) for v in values):
-                    raise ValueError(f"{name} must hold x, y and confidence of each point, and has {len(values)} "
-                                     "values.")
-                if name == "pose_keypoints_2d" and values and len(values) != 3 * count:
-                    raise ValueError(f"{name} has {len(values) // 3} points. Poses of {count} points can be drawn; the "
-                                     "25 of OpenPose's BODY_25 are in another order.")
-    return list(frames)
+        for person in frame["people"]:
+            if (count := len(person.get("pose_keypoints_2d", ())) // 3) not in (0, BODY):
+                raise ValueError(f"pose_keypoints_2d has {count} points. Poses of {BODY} points can be drawn; the 25 "
+                                 "of OpenPose's BODY_25 are in another order.")
+    return frames
 
 
-def _people(frame: Mapping) -> list[Mapping]:
-    people = frame.get("people")
-    if not isinstance(people, Sequence) or isinstance(people, str) or not all(isinstance(p, Mapping) for p in people):
+def plain(frames) -> list[dict]:
+    """`frames`, or the only one, as a list in plain numbers, every part of every person a whole number of points; what
+    is no number is a point that was not seen. Arrays and tensors may stand for lists. Raises ValueError."""
+    frames = [frames] if isinstance(frames, Mapping) else _listed(frames)
+    if not _is_list(frames) or not all(isinstance(frame, Mapping) for frame in frames):
+        raise ValueError("A pose is a frame with a list of people, or a list of such frames.")
+    return [_plain(frame) for frame in frames]
+
+
+def _plain(frame: Mapping) -> dict:
+    people = _listed(frame.get("people", ""))
+    people = [] if people is None else people
+    if not _is_list(people) or not all(person is None or isinstance(person, Mapping) for person in people):
         raise ValueError("This frame of a pose has no list of people.")
-    return list(people)
+    people = [{**person, **{name: _values(name, person[name]) for name in PARTS if name in person}}
+              for person in people if person is not None]
+    sides = {name: _side(name, frame[name]) for name in ("canvas_height", "canvas_width") if name in frame}
+    return {**frame, "people": people, **sides}
+
+
+def _values(name: str, values) -> list[float]:
+    """x, y and confidence of each point of a part, flat; 0 for all three where one is null or not finite."""
+    values = [] if values is None else _listed(values)
+    if not _is_list(values):
+        raise ValueError(f"{name} must be a list with x, y and confidence of each point, and is {str(values)[:40]!r}.")
+    values = list(map(_listed, values))
+    if all(map(_is_list, values)):
+        values = [value for point in values for value in point]  # a list for each point
+    try:
+        numbers = [nan if value is None else float(value) for value in values]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must hold x, y and confidence of each point ({str(error)[:80]}).") from error
+    if len(numbers) % 3:
+        raise ValueError(f"{name} must hold x, y and confidence of each point, and has {len(numbers)} values.")
+    points = zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
+    return [value for point in points for value in (point if all(map(isfinite, point)) else (0.0, 0.0, 0.0))]
+
+
+def _listed(values):
+    """Arrays and tensors as lists, everything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _is_list(values) -> bool:
+    return isinstance(values, Sequence) and not isinstance(values, str)
+
+
+def _side(name: str, value) -> int:
+    """Pixels of a side of the canvas; 0 where the frame does not say."""
+    try:
+        side = 0.0 if value is None or value == "" else float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}={str(value)[:40]!r} must be a number of pixels.") from error
+    return round(side) if isfinite(side) and side >= 1 else 0
 
 
 def draw(frame: Mapping, height: int, width: int, *, body: bool = True, hands: bool = True, face: bool = True,
@@ -109,11 +148,11 @@ def draw(frame: Mapping, height: int, width: int, *, body: bool = True, hands: b
     import numpy
 
     canvas = numpy.zeros((height, width, 3), numpy.uint8)
-    people = [{name: _triples(person.get(name)) for name in PARTS} for person in _people(frame)]
-    across, down = (1, 1) if _in_fractions(people) else (frame.get("canvas_width") or width,
-                                                        frame.get("canvas_height") or height)
+    (frame,) = checked(frame)
+    down, across = extent(frame, height, width)
     people = [{name: {i: (x * width / across, y * height / down) for i, (x, y, c) in enumerate(points)
-                      if c > 0 and c >= confidence} for name, points in person.items()} for person in people]
+                      if c > 0 and c >= confidence and max(abs(x * width / across), abs(y * height / down)) < FARTHEST}
+               for name, points in person.items()} for person in _people(frame)]
     radius = max(1, round(stick))
     if body:
         for index, limb in enumerate(LIMBS):
@@ -147,9 +186,19 @@ def colour(turn: float) -> tuple[int, int, int]:
     return tuple(round(255 * min(1, max(0, abs((6 * turn + shift) % 6 - 3) - 1))) for shift in (0, 4, 2))
 
 
-def _triples(values: Sequence[float] | None) -> list[tuple[float, float, float]]:
-    values = values or []
-    return list(zip(values[::3], values[1::3], values[2::3], strict=True))
+def extent(frame: Mapping, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the canvas in the unit of a plain frame's points: 1, 1 where they are fractions of it;
+    `height` and `width` where it does not say. See `_in_fractions`."""
+    if _in_fractions(_people(frame)):
+        return 1, 1
+    return frame.get("canvas_height") or height, frame.get("canvas_width") or width
+
+
+def _people(frame: Mapping) -> list[dict[str, list[tuple[float, float, float]]]]:
+    """Each person's parts as points of x, y and confidence."""
+    parts = [{name: person.get(name, ()) for name in PARTS} for person in frame["people"]]
+    return [{name: list(zip(values[::3], values[1::3], values[2::3], strict=True)) for name, values in person.items()}
+            for person in parts]
 
 
 def _in_fractions(people: Sequence[Mapping[str, Sequence[tuple]]]) -> bool:

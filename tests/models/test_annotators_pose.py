@@ -299,7 +299,7 @@ def test_json_comes_back_as_the_same_pose(person):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("{", "not JSON"),
+    ("{", "not valid JSON"),
     ("7", "list of people"),
     ('{"version": 1}', "no list of people"),
     ('{"people": [{"pose_keypoints_2d": [1, 2]}]}', "has 2 values"),
@@ -310,3 +310,69 @@ def test_json_that_is_no_pose_is_refused(text, words):
         openpose.read(text)
 
 
+TWO = frame_of({2: (50, 50, 1), 3: (150, 50, 1)})
+BODY = TWO["people"][0]["pose_keypoints_2d"]
+
+
+def as_body(values, **entries) -> dict:
+    return {**TWO, "people": [{"pose_keypoints_2d": values}], **entries}
+
+
+@pytest.mark.parametrize("frame", [
+    as_body(numpy.array(BODY, numpy.float32)),
+    as_body([numpy.float32(v) for v in BODY]),
+    as_body([numpy.int64(v) for v in BODY]),
+    as_body(torch.tensor(BODY)),
+    as_body(numpy.array(BODY).reshape(18, 3)),
+    as_body([BODY[i:i + 3] for i in range(0, 54, 3)]),
+    as_body([numpy.array(BODY[i:i + 3]) for i in range(0, 54, 3)]),
+    as_body([str(v) for v in BODY]),
+    as_body(BODY, canvas_width="200", canvas_height="100"),
+    as_body(BODY, canvas_width=200.0, canvas_height=numpy.int32(100)),
+    as_body(BODY[:-3] + [None, None, None]),
+    as_body(BODY[:-3] + [float("nan"), 3.0, 1.0]),
+    as_body(BODY[:-3] + [float("inf"), 3.0, 1.0]),
+    as_body(BODY[:-3] + [1e30, 3.0, 1.0]),
+    as_body(BODY[:-1] + [None]),
+    {**TWO, "people": [None, *TWO["people"]]},
+    {**TWO, "people": [{**TWO["people"][0], "face_keypoints_2d": None, "hand_left_keypoints_2d": numpy.zeros(0)}]},
+    {**TWO, "people": numpy.array(TWO["people"], object)},
+], ids=str)  # fmt: skip
+def test_a_pose_in_other_kinds_of_numbers_is_drawn_as_in_plain_ones(frame):
+    drawn = openpose.draw(TWO, 100, 200)
+    assert torch.equal(openpose.draw(frame, 100, 200), drawn)
+    (checked,) = openpose.checked(frame)
+    assert torch.equal(openpose.draw(checked, 100, 200), drawn) and openpose.checked([checked]) == [checked]
+    assert (checked["canvas_height"], checked["canvas_width"]) == (100, 200)
+
+
+def test_json_may_begin_with_the_mark_of_windows_editors():
+    import json
+
+    assert openpose.read("\ufeff" + json.dumps(TWO)) == openpose.read(json.dumps(TWO))
+
+
+@pytest.mark.parametrize("frame, words", [
+    (as_body("none"), "pose_keypoints_2d must be a list .* 'none'"),
+    (as_body(7), "pose_keypoints_2d must be a list .* '7'"),
+    (as_body(["left", 1, 1] * 18), "pose_keypoints_2d must hold x, y and confidence .*'left'"),
+    (as_body([{}, 1, 1] * 18), "pose_keypoints_2d must hold x, y and confidence"),
+    (as_body([10**400, 1, 1] * 18), "pose_keypoints_2d must hold x, y and confidence"),
+    (as_body(BODY, canvas_width="wide"), "canvas_width='wide' must be a number of pixels"),
+    (as_body(BODY, canvas_width=[200]), "canvas_width='.200.' must be a number of pixels"),
+    ({"people": [7]}, "no list of people"),
+])  # fmt: skip
+def test_a_pose_without_numbers_is_refused_by_the_entry(frame, words):
+    with pytest.raises(ValueError, match=words):
+        openpose.checked(frame)
+
+
+@pytest.mark.parametrize("side", [None, "", 0, -5, float("nan"), 1e-9])
+def test_a_canvas_of_no_size_is_as_one_that_is_not_stated(side):
+    (checked,) = openpose.checked(as_body(BODY, canvas_width=side, canvas_height=side))
+    assert checked["canvas_width"] == checked["canvas_height"] == 0
+    assert torch.equal(openpose.draw(checked, 100, 200), openpose.draw(TWO, 100, 200))
+
+
+def test_a_frame_of_nobody_is_black():
+    assert openpose.draw(openpose.checked({"people": None})[0], 8, 8).amax() == 0

@@ -99,6 +99,15 @@ def test_a_pose_without_a_canvas_asks_for_a_size(nodes):
         run(nodes["DrawPoses"], **LINES)
 
 
+def test_a_pose_of_another_pack_is_drawn_at_the_size_that_it_says_in_words(nodes):
+    _, frames, text = run(nodes["FindPoses"], image=BATCH[:1], **POSES)
+    drawn, = run(nodes["DrawPoses"], **LINES, pose=frames)
+    people = [{name: numpy.array(values) for name, values in person.items()} for person in frames[0]["people"]]
+    foreign = {"people": people, "canvas_width": "80", "canvas_height": numpy.float32(48)}
+    assert torch.equal(run(nodes["DrawPoses"], **LINES, pose=foreign)[0], drawn)
+    assert torch.equal(run(nodes["DrawPoses"], **{**LINES, "openpose_json": "\ufeff" + text})[0], drawn)
+
+
 def test_a_missing_file_of_poses_is_reported_with_where_to_get_it(nodes, host):
     answer = nodes["FindPoses"].validate_inputs(body="heavy", hands=True, face=True)
     for word in ("pose_landmark_heavy.tflite not found", "mediapipe==0.10.21", str(host.models / "annotators"), "npm"):

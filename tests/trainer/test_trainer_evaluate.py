@@ -106,6 +106,16 @@ def test_keypoints_of_canvases_of_other_sizes_are_compared(tmp_path):
     assert metrics.pck(a, b) == (3, 3)
 
 
+def test_keypoints_are_read_in_every_way_that_they_are_drawn(tmp_path):
+    pixels = {"people": [{"pose_keypoints_2d": [*body(), 0, 0, 0]}], "canvas_width": 100, "canvas_height": 100}
+    parts = {"people": [None, {"pose_keypoints_2d": [*body(size=1), None, None, None]}], "canvas_width": "100",
+             "canvas_height": "100"}
+    for name, frame in (("a", pixels), ("b", parts)):
+        (tmp_path / f"{name}.json").write_text("\ufeff" + json.dumps(frame), encoding="utf-8")
+    (a,), (b,) = (metrics.people(tmp_path / f"{name}.json") for name in ("a", "b"))
+    assert torch.allclose(a, b)
+
+
 class Inception(nn.Module):
     """What inception-2015-12-05.pt can be asked, of the mean colour."""
 

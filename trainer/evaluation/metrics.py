@@ -1,7 +1,6 @@
 """What `python -m trainer evaluate` measures. Nothing is downloaded: a network is a file that the user names."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -9,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models_impl import state_dict
+from ...models_impl.annotators import openpose
+from ...models_impl.parsing import from_json
 
 PCK = 0.1  # of the longer side of the person's box
 SIDE = 16  # of the pictures that retrieval compares
@@ -139,13 +140,12 @@ def edge_iou(one: Tensor, other: Tensor) -> Tensor:
 def people(path: Path) -> list[Tensor]:
     """The bodies of an OpenPose JSON (also ComfyUI's POSE_KEYPOINT): each (K, 3), x and y in the unit of the canvas,
     and how sure they are (0 = not seen)."""
-    frames = json.loads(path.read_text(encoding="utf-8"))
     found = []
-    for frame in frames if isinstance(frames, list) else [frames]:
-        scale = torch.tensor([frame.get("canvas_width", 1), frame.get("canvas_height", 1), 1], dtype=torch.float32)
-        for person in frame.get("people", []):
+    for frame in openpose.plain(from_json(path.read_bytes(), str(path))):
+        height, width = openpose.extent(frame, 1, 1)
+        for person in frame["people"]:
             if points := person.get("pose_keypoints_2d"):
-                found.append(torch.tensor(points, dtype=torch.float32).view(-1, 3) / scale)
+                found.append(torch.tensor(points).view(-1, 3) / torch.tensor([width, height, 1]))
     return found
 
 

@@ -93,7 +93,7 @@ def find(image: Tensor, body: str, hands: bool, face: bool, most: int, confidenc
 
 
 def draw(frames: list[dict], height: int = 0, width: int = 0, resolution: int = OWN, **how) -> Tensor:
-    """Frames as one batch (B, height, width, 3) in [0, 1]; 0 stands for the first frame's canvas.
+    """Frames (`openpose.checked`) as one batch (B, height, width, 3) in [0, 1]; 0 stands for the first frame's canvas.
 
     resolution: pixels of the shorter side at which it is drawn before it is brought to that size, as `seen` has it.
     """
@@ -102,8 +102,8 @@ def draw(frames: list[dict], height: int = 0, width: int = 0, resolution: int = 
     first = frames[0]
     height, width = height or first.get("canvas_height") or 0, width or first.get("canvas_width") or 0
     if not (0 < height <= MOST and 0 < width <= MOST):
-        raise ValueError(f"A pose cannot be drawn at {width}x{height} pixels: it does not say the size of its canvas. "
-                         "Set width and height.")
+        why = "it does not say the size of its canvas" if not height or not width else f"a side has at most {MOST}"
+        raise ValueError(f"A pose cannot be drawn at {width}x{height} pixels: {why}. Set width and height.")
     side = max(height, width) if resolution == RELEASE else resolution or min(height, width)
     scale = side / min(height, width)
     drawn = torch.stack([openpose.draw(frame, round(height * scale), round(width * scale), **how) for frame in frames])
