@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,3 +23,13 @@ def sinusoid(value: Tensor, channels: int = 256, exact_end: bool = False, sin_fi
     angle = value.float()[:, None] * frequency
     parts = (angle.sin(), angle.cos()) if sin_first else (angle.cos(), angle.sin())
     return F.pad(torch.cat(parts, dim=-1), (0, channels % 2))
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(B, N, parts * D) of one product -> queries, keys, values or a part of them, each (B, heads, N, D/heads)."""
+    return rearrange(x, "B N (parts heads d) -> parts B heads N d", parts=parts, heads=heads).unbind(0)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Tokens (B, h*w, p*p*C) in reading order, whose channels are last, -> (B, C, h*p, w*p). grid: (h, w)."""
+    return rearrange(tokens, "B (h w) (p q C) -> B C (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size)

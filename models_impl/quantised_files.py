@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -333,7 +334,7 @@ def _in_rows(scales: Tensor, rows: int, columns: int) -> Tensor:
     """
     down, across = -(-rows // 128), -(-columns // 4)
     tiles = scales.reshape(down, across, 32, 4, 4)  # row 32 a + b of a tile is at [b, a]
-    return tiles.permute(0, 3, 2, 1, 4).reshape(128 * down, 4 * across)[:rows, :columns]
+    return rearrange(tiles, "down across b a column -> (down a b) (across column)")[:rows, :columns]
 
 
 def _mxfp8(parts, settings, shape) -> Tensor:

@@ -17,7 +17,7 @@ from ...kernels.attention import attention as dense_attention
 from ...kernels.modulated_norm import modulated_norm
 from ...kernels.rope import rope_matrices, rotate
 from .. import checkpointing
-from ..layers import sinusoid
+from ..layers import sinusoid, split_heads
 from .config import FluxConfig
 
 EPS = 1e-6
@@ -110,7 +110,7 @@ class SelfAttention(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) -> q, k, v, each (B, heads, N, D/heads), q and k normalised but not turned."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = split_heads(self.qkv(x), 3, self.heads)
         return self.norm.query_norm(q), self.norm.key_norm(k), v
 
 
@@ -167,7 +167,7 @@ class SingleStreamBlock(nn.Module):
         # x: (B, L+N, D)
         shift, scale, gate = self.modulation(vec)
         qkv, h = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L+N, D/heads)
+        q, k, v = split_heads(qkv, 3, self.heads)  # each (B, heads, L+N, D/heads)
         q, k = rotate(self.norm.query_norm(q), rope), rotate(self.norm.key_norm(k), rope)
         attended = attention(q, k, v).transpose(1, 2).flatten(2)
         return torch.addcmul(x, gate, self.linear2(torch.cat((attended, F.gelu(h, approximate="tanh")), dim=-1)))

@@ -19,7 +19,7 @@ from ...kernels.modulated_norm import modulate, modulated_norm
 from ...kernels.rope import rope_matrices, rotate
 from ...kernels.varlen_attention import packed_attention
 from .. import checkpointing
-from ..layers import sinusoid
+from ..layers import sinusoid, unpatchify
 from .config import PixelFlowConfig
 
 EPS = 1e-6
@@ -251,8 +251,7 @@ class PixelFlow(nn.Module):
         )
         h = self._transform(self.patch_embed(x), timestep, latent_size, context, class_labels, flow,
                             before_block)  # (B, N, p*p*C)
-        h = h.unflatten(1, grid).unflatten(-1, (p, p, -1))  # (B, h, w, p, q, C)
-        return h.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, h*p, w*q)
+        return unpatchify(h, grid, p)
 
     def forward_packed(
         self,

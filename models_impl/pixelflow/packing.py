@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .model import PackedLayout
@@ -14,10 +15,7 @@ from .stages import Stages
 
 def patches(x: Tensor, patch_size: int) -> Tensor:
     """(B, C, H, W) -> (B*N, C*p*p), rows ordered (c ph pw), the layout of `PixelFlow.forward_packed`."""
-    B, C, H, W = x.shape
-    p = patch_size
-    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(B * (H // p) * (W // p), C * p * p)
+    return rearrange(x, "B C (h p) (w q) -> (B h w) (C p q)", p=patch_size, q=patch_size)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -67,7 +68,7 @@ def correlate(z: Tensor, shape: Sequence[int], covariance: Tensor) -> Tensor:
     """White z (blocks, 4), blocks ordered (b c h w), through the Cholesky factor of a block's covariance."""
     B, C, H, W = shape
     noise = z @ torch.linalg.cholesky(covariance).T
-    return noise.view(B, C, H // 2, W // 2, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(B, C, H, W)
+    return rearrange(noise, "(B C h w) (p q) -> B C (h p) (w q)", B=B, C=C, h=H // 2, p=2)
 
 
 def double(x: Tensor) -> Tensor:

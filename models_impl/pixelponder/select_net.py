@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -143,8 +144,8 @@ class SelectNet(nn.Module):
     def _patches(self, x: Tensor) -> Tensor:
         """Tokens (B, patches * tokens, D) -> (B, patches, positions * C), normalised over the positions of a patch."""
         side = self.config.patch_size // 2
-        x = self.pos_embed_output(x).unflatten(-1, (-1, 2, 2)).unflatten(1, (-1, side, side))  # (B, n, i, j, C, ph, pw)
-        x = x.permute(0, 1, 2, 5, 3, 6, 4).flatten(2, 5)  # (B, n, positions, C)
+        x = self.pos_embed_output(x)
+        x = rearrange(x, "B (n i j) (C p q) -> B n (i p j q) C", i=side, j=side, p=2, q=2)
         return ((x - x.mean(dim=2, keepdim=True)) / (x.std(dim=2, keepdim=True) + 1e-6)).flatten(2)
 
 

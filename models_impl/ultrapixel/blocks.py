@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checkpointing
-from ..layers import sinusoid
+from ..layers import sinusoid, split_heads
 from .config import CascadeConfig
 
 EPS = 1e-6
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         # x: (B, N, D); context: (B, L, D). One product for both: the context's queries are a few tokens of waste.
         N = x.shape[1]
         qkv = self.in_proj(torch.cat((x, context), dim=1))
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N+L, D/heads)
+        q, k, v = split_heads(qkv, 3, self.heads)  # each (B, heads, N+L, D/heads)
         q = q[:, :, :N]
         if not self.self_attention:
             k, v = k[:, :, N:], v[:, :, N:]
