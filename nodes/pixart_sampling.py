@@ -3,9 +3,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..models_impl.pixart.sampling import ALGORITHMS, SCHEDULES
 from .checks import first_problem, one_of
 from .host.pixart import sampling as pixart_sampling
-from .host.pixart.sampling import ALGORITHMS, SCHEDULES, ReferenceSampler
+from .host.pixart.sampling import ReferenceSampler
 
 CATEGORY = "pixstack/pixart"
 INPAINT = ["core", "reference"]

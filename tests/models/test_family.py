@@ -7,6 +7,7 @@ import tiny_family
 import torch
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
+from pixstack.models_impl.pixart import sampling
 from pixstack.models_impl.state_dict import read_file, write_file
 from pixstack.trainer.data.pictures import shown
 from pixstack.trainer.export import exporting
@@ -70,10 +71,9 @@ def pixart_model(family):
                positions="auto", weights="ema", dtype="fp32")[0]
 
 
-def pixart_latent(family, model, positive, negative):
-    (sampler,) = run(family, "PixArtSampler", algorithm="dpm-solver++", order=2, eta=1.0, inpaint="core")
-    (sigmas,) = run(family, "PixArtSigmas", model=model, schedule="reference (time-uniform)", steps=STEPS, denoise=1.0,
-                    timestep=400)
+def pixart_latent(family, model, positive, negative, algorithm="dpm-solver++", schedule="reference (time-uniform)"):
+    (sampler,) = run(family, "PixArtSampler", algorithm=algorithm, order=2, eta=1.0, inpaint="core")
+    (sigmas,) = run(family, "PixArtSigmas", model=model, schedule=schedule, steps=STEPS, denoise=1.0, timestep=400)
     canvas = run(family, "PixArtCanvas", resolution="auto", shape="1:1", width=64, height=64, batch_size=1,
                  model=model)[0]
     done = run(family, "SamplerCustom", model=model, add_noise=True, noise_seed=SEED, cfg=CFG, positive=positive,
@@ -81,9 +81,12 @@ def pixart_latent(family, model, positive, negative):
     return done[0]["samples"]
 
 
-def test_pixart_draws_what_the_trainer_draws(family):
+@pytest.mark.parametrize("algorithm, schedule", [("dpm-solver++", "reference (time-uniform)"),
+                                                 ("dpm-solver++ (diffusers)", "diffusers (linspace)")])
+def test_pixart_draws_what_the_trainer_draws(family, monkeypatch, algorithm, schedule):
     positive, negative = texts(family, "pixelflow, pixart", PROMPT, "")
-    theirs = pixart_latent(family, pixart_model(family), positive, negative)
+    theirs = pixart_latent(family, pixart_model(family), positive, negative, algorithm, schedule)
+    monkeypatch.setattr(family.pixart.recipe, "algorithm", sampling.ALGORITHMS[algorithm])
     close(theirs, of_trainer(family.pixart.recipe, sample))
 
 

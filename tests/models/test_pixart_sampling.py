@@ -30,7 +30,7 @@ def knows_the_sample(x, timestep, schedule=SCHEDULE):
 
 
 def with_logits(predict):
-    return lambda x, timestep: (predict(x, timestep), torch.tanh(x))
+    return lambda x, timestep: torch.cat([predict(x, timestep), torch.tanh(x)], dim=1)
 
 
 def gaussian(x, timestep, spread=0.5):
@@ -327,9 +327,9 @@ def test_sa_solver_without_noise_draws_none():
 
 def test_iddpm_keeps_the_spread_of_the_samples():
     start = normal(3, (1, 4, 64, 64))
-    least = sampling.iddpm(lambda x, t: (gaussian(x, t), -torch.ones_like(x)), start, SCHEDULE,
+    least = sampling.iddpm(lambda x, t: torch.cat([gaussian(x, t), -torch.ones_like(x)], 1), start, SCHEDULE,
                            sampling.iddpm_timesteps(100), noises)
-    greatest = sampling.iddpm(lambda x, t: (gaussian(x, t), torch.ones_like(x)), start, SCHEDULE,
+    greatest = sampling.iddpm(lambda x, t: torch.cat([gaussian(x, t), torch.ones_like(x)], 1), start, SCHEDULE,
                               sampling.iddpm_timesteps(100), noises)
     assert least.std() < greatest.std()
     assert least.std().item() == pytest.approx(0.5, rel=0.1) and greatest.std().item() == pytest.approx(0.5, rel=0.1)
@@ -337,7 +337,7 @@ def test_iddpm_keeps_the_spread_of_the_samples():
 
 def test_one_step_of_a_student_divides_by_alpha():
     eps = normal(5)
-    x = sampling.dmd(lambda x, timestep: eps if timestep == 400 else None, NOISE, SCHEDULE)
+    x = sampling.dmd(lambda x, timestep: eps if timestep == 400 else None, NOISE, SCHEDULE, sampling.one_step())
     alpha = SCHEDULE.alphas_cumprod[400].sqrt()
     assert torch.allclose(x, (NOISE - (1 - alpha**2).sqrt() * eps) / alpha)
 
@@ -356,6 +356,53 @@ def test_an_order_that_a_solver_does_not_have_is_refused():
         sampling.dpm_solver_pp(gaussian, NOISE, SCHEDULE, [999.0, 0.0], order=4)
     with pytest.raises(ValueError, match="predictor_order=0"):
         sampling.sa_solver(gaussian, NOISE, SCHEDULE, [999.0, 0.0], noises, predictor_order=0)
+
+
+@pytest.mark.parametrize("name", sampling.ALGORITHMS)
+def test_an_algorithm_of_the_table_walks_its_own_list_to_the_sample(name):
+    algorithm = sampling.ALGORITHMS[name]
+    timesteps = algorithm.timesteps(5, SCHEDULE.steps)
+    assert len(timesteps) == (2 if algorithm.one_step else 6)
+    predict = with_logits(knows_the_sample) if algorithm.learned_variance else knows_the_sample
+    x = algorithm.sample(predict, NOISE, SCHEDULE, timesteps, noises)
+    assert torch.allclose(x, SAMPLE, atol=1e-6 if timesteps[-1] == CLEAN else 0.1)
+
+
+@pytest.mark.parametrize("name", sampling.ALGORITHMS)
+def test_an_algorithm_reads_what_it_says_that_it_takes(name):
+    algorithm = sampling.ALGORITHMS[name]
+    timesteps = algorithm.timesteps(5, SCHEDULE.steps)
+    usual = {"noise": noises, "order": 2, "eta": 1.0}
+    others = {"noise": lambda index, shape: noises(index + 9, shape), "order": 1, "eta": 0.5}
+
+    def drawn(**changed):
+        return algorithm.sample(with_logits(gaussian), NOISE, SCHEDULE, timesteps, **{**usual, **changed})
+
+    assert {name for name, value in others.items() if not torch.equal(drawn(**{name: value}), drawn())} \
+        == algorithm.takes
+
+
+def test_a_sampler_other_than_iddpm_leaves_the_variance_alone():
+    plain, with_variance = (sampling.dpm_solver_pp(predict, NOISE, SCHEDULE, sampling.time_uniform(5))
+                            for predict in (gaussian, with_logits(gaussian)))
+    assert torch.equal(plain, with_variance)
+
+
+def test_iddpm_refuses_a_network_without_a_variance():
+    with pytest.raises(ValueError, match="IDDPM needs the variance"):
+        sampling.iddpm(gaussian, NOISE, SCHEDULE, sampling.iddpm_timesteps(5), noises)
+
+
+def test_dmd_refuses_a_list_of_several_steps():
+    with pytest.raises(ValueError, match="one step, and this list of timesteps has 4"):
+        sampling.dmd(gaussian, NOISE, SCHEDULE, sampling.time_uniform(4))
+
+
+def test_guidance_of_some_channels_leaves_the_others_to_the_prompt():
+    cond, uncond = normal(11), normal(12)
+    some, whole = (sampling.guided(cond, uncond, 4.5, channels) for channels in (3, None))
+    assert torch.equal(some[:, :3], whole[:, :3])
+    assert torch.equal(some[:, 3:], cond[:, 3:])
 
 
 # --- Training

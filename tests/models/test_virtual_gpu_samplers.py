@@ -29,7 +29,7 @@ def same(x, *_):
 
 def two(x, *_):
     """Stands in for a network that predicts its variance too."""
-    return same(x), same(x)
+    return torch.cat([same(x), same(x)], dim=1)
 
 
 def from_cpu(index, shape):
@@ -110,7 +110,7 @@ def loops(dtype) -> dict:
     return {
         **{f"PixArt {name}": (pixart_loop(*made, dtype=dtype), *SHORT.get(name, (5, 10)))
            for name, made in PIXART.items()},
-        "PixArt dmd": (lambda times: [pixart.dmd(same, latent(2, 4, 64, 64, dtype=dtype), SCHEDULE)
+        "PixArt dmd": (lambda times: [pixart.dmd(same, latent(2, 4, 64, 64, dtype=dtype), SCHEDULE, pixart.one_step())
                                       for _ in range(times)], 1, 2),
         "PixArt with a known part": (pixart_loop(pixart.dpm_solver_pp, same, pixart.time_uniform, dtype=dtype,
                                                  after_step=blended), 5, 10),

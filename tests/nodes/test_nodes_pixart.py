@@ -308,7 +308,7 @@ def test_each_released_sampler_draws_in_comfyui_what_it_draws_alone(art, algorit
         guided, eps, variance = predict(x, t)
         if algorithm != "iddpm":
             return guided
-        return torch.cat([guided[:, :3], eps[:, 3:]], dim=1), variance  # the reference guides three channels
+        return torch.cat([guided[:, :3], eps[:, 3:], variance], dim=1)  # the reference guides three channels
 
     more = {}
     if algorithm in STOCHASTIC:
@@ -330,7 +330,7 @@ def test_each_released_sampler_draws_in_comfyui_what_it_draws_alone(art, algorit
 def test_dmd_takes_one_step_from_noise_of_variance_one(art):
     text, x = tokens(6), noise_of(2, 4, 8, 12)
     predict = predictor(network(art, art.alpha), text, text, 1.0)
-    reference = sampling.dmd(lambda x, t: predict(x, t)[1], x, sampling.NoiseSchedule())
+    reference = sampling.dmd(lambda x, t: predict(x, t)[1], x, sampling.NoiseSchedule(), sampling.one_step())
     ours = draw(
         art, art.alpha, text, text, sampler(art, "dmd"), sigmas(art, art.alpha, "dmd (one step)"), cfg=1.0, noise=x
     )

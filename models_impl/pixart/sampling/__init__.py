@@ -11,21 +11,31 @@ PixArt-alpha/PixArt-sigma@1ce521a)
 """
 from __future__ import annotations
 
+from .algorithms import ALGORITHMS, Algorithm, guided
 from .ancestral import iddpm
 from .consistency import consistency_weights, lcm
 from .distillation import HUBER_C, LcmGrid, LcmStep, lcm_distillation
-from .distribution_matching import DMD_TIMESTEP, DmdLoss, dmd, dmd_loss
+from .distribution_matching import DmdLoss, dmd, dmd_loss
 from .dpm_solver import dpm_diffusers, dpm_solver_pp
 from .losses import IddpmLoss, eps_loss, iddpm_loss, variance_bound
 from .schedule import CLEAN, TRAIN_TIMESTEPS, NoiseSchedule
 from .stochastic_adams import sa_solver
-from .timesteps import iddpm_timesteps, lcm_timesteps, linspace_timesteps, time_uniform, trailing_timesteps
+from .timesteps import (
+    DMD_TIMESTEP,
+    SCHEDULES,
+    iddpm_timesteps,
+    lcm_timesteps,
+    linspace_timesteps,
+    one_step,
+    time_uniform,
+    trailing_timesteps,
+)
 from .walk import AfterStep, Callback, Noise, Predict
 
 __all__ = [
-    "CLEAN", "DMD_TIMESTEP", "HUBER_C", "TRAIN_TIMESTEPS", "AfterStep", "Callback", "DmdLoss", "IddpmLoss",
-    "LcmGrid", "LcmStep", "Noise", "NoiseSchedule", "Predict", "consistency_weights", "dmd", "dmd_loss",
-    "dpm_diffusers", "dpm_solver_pp", "eps_loss", "iddpm", "iddpm_loss", "iddpm_timesteps", "lcm",
-    "lcm_distillation", "lcm_timesteps", "linspace_timesteps", "sa_solver", "time_uniform", "trailing_timesteps",
-    "variance_bound",
+    "ALGORITHMS", "CLEAN", "DMD_TIMESTEP", "HUBER_C", "SCHEDULES", "TRAIN_TIMESTEPS", "AfterStep", "Algorithm",
+    "Callback", "DmdLoss", "IddpmLoss", "LcmGrid", "LcmStep", "Noise", "NoiseSchedule", "Predict",
+    "consistency_weights", "dmd", "dmd_loss", "dpm_diffusers", "dpm_solver_pp", "eps_loss", "guided", "iddpm",
+    "iddpm_loss", "iddpm_timesteps", "lcm", "lcm_distillation", "lcm_timesteps", "linspace_timesteps", "one_step",
+    "sa_solver", "time_uniform", "trailing_timesteps", "variance_bound",
 ]

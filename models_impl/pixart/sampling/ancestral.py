@@ -2,17 +2,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .schedule import NoiseSchedule, posterior
-from .walk import AfterStep, Callback, Noise, points_of, walk
+from .walk import AfterStep, Callback, Noise, Predict, denoiser, points_of, walk
+
+GUIDED_CHANNELS = 3  # the reference's IDDPM guides three of the four latent channels
 
 
 def iddpm(
-    predict: Callable[[Tensor, float], tuple[Tensor, Tensor]],
+    predict: Predict,
     x: Tensor,
     schedule: NoiseSchedule,
     timesteps: Sequence[float],
@@ -20,21 +22,20 @@ def iddpm(
     callback: Callback | None = None,
     after_step: AfterStep | None = None,
 ) -> Tensor:
-    """Ancestral sampling with the learned variance (arXiv 2102.09672, section 3.1 and eq. 15).
+    """Ancestral sampling with the learned variance (arXiv 2102.09672, section 3.1 and eq. 15). With iddpm_timesteps.
 
-    predict gives (eps, variance logits), each (B, C, H, W); the logits are in [-1, 1], between the least and the
-    greatest variance that a step can have.
+    The logits of the variance are in [-1, 1], between the least and the greatest that a step can have. Raises
+    ValueError where predict gives none.
     """
-    points, dtype = points_of(timesteps, schedule), x.dtype
-
-    def denoise(x, timestep):
-        eps, logits = (part.to(x) for part in predict(x.to(dtype), timestep))
-        return schedule.denoised(x, eps, timestep), logits
+    points = points_of(timesteps, schedule)
 
     def step(index, x, denoised, logits):
+        if logits.shape != x.shape:
+            raise ValueError("IDDPM needs the variance that PixArt predicts beside the noise, and this network "
+                             "predicts none: use another sampler.")
         mean_denoised, mean_x, low, high = posterior(schedule, points[index], points[index + 1])
         share = (logits + 1) / 2
         std = torch.exp((share * math.log(high) + (1 - share) * math.log(low)) / 2)
         return mean_denoised * denoised + mean_x * x + std * noise(index, x.shape).to(x)
 
-    return walk(denoise, x, points, step, callback, after_step)
+    return walk(denoiser(predict, schedule, x.dtype), x, points, step, callback, after_step)

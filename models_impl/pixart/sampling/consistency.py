@@ -44,7 +44,8 @@ def lcm(
     plain = denoiser(predict, schedule, x.dtype)
 
     def denoise(x, timestep):
-        return consistency(x, plain(x, timestep)[0], timestep), None
+        denoised, logits = plain(x, timestep)
+        return consistency(x, denoised, timestep), logits
 
     def step(index, x, denoised, _):
         return schedule.add_noise(denoised, noise(index, x.shape).to(x), points[index + 1])

@@ -1,28 +1,30 @@
 """Distribution matching (arXiv 2311.18828), PixArt's DMD: the one-step sampler of its student, and its loss."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .dpm_solver import dpm_solver_pp
-from .schedule import CLEAN, NoiseSchedule, column
+from .schedule import NoiseSchedule, column
 from .walk import AfterStep, Callback, Predict
-
-DMD_TIMESTEP = 400  # where the released one-step student was trained
 
 
 def dmd(
     predict: Predict,
     x: Tensor,
     schedule: NoiseSchedule,
-    timestep: float = DMD_TIMESTEP,
+    timesteps: Sequence[float],
     callback: Callback | None = None,
     after_step: AfterStep | None = None,
 ) -> Tensor:
-    """One step of a distribution-matched student (arXiv 2311.18828). x is white noise of variance 1, not scaled."""
-    return dpm_solver_pp(predict, x, schedule, [timestep, CLEAN], 1, callback=callback, after_step=after_step)
+    """One step of a distribution-matched student (arXiv 2311.18828). With one_step. x is white noise of variance 1, not
+    scaled."""
+    if len(timesteps) != 2:
+        raise ValueError(f"dmd draws in one step, and this list of timesteps has {len(timesteps) - 1}.")
+    return dpm_solver_pp(predict, x, schedule, timesteps, 1, callback, after_step)
 
 
 @dataclass(frozen=True)

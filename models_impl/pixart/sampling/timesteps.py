@@ -5,6 +5,8 @@ import math
 
 from .schedule import CLEAN, TRAIN_TIMESTEPS
 
+DMD_TIMESTEP = 400  # where the released one-step student was trained
+
 
 def time_uniform(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
     """Timesteps even in time, fractional, from the last timestep to 0: DPM-Solver++ and SA-Solver as PixArt runs them.
@@ -28,7 +30,7 @@ def iddpm_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[floa
     return [*reversed(kept), CLEAN]
 
 
-def lcm_timesteps(steps: int, origin: int = 50, train_steps: int = TRAIN_TIMESTEPS) -> list[float]:
+def lcm_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS, origin: int = 50) -> list[float]:
     """The timesteps, of the distillation's `origin`, that a sampler of `steps` steps visits, then CLEAN."""
     if not 1 <= origin <= train_steps:
         raise ValueError(f"origin={origin} must be between 1 and the {train_steps} timesteps of training.")
@@ -49,6 +51,20 @@ def trailing_timesteps(steps: int, train_steps: int = TRAIN_TIMESTEPS) -> list[f
     return [*(float(round(train_steps - i * (train_steps / steps)) - 1) for i in range(steps)), CLEAN]
 
 
+def one_step(start: float = DMD_TIMESTEP) -> list[float]:
+    """A single step from `start`, then CLEAN: of a distribution-matched student, at the timestep of its training."""
+    return [float(start), CLEAN]
+
+
 def _at_least_one(steps: int, limit: float = math.inf):
     if not 1 <= steps <= limit:
         raise ValueError(f"steps={steps} must be at least 1" + (f" and at most {limit}." if limit < math.inf else "."))
+
+
+SCHEDULES = {  # name -> fn(steps, train_steps)
+    "reference (time-uniform)": time_uniform,
+    "diffusers (linspace)": linspace_timesteps,
+    "diffusers (trailing)": trailing_timesteps,
+    "iddpm (respaced)": iddpm_timesteps,
+    "lcm": lcm_timesteps,
+}

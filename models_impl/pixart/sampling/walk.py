@@ -10,7 +10,8 @@ from torch import Tensor
 from .schedule import CLEAN, NoiseSchedule, state_dtype
 
 Predict = Callable[[Tensor, float], Tensor]
-"""(x, timestep) -> eps, guidance already applied. A velocity becomes eps by `NoiseSchedule.eps`."""
+"""(x (B, C, H, W), timestep) -> eps of the shape of x, guidance already applied; behind it, where a network learned its
+variance, the logits of that: (B, 2C, H, W). A velocity becomes eps by `NoiseSchedule.eps`."""
 Noise = Callable[[int, torch.Size], Tensor]
 """(index of the step, shape) -> noise."""
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -20,21 +21,26 @@ AfterStep = Callable[[Tensor, "float | None"], Tensor]
 
 
 def walk(denoise, x, points, step, callback, after_step) -> Tensor:
-    """denoise(x, timestep) -> (denoised, more); step(index, x, denoised, more) -> x at the next timestep."""
+    """denoise: of `denoiser`; step(index, x, denoised, logits) -> x at the next timestep."""
     dtype, x = x.dtype, x.to(state_dtype(x))
     for index, (now, then) in enumerate(pairwise(points)):
-        denoised, more = denoise(x, now)
+        denoised, logits = denoise(x, now)
         if callback is not None:
             callback(index, x, denoised)
-        x = step(index, x, denoised, more) if then >= 0 else denoised
+        x = step(index, x, denoised, logits) if then >= 0 else denoised
         if after_step is not None:
             x = after_step(x, None if index == len(points) - 2 and then <= 0 else then)
     return x.to(dtype)
 
 
 def denoiser(predict: Predict, schedule: NoiseSchedule, dtype: torch.dtype):
-    """The network sees `dtype`, the solver's arithmetic stays in the state's own."""
-    return lambda x, timestep: (schedule.denoised(x, predict(x.to(dtype), timestep).to(x), timestep), None)
+    """(x, timestep) -> (denoised, variance logits, empty where the network has none). The network sees `dtype`, the
+    solver's arithmetic stays in the state's own."""
+    def denoise(x, timestep):
+        eps, logits = predict(x.to(dtype), timestep).to(x).tensor_split([x.shape[1]], dim=1)
+        return schedule.denoised(x, eps, timestep), logits
+
+    return denoise
 
 
 def points_of(timesteps: Sequence[float], schedule: NoiseSchedule) -> list[float]:

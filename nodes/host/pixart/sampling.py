@@ -17,8 +17,6 @@ from tqdm.auto import tqdm
 from ....models_impl.pixart import sampling
 from .model import VARIANCE, DiffusionSampling
 
-GUIDED_CHANNELS = 3  # the reference's IDDPM guides three of the four latent channels
-
 
 def schedule_of(model) -> sampling.NoiseSchedule:
     """The noise schedule behind a MODEL or a guider's model; refuses those that are not of the discrete kind."""
@@ -30,12 +28,10 @@ def schedule_of(model) -> sampling.NoiseSchedule:
     return patched.schedule
 
 
-ALGORITHMS = ("dpm-solver++", "dpm-solver++ (diffusers)", "sa-solver", "iddpm", "lcm", "dmd")
-
-
 @dataclass(frozen=True)
 class ReferenceSampler(comfy.samplers.Sampler):
     algorithm: str = "dpm-solver++"
+    """Name in `sampling.ALGORITHMS`."""
     order: int = 2
     eta: float = 1.0
     inpaint: str = "core"
@@ -44,12 +40,12 @@ class ReferenceSampler(comfy.samplers.Sampler):
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False):
-        schedule = schedule_of(model_wrap.inner_model)
+        schedule, algorithm = schedule_of(model_wrap.inner_model), sampling.ALGORITHMS[self.algorithm]
         timesteps = schedule.timesteps(sigmas)
         steps = len(timesteps) - 1
-        if self.algorithm == "dmd" and steps != 1:
-            raise ValueError(f"dmd draws in one step, but these SIGMAS have {steps}. Take them from 'PixArt Sigmas' "
-                             "with schedule 'dmd (one step)', or another algorithm.")
+        if algorithm.one_step and steps != 1:
+            raise ValueError(f"{self.algorithm} draws in one step, but these SIGMAS have {steps}. Take them from "
+                             "'PixArt Sigmas' with schedule 'dmd (one step)', or another algorithm.")
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
         x = self._start(model_wrap, sigmas, timesteps[0], schedule, noise, latent)
         extra_args = dict(extra_args)
@@ -61,15 +57,15 @@ class ReferenceSampler(comfy.samplers.Sampler):
             network.noise, network.latent_image = noise, latent
             extra_args["denoise_mask"] = denoise_mask
         variance = _Variance()
-        if self.algorithm == "iddpm":
-            extra_args["model_options"] = variance.listen(extra_args["model_options"])
+        if algorithm.learned_variance:
+            extra_args["model_options"] = variance.listen(extra_args["model_options"], algorithm.guided_channels)
 
         def predict(x, timestep):
             mm.throw_exception_if_processing_interrupted()
             sigma, exploding = schedule.sigma(timestep), x / schedule.alpha(timestep)
             denoised = network(exploding, x.new_full((len(x),), sigma), **extra_args)
             eps = (exploding - denoised) / sigma
-            return (eps, variance.of_cond(eps)) if self.algorithm == "iddpm" else eps
+            return torch.cat([eps, variance.of_cond(eps)], dim=1) if algorithm.learned_variance else eps
 
         with tqdm(total=steps, disable=disable_pbar) as bar:
             def report(index, x, denoised):
@@ -77,8 +73,10 @@ class ReferenceSampler(comfy.samplers.Sampler):
                     callback(index, denoised, x, steps)
                 bar.update(index + 1 - bar.n)
 
-            x = self._run(predict, x.float(), schedule, timesteps, _noise(extra_args.get("seed"), timesteps, noise),
-                          report, after_step)
+            x = algorithm.sample(
+                predict, x.float(), schedule, timesteps, _noise(extra_args.get("seed"), timesteps, noise), self.order,
+                self.eta, report, after_step,
+            )
         if timesteps[-1] <= 0 and denoise_mask is not None and after_step is None:
             x = denoise_mask * x + (1 - denoise_mask) * latent  # the released schedules end with a rest of noise
         if timesteps[-1] > 0:  # a part of a schedule: handed on as core's samplers do
@@ -86,23 +84,9 @@ class ReferenceSampler(comfy.samplers.Sampler):
         return x
 
     def _start(self, model_wrap, sigmas, timestep, schedule, noise, latent):
-        if self.algorithm == "dmd" or self.max_denoise(model_wrap, sigmas):
+        if sampling.ALGORITHMS[self.algorithm].one_step or self.max_denoise(model_wrap, sigmas):
             return noise  # pure noise, also where the schedule does not quite reach it
         return schedule.add_noise(latent, noise, timestep)
-
-    def _run(self, predict, x, schedule, timesteps, noise, report, after_step):
-        known = dict(callback=report, after_step=after_step)
-        if self.algorithm == "dpm-solver++":
-            return sampling.dpm_solver_pp(predict, x, schedule, timesteps, self.order, **known)
-        if self.algorithm == "dpm-solver++ (diffusers)":
-            return sampling.dpm_diffusers(predict, x, schedule, timesteps, self.order, **known)
-        if self.algorithm == "sa-solver":
-            return sampling.sa_solver(predict, x, schedule, timesteps, noise, self.order, self.order, self.eta, **known)
-        if self.algorithm == "iddpm":
-            return sampling.iddpm(predict, x, schedule, timesteps, noise, **known)
-        if self.algorithm == "lcm":
-            return sampling.lcm(predict, x, schedule, timesteps, noise, **known)
-        return sampling.dmd(predict, x, schedule, timesteps[0], **known)
 
 
 def _noise(seed: int | None, timesteps: list[float], like: Tensor):
@@ -132,10 +116,11 @@ class _Variance:
     def __init__(self):
         self.logits: Tensor | None = None
 
-    def listen(self, model_options: dict) -> dict:
+    def listen(self, model_options: dict, guided_channels: int) -> dict:
         options = comfy.model_patcher.create_model_options_clone(model_options)
         options["transformer_options"] = {**options.get("transformer_options", {}), VARIANCE: self._keep}
-        options.setdefault("sampler_cfg_function", _guide_first_channels)
+        options.setdefault("sampler_cfg_function", lambda args: sampling.guided(
+            args["cond"], args["uncond"], args["cond_scale"], guided_channels))
         return options
 
     def _keep(self, logits: Tensor, cond_or_uncond: list[int]):
@@ -149,27 +134,11 @@ class _Variance:
         return self.logits.to(eps)
 
 
-def _guide_first_channels(args: dict) -> Tensor:
-    """Guidance as in DiT's forward_with_cfg: the last channel stays the positive prompt's."""
-    cond, uncond = args["cond"], args["uncond"]
-    guided = uncond + (cond - uncond) * args["cond_scale"]
-    return torch.cat([guided[:, :GUIDED_CHANNELS], cond[:, GUIDED_CHANNELS:]], dim=1)
-
-
-SCHEDULES = {  # name -> fn(steps) -> timesteps, high to low; sampling ends at the last
-    "reference (time-uniform)": sampling.time_uniform,
-    "diffusers (linspace)": sampling.linspace_timesteps,
-    "diffusers (trailing)": sampling.trailing_timesteps,
-    "iddpm (respaced)": sampling.iddpm_timesteps,
-    "lcm": sampling.lcm_timesteps,
-}
-
-
 def sigmas(schedule: sampling.NoiseSchedule, name: str, steps: int, denoise: float = 1.0) -> Tensor:
     """(steps + 1,) sigmas, high to low. denoise below 1: the last `steps` of a schedule of steps / denoise."""
     total = max(steps, round(steps / denoise))
     try:
-        timesteps = SCHEDULES[name](total)
+        timesteps = sampling.SCHEDULES[name](total, schedule.steps)
     except ValueError as error:
         raise ValueError(f"The schedule {name!r} cannot have {steps} steps at denoise {denoise:g}, which are the last "
                          f"of {total}: {error}") from error
@@ -177,4 +146,4 @@ def sigmas(schedule: sampling.NoiseSchedule, name: str, steps: int, denoise: flo
 
 
 def one_step_sigmas(schedule: sampling.NoiseSchedule, timestep: float) -> Tensor:
-    return schedule.sigmas([float(timestep), sampling.CLEAN])
+    return schedule.sigmas(sampling.one_step(timestep))

@@ -43,7 +43,7 @@ class Recorder:
         return unguided + self.cfg * (eps - unguided)
 
     def predict_with_variance(self, x, timestep):
-        return self.predict(x, timestep), 0.4 * torch.tanh(x)
+        return torch.cat([self.predict(x, timestep), 0.4 * torch.tanh(x)], dim=1)
 
     def callback(self, index, x, denoised):
         assert index == len(self.denoised)
@@ -168,7 +168,7 @@ def iddpm(case, schedule, heard):
 
 
 def lcm(case, schedule, heard):
-    timesteps = sampling.lcm_timesteps(case.config["steps"], case.config["lcm_origin_steps"], schedule.steps)
+    timesteps = sampling.lcm_timesteps(case.config["steps"], schedule.steps, case.config["lcm_origin_steps"])
     noise = case.inputs.get("noise")
     sampling.lcm(
         heard.predict, case.inputs["x"], schedule, timesteps, lambda index, shape: noise[index], **heard.hooks
@@ -236,7 +236,7 @@ def lcm_distillation(case):
 @adapter("pixart", "dmd")
 def dmd(case):
     i, c, schedule = case.inputs, case.config, sampling.NoiseSchedule()
-    generated = sampling.dmd(lambda x, t: toy(x, t, i["y"]), i["z"], schedule, c["one_step_maxt"])
+    generated = sampling.dmd(lambda x, t: toy(x, t, i["y"]), i["z"], schedule, sampling.one_step(c["one_step_maxt"]))
     noisy = schedule.add_noise(generated, i["noise"], i["timestep"])
     uncond, cond = (0.9 * toy(noisy, i["timestep"], y) for y in (i["null_y"], i["y"]))
     fake = 1.1 * toy(noisy, i["timestep"], i["y"])

@@ -76,7 +76,7 @@ class Recipe(PixArtRecipe):
         predict = self.net
         if hints is not None:
             predict = self.controlled(d.shape.latent_scale * self.hint.encode(hints, d.device)["mean"])
-        return d.sample(predict, what, height, width, cfg, seed, d.solver(steps))
+        return self.sample_with(predict, what, height, width, steps, cfg, seed)
 
     def files(self) -> Files:
         tensors = key_names.to_released_controlnet(self.control.state_dict())

@@ -36,6 +36,8 @@ PROBED = 64  # pixels along a side of a picture by which memory is estimated
 
 
 class Recipe(PixArtRecipe):
+    algorithm = sampling.ALGORITHMS["dmd"]
+
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         super().__init__(config, text)
         self.net = opened(config, text, network)
@@ -154,8 +156,6 @@ class Recipe(PixArtRecipe):
             total += (generated - found.real_denoised).abs().flatten(1).mean(1).sum().item()
         return {"loss": total / sum(len(b.positions) for b in batches)}
 
-    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
-        """In one step: steps, shift and cfg are not read."""
-        d = self.denoising
-        return d.sample(self.net, what, height, width, 1, seed,
-                        lambda eps, x, noise: sampling.dmd(eps, x, d.schedule, self.settings.timestep))
+    def timesteps(self, steps: int) -> list[float]:
+        """One step, whatever is asked for."""
+        return sampling.one_step(self.settings.timestep)

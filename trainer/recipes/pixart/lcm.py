@@ -21,6 +21,8 @@ from .task import PixArtRecipe
 
 
 class Recipe(PixArtRecipe):
+    algorithm = sampling.ALGORITHMS["lcm"]
+
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         super().__init__(config, text)
         if self.settings.lora:
@@ -83,15 +85,8 @@ class Recipe(PixArtRecipe):
         self.ema = ema
         return {"loss": (sum(losses) / sum(len(b.positions) for b in batches)).item()}
 
-    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
-        """Without guidance: shift and cfg are not read."""
-        d = self.denoising
-
-        def walk(eps, x, noise):
-            timesteps = sampling.lcm_timesteps(steps, self.grid.steps)
-            return sampling.lcm(eps, x, d.schedule, timesteps, lambda index, shape: noise())
-
-        return d.sample(self.net, what, height, width, 1, seed, walk)
+    def timesteps(self, steps: int) -> list[float]:
+        return sampling.lcm_timesteps(steps, self.grid.schedule.steps, self.grid.steps)
 
     def files(self) -> Files:
         return self.adapter_files() if self.settings.lora else super().files()

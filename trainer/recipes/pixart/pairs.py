@@ -36,6 +36,7 @@ from .start import frozen, opened
 from .task import PixArtDenoising, frozen_vae
 
 NOTES = "pairs.json"
+ALGORITHM = sampling.ALGORITHMS["dpm-solver++ (diffusers)"]  # the release's pairs were made with it
 OTHERWISE = "Give the captions back, or make pairs in another folder: --out."
 
 
@@ -158,9 +159,9 @@ def draw(d: PixArtDenoising, group: list[tuple[str, str, Size]], steps: int, cfg
     size = group[0][2]
     noise = torch.stack([noise_of(seed, name, shape_of(size, d.shape.in_channels)) for name, _, _ in group])
     with d.autocast():
-        eps = d.guided(d.net, [caption for _, caption, _ in group], *size, cfg)
-        latent = sampling.dpm_diffusers(eps, noise.to(d.device, torch.float32), d.schedule,
-                                        sampling.linspace_timesteps(steps))
+        guided = d.guided(d.net, [caption for _, caption, _ in group], *size, cfg, ALGORITHM)
+        latent = ALGORITHM.sample(guided, noise.to(d.device, torch.float32), d.schedule,
+                                  ALGORITHM.timesteps(steps, d.schedule.steps))
     return noise, latent.to("cpu", torch.float16)
 
 

@@ -128,10 +128,17 @@ class PixArtDenoising:
         condition = self.condition(batch.captions, dropped, batch.size, batch.sizes)
         return Noising(latent, noise, self.schedule.add_noise(latent, noise, timestep), timestep, condition)
 
+    def prediction(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The network's prediction of the noise, and behind it of its variance if it has one, (B, C or 2C, h, w)
+        float32."""
+        output, C = predict(x, timestep.to(x.device), **condition).float(), self.shape.in_channels
+        if self.shape.prediction == "eps":
+            return output
+        return torch.cat([self.schedule.eps(x, output[:, :C], timestep), output[:, C:]], dim=1)
+
     def eps(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The network's prediction of the noise, without its variance, (B, C, h, w) float32."""
-        said = predict(x, timestep.to(x.device), **condition)[:, : self.shape.in_channels].float()
-        return said if self.shape.prediction == "eps" else self.schedule.eps(x, said, timestep)
+        return self.prediction(predict, x, timestep, condition)[:, : self.shape.in_channels]
 
     @torch.no_grad()
     def validate(self, losses: Callable, batches: list) -> dict[str, float]:
@@ -151,47 +158,40 @@ class PixArtDenoising:
 
     @torch.no_grad()
     def sample(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float, seed: int,
-               walk: Callable) -> Tensor:
+               algorithm: sampling.Algorithm, timesteps: list[float]) -> Tensor:
         """Pictures of prompts: (B, 3, H, W) in [-1, 1]. Picture i begins with the noise that ComfyUI draws for
-        seed + i, whatever it is drawn together with.
-
-        walk(eps, x, noise) -> latents: a sampler of models_impl/pixart/sampling.py, eps: (x, timestep) -> guided eps,
-        noise: (index of the step, shape) -> noise.
-        """
+        seed + i, whatever it is drawn together with. Algorithms that are not `guided` draw as with cfg 1."""
         device, shape = self.device, self.shape
         size = (shape.in_channels, height // VAE_FACTOR, width // VAE_FACTOR)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
 
-        def noise(index=0, whole=None):
+        def noise(*_):
             return torch.stack([torch.randn(size, generator=g) for g in generators]).to(device)
 
         with self.autocast():
-            latent = walk(self.guided(predict, prompts, height, width, cfg), noise(), noise)
+            guided = self.guided(predict, prompts, height, width, cfg, algorithm)
+            latent = algorithm.sample(guided, noise(), self.schedule, timesteps, noise)
         return self.vae.decode(latent / shape.latent_scale)
 
-    def guided(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float) -> sampling.Predict:
-        """(x, timestep) -> eps of pictures of prompts, guided from the empty caption. Under `autocast`."""
-        B = len(prompts)
+    def guided(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float,
+               algorithm: sampling.Algorithm) -> sampling.Predict:
+        """What `algorithm` asks about pictures of prompts, guided from the empty caption. Under `autocast`."""
+        B, channels, cfg = len(prompts), self.shape.in_channels, cfg if algorithm.guided else 1
         captions = [*([""] * B if cfg != 1 else []), *prompts]
         condition = self.condition(captions, None, (height, width))
 
-        def eps(x, timestep):
+        def prediction(x, timestep):
             both = x.repeat(len(captions) // B, 1, 1, 1)
             t = torch.full((len(both),), float(timestep), device=self.device)
-            found = self.eps(predict, both, t, condition)
+            found = self.prediction(predict, both, t, condition)
+            if not algorithm.learned_variance:
+                found = found[:, :channels]
             if cfg == 1:
                 return found
             uncond, cond = found.chunk(2)
-            return uncond + cfg * (cond - uncond)
+            return sampling.guided(cond, uncond, cfg, algorithm.guided_channels)
 
-        return eps
-
-    def solver(self, steps: int) -> Callable:
-        """DPM-Solver++ as the releases run it."""
-        def walk(eps, x, noise):
-            return sampling.dpm_solver_pp(eps, x, self.schedule, sampling.time_uniform(steps))
-
-        return walk
+        return prediction
 
 
 def label(height: int, width: int) -> float:
@@ -213,6 +213,8 @@ class PixArtRecipe(Base):
 
     net: PixArt
     denoising: PixArtDenoising
+    algorithm = sampling.ALGORITHMS["dpm-solver++"]
+    """What samples are drawn with, for validation and by `python -m trainer sample`."""
 
     def __init__(self, config: Config, text: nn.Module | None):
         super().__init__()
@@ -276,10 +278,18 @@ class PixArtRecipe(Base):
         return casts(self.net, bf16) + pictures * activation_bytes(self.net.config, max(self.config.data.sides), bf16,
                                                                    self.config.checkpoint_activations)
 
+    def timesteps(self, steps: int) -> list[float]:
+        """The list that `algorithm` walks."""
+        return self.algorithm.timesteps(steps, self.denoising.schedule.steps)
+
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
         """shift is PixelFlow's and is not read."""
-        d = self.denoising
-        return d.sample(self.net, what, height, width, cfg, seed, d.solver(steps))
+        return self.sample_with(self.net, what, height, width, steps, cfg, seed)
+
+    def sample_with(self, predict: Predict, what: list, height: int, width: int, steps: int, cfg: float,
+                    seed: int) -> Tensor:
+        """`sample` with a network of which `net` is a part."""
+        return self.denoising.sample(predict, what, height, width, cfg, seed, self.algorithm, self.timesteps(steps))
 
     def network(self) -> dict:
         return self.net.config.as_dict()
