@@ -6,7 +6,7 @@ import pytest
 import quantised_files as made
 import torch
 from pixstack.models_impl import quantised_files
-from pixstack.models_impl.pixart import checkpoint
+from pixstack.models_impl.pixart import checkpoint, key_names
 from pixstack.models_impl.pixart.config import PixArtConfig
 from pixstack.models_impl.pixart.model import PixArt
 from pixstack.models_impl.quantised_files import Quantised
@@ -110,7 +110,7 @@ def test_a_scale_of_the_inputs_is_multiplied_into_their_columns(weight):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_pixart_of_diffusers_names_joins_parts_that_have_scales_of_their_own(plain, format, tmp_path):
-    packed, whole = made.quantised(checkpoint.to_diffusers(plain), format, made.in_blocks)
+    packed, whole = made.quantised(key_names.to_diffusers(plain), format, made.in_blocks)
     assert len(packed) > len(whole)
     write_file(tmp_path / "a.safetensors", packed)
     config, tensors = checkpoint.read(*read_file(tmp_path / "a.safetensors"))
