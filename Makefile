@@ -62,7 +62,7 @@ $(READY): pyproject.toml Makefile $(HOST) $(if $(COMFYUI_PATH),$(wildcard $(COMF
 	@touch $@
 
 # The frontend test drives Chromium through playwright-core. Without npm it skips, or fails where CI is set.
-$(FRONTEND): tests/frontend/package.json
-	@if command -v npm >/dev/null; then npm install --prefix tests/frontend --no-package-lock --no-audit --no-fund --silent; \
+$(FRONTEND): tests/frontend/package.json tests/frontend/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --prefix tests/frontend --no-audit --no-fund --silent; \
 	else mkdir -p $(@D); echo "npm is missing: the frontend test cannot run"; fi
 	@touch $@

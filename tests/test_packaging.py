@@ -1,6 +1,7 @@
 """What the registry, ComfyUI-Manager and pip read about this package."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -52,6 +53,20 @@ def test_the_nodes_need_only_what_comfyui_brings_or_we_declare():
     own_modules = {p.stem.replace("_", "-") for p in comfyui.iterdir()}
     undeclared = imported("nodes", "models_impl", "kernels") - brought - own_modules
     assert undeclared <= requirements(PROJECT["project"]["dependencies"])
+
+
+def test_every_requirement_has_a_lower_and_an_upper_bound():
+    lines = [*PROJECT["project"]["dependencies"], *sum(PROJECT["project"]["optional-dependencies"].values(), [])]
+    unbounded = [line for line in lines if not re.fullmatch(r"[\w.-]+>=[\d.]+,<\d+(; .+)?", line)]
+    assert unbounded == ["pixstack[optional]"]
+
+
+def test_the_frontend_test_installs_what_was_checked_and_names_no_place_to_get_it():
+    lock = json.loads((ROOT / "tests/frontend/package-lock.json").read_text(encoding="utf-8"))
+    wanted = json.loads((ROOT / "tests/frontend/package.json").read_text(encoding="utf-8"))["dependencies"]
+    packages = {name.rpartition("node_modules/")[2]: one for name, one in lock["packages"].items() if name}
+    assert {name: packages[name]["version"] for name in wanted} == wanted
+    assert all(one["integrity"].startswith("sha512-") and "resolved" not in one for one in packages.values())
 
 
 def test_the_trainer_needs_only_its_extra():
