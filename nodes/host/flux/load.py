@@ -7,7 +7,7 @@ import torch
 
 from ....models_impl.flux import checkpoint
 from ....models_impl.state_dict import metadata_config, read_file
-from ..common import quantised
+from ..common import quantised, step_cache
 from ..common.load import as_model
 from ..common.patcher import reloadable
 from .model import model_config
@@ -26,4 +26,4 @@ def load_flux(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
     model = as_model(settings, tensors, dtype, f"FLUX ({file.name})", disable_dynamic)
-    return reloadable(model, load_flux, path, dtype)
+    return reloadable(step_cache.on_a_copy(step_cache.attach(model)), load_flux, path, dtype)

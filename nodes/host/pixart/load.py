@@ -11,7 +11,7 @@ import torch
 from ....models_impl.pixart import checkpoint
 from ....models_impl.pixart.controlnet import PixArtControlNet
 from ....models_impl.state_dict import read_file
-from ..common import quantised
+from ..common import quantised, step_cache
 from ..common.load import as_model
 from ..common.patcher import reloadable, with_weights
 from .control import PixArtControl
@@ -33,7 +33,7 @@ def load_pixart(
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
     model = as_model(ModelConfig(config), tensors, dtype, f"PixArt ({file.name})", disable_dynamic, fast)
-    return reloadable(model, load_pixart, path, weights, dtype, settings, fast)
+    return reloadable(step_cache.attach(model), load_pixart, path, weights, dtype, settings, fast)
 
 
 def load_pixart_controlnet(path: str, dtype: torch.dtype | None = None) -> PixArtControl:

@@ -54,7 +54,7 @@ class CascadeSampling(torch.nn.Module):
         return min(max(1.0 - percent, 0.0), 1.0)
 
     def calculate_input(self, sigma: Tensor, x: Tensor) -> Tensor:
-        return x
+        return x.clone()  # EasyCache writes into what the network is given, and x is needed after it
 
     def calculate_denoised(self, sigma: Tensor, velocity: Tensor, x: Tensor) -> Tensor:
         stage, t, _ = self.stages.locate(float(sigma.flatten()[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import comfy.model_management as mm
 import comfy.sample
@@ -27,6 +28,7 @@ from ....models_impl.pixelflow.sampling import (
 )
 from ....models_impl.pixelflow.schedule import Schedule, guidance_scales
 from ....models_impl.pixelflow.stages import Stages, stage_size
+from ..common import step_cache
 from .model import CascadeSampling, PixelFlowModel
 
 POLICIES = ("auto", "constant", "scaled", "custom")
@@ -83,14 +85,18 @@ class CascadeSampler(comfy.samplers.Sampler):
         seed = extra_args.get("seed") or 0
         draw = ReferenceNoise(seed, full, stages, noise.device) if self.reference_noise else StageNoise(seed)
         x = latent_image if is_state else self._noisy(noise, latent_image, first, draw, stages)
+        options = extra_args.get("model_options", {})
 
         with _stage_by_stage(model_wrap) as enter, tqdm(total=schedule.steps, disable=disable_pbar) as bar:
             def predict(x, timestep, stage, cfg):
                 mm.throw_exception_if_processing_interrupted()
-                enter(x, cfg)
+                if enter(x, cfg):
+                    step_cache.restart(options)
                 sigma = torch.full((len(x),), stages.sigma(timestep))
-                denoised = model_wrap(x, sigma.to(x), **extra_args)
                 _, t, _ = stages.locate(float(sigma[0]))
+                step_cache.before_prediction(options, x, partial(stages.velocity, stage=stage, t=t),
+                                             partial(stages.denoised, stage=stage, t=t))
+                denoised = model_wrap(x, sigma.to(x), **extra_args)
                 return stages.velocity(x, denoised, stage, t)
 
             def report(progress: Progress):
@@ -178,16 +184,20 @@ class ReferenceNoise:
 
 @contextmanager
 def _stage_by_stage(guider):
-    """A context manager that gives `enter(x, cfg)`, which sets a guider to the stage of x. Restores it in the end."""
-    conds, cfg = guider.conds, getattr(guider, "cfg", None)
+    """A context manager that gives `enter(x, cfg)`, which sets a guider to the stage of x and returns whether that is
+    another one than before. Restores the guider in the end."""
+    conds, cfg, size = guider.conds, getattr(guider, "cfg", None), None
     if any("area" in c for entries in conds.values() for c in entries):
         raise ValueError("PixelFlow's picture grows while it is sampled, so conditioning areas cannot be followed. Use "
                          "masks: Conditioning (Set Mask) with set_cond_area 'default'.")
 
-    def enter(x: Tensor, scale: float):
+    def enter(x: Tensor, scale: float) -> bool:
+        nonlocal size
+        before, size = size, x.shape[-2:]
         if cfg is not None:
             guider.cfg = scale
-        guider.conds = {kind: [_at_size(c, x.shape[-2:]) for c in entries] for kind, entries in conds.items()}
+        guider.conds = {kind: [_at_size(c, size) for c in entries] for kind, entries in conds.items()}
+        return before != size
 
     try:
         yield enter

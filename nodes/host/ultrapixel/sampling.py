@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ....models_impl.ultrapixel import sampling
 from ....models_impl.ultrapixel.guidance import GuidedImage
 from ....models_impl.ultrapixel.sampling import COMPRESSION_C, Schedule
+from ..common import step_cache
 from ..common.attention import host_attention
 from . import guide as ultrapixel
 from .guide import Guided, Kept, Plain
@@ -60,6 +61,7 @@ class GuidedSampler(comfy.samplers.Sampler):
                 kept = Kept(conditions.positive(), self.reference)
 
                 def features(x, timestep):
+                    step_cache.restart(extra_args["model_options"])  # a skipped step has no features
                     model(x, timestep, kept)
                     return kept.features()
 
@@ -68,6 +70,7 @@ class GuidedSampler(comfy.samplers.Sampler):
                 ), host_attention(extra_args["model_options"].get("transformer_options", {})))
                 conditions.high()
             draw.end_low(keep if strengths else 0, steps)
+            step_cache.restart(extra_args["model_options"])
             model = Model(model_wrap, sigmas, extra_args, draw.high_start, latent_image, denoise_mask, report,
                           self.reference)
 
@@ -154,6 +157,7 @@ class Model:
         options.setdefault("transformer_options", {})[ultrapixel.KEY] = run or Plain(self.whole_batch)
         sigma, self.step = self.sigmas[self.step], self.step + 1
         noisy = x * (1 + sigma**2).sqrt()
+        step_cache.at_sigma(options, noisy, sigma)
         denoised = self.masked(noisy, sigma.expand(len(x)), self.mask, options, self.extra_args.get("seed"))
         self.report(noisy, denoised)
         return (noisy - denoised) / sigma
