@@ -7,7 +7,7 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -155,6 +155,33 @@ def without_prefix(tensors: Mapping) -> dict:
     return tensors
 
 
+def unwrapped(tensors: Mapping, names: Sequence[str]) -> dict:
+    """The weights of a training file, which holds them under the first of `names` that it has; another file's own.
+    Without the prefixes of other programs."""
+    inner = (tensors[name] for name in names if isinstance(tensors.get(name), Mapping) and tensors[name])
+    return without_prefix(next(inner, tensors))
+
+
+def count(tensors: Mapping, name: str) -> int:
+    """Number of entries of the module list `name`."""
+    matches = (re.match(rf"{re.escape(name)}\.(\d+)\.", key) for key in tensors)
+    return 1 + max((int(m[1]) for m in matches if m), default=-1)
+
+
+def refuse_incomplete(tensors: Mapping, needed: Iterable[str], what: str):
+    """Raise ValueError that names the keys that a checkpoint lacks, if it lacks any."""
+    if missing := [key for key in needed if key not in tensors]:
+        raise ValueError(f"This {what} is incomplete: it has no {', '.join(missing[:6])}"
+                         f"{' ...' if len(missing) > 6 else ''}.")
+
+
+def refuse_contradictions(shapes: Mapping, stated: Mapping):
+    """Raise ValueError where entries of a configuration are not what the shapes of the weights say."""
+    for name in shapes.keys() & stated.keys():
+        if stated[name] != shapes[name]:
+            raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
+
+
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], what: str):
     """Load every weight, or raise ValueError that counts and names those that do not fit."""
     check_fit(module, tensors, what)
@@ -224,6 +251,11 @@ def _not_made_yet(name: str, layer: nn.Module) -> dict[str, torch.Size]:
     if bias is not None and getattr(layer, "comfy_need_lazy_init_bias", False) and getattr(layer, "bias", None) is None:
         made["bias"] = torch.Size(bias)
     return made
+
+
+def config_metadata(family: str, entries: Mapping) -> dict[str, str]:
+    """Metadata of our exported safetensors: the family and its whole configuration."""
+    return {"pixstack.family": family, "pixstack.config": json.dumps(entries)}
 
 
 def metadata_config(metadata: Mapping[str, str], family: str) -> dict | None:

@@ -1,15 +1,20 @@
 """FLUX.1's files: the release (flux1-dev.safetensors), diffusers' transformer, and our own safetensors."""
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..known_files import family_of, whose
-from ..state_dict import metadata_config, without_prefix
+from ..state_dict import (
+    config_metadata,
+    count,
+    metadata_config,
+    refuse_contradictions,
+    refuse_incomplete,
+    without_prefix,
+)
 from .config import HEAD_AXES, FluxConfig
 
 FAMILY = "flux"
@@ -61,13 +66,7 @@ def read(
 
 def metadata(config: FluxConfig) -> dict[str, str]:
     """Metadata of our exported safetensors: the family and the whole configuration."""
-    return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
-
-
-def refuse_incomplete(tensors: Mapping, needed, what: str):
-    missing = [key for key in needed if key not in tensors]
-    if missing:
-        raise ValueError(f"This {what} is incomplete: it has no {', '.join(missing)}.")
+    return config_metadata(FAMILY, config.as_dict())
 
 
 def from_shapes(tensors: Mapping[str, Tensor]) -> dict:
@@ -87,17 +86,9 @@ def from_shapes(tensors: Mapping[str, Tensor]) -> dict:
     )
 
 
-def count(tensors: Mapping, name: str) -> int:
-    """Number of entries of the module list `name`."""
-    matches = (re.match(rf"{re.escape(name)}\.(\d+)\.", key) for key in tensors)
-    return 1 + max((int(m[1]) for m in matches if m), default=-1)
-
-
 def complete(shapes: Mapping, stated: Mapping) -> dict:
     """Both merged. Raises ValueError where they contradict, or where the rope is neither stated nor a release's."""
-    for name in shapes.keys() & stated.keys():
-        if stated[name] != shapes[name]:
-            raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
+    refuse_contradictions(shapes, stated)
     entries = {**shapes, **stated}
     if "axes" not in entries:
         head_dim = entries["hidden"] // entries["heads"]

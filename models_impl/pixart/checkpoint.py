@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..known_files import family_of, whose
-from ..state_dict import metadata_config, without_prefix
+from ..state_dict import config_metadata, metadata_config, refuse_incomplete, unwrapped, without_prefix
 from .config import LATENT_SCALES, PRESETS, TOKEN_LIMITS, PixArtConfig
 from .detection import completed, from_block_shapes, from_shapes, from_table, if_it_fits, variant_of
 from .key_names import NOT_NEEDED, to_original, to_original_controlnet
@@ -57,8 +57,7 @@ def read(
         tensors = without_prefix(base)
     _refuse_others(tensors)
     tensors = to_original(tensors)
-    if missing := [key for key in NEEDED if key not in tensors]:
-        raise ValueError(f"This PixArt checkpoint is incomplete: it has no {', '.join(missing)}.")
+    refuse_incomplete(tensors, NEEDED, "PixArt checkpoint")
 
     own = metadata_config(metadata or {}, FAMILY)
     stated = {**PixArtConfig.entries_of(own or {}), **PixArtConfig.entries_of(config or {})}
@@ -93,9 +92,7 @@ def read_controlnet(
     blocks = 1 + max(int(key.partition(".")[0]) for key in net)
     needed = ("0.before_proj.weight", *(f"{i}.{name}.weight" for i in range(blocks)
                                         for name in ("copied_block.attn.qkv", "copied_block.mlp.fc1", "after_proj")))
-    if missing := [key for key in needed if key not in net]:
-        raise ValueError(f"This PixArt ControlNet of {blocks} blocks is incomplete: it has no {', '.join(missing[:3])}"
-                         f"{' ...' if len(missing) > 3 else ''}.")
+    refuse_incomplete(net, needed, f"PixArt ControlNet of {blocks} blocks")
     if any(key.startswith("base_model.") for key in tensors):
         return read(tensors, weights=weights, beside=config)[0], blocks, net
     stated = {**PixArtConfig.entries_of(own or {}), **PixArtConfig.entries_of(config or {})}
@@ -132,20 +129,17 @@ def beside(path: str | os.PathLike) -> dict | None:
 
 def metadata(config: PixArtConfig) -> dict[str, str]:
     """Metadata of our exported safetensors: the family and the whole configuration."""
-    return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
+    return config_metadata(FAMILY, config.as_dict())
 
 
 def metadata_controlnet(config: PixArtConfig) -> dict[str, str]:
     """The same for a ControlNet; config: of the model that it controls."""
-    return {"pixstack.family": CONTROLNET_FAMILY, "pixstack.config": json.dumps(config.as_dict())}
+    return config_metadata(CONTROLNET_FAMILY, config.as_dict())
 
 def _unwrap(tensors: Mapping, weights: str) -> dict:
     if weights not in ("ema", "model"):
         raise ValueError(f"weights={weights!r} must be 'ema' or 'model'.")
-    for name in (("state_dict_ema", "ema") if weights == "ema" else ()) + ("state_dict", "model"):
-        if isinstance(tensors.get(name), Mapping) and tensors[name]:
-            return without_prefix(tensors[name])
-    return without_prefix(tensors)
+    return unwrapped(tensors, (*(("state_dict_ema", "ema") if weights == "ema" else ()), "state_dict", "model"))
 
 
 def _controlnet_layout(tensors: Mapping) -> re.Pattern | None:

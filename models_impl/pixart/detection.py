@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..state_dict import count, refuse_contradictions
 from .config import LATENT_SCALES, PRESETS, TOKEN_LIMITS, KVCompression, PixArtConfig
 from .model import axis_table, position_table
 
@@ -19,7 +19,7 @@ ONETRAINER_GRID, ONETRAINER_RANGE = 64, 64.0  # the table that its exports hold,
 
 def from_shapes(tensors: Mapping[str, Tensor], stated: Mapping) -> dict:
     _, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if m)
+    depth = count(tensors, "blocks")
     null = tensors.get("y_embedder.y_embedding")
     shapes = dict(
         depth=depth,
@@ -30,7 +30,7 @@ def from_shapes(tensors: Mapping[str, Tensor], stated: Mapping) -> dict:
         micro_conditions="csize_embedder.mlp.0.weight" in tensors,
         **({} if null is None else {"token_limit": null.shape[0]}),
     )
-    _refuse_contradictions(shapes, stated)
+    refuse_contradictions(shapes, stated)
     shapes |= from_block_shapes(tensors, "blocks.{}.", depth, stated)
     return {**shapes, "null_caption": null is not None}
 
@@ -45,7 +45,7 @@ def from_block_shapes(tensors: Mapping[str, Tensor], prefix: str, depth: int, st
         mlp_ratio=ratio if int(hidden * ratio + 1e-3) == mlp_hidden else mlp_hidden / hidden,
         qk_norm=prefix.format(0) + "attn.q_norm.weight" in tensors,
     )
-    _refuse_contradictions(shapes, stated)
+    refuse_contradictions(shapes, stated)
     return {**shapes, "kv_compression": _kv_compression(tensors, prefix, depth, stated.get("kv_compression"))}
 
 
@@ -61,16 +61,10 @@ def _kv_compression(
     if stated is not None:
         stated = replace(stated, layers=tuple(i for i in stated.layers if i < depth))
         if stated.sampling == "conv" or present:
-            _refuse_contradictions({"kv_compression": present}, {"kv_compression": stated if stated.layers else None})
+            refuse_contradictions({"kv_compression": present}, {"kv_compression": stated if stated.layers else None})
         elif stated.layers:
             return stated
     return present
-
-
-def _refuse_contradictions(shapes: Mapping, stated: Mapping):
-    for name in shapes.keys() & stated.keys():
-        if stated[name] != shapes[name]:
-            raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
 
 
 def if_it_fits(entries: dict, tensors: Mapping[str, Tensor]) -> dict:

@@ -1,16 +1,21 @@
 """PixelFlow's files: the released `model.pt`, training files, and our own safetensors."""
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from ..known_files import family_of, whose
-from ..state_dict import metadata_config, without_prefix
+from ..state_dict import (
+    config_metadata,
+    count,
+    metadata_config,
+    refuse_contradictions,
+    refuse_incomplete,
+    unwrapped,
+)
 from .config import PixelFlowConfig
 
 FAMILY = "pixelflow"
@@ -35,19 +40,15 @@ def read(
     """
     if weights not in ("ema", "model"):
         raise ValueError(f"weights={weights!r} must be 'ema' or 'model'.")
-    tensors = without_prefix(_unwrap(tensors, weights))
+    tensors = unwrapped(tensors, ("ema", "model") if weights == "ema" else ("model",))
     if family_of(tensors) != "PixelFlow":
         raise ValueError(f"This is not a PixelFlow checkpoint. {whose(tensors)}")
-    missing = [key for key in NEEDED if key not in tensors]
-    if missing:
-        raise ValueError(f"This PixelFlow checkpoint is incomplete: it has no {', '.join(missing)}.")
+    refuse_incomplete(tensors, NEEDED, "PixelFlow checkpoint")
     stated = {**(metadata_config(metadata or {}, FAMILY) or {}), **PixelFlowConfig.entries_of(config or {})}
     if not stated and beside is not None:
         stated = _if_it_fits(PixelFlowConfig.entries_of(beside), tensors)
     shapes = _from_shapes(tensors, stated.get("head_dim", RELEASED_HEAD_DIM))
-    for name in shapes.keys() & stated.keys():
-        if stated[name] != shapes[name]:
-            raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
+    refuse_contradictions(shapes, stated)
     return PixelFlowConfig(**{**_trained_for(shapes, stated), **shapes, **stated}), tensors
 
 
@@ -78,19 +79,11 @@ def _if_it_fits(entries: dict, tensors: Mapping[str, Tensor]) -> dict:
 
 def metadata(config: PixelFlowConfig) -> dict[str, str]:
     """Metadata of our exported safetensors: the family and the whole configuration."""
-    return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
-
-
-def _unwrap(tensors: Mapping, weights: str) -> Mapping:
-    if isinstance(tensors.get("model"), Mapping):
-        ema = tensors.get("ema")
-        return ema if weights == "ema" and isinstance(ema, Mapping) else tensors["model"]
-    return tensors
+    return config_metadata(FAMILY, config.as_dict())
 
 
 def _from_shapes(tensors: Mapping[str, Tensor], head_dim: int) -> dict:
     hidden, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(m[1]) for m in map(re.compile(r"transformer_blocks\.(\d+)\.").match, tensors) if m)
     text = tensors.get("transformer_blocks.0.attn2.k_proj.weight")
     classes = tensors.get("class_embedder.embedding_table.weight")
     if hidden % head_dim:
@@ -101,7 +94,7 @@ def _from_shapes(tensors: Mapping[str, Tensor], head_dim: int) -> dict:
     return dict(
         heads=hidden // head_dim,
         head_dim=head_dim,
-        depth=depth,
+        depth=count(tensors, "transformer_blocks"),
         patch_size=patch_size,
         in_channels=channels,
         out_channels=tensors["proj_out_2.weight"].shape[0] // patch_size**2,

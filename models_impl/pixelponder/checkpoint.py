@@ -1,16 +1,23 @@
 """PixelPonder's files: the released `pixelponder-fp32.bin`, training files, and our own safetensors."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
-from ..flux.checkpoint import NEEDED, complete, count, from_shapes, refuse_incomplete
+from ..flux.checkpoint import NEEDED, complete, from_shapes
 from ..flux.config import FluxConfig
 from ..known_files import family_of, whose
-from ..state_dict import metadata_config, without_prefix
+from ..state_dict import (
+    config_metadata,
+    count,
+    metadata_config,
+    refuse_contradictions,
+    refuse_incomplete,
+    unwrapped,
+    without_prefix,
+)
 from .config import TYPES, PixelPonderConfig, SelectConfig, SelectorConfig
 
 FAMILY = "pixelponder"
@@ -31,7 +38,7 @@ def read(
     single-stream blocks whose results never reach FLUX. config: entries that complete and must not contradict what the
     shapes say. Raises ValueError for a file of another family, XLabs' ControlNets among them.
     """
-    tensors = without_prefix(_unwrap(tensors))
+    tensors = unwrapped(tensors, ("state_dict", "model"))
     if family_of(tensors) != "PixelPonder":
         raise ValueError(f"This is not a PixelPonder checkpoint. {whose(tensors)}")
     refuse_incomplete(tensors, (f"{STEMS}.0.0.weight", "pos_embed_input.weight", *NEEDED, f"{TOWER}.8.weight"),
@@ -78,9 +85,7 @@ def read_select_net(tensors: Mapping, config: Mapping | None = None) -> tuple[Se
         raise ValueError(f"This selection network combines with {count(tensors, 'combine_attn_block')} blocks, the "
                          "released one with 1.")
     stated = SelectConfig.entries_of(config or {})
-    for name in shapes.keys() & stated.keys():
-        if stated[name] != shapes[name]:
-            raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
+    refuse_contradictions(shapes, stated)
     return SelectConfig(**{**shapes, **stated}), dict(tensors)
 
 
@@ -93,7 +98,7 @@ def read_hint_encoders(tensors: Mapping, types: Mapping[str, int] | None = None)
 
 def metadata(config: PixelPonderConfig) -> dict[str, str]:
     """Metadata of our exported safetensors: the family and the whole configuration."""
-    return {"pixstack.family": FAMILY, "pixstack.config": json.dumps(config.as_dict())}
+    return config_metadata(FAMILY, config.as_dict())
 
 
 def select_net_is_untrained(tensors: Mapping[str, Tensor]) -> bool:
@@ -107,13 +112,6 @@ def select_net_is_untrained(tensors: Mapping[str, Tensor]) -> bool:
     linears = [part[f"{SELECT}pos_embed_{end}.weight"] for end in ("input", "output")]
     inside = (w.abs().max() <= w.shape[1] ** -0.5 * (1 + 2**-7) for w in linears)  # bfloat16 may have rounded up
     return all(bool((value == 1).all()) for value in norms) and all(map(bool, inside))
-
-
-def _unwrap(tensors: Mapping) -> Mapping:
-    for name in ("state_dict", "model"):
-        if isinstance(tensors.get(name), Mapping):
-            return tensors[name]
-    return tensors
 
 
 def _types(stems: int, names) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ tokenizer.json.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from ..state_dict import load_into, metadata_config, read_file
+from ..state_dict import config_metadata, load_into, metadata_config, read_file
 from . import MAX_LENGTH, T5_FAMILY
 
 CONFIG_ENTRIES = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "vocab_size", "is_gated_act", "dense_act_fn",
@@ -57,8 +56,7 @@ class TextEncoder(nn.Module):
 
     def metadata(self) -> dict[str, str]:
         return {
-            "pixstack.family": T5_FAMILY,
-            "pixstack.config": json.dumps({**self.config, "max_length": self.max_length}),
+            **config_metadata(T5_FAMILY, {**self.config, "max_length": self.max_length}),
             "pixstack.tokenizer": self.tokenizer.to_str(),
         }
 

@@ -1,7 +1,6 @@
 """The files of UltraPixel and Stable Cascade: the guide, Stage C, B and A, the semantic encoder and the ControlNets."""
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..known_files import whose
-from ..state_dict import metadata_config, without_prefix
+from ..state_dict import config_metadata, metadata_config, refuse_contradictions, unwrapped
 from .config import (
     ControlNetConfig,
     GuideConfig,
@@ -42,7 +41,7 @@ Told = Mapping[str, str] | None
 
 def metadata(config) -> dict[str, str]:
     """Metadata of our exported safetensors."""
-    return {"pixstack.family": f"{FAMILY}.{PARTS[type(config)]}", "pixstack.config": json.dumps(config.as_dict())}
+    return config_metadata(f"{FAMILY}.{PARTS[type(config)]}", config.as_dict())
 
 
 def _stated(cls: type, file: Told, config: Mapping | None) -> dict:
@@ -52,9 +51,7 @@ def _stated(cls: type, file: Told, config: Mapping | None) -> dict:
 
 def _checked(cls: type, stated: dict, shapes: dict):
     """The configuration that follows from the shapes, completed by the stated entries."""
-    for name in shapes.keys() & stated.keys():
-        if stated[name] != shapes[name]:
-            raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
+    refuse_contradictions(shapes, stated)
     return cls(**{**stated, **shapes})
 
 
@@ -64,8 +61,7 @@ def _refuse(tensors: Mapping, what: str):
 
 def unwrap(tensors: Mapping) -> dict:
     """The weights, out of the table and without the prefixes of other programs."""
-    inner = tensors.get("state_dict")
-    return without_prefix(inner if isinstance(inner, Mapping) else tensors)
+    return unwrapped(tensors, ("state_dict",))
 
 
 # --- Stage C and Stage B

@@ -8,7 +8,6 @@ reads.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from ...models_impl import state_dict
 from ...models_impl.annotators.hed import HED
 
 FACTOR = 8  # pixels along a side of a latent cell
@@ -75,8 +75,6 @@ def to_core(net: nn.Module, scale: float, shift: float) -> dict[str, Tensor]:
 
 def from_core(tensors: Mapping[str, Tensor], what: str) -> Taesd:
     """From such a file. Raises ValueError where weights are missing or of another shape."""
-    from ...models_impl import state_dict
-
     found = {}
     for key, value in tensors.items():
         part, _, rest = key.partition(".")
@@ -95,8 +93,6 @@ def read_decoder(path: Path, latent_scale: float) -> Taesd:
     """The half of a TAESD that draws, from a file of ours or core's, of diffusers (or its folder), or of only the
     decoder (madebyollin/taesd: taesd_decoder). latent_scale: of the family that it was made for, whose latents it reads
     unless the file says otherwise. Raises ValueError for another file."""
-    from ...models_impl import state_dict
-
     path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     tensors = state_dict.read_file(path)[0]
     kinds = {MARK: ("taesd_decoder.", 1), "decoder.layers.0.weight": ("decoder.layers.", 0), "1.weight": ("", 1)}
@@ -118,7 +114,7 @@ def read_decoder(path: Path, latent_scale: float) -> Taesd:
 
 
 def metadata(latent_channels: int) -> dict[str, str]:
-    return {"pixstack.family": "autoencoder", "pixstack.config": json.dumps({"latent_channels": latent_channels})}
+    return state_dict.config_metadata("autoencoder", {"latent_channels": latent_channels})
 
 
 def perceived(hed: HED, one: Tensor, other: Tensor) -> Tensor:
