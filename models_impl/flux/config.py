@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+
+from ..configuration import Configuration
 
 REFERENCE_NAMES = {  # released parameters, diffusers' config.json -> ours
     "vec_in_dim": "pooled_dim",
@@ -25,7 +27,7 @@ HEAD_AXES = {128: (16, 56, 56)}  # size of a head -> rope channels of (index, ro
 
 
 @dataclass(frozen=True)
-class FluxConfig:
+class FluxConfig(Configuration):
     hidden: int = 3072
     """Width D of the transformer."""
     heads: int = 24
@@ -69,14 +71,6 @@ class FluxConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, entries: Mapping) -> FluxConfig:
-        """The configuration of a complete set of entries; see `entries_of` for the names it takes."""
-        return cls(**cls.entries_of(entries))
 
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+
+from ..configuration import Configuration
 
 VAE_FACTOR = 8  # pixels along one side of a latent cell
 LATENT_SCALES = {"alpha": 0.18215, "sigma": 0.13025}  # of sd-vae-ft-ema and of the SDXL VAE
@@ -53,7 +55,7 @@ class KVCompression:
 
 
 @dataclass(frozen=True)
-class PixArtConfig:
+class PixArtConfig(Configuration):
     depth: int = 28
     hidden: int = 1152
     """Width D of the transformer."""
@@ -130,9 +132,6 @@ class PixArtConfig:
     def size_multiple(self) -> int:
         """Height and width in pixels must be multiples of this."""
         return VAE_FACTOR * self.patch_size
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, entries: Mapping) -> PixArtConfig:

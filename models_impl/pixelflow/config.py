@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+
+from ..configuration import Configuration
 
 REFERENCE_NAMES = {  # the released config.yaml -> ours
     "num_attention_heads": "heads",
@@ -13,7 +15,7 @@ NOT_OURS = {"dropout", "class_dropout_prob"}  # entries of released configuratio
 
 
 @dataclass(frozen=True)
-class PixelFlowConfig:
+class PixelFlowConfig(Configuration):
     heads: int
     head_dim: int
     depth: int
@@ -61,14 +63,6 @@ class PixelFlowConfig:
     def size_multiple(self) -> int:
         """Height and width in pixels must be multiples of this, so that stage 0 still has whole tokens."""
         return self.patch_size * 2 ** (self.num_stages - 1)
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, entries: Mapping) -> PixelFlowConfig:
-        """The configuration of a complete set of entries; see `entries_of` for the names it takes."""
-        return cls(**cls.entries_of(entries))
 
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
+from ..configuration import Configuration
 from ..flux.config import FluxConfig
 
 TYPES = ("canny", "openpose", "depth", "hed")  # of the release, in the order of their stems
@@ -79,7 +80,7 @@ class SelectorConfig:
 
 
 @dataclass(frozen=True)
-class PixelPonderConfig:
+class PixelPonderConfig(Configuration):
     trunk: FluxConfig = field(default_factory=lambda: FluxConfig(depth=2, single_depth=2))
     """Shape of the trunk; its depth is the number of double-stream blocks. FLUX uses only as many
     single-stream blocks; the release has twice as many and computes the rest for nothing."""
@@ -130,9 +131,6 @@ class PixelPonderConfig:
     def without_unused(self) -> PixelPonderConfig:
         """The same without the single-stream blocks whose results FLUX never takes."""
         return replace(self, trunk=replace(self.trunk, single_depth=self.trunk.depth))
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, entries: Mapping) -> PixelPonderConfig:

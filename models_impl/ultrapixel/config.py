@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+
+from ..configuration import Configuration
 
 REFERENCE_NAMES = {  # constructor arguments of Stability-AI/StableCascade@7a7d341f -> ours
     "c_in": "in_channels",
@@ -42,19 +44,11 @@ def _frozen(value):
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
-class _Entries:
-    """as_dict and back, under our names or the reference's."""
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, entries: Mapping):
-        """Names that belong to no field are passed over: a release keeps several networks in one configuration."""
-        return cls(**cls.entries_of(entries))
-
+class UltraPixelConfiguration(Configuration):
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
+        """Entries under our names or the reference's -> ours. Names that belong to no field are passed over: a release
+        keeps several networks in one configuration."""
         known = {f.name for f in fields(cls)}
         renamed = {}
         for name, value in entries.items():
@@ -65,7 +59,7 @@ class _Entries:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CascadeConfig(_Entries):
+class CascadeConfig(UltraPixelConfiguration):
     """Configuration that Stage C and Stage B share: a U-net whose levels are strings of blocks.
 
     Tuples have one entry a level; those that begin with `up` go from the deepest level to the first, as the net runs.
@@ -181,7 +175,7 @@ class StageBConfig(CascadeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageAConfig(_Entries):
+class StageAConfig(UltraPixelConfiguration):
     levels: int = 2
     bottleneck_blocks: int = 12
     """Blocks of the decoder at the resolution of the latent."""
@@ -224,7 +218,7 @@ class StageAConfig(_Entries):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuideConfig(_Entries):
+class GuideConfig(UltraPixelConfiguration):
     """The modules that UltraPixel adds: one for each level of Stage C, on its way down and on its way up."""
 
     down: tuple[int, ...] = (2048, 2048)
@@ -268,7 +262,7 @@ class GuideConfig(_Entries):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlNetConfig(_Entries):
+class ControlNetConfig(UltraPixelConfiguration):
     in_channels: int = 1
     hidden: int = 2048
     """Channels of Stage C where the residuals are added."""
