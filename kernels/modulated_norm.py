@@ -20,10 +20,10 @@ def modulated_norm_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
-    library = kitchen(x, shift, scale) if x.dtype == shift.dtype == scale.dtype else None
-    if library is None:
+    fused = kitchen("adaln", x, shift, scale) if x.dtype == shift.dtype == scale.dtype else None
+    if fused is None:
         return modulated_norm_reference(x, shift, scale, eps)
-    return library.adaln(x, scale, shift, eps)
+    return fused(x, scale, shift, eps)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

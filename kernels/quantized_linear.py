@@ -67,10 +67,10 @@ def quantized_linear_reference(x: Tensor, weight: QuantizedWeight, bias: Tensor 
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    library = None if weight.table is None else bitsandbytes(x)
-    if library is None:
+    package = None if weight.table is None else bitsandbytes(x)
+    if package is None:
         return quantized_linear_reference(x, weight, bias)
-    return library.matmul_4bit(x, weight.packed.t(), _state(library.functional, weight, x.dtype), bias=bias)
+    return package.matmul_4bit(x, weight.packed.t(), _state(package.functional, weight, x.dtype), bias=bias)
 
 
 def dequantize_4bit(packed: Tensor, scale: Tensor, table: Tensor, shape: tuple[int, ...], block: int) -> Tensor:

@@ -24,5 +24,5 @@ def rotate_reference(x: Tensor, table: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    library = kitchen(x, table) if x.ndim == table.ndim - 2 else None
-    return rotate_reference(x, table) if library is None else library.apply_rope1(x, table)
+    fused = kitchen("apply_rope1", x, table) if x.ndim == table.ndim - 2 else None
+    return rotate_reference(x, table) if fused is None else fused(x, table)

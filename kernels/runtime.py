@@ -1,6 +1,7 @@
 """Which fast implementations this process has, and whether they can take given tensors. Nothing else asks."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -20,14 +21,14 @@ def library(name: str) -> ModuleType | None:
         return None
 
 
-def kitchen(x: Tensor, *others: Tensor) -> ModuleType | None:
-    """comfy-kitchen, which newer ComfyUIs bring, where its operations can take these tensors: on CUDA and without
-    gradients, which they do not compute. Else None, and None while torch.compile traces: it fuses the reference."""
-    if not all(t.is_cuda for t in (x, *others)) or torch.compiler.is_compiling():
+def kitchen(operation: str, *tensors: Tensor) -> Callable | None:
+    """An operation of comfy-kitchen, which newer ComfyUIs bring, where it can take these tensors: on CUDA and without
+    gradients, which it does not compute. Else None, and None while torch.compile traces: it fuses the reference."""
+    if not all(t.is_cuda for t in tensors) or torch.compiler.is_compiling():
         return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return None
-    return library("comfy_kitchen")
+    return getattr(library("comfy_kitchen"), operation, None)
 
 
 def bitsandbytes(x: Tensor) -> ModuleType | None:

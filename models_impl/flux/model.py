@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ...kernels.attention import attention as dense_attention
 from ...kernels.modulated_norm import modulated_norm
+from ...kernels.normed_rope import normed_rotate
 from ...kernels.rope import rope_matrices, rotate
 from .. import checkpointing
 from ..layers import sinusoid, split_heads
@@ -78,6 +79,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.scale.to(x), EPS)
 
+    def rotated(self, x: Tensor, rope: Tensor) -> Tensor:
+        return normed_rotate(x, self.scale.to(x), rope, EPS)
+
 
 class QKNorm(nn.Module):
     def __init__(self, head_dim: int, to: dict):
@@ -108,10 +112,12 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(hidden // heads, to)
         self.proj = operations.Linear(hidden, hidden, **to)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, D) -> q, k, v, each (B, heads, N, D/heads), q and k normalised but not turned."""
+    def split(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) -> q, k, v, each (B, heads, N, D/heads), q and k normalised and, by `rope`, turned."""
         q, k, v = split_heads(self.qkv(x), 3, self.heads)
-        return self.norm.query_norm(q), self.norm.key_norm(k), v
+        if rope is None:
+            return self.norm.query_norm(q), self.norm.key_norm(k), v
+        return self.norm.query_norm.rotated(q, rope), self.norm.key_norm.rotated(k, rope), v
 
 
 def mlp(hidden: int, mlp_hidden: int, operations, to: dict) -> nn.Sequential:
@@ -168,7 +174,7 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         qkv, h = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = split_heads(qkv, 3, self.heads)  # each (B, heads, L+N, D/heads)
-        q, k = rotate(self.norm.query_norm(q), rope), rotate(self.norm.key_norm(k), rope)
+        q, k = self.norm.query_norm.rotated(q, rope), self.norm.key_norm.rotated(k, rope)
         attended = attention(q, k, v).transpose(1, 2).flatten(2)
         return torch.addcmul(x, gate, self.linear2(torch.cat((attended, F.gelu(h, approximate="tanh")), dim=-1)))
 

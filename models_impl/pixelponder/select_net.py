@@ -35,8 +35,7 @@ class ImageStreamBlock(nn.Module):
 
     def image(self, normed: Tensor, mods: tuple[Tensor, ...], rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, turned, and v of image tokens that `norm` has seen. mods: `img_mod(vec)`."""
-        q, k, v = self.img_attn.split(modulate(normed, mods[0], mods[1]))
-        return rotate(q, rope), rotate(k, rope), v
+        return self.img_attn.split(modulate(normed, mods[0], mods[1]), rope)
 
     def finish(self, x: Tensor, attended: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
         """x: (B, N, D) block input; attended: (B, heads, N, D/heads)."""

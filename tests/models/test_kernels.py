@@ -2,10 +2,12 @@
 import pytest
 import torch
 from pixstack.kernels import modulated_norm as norm_file
+from pixstack.kernels import normed_rope as normed_rope_file
 from pixstack.kernels import quantized_linear as linear_file
 from pixstack.kernels import rope as rope_file
 from pixstack.kernels import runtime
 from pixstack.kernels.modulated_norm import modulated_norm, modulated_norm_reference
+from pixstack.kernels.normed_rope import normed_rotate, normed_rotate_reference
 from pixstack.kernels.quantized_linear import (
     dequantize,
     dequantize_reference,
@@ -70,16 +72,17 @@ def test_gradients_reach_what_is_turned_and_modulated():
 
 @pytest.fixture
 def kitchen():
+    """Its operations, to be taken on any device."""
     library = runtime.library("comfy_kitchen")
     if library is None:
         pytest.skip("comfy-kitchen is not installed; ComfyUI 0.3.75 does not bring it")
-    return library
+    return lambda operation, *tensors: getattr(library, operation)
 
 
 @pytest.mark.parametrize("shape, of_shift", SHAPES)
 def test_comfy_kitchen_modulates_as_we_do(kitchen, monkeypatch, shape, of_shift):
     x, shift, scale = (torch.randn(s) for s in (shape, of_shift, of_shift))
-    monkeypatch.setattr(norm_file, "kitchen", lambda *tensors: kitchen)
+    monkeypatch.setattr(norm_file, "kitchen", kitchen)
     torch.testing.assert_close(modulated_norm(x, shift, scale, 1e-3), modulated_norm_reference(x, shift, scale, 1e-3))
 
 
@@ -88,8 +91,31 @@ def test_comfy_kitchen_modulates_as_we_do(kitchen, monkeypatch, shape, of_shift)
 def test_comfy_kitchen_turns_as_we_do(kitchen, monkeypatch, shape, of_table):
     table = rope_matrices(torch.rand(*of_table, 5, dtype=torch.float64) * 20)
     x = torch.randn(shape)
-    monkeypatch.setattr(rope_file, "kitchen", lambda *tensors: kitchen)
+    monkeypatch.setattr(rope_file, "kitchen", kitchen)
     torch.testing.assert_close(rotate(x, table), rotate_reference(x, table))
+
+
+@pytest.mark.parametrize("of_table", [(1, 1, 7), (2, 1, 7)])
+def test_comfy_kitchen_norms_heads_and_turns_them_as_we_do(kitchen, monkeypatch, of_table):
+    table, scale = rope_matrices(torch.rand(*of_table, 5, dtype=torch.float64) * 20), torch.randn(10)
+    x = torch.randn(2, 3, 7, 10)
+    expected = normed_rotate_reference(x, scale, table)
+    monkeypatch.setattr(normed_rope_file, "kitchen", kitchen)
+    torch.testing.assert_close(normed_rotate(x, scale, table), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_heads_are_normed_before_they_turn(dtype):
+    x, scale = torch.randn(2, 3, 7, 10).to(dtype), torch.randn(10).to(dtype)
+    table = rope_matrices(angles(7, 5)).view(1, 1, 7, 5, 2, 2)
+    wide = x.double()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale.double()
+    a, b = exact.unflatten(-1, (-1, 1, 2)).unbind(-1)
+    exact = (table[..., 0] * a + table[..., 1] * b).flatten(-2)
+    ours = normed_rotate(x, scale, table)
+    assert ours.dtype == dtype
+    close_to_exact(ours, exact, normed_rotate_reference(x, scale, table))
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol={torch.float32: 1e-5}.get(dtype, 0.1))
 
 
 SIZES = [(96, 64), (33, 70), (5, 3)]  # of weights; 64 of nf4 share a scale
