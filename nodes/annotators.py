@@ -172,7 +172,8 @@ class FindPoses(io.ComfyNode):
                 io.Int.Input(
                     "search", default=1, min=0, max=2,
                     tooltip="0: people are looked for in the whole picture, as MediaPipe does. 1: also in overlapping "
-                    "squares of its shorter side. 2: also in squares half as large, for small people.",
+                    "squares of its shorter side, or of half of it where the picture is nearly a square. 2: also in "
+                    "smaller squares, for small people.",
                 ),
                 resolution_input(),
             ],

@@ -31,6 +31,10 @@ RIGHT_EYE, LEFT_EYE = 5, 2
 HEAD = 11  # the first points of the body are those of the head
 WRIST_SEEN = 0.1
 SAME_HEAD = 0.05  # mean distance of two heads' points in sides of the body's box, below which they are one person's
+MOST_WINDOWS = 1000
+SQUARE = 4 / 3  # a picture that is less elongated is nearly a square
+STAYS = 0.012  # mean distance of a head's points between two looks, in sides of the box: people up to 0.009, ghosts 0.1
+REACH = (33, 34)  # of the body network's points: the hips' middle, and how far the body reaches from there
 WITHIN, GHOST = 0.5, 0.9  # a body that overlaps another by this much, and is less certain by this much, is a part of it
 
 
@@ -88,13 +92,17 @@ def whole(height: int, width: int) -> Tensor:
 
 def windows(height: int, width: int, search: int) -> Tensor:
     """(N, 4): where people are looked for. search 0: in the whole picture, as MediaPipe does. 1: in squares of its
-    shorter side as well, which overlap by half. 2: also in squares of half of it."""
+    shorter side as well, which overlap by half, 2: also in squares of half of it; where the picture is nearly a square
+    itself, in squares of a half and of a third. Raises ValueError for a picture with more than MOST_WINDOWS."""
     boxes, short = [whole(height, width)], min(height, width)
-    for side in [s for s in (short, short / 2)[:search] if s < max(height, width)]:
-        spots = []
-        for length in (height, width):
-            steps = ceil((length - side) / (side / 2))
-            spots.append([side / 2 + (length - side) * i / max(1, steps) for i in range(steps + 1)])
+    parts = (1, 2) if max(height, width) > SQUARE * short else (2, 3)
+    for side in [short / part for part in parts[:search]]:
+        steps = [ceil((length - side) / (side / 2) - 1e-6) for length in (height, width)]  # thirds are not exact
+        if (steps[0] + 1) * (steps[1] + 1) > MOST_WINDOWS:
+            raise ValueError(f"A picture of {width}x{height} pixels is too thin: people would be looked for in "
+                             f"{(steps[0] + 1) * (steps[1] + 1):,} squares. Crop it, or set search to 0.")
+        spots = [[side / 2 + (length - side) * i / max(1, n) for i in range(n + 1)]
+                 for length, n in zip((height, width), steps, strict=True)]
         boxes.append(torch.tensor([[x, y, side, 0.0] for y in spots[0] for x in spots[1]]))
     return torch.cat(boxes)
 
@@ -207,6 +215,23 @@ def detect(network: Network, picture: Tensor, boxes: Tensor, side: int, strides:
 
 # --- Landmarks
 
+def looked_at(network: Network, picture: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bodies within boxes (N, 4): points (N, 33, 3) in pixels with their visibility, the score (N,) of a body being
+    there, and the boxes (N, 4) that the network itself would put around it."""
+    raw, presence, _, heatmap, _ = network(crop(picture, boxes, SIDES["body"]))
+    local, visible = body_points(raw, heatmap)
+    ends = project(raw.view(len(raw), -1, 5)[:, list(REACH), :2] / SIDES["body"], boxes)
+    return (torch.cat([project(local, boxes), visible[..., None]], -1), presence[:, 0],
+            grown(pointed(ends[:, 0], ends[:, 1], pi / 2), 1.25))
+
+
+def stays(network: Network, picture: Tensor, body: Tensor, side: Tensor, box: Tensor) -> bool:
+    """Whether a body (33, 3) found in a box of this side has its head in the same place when the network looks into
+    `box` (4,), as MediaPipe follows people in films. A pattern that looks like a body in one cut moves in the next."""
+    (again,), *_ = looked_at(network, picture, box[None])
+    return bool((again - body)[:HEAD, :2].norm(dim=-1).mean() < STAYS * side)
+
+
 def body_points(raw: Tensor, heatmap: Tensor) -> tuple[Tensor, Tensor]:
     """raw: (N, 195), heatmap: (N, 64, 64, 39) -> points (N, 33, 2) in [0, 1] of the crop, and visibility (N, 33)."""
     values = raw.view(len(raw), -1, 5)[:, :BODY]
@@ -244,15 +269,15 @@ def people(networks: dict[str, Network], picture: Tensor, *, hands: bool = True,
     if not len(points):
         return []
     boxes = grown(pointed(points[:, 2], points[:, 3], pi / 2), 1.25)  # the hips' middle, and the reach of the body
-    raw, presence, _, heatmap, _ = networks["body"](crop(picture, boxes, SIDES["body"]))
-    local, visible = body_points(raw, heatmap)
-    bodies = torch.cat([project(local, boxes), visible[..., None]], -1)  # (N, 33, 3)
-    sure = scores * visible.mean(1)
+    bodies, presence, own_boxes = looked_at(networks["body"], picture, boxes)
+    sure = scores * bodies[..., 2].mean(1)
     people: list[Person] = []
     for index in sure.argsort(descending=True).tolist():
         body, side = bodies[index], boxes[index, 2]
-        if presence[index, 0] <= 0.5 or any(_same(other, body, sure[index], side) for other in people):
+        if presence[index] <= 0.5 or any(_same(other, body, sure[index], side) for other in people):
             continue
+        if search and not stays(networks["body"], picture, body, side, own_boxes[index]):
+            continue  # the more places are looked at, the more that look like people
         people.append(Person(
             float(sure[index]), body,
             left=hand(networks, picture, body[list(LEFT_HAND)]) if hands else None,

@@ -141,7 +141,9 @@ def test_a_point_is_moved_to_the_mass_of_its_heatmap_only_where_that_is_sure():
     assert moved[0, 1].tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("height, width, counts", [(512, 512, (1, 1, 10)), (720, 1280, (1, 4, 25))])
+@pytest.mark.parametrize("height, width, counts", [
+    (512, 512, (1, 10, 35)), (1024, 1100, (1, 13, 43)), (720, 1280, (1, 4, 25)), (1280, 720, (1, 4, 25)),
+])  # fmt: skip
 def test_more_search_looks_into_more_windows(height, width, counts):
     for search, count in enumerate(counts):
         boxes = pose.windows(height, width, search)
@@ -149,6 +151,40 @@ def test_more_search_looks_into_more_windows(height, width, counts):
         half = boxes[1:, 2] / 2
         assert (boxes[1:, 0] - half > -1e-3).all() and (boxes[1:, 0] + half < width + 1e-3).all()
         assert (boxes[1:, 1] - half > -1e-3).all() and (boxes[1:, 1] + half < height + 1e-3).all()
+
+
+def test_a_thread_of_a_picture_is_not_searched_in_thousands_of_squares():
+    assert len(pose.windows(30_000, 1, 0)) == 1
+    with pytest.raises(ValueError, match="1x30000 pixels is too thin: .* 59,999 squares"):
+        pose.windows(30_000, 1, 1)
+
+
+@pytest.mark.parametrize("moved, search, count", [(0.0, 1, 1), (20.0, 1, 0), (20.0, 0, 1)])
+def test_what_moves_when_it_is_looked_at_again_is_nobody(moved, search, count, monkeypatch):
+    parts, looks = networks(), []
+    monkeypatch.setattr(pose, "windows", lambda height, width, search: pose.whole(height, width))
+
+    def restless(x):
+        raw, *others = parts["body"](x)
+        shift = torch.zeros_like(raw).view(len(raw), -1, 5)
+        shift[:, :pose.HEAD, :2] = moved * len(looks)  # of 256 pixels, in the second look
+        looks.append(x)
+        return [raw + shift.view_as(raw), *others]
+
+    found = pose.people({**parts, "body": restless}, PICTURE, hands=False, face=False, search=search)
+    assert len(found) == count and len(looks) == 1 + search
+
+
+@pytest.mark.skipif("POSE_MODELS" not in os.environ, reason="POSE_MODELS does not name mediapipe 0.10.21's wheel")
+@pytest.mark.parametrize("down, across, search", [(1, 2, 1), (1, 2, 2), (2, 1, 1), (2, 2, 1), (2, 2, 2), (3, 3, 2)])
+def test_as_many_people_are_found_as_the_picture_shows(down, across, search):
+    data = pytest.importorskip("skimage.data", reason="the photograph is scikit-image's")
+    with zipfile.ZipFile(os.environ["POSE_MODELS"]) as wheel:
+        graphs = {part: pose.Graph(wheel.read(f"mediapipe/modules/{pose.FILES[part]}"), part)
+                  for part in ("detector", "body")}
+    picture = (torch.from_numpy(data.astronaut()).movedim(-1, 0) / 255).repeat(1, down, across)
+    found = pose.people(graphs, picture, hands=False, face=False, search=search)
+    assert len(found) == down * across
 
 
 # --- LiteRT
