@@ -2,6 +2,8 @@
 so the network calls them; what is made here says which, with which hint and how strongly."""
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import comfy.controlnet
 import comfy.latent_formats
 import comfy.model_management as mm
@@ -10,13 +12,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ....models_impl.pixart.config import VAE_FACTOR
 from ....models_impl.pixart.controlnet import Control
-from ..common.control import NetworkControl
+from ..common.control import AREA, NetworkControl
 from ..common.patcher import is_dynamic
 from ..common.prefetch import host_prefetch
 from .model import CONTROL, PixArtModel
 
 UPSCALE = "bilinear"
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A hint of 'Apply PixArt ControlNet'."""
+
+    whole: Tensor
+    """(B, C, H, W), C with a mask one more than the picture's: what packs that draw in tiles cut."""
+    picture: Tensor
+    mask: Tensor | None
+    """(B, 1, h, w) in [0, 1], in its own size."""
+    is_latent: bool
+
+    def split(self, hint: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Picture and mask of `whole`, or of what a pack has cut from it."""
+        if hint is self.whole or self.mask is None:
+            return (self.picture if hint is self.whole else hint), self.mask
+        return hint[:, :-1], hint[:, -1:]
 
 
 class PixArtControl(NetworkControl):
@@ -25,9 +46,9 @@ class PixArtControl(NetworkControl):
     def __init__(self, net_patcher):
         super().__init__(net_patcher)
         self.latent_format = comfy.latent_formats.SD15()  # core's Apply nodes ask for a VAE only if there is one
-        self.hint_latent: Tensor | None = None
-        self.mask: Tensor | None = None
-        self._weights: Tensor | None = None  # the mask's, per token
+        self.compression_ratio = 1  # beyond the VAE's, for packs that cut the hint into tiles
+        self.own: Hint | None = None  # None: a picture by one of core's nodes
+        self._seen: dict = {}  # (which hint, its area, size) -> the hint, latent and weights made of it
         self._base_dtype = torch.float32  # that the base network computes in, known when a run begins
         self._patch_size = net_patcher.model.config.patch_size
 
@@ -54,56 +75,82 @@ class PixArtControl(NetworkControl):
         start, end = self.timestep_range or (float("inf"), 0.0)
         if self.strength == 0 or not end <= float(t[0]) <= start:
             return before
-        height, width = x_noisy.shape[-2:]
-        if self.cond_hint is None or self.cond_hint.shape[-2:] != (height, width):
-            # x_noisy is float32 whatever the network computes in: ComfyUI casts it on the way in, but nothing of this.
-            self.cond_hint = self._encode(height, width).to(x_noisy.device, self._base_dtype)
-            self._weights = None if self.mask is None else self._tokens(height, width).to(self.cond_hint)
-        hint = comfy.controlnet.broadcast_image_to(self.cond_hint, len(x_noisy), batched_number)
+        latent, weights = self._hint(x_noisy, cond.get(AREA))
+        hint = comfy.controlnet.broadcast_image_to(latent, len(x_noisy), batched_number)
         strength = self.strength
-        if self._weights is not None:
-            strength = strength * comfy.controlnet.broadcast_image_to(self._weights, len(x_noisy), batched_number)
+        if weights is not None:
+            strength = strength * comfy.controlnet.broadcast_image_to(weights, len(x_noisy), batched_number)
         net = self.net_patcher.model
         control = Control(net, hint, strength, host_prefetch(net, x_noisy.device, is_dynamic(self.net_patcher)))
         return {CONTROL: [*(before or {}).get(CONTROL, []), control]}
 
     def cleanup(self):
         super().cleanup()
-        self._weights = None
+        self._seen = {}
 
-    def _encode(self, height: int, width: int) -> Tensor:
-        """The hint (B, 4, height, width) at the scale that the network sees latents in."""
-        if self.hint_latent is not None:
-            latent = comfy.utils.common_upscale(self.hint_latent, width, height, UPSCALE, "center")
-            return self._seen(latent, "The hint")
+    def _hint(self, x: Tensor, area: tuple | None) -> tuple[Tensor, Tensor | None]:
+        """(latent (B, 4, h, w) at the scale that the network sees latents in, weight per token (B, N, 1) or None) for
+        x (B, 4, h, w), which may be the area of a prompt."""
+        size, tile = tuple(x.shape[-2:]), self.cond_hint
+        if tile is not None and tuple(tile.shape[-2:]) == size:  # a pack that cuts tiles has encoded it
+            if self.own and self.own.mask is not None:
+                raise ValueError("A node that draws in tiles encodes the hint of this PixArt ControlNet by itself, "
+                                 "which loses its mask: take the mask away, or the tiles.")
+            return tile.to(x.device, self._base_dtype), None
+        original = self.cond_hint_original
+        key = id(original), area, size
+        if key not in self._seen:
+            picture, mask = self.own.split(original) if self.own else (original, None)
+            # x is float32 whatever the network computes in: ComfyUI casts it on the way in, but nothing of this.
+            latent = self._encode(picture, size, area).to(x.device, self._base_dtype)
+            weights = None if mask is None else self._weights(mask, size, area).to(latent)
+            self._seen[key] = original, latent, weights  # with the hint, so that its id stays its own
+        return self._seen[key][1:]
+
+    def _encode(self, picture: Tensor, size: tuple[int, int], area: tuple | None) -> Tensor:
+        if self.own and self.own.is_latent:
+            return self._scaled(_part(picture, size, area, 1), "The hint")
         if self.vae is None:
             raise ValueError("A PixArt ControlNet reads its hint as a latent: connect the VAE of the PixArt model to "
                              "the node that applies it.")
-        ratio = self.vae.spacial_compression_encode()
-        picture = comfy.utils.common_upscale(self.cond_hint_original, width * ratio, height * ratio, UPSCALE, "center")
+        part = _part(picture, size, area, self.vae.spacial_compression_encode())
         loaded = mm.loaded_models(only_currently_used=True)
-        latent = self.vae.encode(colours(picture.movedim(1, -1)))
+        latent = self.vae.encode(colours(part.movedim(1, -1)))
         mm.load_models_gpu(loaded)
-        return self._seen(latent, "What this VAE makes of the hint")
+        return self._scaled(latent, "What this VAE makes of the hint")
 
-    def _seen(self, latent: Tensor, what: str) -> Tensor:
+    def _scaled(self, latent: Tensor, what: str) -> Tensor:
         channels = self.latent_format.latent_channels
         if latent.shape[1] != channels:
             raise ValueError(f"{what} is a latent of {latent.shape[1]} channels, this PixArt reads {channels}: take "
                              "the VAE of the PixArt model.")
         return self.latent_format.process_in(latent)
 
-    def _tokens(self, height: int, width: int) -> Tensor:
-        """The mask (B, H, W) as a weight per token (B, N, 1)."""
-        mask = self.mask.reshape(-1, 1, *self.mask.shape[-2:]).float()
-        tokens = F.interpolate(mask, (height // self._patch_size, width // self._patch_size), mode="area")
+    def _weights(self, mask: Tensor, size: tuple[int, int], area: tuple | None) -> Tensor:
+        """The mask (B, 1, H, W) as a weight per token (B, N, 1)."""
+        if area is not None:
+            mask = _part(mask, size, area, VAE_FACTOR)
+        tokens = F.interpolate(mask, [side // self._patch_size for side in size], mode="area")
         return tokens.flatten(2).transpose(1, 2)
 
     def copy(self):
         clone = PixArtControl(self.net_patcher)
         self.copy_to(clone)
-        clone.hint_latent, clone.mask = self.hint_latent, self.mask
+        clone.own = self.own
         return clone
+
+    def set_cond_hint(self, *args, **kwargs):
+        """The hint as core's Apply nodes give it: a picture, without a mask."""
+        self.own = None
+        return super().set_cond_hint(*args, **kwargs)
+
+
+def _part(picture: Tensor, size: tuple[int, int], area: tuple | None, ratio: int) -> Tensor:
+    """A picture (B, C, H, W) as a latent of `size` cells sees it, `ratio` pixels a cell; of an area its part."""
+    (_, _, y, x), whole = area or ((*size, 0, 0), size)
+    height, width = (ratio * side for side in whole)
+    picture = comfy.utils.common_upscale(picture, width, height, UPSCALE, "center")
+    return picture[..., ratio * y : ratio * (y + size[0]), ratio * x : ratio * (x + size[1])]
 
 
 def colours(picture: Tensor) -> Tensor:
@@ -121,10 +168,13 @@ def with_hint(
     if image is not None and vae is None:
         raise ValueError("To use an image as the hint, connect the VAE of the PixArt model too.")
     hinted = control.copy()
-    if image is not None:
-        hinted.set_cond_hint(image.movedim(-1, 1), strength, (start, end), vae)
-    else:
-        hinted.set_cond_hint(torch.zeros(1), strength, (start, end))
-        hinted.hint_latent = latent
-    hinted.mask = mask
+    picture = colours(image).movedim(-1, 1) if latent is None else latent
+    whole = picture
+    if mask is not None:
+        mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+        shown = F.interpolate(mask, picture.shape[-2:], mode="area").to(picture)
+        rows = max(len(picture), len(mask))
+        whole = torch.cat([comfy.utils.repeat_to_batch_size(part, rows) for part in (picture, shown)], dim=1)
+    hinted.set_cond_hint(whole, strength, (start, end), *([vae] if latent is None else []))
+    hinted.own = Hint(whole, picture, mask, latent is not None)
     return hinted

@@ -16,6 +16,7 @@ from ....models_impl.pixart.model import PixArt, TextTokens
 from ....models_impl.pixart.sampling import NoiseSchedule
 from ..common.attention import host_attention
 from ..common.conds import Exact, Prompt, PromptKey, Text, TextMask, one_pass_is_faster
+from ..common.control import AREA, Area
 from ..common.prefetch import host_prefetch
 from ..common.text import check_type
 
@@ -136,6 +137,8 @@ class PixArtModel(comfy.model_base.PixArt):
         conds = {"c_crossattn": Text(context, fill), "mask": TextMask(mask, fill)}
         if hooks is None:  # hooks may change the weights during the run
             conds["prompts"] = PromptKey(Prompt())
+        if "control" in entries and noise is not None:
+            conds[AREA] = Area(tuple(noise.shape[-2:]))
         if self.config.micro_conditions:
             height, width = entries["height"], entries["width"]
             ratio = entries.get("aspect_ratio") or _ratio(height, width)

@@ -19,10 +19,10 @@ from ....models_impl.pixelponder.model import HINT_CELL
 from ....models_impl.pixelponder.patch_select import Conditions, Selection
 from ....models_impl.pixelponder.sampling import GUIDANCE
 from ..common.attention import host_attention
-from ..common.control import NetworkControl
+from ..common.control import AREA, NetworkControl
 from ..common.patcher import is_dynamic
 from ..common.prefetch import host_prefetch
-from .hints import Condition, hint_for, labels, mask_for, spread, warn_of_shape
+from .hints import Condition, as_one, cut, hint_for, labels, mask_for, of_area, spread, warn_of_shape
 from .map import draw, masks_of, preview
 from .strategies import plan
 
@@ -44,6 +44,7 @@ class PixelPonderControl(NetworkControl):
         super().__init__(net_patcher)
         self.dtype = dtype  # that it computes in
         self.conditions: tuple[Condition, ...] = ()  # the primary one first
+        self.whole_hint: Tensor | None = None  # of all conditions; what a pack put in its place counts instead
         self.strategy, self.rounds = "released", 1
         self.shown = Shown()
         self.node_id: str | None = None  # where previews of the map appear while sampling
@@ -54,6 +55,8 @@ class PixelPonderControl(NetworkControl):
         self._ranges: list[tuple[float, float]] = []
         self._embeds: dict = {}
         self._chosen: dict = {}
+        self._cut: dict = {}
+        self._areas: dict = {}
         self._bar = None
         self._seen = None  # which of the guider's prompts is shown
 
@@ -98,10 +101,11 @@ class PixelPonderControl(NetworkControl):
         if self.strategy == "blend" and not any(self.conditions[i].strength for i in active):
             return before
         B, size = len(x_noisy), tuple(x_noisy.shape[-2:])
-        key = active, size, B, batched_number
+        hint = self._hint(size, cond.get(AREA))
+        key = active, size, B, batched_number, id(hint)
         new = key not in self._chosen
         if new:
-            self._chosen[key] = self._choose(*key, x_noisy.device)
+            self._chosen[key] = self._choose(*key[:-1], hint, x_noisy.device)
         choose, stepwise = self._chosen[key]
         x = self._sampling.calculate_input(t, x_noisy).to(self.dtype)
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (2, 2))
@@ -136,7 +140,7 @@ class PixelPonderControl(NetworkControl):
     def copy(self):
         clone = PixelPonderControl(self.net_patcher, self.dtype)
         self.copy_to(clone)
-        for name in ("conditions", "strategy", "rounds", "shown", "node_id"):
+        for name in ("conditions", "whole_hint", "strategy", "rounds", "shown", "node_id"):
             setattr(clone, name, getattr(self, name))
         return clone
 
@@ -149,10 +153,30 @@ class PixelPonderControl(NetworkControl):
             return ()
         return tuple(i for i, (start, end) in enumerate(self._ranges) if end <= sigma <= start)
 
-    def _choose(self, active, size, B, batched_number, device):
+    def _hint(self, size: tuple[int, int], area: tuple | None) -> Tensor:
+        """The picture of all hints for a latent of `size`: ours, or the tile that a pack has put in its place, cut from
+        `cond_hint_original` or as `cond_hint` in the latent's own size; of a prompt's area, that part of it."""
+        tile, hint = self.cond_hint, self.cond_hint_original
+        if tile is not None and tuple(tile.shape[-2:]) == tuple(HINT_CELL * side for side in size):
+            return tile
+        if area is None:
+            return hint
+        key = id(hint), area
+        if key not in self._areas:
+            self._areas[key] = hint, of_area(hint, *area)
+        return self._areas[key][1]
+
+    def _conditions_of(self, hint: Tensor) -> tuple[Condition, ...]:
+        if hint is self.whole_hint:
+            return self.conditions
+        if id(hint) not in self._cut:
+            self._cut[id(hint)] = hint, cut(self.conditions, hint)  # with the hint, so that its id stays its own
+        return self._cut[id(hint)][1]
+
+    def _choose(self, active, size, B, batched_number, hint, device):
         """(choose, stepwise) for these conditions and this batch."""
-        net, every = self.net_patcher.model, self._embed(size, device)
-        conditions = [self.conditions[i] for i in active]
+        net, every = self.net_patcher.model, self._embed(size, hint, device)
+        conditions = [self._conditions_of(hint)[i] for i in active]
         embeds = [spread(every[i], B, batched_number) for i in active]
         rows = max(map(len, embeds))
         stacked = torch.stack([e.expand(rows, -1, -1, -1) for e in embeds], dim=1)
@@ -163,17 +187,19 @@ class PixelPonderControl(NetworkControl):
         strategy, forced = plan(self.strategy, self.rounds, net, conditions, masks, grid)
         return strategy.begin(Conditions(stacked, kinds), forced), strategy.stepwise
 
-    def _embed(self, size: tuple[int, int], device) -> list[Tensor]:
-        """Every hint (own batch, 16, H, W), H and W even, once per run and size."""
-        if size not in self._embeds:
+    def _embed(self, size: tuple[int, int], hint: Tensor, device) -> list[Tensor]:
+        """Every hint (own batch, 16, H, W), H and W even, once per run, size and tile."""
+        key = size, id(hint)
+        if key not in self._embeds:
             net, embeds = self.net_patcher.model, []
-            for number, condition in enumerate(self.conditions, 1):
+            for number, condition in enumerate(self._conditions_of(hint), 1):
                 index = net.config.type_index(condition.kind)
-                warn_of_shape(condition, number, size)
-                hint = hint_for(condition, size)
-                embeds.append(net.encode_hint((2 * hint - 1).to(device, self.dtype), index))
-            self._embeds[size] = embeds
-        return self._embeds[size]
+                if hint is self.whole_hint:
+                    warn_of_shape(condition, number, size)
+                pixels = hint_for(condition, size)
+                embeds.append(net.encode_hint((2 * pixels - 1).to(device, self.dtype), index))
+            self._embeds[key] = embeds
+        return self._embeds[key]
 
     # The residuals
 
@@ -312,8 +338,9 @@ def with_conditions(
     for condition in conditions:
         config.type_index(condition.kind)
     applied = control.copy()
-    applied.set_cond_hint(torch.zeros(1), strength, (start, end))
     applied.conditions = tuple(sorted(conditions, key=lambda c: -c.priority))
+    applied.whole_hint = as_one(applied.conditions)
+    applied.set_cond_hint(applied.whole_hint, strength, (start, end))
     applied.strategy, applied.rounds, applied.shown, applied.node_id = strategy, rounds, Shown(), node_id
     plan(strategy, rounds, control.net_patcher.model, [], [], (2, 2))  # refuses early what cannot run
     return applied

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.controlnet
+import comfy.utils
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,6 +44,46 @@ def fit(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image, (height, width), mode="bilinear", antialias=True)
 
 
+def as_one(conditions: tuple[Condition, ...]) -> Tensor:
+    """All hints and masks as one picture (B, channels, H, W) of the first hint's size: packs that cut a picture into
+    tiles cut it like any ControlNet's hint."""
+    first = _colours(conditions[0].image)
+    size, B = first.shape[-2:], max(len(c.image) for c in conditions)
+    layers = []
+    for condition in conditions:
+        layers.append(fit(_colours(condition.image), *size))
+        if condition.mask is not None:
+            layers.append(fit(_mask(condition), *size))
+    layers = [comfy.utils.repeat_to_batch_size(layer, B) for layer in layers]
+    return layers[0] if len(layers) == 1 else torch.cat(layers, dim=1)
+
+
+def cut(conditions: tuple[Condition, ...], picture: Tensor) -> tuple[Condition, ...]:
+    """The conditions with the hints and masks of a part of what `as_one` made of them.
+
+    Raises ValueError if it has other channels.
+    """
+    widths = [3 if condition.mask is None else 4 for condition in conditions]
+    if picture.ndim != 4 or picture.shape[1] != sum(widths):
+        raise ValueError(f"A node has replaced PixelPonder's hint by a tensor of shape {tuple(picture.shape)}; it is "
+                         f"(pictures, {sum(widths)}, height, width), of which tiles may be cut.")
+    return tuple(replace(condition, image=part[:, :3].movedim(1, -1), mask=part[:, 3] if part.shape[1] > 3 else None)
+                 for condition, part in zip(conditions, picture.split(widths, dim=1), strict=True))
+
+
+def of_area(picture: Tensor, area: tuple[int, int, int, int], whole: tuple[int, int] | None) -> Tensor:
+    """The part of a picture of hints for an area (height, width, y, x) of a latent of `whole` cells; without `whole`,
+    of one as large as the picture of hints. Raises ValueError if the area is not inside of that."""
+    h, w, y, x = area
+    H, W = whole or [round(side / HINT_CELL) for side in picture.shape[-2:]]
+    if y + h > H or x + w > W:
+        raise ValueError(f"A prompt's area reaches to {HINT_CELL * (x + w)}x{HINT_CELL * (y + h)} pixels, and the hint "
+                         f"of PixelPonder is {HINT_CELL * W}x{HINT_CELL * H}: with areas, give it hints as large as "
+                         "the picture.")
+    fitted = fit(picture, HINT_CELL * H, HINT_CELL * W)
+    return fitted[..., HINT_CELL * y : HINT_CELL * (y + h), HINT_CELL * x : HINT_CELL * (x + w)]
+
+
 def warn_of_shape(condition: Condition, number: int, size: tuple[int, int]):
     """Warn in ComfyUI's log if the hint or its mask is of another shape than a picture with a latent of `size`."""
     height, width = (HINT_CELL * side for side in size)
@@ -58,17 +100,25 @@ def warn_of_shape(condition: Condition, number: int, size: tuple[int, int]):
 
 def hint_for(condition: Condition, size: tuple[int, int]) -> Tensor:
     """The hint (B, 3, 8 H', 8 W') in [0, 1] for a latent of `size`, whose sides are rounded up to even."""
-    image = condition.image[..., :3].movedim(-1, 1).float()
-    image = image if image.shape[1] == 3 else image[:, :1].expand(-1, 3, -1, -1)
-    return _even(fit(image, *(HINT_CELL * side for side in size)))
+    return _even(fit(_colours(condition.image), *(HINT_CELL * side for side in size)))
 
 
 def mask_for(condition: Condition, size: tuple[int, int]) -> Tensor | None:
     """The mask (B, 8 H', 8 W'), cut like the hint."""
     if condition.mask is None:
         return None
-    mask = condition.mask.reshape(-1, 1, *condition.mask.shape[-2:]).float()
-    return _even(fit(mask, *(HINT_CELL * side for side in size)))[:, 0]
+    return _even(fit(_mask(condition), *(HINT_CELL * side for side in size)))[:, 0]
+
+
+def _colours(image: Tensor) -> Tensor:
+    """(B, H, W, C), gray or with alpha too, -> (B, 3, H, W)."""
+    image = image[..., :3].movedim(-1, 1).float()
+    return image if image.shape[1] == 3 else image[:, :1].expand(-1, 3, -1, -1)
+
+
+def _mask(condition: Condition) -> Tensor:
+    """(B, 1, H, W)."""
+    return condition.mask.reshape(-1, 1, *condition.mask.shape[-2:]).float()
 
 
 def _even(image: Tensor) -> Tensor:

@@ -166,6 +166,9 @@ def rescaled(args: dict, rescale: float) -> Tensor:
 class Plain:
     """A step without guide."""
 
+    size: tuple[int, int] | None = None
+    """(height, width) of the latent of the pass, in cells."""
+
     def __init__(self, whole_batch: bool = False):
         self.whole_batch = whole_batch
 
@@ -235,6 +238,11 @@ def call(executor, x, sigma, c_concat=None, c_crossattn=None, control=None, tran
     if COMPILED in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
         raise ValueError("A compiled network would silently leave the guide out: take TorchCompileModel away from this "
                          "MODEL.")
+    if run.size not in (None, tuple(x.shape[-2:])):
+        (h, w), (H, W) = x.shape[-2:], run.size
+        raise ValueError(f"This MODEL is shown a tile, {w} x {h} of {W} x {H} cells, and UltraPixel's "
+                         "guide belongs to the whole picture. Take that node away: Stage C is small at any size. "
+                         "'UltraPixel Stage B' and 'Load UltraPixel Stage A' save memory after it.")
     timestep = base.model_sampling.timestep(sigma).float()
     with run.around(base.diffusion_model, timestep, options):
         return executor(x, sigma, c_concat, c_crossattn, control, options, **conds)

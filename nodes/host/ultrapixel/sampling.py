@@ -154,7 +154,9 @@ class Model:
     def __call__(self, x: Tensor, timestep: Tensor, run: Plain | None = None) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
         options = create_model_options_clone(self.extra_args["model_options"])
-        options.setdefault("transformer_options", {})[ultrapixel.KEY] = run or Plain(self.whole_batch)
+        run = run or Plain(self.whole_batch)
+        run.size = tuple(x.shape[-2:])
+        options.setdefault("transformer_options", {})[ultrapixel.KEY] = run
         sigma, self.step = self.sigmas[self.step], self.step + 1
         noisy = x * (1 + sigma**2).sqrt()
         step_cache.at_sigma(options, noisy, sigma)
