@@ -248,6 +248,25 @@ def test_a_compiled_model_draws_the_same_picture(core, family, counted):
     assert counted, "nothing was compiled"
 
 
+def test_a_compiled_pixart_predicts_its_variance_too(core, counted):
+    family = _pixart(core)
+    (sampler,) = run(core, "PixArtSampler", algorithm="iddpm", order=2, eta=1.0, inpaint="core")
+    (sigmas,) = run(core, "PixArtSigmas", model=family.model, schedule="iddpm (respaced)", steps=4, denoise=1.0,
+                    timestep=400)
+
+    def draw(model):
+        noise = randn(1, 4, 8, 8, seed=5)
+        with torch.inference_mode():
+            return core.sample.sample_custom(model, noise, 3.0, sampler, sigmas, text(4096), text(4096, 6, 2),
+                                             torch.zeros_like(noise), disable_pbar=True, seed=7)
+
+    plain, model = draw(family.model), compiled(core, family.model)
+    torch.testing.assert_close(draw(model), plain, **CLOSE)
+    graphs = len(counted)
+    draw(model)
+    assert 0 < graphs == len(counted), "every run was compiled anew"
+
+
 def test_blocks_may_be_compiled_one_by_one(core, family, counted):
     if not family.blocks:
         pytest.skip("UltraPixel's guide refuses compiled networks, see above")

@@ -327,6 +327,74 @@ def test_each_released_sampler_draws_in_comfyui_what_it_draws_alone(art, algorit
     close(ours * 0.13025, reference, 1e-3)
 
 
+def parts(*entries):
+    """A conditioning of several prompts: (length, seed, what else is in the entry)."""
+    return [tokens(length, seed, **more)[0] for length, seed, more in entries]
+
+
+def test_iddpm_blends_the_variance_of_masked_prompts_as_it_does_their_noise(art):
+    left, right, negative, x = tokens(5), tokens(7, 3), tokens(4, 1), noise_of(1, 4, 8, 12)
+    mask = torch.zeros(1, 8, 12)
+    mask[..., :5] = 1
+    net = network(art, art.sigma)
+    first, second = (predictor(net, text, negative, 4.5) for text in (left, right))
+
+    def alone(x, t):
+        (_, eps, variance), (_, other, other_variance) = first(x, t), second(x, t)
+        with torch.no_grad():
+            uncond = net(x, torch.full((1,), float(t)), negative[0][0])[:, :4]
+        cond = mask * eps + (1 - mask) * other
+        return torch.cat([sampling.guided(cond, uncond, 4.5, 3), mask * variance + (1 - mask) * other_variance], dim=1)
+
+    timesteps = sampling.iddpm_timesteps(4)
+    reference = sampling.iddpm(alone, x, sampling.NoiseSchedule(), timesteps, art.sampling._noise(7, timesteps, x))
+    both = parts((5, 0, {"mask": mask}), (7, 3, {"mask": 1 - mask}))
+    ours = draw(art, art.sigma, both, negative, sampler(art, "iddpm"), sigmas(art, art.sigma, "iddpm (respaced)"))
+    close(ours * 0.13025, reference, 1e-3)
+
+
+def test_iddpm_follows_conditioning_areas(art):
+    small = parts((5, 0, {}), (7, 3, {"area": (4, 6, 2, 2), "strength": 1.0}))
+    plain, ours = (draw(art, art.sigma, text, tokens(4, 1), sampler(art, "iddpm"),
+                        sigmas(art, art.sigma, "iddpm (respaced)")) for text in (small[:1], small))
+    assert ours.isfinite().all() and not torch.equal(ours, plain)
+
+
+def test_iddpm_draws_with_hooks_what_it_draws_with_the_patched_model(art):
+    name, rng = "diffusion_model.blocks.1.attn.proj", torch.Generator().manual_seed(3)
+    width = art.sigma.model.config.hidden
+    lora = {f"{name}.lora_A.weight": torch.randn(2, width, generator=rng),
+            f"{name}.lora_B.weight": torch.randn(width, 2, generator=rng)}
+    hooks = import_module("comfy.hooks").create_hook_lora(lora, 1.0, 0.0)
+    patched, _ = import_module("comfy.sd").load_lora_for_models(art.sigma, None, lora, 1.0, 0.0)
+    fall = sigmas(art, art.sigma, "iddpm (respaced)")
+    plain = draw(art, art.sigma, tokens(6), tokens(3, 1), sampler(art, "iddpm"), fall)
+    wanted = draw(art, patched, tokens(6), tokens(3, 1), sampler(art, "iddpm"), fall)
+    ours = draw(art, art.sigma, tokens(6, hooks=hooks), tokens(3, 1, hooks=hooks), sampler(art, "iddpm"), fall)
+    close(ours, wanted, 1e-3)
+    assert not torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
+def test_iddpm_keeps_the_variance_where_a_cache_skips_the_network(art, cache):
+    calls = []
+    hook = art.sigma.model.diffusion_model.final_layer.register_forward_hook(lambda *_: calls.append(1))
+    cached = art.nodes[cache].execute(art.sigma, 0.5, 0.15, 0.95, False).args[0]
+    try:
+        ours = draw(art, cached, tokens(4), tokens(4, 1), sampler(art, "iddpm"),
+                    sigmas(art, art.sigma, "iddpm (respaced)", steps=10))
+    finally:
+        hook.remove()
+    assert 1 < len(calls) < 10 and ours.isfinite().all()
+
+
+def test_iddpm_refuses_a_network_that_predicts_no_variance(art):
+    tiny_pixart(art.host.models / "diffusion_models" / "tiny_no_variance.pth", **ALPHA, out_channels=4)
+    model = load(art, "tiny_no_variance.pth")
+    with pytest.raises(ValueError, match="IDDPM needs the variance"):
+        draw(art, model, tokens(4), tokens(4, 1), sampler(art, "iddpm"), sigmas(art, model, "iddpm (respaced)"))
+
+
 def test_dmd_takes_one_step_from_noise_of_variance_one(art):
     text, x = tokens(6), noise_of(2, 4, 8, 12)
     predict = predictor(network(art, art.alpha), text, text, 1.0)

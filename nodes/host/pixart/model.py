@@ -22,19 +22,19 @@ from ..common.text import check_type
 
 INFERENCE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CONTROL = "pixart"  # key of a control dictionary: what our ControlNets hand to the network
-VARIANCE = "pixart_variance"  # transformer option: fn(variance logits (B, C, H, W), cond_or_uncond)
 LATENT_FORMATS = {"alpha": comfy.latent_formats.SD15, "sigma": comfy.latent_formats.SDXL}
 
 
 class DiffusionSampling(comfy.model_sampling.ModelSamplingDiscrete):
     """The discrete schedule with fractional timesteps between its entries, as the released samplers ask for.
 
-    Core rounds to whole timesteps. A sigma that the schedule itself holds gives the same timestep in both.
+    Core rounds to whole timesteps. A sigma that the schedule itself holds gives the same timestep in both. channels: of
+    the latent; what a prediction has behind them, the logits of its variance, is passed on as it is.
     """
 
-    def __init__(self, schedule: NoiseSchedule):
+    def __init__(self, schedule: NoiseSchedule, channels: int):
         torch.nn.Module.__init__(self)
-        self.schedule = schedule
+        self.schedule, self.channels = schedule, channels
         self.sigma_data = 1.0
         self.num_timesteps = schedule.steps
         self.set_sigmas(schedule.sigma(torch.arange(schedule.steps).float()))
@@ -44,6 +44,11 @@ class DiffusionSampling(comfy.model_sampling.ModelSamplingDiscrete):
 
     def sigma(self, timestep: Tensor) -> Tensor:
         return self.schedule.sigma(timestep)
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        prediction, variance = model_output.tensor_split([self.channels], dim=1)
+        denoised = super().calculate_denoised(sigma, prediction, model_input[:, : self.channels])
+        return torch.cat([denoised, variance], dim=1) if variance.shape[1] else denoised
 
 
 class EpsSampling(DiffusionSampling, comfy.model_sampling.EPS):
@@ -62,26 +67,35 @@ class Network(PixArt):
 
     def forward(self, x, timesteps, context=None, control=None, transformer_options=None, mask=None, prompts=None,
                 size=None, aspect_ratio=None, **unused):
+        """Prediction of the shape of x, (B, C, H, W). Channels of x behind the latent's ask for the variance: they are
+        not read, and hold its logits in the result, or NaN where one of core's caches answers for the network."""
         transformer_options = transformer_options or {}
+        x, variance = x.tensor_split([self.config.in_channels], dim=1)
+        asked = variance.shape[1]
+        variance = torch.full_like(variance, torch.nan)
+
+        def predict(*inputs):  # core's caches know predictions of the latent's channels only
+            nonlocal variance
+            prediction, logits = self._forward(*inputs).tensor_split([self.config.in_channels], dim=1)
+            variance = logits[:, :asked]
+            return prediction
+
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
-        return WrapperExecutor.new_class_executor(self._forward, self, wrappers).execute(
+        prediction = WrapperExecutor.new_class_executor(predict, self, wrappers).execute(
             # core's EasyCache looks for the options at the end
             x, timesteps, context, control, mask, prompts, size, aspect_ratio, transformer_options
         )
+        return torch.cat([prediction, variance], dim=1) if asked else prediction
 
     def _forward(self, x, timesteps, context, control, mask, prompts, size, aspect_ratio, transformer_options):
         size, aspect_ratio = (entry[0].to(x.device) if entry else None for entry in (size, aspect_ratio))
-        output = super().forward(
+        return super().forward(
             x, timesteps, context, None if mask is None else mask.bool(), size, aspect_ratio,
             attention=host_attention(transformer_options),
             control=(control or {}).get(CONTROL, ()),
             text=self._text(context, prompts),
             before_block=host_prefetch(self.blocks, x.device, transformer_options.get("prefetch_dynamic_vbars", False)),
         )
-        eps, variance = output[:, : self.config.in_channels], output[:, self.config.in_channels :]
-        if VARIANCE in transformer_options:
-            transformer_options[VARIANCE](variance, transformer_options["cond_or_uncond"])
-        return eps
 
     def _text(self, context: Tensor, prompts: tuple | None) -> TextTokens:
         """Keys and values of the prompt depend on neither the picture nor the timestep: once per sampling run."""
@@ -122,7 +136,8 @@ class PixArtModel(comfy.model_base.PixArt):
         velocity = config.prediction == "v"
         kind = comfy.model_base.ModelType.V_PREDICTION if velocity else comfy.model_base.ModelType.EPS
         comfy.model_base.BaseModel.__init__(self, model_config, kind, device=device, unet_model=Network)
-        self.model_sampling = (VelocitySampling if velocity else EpsSampling)(NoiseSchedule.of(config))
+        self.model_sampling = (VelocitySampling if velocity else EpsSampling)(NoiseSchedule.of(config),
+                                                                              config.in_channels)
 
     @property
     def config(self) -> PixArtConfig:

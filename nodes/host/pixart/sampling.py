@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import comfy.model_management as mm
-import comfy.model_patcher
 import comfy.samplers
 import torch
+from comfy.model_patcher import create_model_options_clone
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ....models_impl.pixart import sampling
-from .model import VARIANCE, DiffusionSampling
+from .model import DiffusionSampling, config_of
 
 
 def schedule_of(model) -> sampling.NoiseSchedule:
@@ -56,16 +57,17 @@ class ReferenceSampler(comfy.samplers.Sampler):
             network = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
             network.noise, network.latent_image = noise, latent
             extra_args["denoise_mask"] = denoise_mask
-        variance = _Variance()
+        variance = None
         if algorithm.learned_variance:
-            extra_args["model_options"] = variance.listen(extra_args["model_options"], algorithm.guided_channels)
+            variance = LearnedVariance(model_wrap)
+            extra_args["model_options"] = variance.asked(extra_args["model_options"], algorithm.guided_channels)
 
         def predict(x, timestep):
             mm.throw_exception_if_processing_interrupted()
             sigma, exploding = schedule.sigma(timestep), x / schedule.alpha(timestep)
             denoised = network(exploding, x.new_full((len(x),), sigma), **extra_args)
             eps = (exploding - denoised) / sigma
-            return torch.cat([eps, variance.of_cond(eps)], dim=1) if algorithm.learned_variance else eps
+            return eps if variance is None else torch.cat([eps, variance.logits], dim=1)
 
         with tqdm(total=steps, disable=disable_pbar) as bar:
             def report(index, x, denoised):
@@ -110,28 +112,45 @@ def _blend(schedule, noise: Tensor, latent: Tensor, mask: Tensor):
     return after_step
 
 
-class _Variance:
-    """The variance that the network predicts, beside the eps that ComfyUI passes on."""
+class LearnedVariance:
+    """A wrapper of core's calc_cond_batch that asks a network for its variance beside the noise.
 
-    def __init__(self):
-        self.logits: Tensor | None = None
+    The network finds room for it behind the latent's channels, so that core does with the variance what it does with a
+    prediction: masks, areas, hooks, the split of a batch. Guidance sees the latent's channels only.
+    """
 
-    def listen(self, model_options: dict, guided_channels: int) -> dict:
-        options = comfy.model_patcher.create_model_options_clone(model_options)
-        options["transformer_options"] = {**options.get("transformer_options", {}), VARIANCE: self._keep}
+    def __init__(self, guider):
+        config = config_of(guider.inner_model)
+        if config.out_channels == config.in_channels:
+            raise ValueError("IDDPM needs the variance that PixArt predicts beside the noise, and this model predicts "
+                             "none: use another sampler.")
+        self.guider = guider
+        self._logits: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """Those of the positive prompt, (B, C, H, W): the last that the network gave."""
+        if self._logits is None:
+            raise ValueError("IDDPM needs the variance that PixArt predicts beside the noise, and this guider asks for "
+                             "none: use CFGGuider, or another sampler.")
+        return self._logits
+
+    def asked(self, model_options: dict, guided_channels: int) -> dict:
+        """Options of a run that asks for it, in which guidance moves these channels unless a node has set its own."""
+        options = create_model_options_clone(model_options)
+        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "pixart_variance", self, options, is_model_options=True)
         options.setdefault("sampler_cfg_function", lambda args: sampling.guided(
             args["cond"], args["uncond"], args["cond_scale"], guided_channels))
         return options
 
-    def _keep(self, logits: Tensor, cond_or_uncond: list[int]):
-        if 0 in cond_or_uncond:  # index 0 is the positive prompt
-            self.logits = logits.chunk(len(cond_or_uncond))[cond_or_uncond.index(0)]
-
-    def of_cond(self, eps: Tensor) -> Tensor:
-        if self.logits is None or self.logits.shape != eps.shape:
-            raise ValueError("IDDPM needs the variance that PixArt predicts beside the noise, and this model predicts "
-                             "none for the whole picture: take conditioning areas away, or use another sampler.")
-        return self.logits.to(eps)
+    def __call__(self, executor, model, conds, x: Tensor, timestep, model_options):
+        answers = executor(model, conds, torch.cat([x, torch.zeros_like(x)], dim=1), timestep, model_options)
+        positive = self.guider.conds.get("positive")
+        place = next((i for i, cond in enumerate(conds) if cond is positive), 0)
+        predictions, logits = zip(*(answer.chunk(2, dim=1) for answer in answers), strict=True)
+        known, new = self._logits, logits[place]
+        self._logits = new if known is None else torch.where(new.isnan(), known, new)  # a cache answered: the last ones
+        return [prediction.contiguous() for prediction in predictions]
 
 
 def sigmas(schedule: sampling.NoiseSchedule, name: str, steps: int, denoise: float = 1.0) -> Tensor:
