@@ -132,7 +132,7 @@ def test_circles_and_floors_are_found():
     assert floors({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("folder", ["kernels", "nodes", "tools", "trainer"])
+@pytest.mark.parametrize("folder", [*MAY_IMPORT, "tools"])
 def test_no_modules_of_a_folder_import_each_other_in_a_circle(folder):
     assert not circles(imports_of(folder))
 
@@ -147,7 +147,7 @@ def test_only_commands_import_what_imports_every_recipe():
     assert users and all(module.startswith("trainer.cli.") for module in users), users
 
 
-@pytest.mark.parametrize("path", python_files("kernels", "nodes", "tools", "trainer"))
+@pytest.mark.parametrize("path", python_files(*MAY_IMPORT, "tools"))
 def test_no_function_is_longer_than_a_screen(path):
     functions = [node for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
                  if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]

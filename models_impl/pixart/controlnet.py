@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from .config import PixArtConfig
-from .model import Block, Flow, PixArt
+from .model import Block, PixArt, SharedInputs
 
 RELEASED_BLOCKS = 13
 
@@ -47,34 +46,16 @@ class PixArtControlNet(nn.ModuleList):
                 nn.init.zeros_(linear.bias)
         return self
 
-    def residuals(self, x: Tensor, hint: Tensor, flow: Flow, run: Callable,
+    def residuals(self, x: Tensor, hint: Tensor, shared: SharedInputs, run: Callable,
                   before_block: Callable[[nn.Module | None], None] = lambda block: None) -> Iterator[Tensor]:
-        """Residuals, added to the tokens before block 1, 2, ... of the base model, (B, N, D) each.
-
-        x: (B, N, D) tokens that leave its block 0; hint: (B or 1, N, D) embedded by the base model, positions included;
-        run: how the base model runs a block, `run(block, tokens, flow)`; before_block: called with each block of this
-        network before any of it runs, and with None after the last.
-        """
+        """See `model.ControlNetwork`."""
         c = x
         for i, block in enumerate(self):
             before_block(block)
             if i == 0:
                 c = c + block.before_proj(hint)
-            c = run(block.copied_block, c, flow)
+            c = run(block.copied_block, c, shared)
             residual = block.after_proj(c)
             if i == len(self) - 1:
                 before_block(None)  # the base may not ask for more
             yield residual
-
-
-@dataclass(frozen=True)
-class Control:
-    """One ControlNet in one forward pass."""
-
-    net: PixArtControlNet
-    hint: Tensor
-    """(B or 1, 4, H, W): the VAE latent of the hint image times latent_scale, of the size of the noisy latent."""
-    strength: float | Tensor = 1.0
-    """Factor of the residuals; a tensor broadcasts to (B, N, 1), N tokens in reading order."""
-    before_block: Callable[[nn.Module | None], None] = lambda block: None
-    """See `PixArtControlNet.residuals`."""

@@ -6,9 +6,9 @@ differ in where the table of positions comes from, and here it is always compute
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from ...kernels.modulated_norm import modulated_norm
 from .. import checkpointing
 from ..layers import sinusoid
 from .config import VAE_FACTOR, KVCompression, PixArtConfig
-
-if TYPE_CHECKING:
-    from .controlnet import Control
 
 EPS = 1e-6
 KEPT_AXES = 32  # tables, one a side length
@@ -55,7 +52,7 @@ class TextTokens:
 
 
 @dataclass(frozen=True)
-class Flow:
+class SharedInputs:
     """Inputs that all blocks of one forward pass share."""
 
     modulation: Tensor
@@ -69,6 +66,32 @@ class Flow:
     grid: tuple[int, int]
     """(height, width) in tokens."""
     attention: Callable
+
+
+class ControlNetwork(Protocol):
+    """What a PixArt asks of a ControlNet, `controlnet.PixArtControlNet`."""
+
+    def residuals(self, x: Tensor, hint: Tensor, shared: SharedInputs, run: Callable,
+                  before_block: Callable[[nn.Module | None], None]) -> Iterator[Tensor]:
+        """Residuals, added to the tokens before block 1, 2, ... of the base model, (B, N, D) each.
+
+        x: (B, N, D) tokens that leave its block 0; hint: (B or 1, N, D) embedded by the base model, positions included;
+        run: how the base model runs a block, `run(block, tokens, shared)`; before_block: called with each block of this
+        network before any of it runs, and with None after the last.
+        """
+
+
+@dataclass(frozen=True)
+class HintedControlNet:
+    """One ControlNet in one forward pass."""
+
+    net: ControlNetwork
+    hint: Tensor
+    """(B or 1, 4, H, W): the VAE latent of the hint image times latent_scale, of the size of the noisy latent."""
+    strength: float | Tensor = 1.0
+    """Factor of the residuals; a tensor broadcasts to (B, N, 1), N tokens in reading order."""
+    before_block: Callable[[nn.Module | None], None] = lambda block: None
+    """See `ControlNetwork.residuals`."""
 
 
 class Embedder(nn.Module):
@@ -188,12 +211,12 @@ class CrossAttention(nn.Module):
         """(B, L, D) -> keys and values, (B, heads, L, D/heads) each."""
         return self.kv_linear(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], flow: Flow) -> Tensor:
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], shared: SharedInputs) -> Tensor:
         k, v = keys_values
-        if flow.has_text is not None:
-            v = v * flow.has_text
+        if shared.has_text is not None:
+            v = v * shared.has_text
         q = self.q_linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return self.proj(flow.attention(q, k, v, mask=flow.keep).transpose(1, 2).flatten(2))
+        return self.proj(shared.attention(q, k, v, mask=shared.keep).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -209,15 +232,15 @@ class Block(nn.Module):
         self.mlp = MLP(D, config.mlp_hidden, D, operations, to)
         self.scale_shift_table = nn.Parameter(torch.empty(6, D, **to))
 
-    def forward(self, x: Tensor, flow: Flow, keys_values: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, shared: SharedInputs, keys_values: tuple[Tensor, Tensor] | None = None) -> Tensor:
         # x: (B, N, D); keys_values: of the text, if they are known
-        modulation = self.scale_shift_table.to(flow.modulation) + flow.modulation
+        modulation = self.scale_shift_table.to(shared.modulation) + shared.modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # each (B, 1, D)
         h = modulated_norm(x, shift1, scale1)
-        x = torch.addcmul(x, gate1, self.attn(h, flow.grid, flow.attention))
+        x = torch.addcmul(x, gate1, self.attn(h, shared.grid, shared.attention))
         if keys_values is None:
-            keys_values = self.cross_attn.keys_values(flow.tokens)
-        x = x + self.cross_attn(x, keys_values, flow)
+            keys_values = self.cross_attn.keys_values(shared.tokens)
+        x = x + self.cross_attn(x, keys_values, shared)
         return torch.addcmul(x, gate2, self.mlp(modulated_norm(x, shift2, scale2)))
 
 
@@ -231,6 +254,19 @@ class FinalLayer(nn.Module):
         # t: (B, D) of the timestep's embedder, not of t_block
         shift, scale = (self.scale_shift_table.to(t) + t[:, None]).chunk(2, dim=1)  # each (B, 1, D)
         return self.linear(modulated_norm(x, shift, scale))
+
+
+def _text_mask(mask: Tensor | None, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(keep, has_text) of `SharedInputs` for a mask (B or 1, L), True = keep. Raises ValueError for another shape."""
+    if mask is None:
+        return None, None
+    B, L, _ = tokens.shape
+    if mask.shape not in ((B, L), (1, L)):
+        raise ValueError(f"The text mask is {tuple(mask.shape)}, the text tokens are {(B, L)}.")
+    keep = mask.bool()[:, None, None]  # (B, 1, 1, L)
+    any_kept = keep.any(dim=-1, keepdim=True)
+    # A softmax over nothing is NaN: where no token is kept, all are, and their values are zeros.
+    return keep | ~any_kept, any_kept
 
 
 class PixArt(nn.Module):
@@ -291,7 +327,7 @@ class PixArt(nn.Module):
         size: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
         attention: Callable = dense_attention,
-        control: Sequence[Control] = (),
+        control: Sequence[HintedControlNet] = (),
         text: TextTokens | None = None,
         before_block: Callable[[nn.Module | None], None] = lambda block: None,
     ) -> Tensor:
@@ -301,7 +337,7 @@ class PixArt(nn.Module):
         context_dim) text tokens with mask (B or 1, L), True = keep, of which a row may be all False: its cross
         attention then adds nothing but the bias of its projection, as if it read no token; size: (B or 1, 2) (height,
         width) in pixels and aspect_ratio: (B or 1, 1) height/width of the picture, by default those of x, read only by
-        micro-conditioned networks; control: see `controlnet.Control`; text: `encode_text(context)`, in which case
+        micro-conditioned networks; control: see `HintedControlNet`; text: `encode_text(context)`, in which case
         context is not read; before_block: called with each of `blocks` before it runs, so that a host can fetch its
         weights, and with None after the last. Returns (B, out_channels, H, W): in_channels of prediction, then as many
         of variance.
@@ -313,30 +349,22 @@ class PixArt(nn.Module):
         if text is None:
             self._refuse_wrong_context(context)
             text = TextTokens(self.y_embedder(context))
-        L = text.tokens.shape[1]
         if len(text.tokens) != B:
             raise ValueError(f"There are {len(text.tokens)} texts for {B} latents.")
-        keep = has_text = None
-        if mask is not None:
-            if mask.shape not in ((B, L), (1, L)):
-                raise ValueError(f"The text mask is {tuple(mask.shape)}, the text tokens are {(B, L)}.")
-            keep = mask.bool()[:, None, None]  # (B, 1, 1, L)
-            any_kept = keep.any(dim=-1, keepdim=True)
-            # A softmax over nothing is NaN: where no token is kept, all are, and their values are zeros.
-            keep, has_text = keep | ~any_kept, any_kept
+        keep, has_text = _text_mask(mask, text.tokens)
         grid = (H // p, W // p)
         h = self._embed(x)  # (B, N, D), float32 under autocast, as the reference keeps its residual stream
         t = self.t_embedder(timestep, h.dtype)  # (B, D)
         if self.config.micro_conditions:
             t = t + self._micro_conditions(x, size, aspect_ratio, h.dtype)
         modulation = self.t_block(t).to(h.dtype).unflatten(1, (6, -1))  # (B, 6, D)
-        flow = Flow(modulation, text.tokens, keep, has_text, grid, attention)
+        shared = SharedInputs(modulation, text.tokens, keep, has_text, grid, attention)
 
         keys_values = text.keys_values or (None,) * len(self.blocks)
         before_block(self.blocks[0])
-        h = self._run(self.blocks[0], h, flow, keys_values[0])
+        h = self._run(self.blocks[0], h, shared, keys_values[0])
         # Each control starts from the tokens as the first block left them, and its residuals depend on no other's.
-        streams = [(c.strength, c.net.residuals(h, self._embed_hint(c.hint, x), flow, self._run, c.before_block))
+        streams = [(c.strength, c.net.residuals(h, self._embed_hint(c.hint, x), shared, self._run, c.before_block))
                    for c in control]
         for block, known in zip(self.blocks[1:], keys_values[1:], strict=True):
             for strength, residuals in streams:
@@ -344,7 +372,7 @@ class PixArt(nn.Module):
                 if residual is not None:
                     h = h + strength * residual
             before_block(block)
-            h = self._run(block, h, flow, known)
+            h = self._run(block, h, shared, known)
         before_block(None)
 
         h = self.final_layer(h, t.to(h.dtype)).unflatten(1, grid).unflatten(-1, (p, p, -1))  # (B, h, w, p, q, C)

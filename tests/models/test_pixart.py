@@ -9,8 +9,8 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.layers import sinusoid
 from pixstack.models_impl.pixart import buckets, checkpoint, key_names
 from pixstack.models_impl.pixart.config import PRESETS, KVCompression, PixArtConfig
-from pixstack.models_impl.pixart.controlnet import Control, PixArtControlNet
-from pixstack.models_impl.pixart.model import PixArt, axis_table, position_table
+from pixstack.models_impl.pixart.controlnet import PixArtControlNet
+from pixstack.models_impl.pixart.model import HintedControlNet, PixArt, axis_table, position_table
 from pixstack.models_impl.pixart.sampling import NoiseSchedule
 
 TINY = PixArtConfig(depth=3, hidden=24, heads=2, context_dim=6, token_limit=5, sample_size=8, null_caption=True)
@@ -418,7 +418,7 @@ def test_text_that_was_encoded_before_gives_the_same_picture():
     model, (x, t, context) = network(), inputs()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     text = model.encode_text(context)
-    for more in (dict(), dict(mask=mask), dict(control=[Control(control_network(), x)])):
+    for more in (dict(), dict(mask=mask), dict(control=[HintedControlNet(control_network(), x)])):
         assert torch.equal(model(x, t, None, text=text, **more), model(x, t, context, **more))
 
 
@@ -541,7 +541,7 @@ def test_gradient_checkpointing_changes_no_gradient(config):
     def gradients(checkpointing):
         model, net, (x, t, context) = network(config), control_network(config), inputs()
         model.gradient_checkpointing = checkpointing
-        model(x, t, context, control=[Control(net, 2 * x)]).square().mean().backward()
+        model(x, t, context, control=[HintedControlNet(net, 2 * x)]).square().mean().backward()
         return [p.grad for p in (*model.parameters(), *net.parameters())]
 
     for with_, without in zip(gradients(True), gradients(False), strict=True):
@@ -567,25 +567,26 @@ def test_under_autocast_the_residual_stream_stays_in_single_precision():
 def test_a_fresh_controlnet_changes_nothing():
     model, (x, t, context) = network(), inputs()
     net = PixArtControlNet(TINY, 2).initialise(model)
-    assert torch.equal(model(x, t, context, control=[Control(net, x)]), model(x, t, context))
+    assert torch.equal(model(x, t, context, control=[HintedControlNet(net, x)]), model(x, t, context))
     assert torch.equal(net[1].copied_block.attn.qkv.weight, model.blocks[1].attn.qkv.weight)
 
 
 @torch.no_grad()
 def test_the_strength_scales_the_residuals_where_it_applies():
     model, net, (x, t, context) = network(), control_network(), inputs()
-    plain, full = model(x, t, context), model(x, t, context, control=[Control(net, 2 * x)])
+    plain, full = model(x, t, context), model(x, t, context, control=[HintedControlNet(net, 2 * x)])
     assert not torch.allclose(plain, full)
-    assert torch.equal(model(x, t, context, control=[Control(net, 2 * x, 0.0)]), plain)
+    assert torch.equal(model(x, t, context, control=[HintedControlNet(net, 2 * x, 0.0)]), plain)
     rows = torch.tensor([1.0, 0.0]).view(2, 1, 1)
-    mixed = model(x, t, context, control=[Control(net, 2 * x, rows.expand(2, 12, 1))])
+    mixed = model(x, t, context, control=[HintedControlNet(net, 2 * x, rows.expand(2, 12, 1))])
     torch.testing.assert_close(mixed, torch.cat((full[:1], plain[1:])), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_two_controlnets_do_not_depend_on_their_order():
     model, (x, t, context) = network(), inputs()
-    a, b = Control(control_network(seed=1), 2 * x), Control(control_network(seed=2, blocks=1), -x[:1], 0.5)
+    a = HintedControlNet(control_network(seed=1), 2 * x)
+    b = HintedControlNet(control_network(seed=2, blocks=1), -x[:1], 0.5)
     both = model(x, t, context, control=[a, b])
     torch.testing.assert_close(both, model(x, t, context, control=[b, a]), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(both, model(x, t, context, control=[a]))
@@ -594,7 +595,7 @@ def test_two_controlnets_do_not_depend_on_their_order():
 def test_a_hint_of_another_size_is_refused_with_both():
     model, net, (x, t, context) = network(), control_network(), inputs()
     with pytest.raises(ValueError, match=r"\(2, 4, 8, 4\), the latent \(2, 4, 8, 6\)"):
-        model(x, t, context, control=[Control(net, x[..., :4])])
+        model(x, t, context, control=[HintedControlNet(net, x[..., :4])])
 
 
 def test_a_controlnet_with_as_many_blocks_as_the_model_is_refused():

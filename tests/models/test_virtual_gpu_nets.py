@@ -16,8 +16,8 @@ from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux, positions
 from pixstack.models_impl.pixart import config as pixart_config
 from pixstack.models_impl.pixart.config import KVCompression, PixArtConfig
-from pixstack.models_impl.pixart.controlnet import Control, PixArtControlNet
-from pixstack.models_impl.pixart.model import PixArt
+from pixstack.models_impl.pixart.controlnet import PixArtControlNet
+from pixstack.models_impl.pixart.model import HintedControlNet, PixArt
 from pixstack.models_impl.pixelflow import config as pixelflow_config
 from pixstack.models_impl.pixelflow.model import PixelFlow
 from pixstack.models_impl.pixelponder.accumulate import Accumulate
@@ -66,7 +66,7 @@ def pixart(config: PixArtConfig, to, controls: int = 0, masked: bool = False):
         return net(empty(2, 4, side, side, dtype=dtype), torch.zeros(2, device=GPU),
                    empty(2, config.token_limit, config.context_dim, dtype=dtype),
                    torch.ones(2, config.token_limit, dtype=torch.bool, device=GPU),
-                   control=[Control(c, empty(1, 4, side, side, dtype=dtype), strength) for c in nets])
+                   control=[HintedControlNet(c, empty(1, 4, side, side, dtype=dtype), strength) for c in nets])
 
     return run
 

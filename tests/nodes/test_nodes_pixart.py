@@ -13,9 +13,9 @@ import torch
 from parity_cases import cases
 from pixstack.models_impl import lora as lora_files
 from pixstack.models_impl.pixart import checkpoint, key_names, sampling
-from pixstack.models_impl.pixart.controlnet import Control, PixArtControlNet
+from pixstack.models_impl.pixart.controlnet import PixArtControlNet
 from pixstack.models_impl.pixart.lora import names
-from pixstack.models_impl.pixart.model import PixArt
+from pixstack.models_impl.pixart.model import HintedControlNet, PixArt
 from pixstack.models_impl.state_dict import read_file, write_file
 from safetensors import safe_open
 from weights import ALPHA, tiny_pixart, tiny_pixart_controlnet, tiny_pixart_lora, tiny_t5xxl, tiny_vae
@@ -554,7 +554,7 @@ def controlnet(art) -> PixArtControlNet:
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 def test_a_controlnet_guides_as_the_network_alone_does(art, strength):
     hint = noise_of(1, 4, 8, 12, seed=2)
-    control = Control(controlnet(art), hint * 0.18215, strength)
+    control = HintedControlNet(controlnet(art), hint * 0.18215, strength)
     close(controlled(art, art.alpha, hint, strength=strength), alone_with(art, art.alpha, [control]))
 
 
@@ -564,7 +564,7 @@ def test_a_mask_limits_where_a_controlnet_counts(art):
     mask[..., :48] = 1
     strength = torch.zeros(1, 4, 6)
     strength[..., :3] = 0.7
-    control = Control(controlnet(art), hint * 0.18215, strength.reshape(1, -1, 1))
+    control = HintedControlNet(controlnet(art), hint * 0.18215, strength.reshape(1, -1, 1))
     close(controlled(art, art.alpha, hint, strength=0.7, mask=mask), alone_with(art, art.alpha, [control]))
 
 
@@ -585,7 +585,7 @@ def test_two_controlnets_in_a_row_add_up(art):
             latent={"samples": hint},
         )
     ours = draw(art, art.alpha, *both, sampler(art), sigmas(art, art.alpha))
-    close(ours, alone_with(art, art.alpha, [Control(controlnet(art), h * 0.18215) for h in hints]))
+    close(ours, alone_with(art, art.alpha, [HintedControlNet(controlnet(art), h * 0.18215) for h in hints]))
 
 
 def test_a_controlnet_that_ends_before_it_begins_changes_nothing(art):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....models_impl.pixart.config import VAE_FACTOR
-from ....models_impl.pixart.controlnet import Control
+from ....models_impl.pixart.model import HintedControlNet
 from ..common.control import AREA, NetworkControl
 from ..common.patcher import is_dynamic
 from ..common.prefetch import host_prefetch
@@ -81,7 +81,8 @@ class PixArtControl(NetworkControl):
         if weights is not None:
             strength = strength * comfy.controlnet.broadcast_image_to(weights, len(x_noisy), batched_number)
         net = self.net_patcher.model
-        control = Control(net, hint, strength, host_prefetch(net, x_noisy.device, is_dynamic(self.net_patcher)))
+        prefetch = host_prefetch(net, x_noisy.device, is_dynamic(self.net_patcher))
+        control = HintedControlNet(net, hint, strength, prefetch)
         return {CONTROL: [*(before or {}).get(CONTROL, []), control]}
 
     def cleanup(self):

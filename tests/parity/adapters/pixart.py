@@ -5,8 +5,8 @@ import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixart import checkpoint, key_names
 from pixstack.models_impl.pixart.config import PixArtConfig
-from pixstack.models_impl.pixart.controlnet import Control, PixArtControlNet
-from pixstack.models_impl.pixart.model import CaptionEmbedder, PixArt, axis_table, position_table
+from pixstack.models_impl.pixart.controlnet import PixArtControlNet
+from pixstack.models_impl.pixart.model import CaptionEmbedder, HintedControlNet, PixArt, axis_table, position_table
 
 from .registry import TOLERANCE, adapter
 
@@ -50,7 +50,7 @@ def controlnet(case):
     config, blocks, weights = checkpoint.read_controlnet(case.weights, config=case.config)
     net = PixArtControlNet(config, blocks)
     state_dict.load_into(net, weights, "PixArt's ControlNet")
-    controlled = run(model, case, control=[Control(net.eval(), case.inputs["c"])])
+    controlled = run(model, case, control=[HintedControlNet(net.eval(), case.inputs["c"])])
     return {"x": (controlled, TOLERANCE), "x_nocontrol": (run(model, case), TOLERANCE)}
 
 

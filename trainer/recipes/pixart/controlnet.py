@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ....models_impl import state_dict
 from ....models_impl.pixart import checkpoint, controlnet, key_names
+from ....models_impl.pixart.model import HintedControlNet
 from ...config.schema import Config
 from ...data.pictures import shown
 from ...memory import quantization
@@ -49,7 +50,7 @@ class Recipe(PixArtRecipe):
         """The network with the ControlNet. hint: (B, C, h, w), for a batch of B or of a multiple."""
         def predict(x, timestep, **condition):
             there = hint.repeat(len(x) // len(hint), 1, 1, 1)
-            return self.net(x, timestep, control=[controlnet.Control(self.control, there)], **condition)
+            return self.net(x, timestep, control=[HintedControlNet(self.control, there)], **condition)
 
         return predict
 
