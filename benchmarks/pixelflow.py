@@ -87,7 +87,7 @@ def ours(model, case, size, steps, batch, device, dtype):
     small = stage_size(size, size, 0, stages.num_stages)
     noise = torch.randn(batch, 3, *small, generator=rng).to(device)
     return sampling.sample(
-        predict, noise, schedule, lambda stage, shape: sampling.block_noise(shape, rng, device)
+        predict, noise, schedule, lambda stage, shape: sampling.block_noise(shape, rng).to(device)
     )
 
 

@@ -36,6 +36,7 @@ from pixstack.models_impl.ultrapixel.model import StageC  # noqa: E402
 from pixstack.models_impl.ultrapixel.sampling import sizes  # noqa: E402
 from pixstack.models_impl.ultrapixel.stage_a import StageA  # noqa: E402
 from pixstack.tools.host import Host  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
 CASES = ("stage_a", "guide", "stage_b")
 SIDES = ("untiled", "ours", "ComfyUI tiled", "reference windows")
@@ -109,6 +110,26 @@ def filled(net: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.Mo
 
 # --- Stage A
 
+def decode_windows(net, latent, window: int = 256, stride: int = 24):
+    """UltraPixel's own tiled decode: a mean of overlapping windows of a latent reflected by 2*stride on every side.
+
+    Windows whose own borders are wrong are averaged in, so it differs from `decode`, and at 4096x4096 pixels it
+    computes 85 times as many.
+    """
+    scale, margin = net.config.compression, 2 * stride
+    padded = F.pad(latent, (margin,) * 4, mode="reflect")
+    H, W = padded.shape[-2:]
+    total = padded.new_zeros(latent.shape[0], 3, H * scale, W * scale)
+    count = padded.new_zeros(1, 1, H * scale, W * scale)
+    for top in range(0, H - window + 1, stride):
+        for left in range(0, W - window + 1, stride):
+            rows, columns = (slice(n * scale, (n + window) * scale) for n in (top, left))
+            total[:, :, rows, columns] += net.decode(padded[:, :, top : top + window, left : left + window])
+            count[:, :, rows, columns] += 1
+    inside = slice(margin * scale, -margin * scale)
+    return (total / count)[:, :, inside, inside]
+
+
 @torch.inference_mode()
 def decoder(pipe, side: str, weights: str, args):
     """One side in a process of its own: decodes latents of the size it is sent."""
@@ -128,7 +149,7 @@ def decoder(pipe, side: str, weights: str, args):
             return vae.decode_tiled(latent, 128, 128, 16)
         if side == "reference windows":
             latent = latent.to(vae.device, vae.vae_dtype)
-            return vae.first_stage_model.decode_windows(latent).float().cpu().movedim(1, -1)
+            return decode_windows(vae.first_stage_model, latent).float().cpu().movedim(1, -1)
         if side == "ours":
             return vae.decode(latent)
         # not vae.decode, which would fall back to tiles where memory is short

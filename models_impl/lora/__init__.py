@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from .adapter import Layer, Lora, Names, Target, names_of
 from .reading import METADATA_KEY, beside, is_lora, read, sizes
-from .weights import delta, merge
+from .weights import delta
 from .writing import FORMATS, write
 
 __all__ = ["FORMATS", "METADATA_KEY", "Layer", "Lora", "Names", "Target", "beside", "delta", "is_lora",
-           "merge", "names_of", "read", "sizes", "write"]
+           "names_of", "read", "sizes", "write"]

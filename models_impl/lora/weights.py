@@ -1,4 +1,4 @@
-"""What the layers of an adapter change in the weights, and the weights with these changes merged."""
+"""The change that a layer of an adapter makes in a weight."""
 from __future__ import annotations
 
 import math
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .adapter import Layer, Lora, size_of
+from .adapter import Layer, size_of
 
 
 @torch.no_grad()
@@ -61,21 +61,3 @@ def _rebuilt(t: Mapping[str, Tensor], factor: str, tucker: str | None = None) ->
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     # contiguous: torch.kron cannot take the strides that einsum leaves
     return torch.einsum("i j ..., i p, j r -> p r ...", core, a, b).contiguous()
-
-
-@torch.no_grad()
-def merge(weights: Mapping[str, Tensor], lora: Lora, strength: float = 1.0) -> dict[str, Tensor]:
-    """A new table with `strength` times every layer's change added in float32; tensors that no layer changes are the
-    same objects, and none is written to. Raises ValueError when a layer's parameter is missing or of another size."""
-    merged, touched = dict(weights), {}
-    for layer in lora.layers:
-        if layer.key not in weights:
-            raise ValueError(f"The LoRA changes {layer.key}, which these weights do not have.")
-        before = weights[layer.key]
-        if layer.key not in touched:
-            touched[layer.key] = before.to(torch.promote_types(torch.float32, before.dtype), copy=True)
-        after = touched[layer.key]
-        start, length = layer.rows or (0, after.shape[0])
-        part = after[start : start + length]
-        part += strength * delta(layer, part.shape, part)
-    return {**merged, **{key: value.to(weights[key].dtype) for key, value in touched.items()}}

@@ -20,46 +20,40 @@ from torch.nn import functional as F
 
 from .schedule import Schedule
 from .solvers import SOLVERS, Predict
-from .stages import Stages
+from .stages import GAMMA, Stages
 
 NOISE_EPS = 1e-6  # keeps the reference's covariance invertible
 
 
 # --- Resolutions and noise
 
-def block_noise(
-    shape: Sequence[int], generator: torch.Generator | None = None, device=None, gamma: float = -1 / 3
-) -> Tensor:
-    """Noise of unit variance whose four values in every 2x2 block have the correlation gamma. (B, C, H, W) float32
+def block_noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """Noise of unit variance whose four values in every 2x2 block have the correlation GAMMA. (B, C, H, W) float32
 
     Closed form of the reference's draw per block: the deviation from the block's mean and that mean are scaled by the
-    square roots of the two eigenvalues of (1 - gamma + eps) I + gamma J. It is drawn on the generator's device, so
-    that the numbers do not depend on `device`, where it is wanted.
+    square roots of the two eigenvalues of (1 - GAMMA + eps) I + GAMMA J. On the generator's device.
     """
-    z = torch.randn(shape, generator=generator, device=device if generator is None else generator.device)
+    z = torch.randn(shape, generator=generator, device=None if generator is None else generator.device)
     mean = double(F.avg_pool2d(z, 2))
-    noise = math.sqrt(1 - gamma + NOISE_EPS) * (z - mean) + math.sqrt(1 + 3 * gamma + NOISE_EPS) * mean
-    return noise.to(device)
+    return math.sqrt(1 - GAMMA + NOISE_EPS) * (z - mean) + math.sqrt(1 + 3 * GAMMA + NOISE_EPS) * mean
 
 
-def block_noise_reference(
-    shape: Sequence[int], generator: torch.Generator | None = None, device=None, gamma: float = -1 / 3
-) -> Tensor:
+def block_noise_reference(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """The same distribution, number for number as the reference draws it: four scalars per block from the CPU stream.
 
     Slow (a million draws at 1024 px); for repeating published seeds.
     """
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"The reference draws its noise on the CPU, this generator is one of {generator.device}: give "
-                         "block_noise_reference a torch.Generator() of the CPU, and `device` for where the noise goes.")
+                         "block_noise_reference a torch.Generator() of the CPU.")
     B, C, H, W = shape
     # Fewer than 16 values a call keep torch on its scalar path, whose stream does not depend on the size of the call.
     blocks = B * C * (H // 2) * (W // 2)
     z = torch.cat([torch.randn(4 * min(3, blocks - i), generator=generator) for i in range(0, blocks, 3)])
-    return correlate(z.view(-1, 4), shape, block_covariance(gamma)).to(device)
+    return correlate(z.view(-1, 4), shape, block_covariance())
 
 
-def block_covariance(gamma: float = -1 / 3, eps: float = NOISE_EPS) -> Tensor:
+def block_covariance(gamma: float = GAMMA, eps: float = NOISE_EPS) -> Tensor:
     """(4, 4): 1 on the diagonal, gamma beside it; eps keeps it positive definite."""
     return (1 - gamma + eps) * torch.eye(4) + gamma * torch.ones(4, 4)
 

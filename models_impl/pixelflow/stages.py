@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TRAIN_TIMESTEPS = 1000  # of every released checkpoint
+GAMMA = -1 / 3
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Stages:
     """The time ranges of a cascade. Tuples have one entry per stage."""
 
     num_stages: int = 4
-    gamma: float = -1 / 3
+    gamma: float = GAMMA
     """Correlation of the noise inside a 2x2 block at a jump; -1/3 is the least that four values can have."""
     num_train_timesteps: int = TRAIN_TIMESTEPS
 

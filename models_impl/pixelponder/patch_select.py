@@ -123,7 +123,7 @@ def gather(conditions: Conditions, winner: Tensor) -> Selection:
 
 
 class Released:
-    """One condition everywhere, by default the first.
+    """The primary condition everywhere.
 
     In exact arithmetic the released score is zero (a sum of values whose mean was just subtracted), ties go to the
     first condition, and the map is not accumulated but replaced in every round. What remains of the reference is
@@ -132,14 +132,9 @@ class Released:
 
     stepwise = False
 
-    def __init__(self, primary: int = 0):
-        self.primary = primary
-
     def begin(self, conditions: Conditions, forced: Tensor | None = None) -> Callable[[Guide], Selection]:
         check_forced(forced, conditions)
-        if not 0 <= self.primary < conditions.count:
-            raise ValueError(f"primary={self.primary} is none of the {conditions.count} conditions, from 0.")
-        winner = torch.full((1, *conditions.grid()), self.primary, device=conditions.embeds.device)
+        winner = torch.zeros((1, *conditions.grid()), dtype=torch.int64, device=conditions.embeds.device)
         if forced is not None:
             winner = torch.where(forced.to(winner) == FREE, winner, forced.to(winner))
         selection = gather(conditions, winner)

@@ -8,7 +8,7 @@ not 1 at the start.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ KEPT_TIMESTEP = 0.05
 """The noise level of the features that the guide was trained on."""
 RESCALE = 0.7
 LOGSNR_RANGE = (-10.0, 10.0)  # of the adaptive loss weight's buckets
+WEIGHT_RANGE = (1e-7, 1e7)  # of the adaptive loss weight
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,13 @@ def sample(predict, x, schedule, logsnrs, noise, **options) -> Tensor:
     return run(predict, x, schedule, logsnrs, noise, **options)[1]
 
 
-def kept_step(schedule: Schedule, logsnrs: Tensor, timestep: float = KEPT_TIMESTEP) -> int:
-    """The step of the low-resolution pass whose features are kept: the one whose timestep is nearest.
+def kept_step(schedule: Schedule, logsnrs: Tensor) -> int:
+    """The step of the low-resolution pass whose features are kept: the one whose timestep is nearest to
+    KEPT_TIMESTEP.
 
     With the 20 steps of the release it is the last one.
     """
-    return (schedule.timestep(logsnrs[:-1]) - timestep).abs().argmin().item()
+    return (schedule.timestep(logsnrs[:-1]) - KEPT_TIMESTEP).abs().argmin().item()
 
 
 def sample_features(predict, features, x, schedule, logsnrs, noise, keep: int | None = None, **options):
@@ -173,8 +175,6 @@ def sample_guided(
     noise_high: Callable[[int, torch.Size], Tensor],
     keep: int | None = None,
     guide_steps: int | None = None,
-    eta: float = 1.0,
-    callback_low: Callable[[int, Tensor, Tensor], None] | None = None,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Both passes of UltraPixel (arXiv 2407.02158). Returns the clean high-resolution latent.
@@ -184,14 +184,13 @@ def sample_guided(
     of guided steps; the reference stops after 20; None: all. keep: None for `kept_step`; the
     reference takes the last step, whatever its noise level.
     """
-    features = sample_features(predict_low, features_low, x_low, schedule, logsnrs, noise_low, keep, eta=eta,
-                               callback=callback_low)
+    features = sample_features(predict_low, features_low, x_low, schedule, logsnrs, noise_low, keep)
     step = iter(range(len(logsnrs) - 1))
 
     def predict(x, timestep):
         return predict_high(x, timestep, features if guide_steps is None or next(step) < guide_steps else None)
 
-    return sample(predict, x_high, schedule, logsnrs, noise_high, eta=eta, callback=callback)
+    return sample(predict, x_high, schedule, logsnrs, noise_high, callback=callback)
 
 
 # --- Sizes
@@ -238,24 +237,22 @@ def noise_loss(eps: Tensor, noise: Tensor) -> Tensor:
     return F.mse_loss(eps, noise, reduction="none").flatten(1).mean(dim=1)
 
 
-def p2_weight(logsnr: Tensor, k: float = 1.0, gamma: float = 1.0, s: float = 1.0) -> Tensor:
-    """Weights of the loss that favour noise (arXiv 2204.00227)."""
-    return (k + (logsnr * s).exp()) ** -gamma
+def p2_weight(logsnr: Tensor) -> Tensor:
+    """Weights of the loss that favour noise (arXiv 2204.00227), with k and gamma of 1."""
+    return (1 + logsnr.exp()) ** -1.0
 
 
 class AdaptiveLossWeight:
     """One over a running mean of the loss at this noise level. losses: (buckets,) float32, to be kept with a run."""
 
-    def __init__(self, buckets: int = 300, logsnr_range: Sequence[float] = LOGSNR_RANGE,
-                 weight_range: Sequence[float] = (1e-7, 1e7)):
-        self.edges = torch.linspace(*logsnr_range, buckets - 1)
-        self.weight_range = tuple(weight_range)
+    def __init__(self, buckets: int = 300):
+        self.edges = torch.linspace(*LOGSNR_RANGE, buckets - 1)
         self.losses = torch.ones(buckets)
 
     def weight(self, logsnr: Tensor) -> Tensor:
         """(B,) -> (B,)."""
         losses = self.losses[torch.searchsorted(self.edges, logsnr.detach().float().cpu())]
-        return (1 / losses).clamp(*self.weight_range).to(logsnr.device)
+        return (1 / losses).clamp(*WEIGHT_RANGE).to(logsnr.device)
 
     def update(self, logsnr: Tensor, loss: Tensor, beta: float = 0.99):
         """Update the running means. Of several samples in one bucket only one counts, as in the reference."""

@@ -65,7 +65,7 @@ class Block(nn.Module):
         return x + channels_first(self.channelwise(h)) * gammas[5]
 
 
-def decode_bytes(config: StageAConfig, height: int, width: int, itemsize: int, strip: int = STRIP) -> int:
+def decode_bytes(config: StageAConfig, height: int, width: int, itemsize: int) -> int:
     """Bytes, without weights, of `StageA.decode` in strips for one latent of height x width cells; `encode` likewise.
 
     Features of two levels exist at once while one is made from the other, then the finest with the picture before and
@@ -75,7 +75,7 @@ def decode_bytes(config: StageAConfig, height: int, width: int, itemsize: int, s
     cells, levels = height * width, range(config.levels)
     features = [config.hidden * 2**level for level in levels]  # values a cell; a level up is half as wide
     side_by_side = max(sum(features[-2:]), features[-1] + 2 * 3 * config.compression**2)
-    widest = max(config.hidden // 2**level * min(strip, cells * 4**level) for level in levels)
+    widest = max(config.hidden // 2**level * min(STRIP, cells * 4**level) for level in levels)
     return itemsize * (side_by_side * cells + 11 * widest)
 
 
@@ -156,8 +156,7 @@ class StageA(nn.Module):
         return x
 
     def decode_tiled(
-        self, latent: Tensor, tile: int = 256, strip: int | None = STRIP,
-        callback: Callable[[int, int], None] | None = None,
+        self, latent: Tensor, tile: int = 256, callback: Callable[[int, int], None] | None = None
     ) -> Tensor:
         """`decode` by tiles of `tile` cells a side, each with its halo; exact but for the rounding of the kernels.
 
@@ -170,7 +169,7 @@ class StageA(nn.Module):
         image = None
         for done, (top, left) in enumerate(corners, 1):
             y, x = max(top - halo, 0), max(left - halo, 0)
-            piece = self.decode(latent[:, :, y : top + tile + halo, x : left + tile + halo], strip)
+            piece = self.decode(latent[:, :, y : top + tile + halo, x : left + tile + halo])
             if image is None:
                 image = piece.new_empty(B, 3, H * scale, W * scale)
             y, x, height, width = ((top - y) * scale, (left - x) * scale, min(tile, H - top) * scale,
@@ -181,25 +180,3 @@ class StageA(nn.Module):
             if callback is not None:
                 callback(done, len(corners))
         return image
-
-    def decode_windows(self, latent: Tensor, window: int = 256, stride: int = 24) -> Tensor:
-        """UltraPixel's own tiled decode, as the yardstick of ours: a mean of overlapping windows.
-
-        The latent is reflected by 2*stride on every side; windows whose own borders are wrong are averaged in, so it
-        differs from `decode`, and at 4096x4096 pixels it computes 85 times as many.
-        """
-        scale, margin = self.config.compression, 2 * stride
-        padded = F.pad(latent, (margin,) * 4, mode="reflect")
-        H, W = padded.shape[-2:]
-        if min(H, W) < window:
-            raise ValueError(f"A latent of {latent.shape[-1]}x{latent.shape[-2]} cells is too small for windows of "
-                             f"{window}.")
-        total = padded.new_zeros(latent.shape[0], 3, H * scale, W * scale)
-        count = padded.new_zeros(1, 1, H * scale, W * scale)
-        for top in range(0, H - window + 1, stride):
-            for left in range(0, W - window + 1, stride):
-                rows, columns = (slice(n * scale, (n + window) * scale) for n in (top, left))
-                total[:, :, rows, columns] += self.decode(padded[:, :, top : top + window, left : left + window])
-                count[:, :, rows, columns] += 1
-        inside = slice(margin * scale, -margin * scale)
-        return (total / count)[:, :, inside, inside]

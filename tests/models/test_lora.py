@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import needed
+from merged_lora import merge
 from pixstack.models_impl import lora
 from pixstack.models_impl.pixart import lora as pixart_lora
 from pixstack.models_impl.pixart.config import PixArtConfig
@@ -105,7 +106,7 @@ def test_a_lora_of_any_trainer_changes_the_same_weights(spelling):
     assert len(found.layers) == len(modules)
     scale = 6 / 3 if has_alpha else 8 / 3 if "model." in called("") else 1.0
     before = weights()
-    assert_same(lora.merge(before, found), expected(modules, made, scale, before), 1e-4)
+    assert_same(merge(before, found), expected(modules, made, scale, before), 1e-4)
 
 
 def test_every_weight_of_the_network_has_a_name_in_both_spellings():
@@ -252,7 +253,7 @@ def test_a_dora_sets_the_lengths_of_the_changed_weight(module, name, per_output)
     after = {key: value.clone() for key, value in before.items()}
     part = after[target.key][start : start + rows]
     part[:] = dora(part, 0.5 * (up.flatten(1) @ down.flatten(1)).reshape(shape), length, per_output)
-    assert_same(lora.merge(before, found), after, 1e-5)
+    assert_same(merge(before, found), after, 1e-5)
 
 
 def test_a_dora_cannot_be_had_without_the_weight():
@@ -331,7 +332,7 @@ def test_a_whole_difference_reaches_the_bias_of_its_rows():
     before = weights()
     after = {**before, "blocks.0.attn.qkv.bias": before["blocks.0.attn.qkv.bias"].clone()}
     after["blocks.0.attn.qkv.bias"][WIDTH : 2 * WIDTH] += change
-    assert_same(lora.merge(before, found), after)
+    assert_same(merge(before, found), after)
 
 
 OURS = {TO_OUT: "blocks.0.attn.proj", "pos_embed.proj": "x_embedder.proj"}
@@ -359,7 +360,7 @@ def test_comfyui_makes_the_same_change(host, case, module, parts):
     weight = random(*SHAPES[key], seed=99)
     patches = comfy.lora.load_lora(file, {module: key})
     theirs = comfy.lora.calculate_weight([(0.7, patches[key], 1.0, None, None)], weight.clone(), key)
-    ours = lora.merge({key: weight}, lora.read(file, NAMES), 0.7)
+    ours = merge({key: weight}, lora.read(file, NAMES), 0.7)
     torch.testing.assert_close(ours[key], theirs, rtol=0, atol=1e-5)
 
 
@@ -403,7 +404,7 @@ def test_a_merge_gives_the_weights_that_peft_merges(tmp_path, kind, settings):
     tensors, metadata = read_file(file)
     found = lora.read(tensors, names, metadata, lora.beside(file))
     assert not found.unmatched
-    assert_same(lora.merge(before, found), dict(model.merge_and_unload().state_dict()), 2e-6)
+    assert_same(merge(before, found), dict(model.merge_and_unload().state_dict()), 2e-6)
 
 
 # What does not fit
@@ -462,7 +463,7 @@ def test_a_file_that_is_no_lora_is_refused(keys, reason):
 def test_merging_leaves_the_given_weights_alone():
     before = weights()
     kept = {key: value.clone() for key, value in before.items()}
-    after = lora.merge(before, lora.read(one(), NAMES), 0.5)
+    after = merge(before, lora.read(one(), NAMES), 0.5)
     assert_same(before, kept)
     assert after["t_block.1.weight"] is before["t_block.1.weight"]
 
@@ -472,12 +473,12 @@ def test_a_merge_into_half_precision_rounds_once():
     found = lora.read(one(alpha=torch.tensor(0.01)), NAMES)
     key = "blocks.0.attn.proj.weight"
     exact = before[key].float() + lora.delta(found.layers[0], SHAPES[key])
-    assert torch.equal(lora.merge(before, found)[key], exact.bfloat16())
+    assert torch.equal(merge(before, found)[key], exact.bfloat16())
 
 
 def test_a_merge_into_other_weights_names_the_missing_one():
     with pytest.raises(ValueError, match="blocks.0.attn.proj.weight, which these weights do not have"):
-        lora.merge({}, lora.read(one(), NAMES))
+        merge({}, lora.read(one(), NAMES))
 
 
 # Writing
@@ -515,7 +516,7 @@ def test_a_written_lora_makes_the_same_changes(format, modules, kinds):
     again = lora.read(lora.write(found, NAMES, format), NAMES)
     assert not again.unmatched
     before = weights()
-    assert_same(lora.merge(before, again), lora.merge(before, found), 1e-4)
+    assert_same(merge(before, again), merge(before, found), 1e-4)
 
 
 @pytest.mark.parametrize("there, back", [("diffusers", "original"), ("diffusers", "comfyui"), ("comfyui", "kohya")])

@@ -347,9 +347,9 @@ def test_a_selection_runs_in_bfloat16(make):
 
 def test_the_released_rule_is_the_primary_condition():
     given = conditions()
-    selection = Released(primary=1).begin(given)(None)
-    assert torch.equal(selection.map, given.embeds[:, 1])
-    assert selection.winner.eq(1).all() and selection.winner.shape == (1, 3, 4)
+    selection = Released().begin(given)(None)
+    assert torch.equal(selection.map, given.embeds[:, 0])
+    assert selection.winner.eq(0).all() and selection.winner.shape == (1, 3, 4)
 
 
 def test_a_losing_condition_leaks_nothing():

@@ -66,7 +66,7 @@ SHORT = {"lcm": (4, 8), "dpm-solver of diffusers": (20, 25)}  # steps; the other
 
 
 def stage_noise(draw, generator):
-    return lambda stage, shape: draw(shape, generator().manual_seed(stage), GPU)
+    return lambda stage, shape: draw(shape, generator().manual_seed(stage)).to(GPU)
 
 
 def pixelflow_loop(noise, dtype, side=32, **settings):

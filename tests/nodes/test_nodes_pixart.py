@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import dynamic_vram
 import pytest
 import torch
+from merged_lora import merge
 from parity_cases import cases
 from pixstack.models_impl import lora as lora_files
 from pixstack.models_impl.pixart import checkpoint, key_names, sampling
@@ -757,7 +758,7 @@ def test_a_lora_is_applied_at_its_true_scale(art, host):
         )
     )
     net = network(art, art.alpha)
-    net.load_state_dict(lora_files.merge(net.state_dict(), found, 0.8))
+    net.load_state_dict(merge(net.state_dict(), found, 0.8))
     positive, negative = tokens(6), tokens(3, 1)
     predict = predictor(net, positive, negative, 4.5)
     reference = sampling.dpm_solver_pp(

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import needed
+from merged_lora import merge
 from pixstack.models_impl import lora
 from pixstack.models_impl.pixart import checkpoint
 from pixstack.models_impl.pixart import lora as pixart_lora
@@ -253,7 +254,7 @@ def peft_folder(folder, rank=4, **more):
 def changed(tensors, metadata=None, config=None):
     weights = model_weights()
     names = pixart_lora.names({key: value.shape for key, value in weights.items()})
-    return lora.merge(weights, lora.read(tensors, names, metadata, config))
+    return merge(weights, lora.read(tensors, names, metadata, config))
 
 
 @pytest.mark.parametrize("to", ["comfyui", "original", "diffusers", "kohya"])
@@ -374,7 +375,7 @@ def test_peft_opens_the_folder_of_a_lora_and_changes_what_it_changes_here(tmp_pa
     file = {f"diffusion_model.{key}": value for key, value in file.items()}
     convert(stored(tmp_path / "lora.safetensors", file), tmp_path / "peft", "--to", "diffusers")
     nets = []
-    for name, tensors in (("plain", weights), ("merged", lora.merge(weights, lora.read(file, names)))):
+    for name, tensors in (("plain", weights), ("merged", merge(weights, lora.read(file, names)))):
         convert(stored(tmp_path / f"{name}.safetensors", tensors, checkpoint.metadata(config)), tmp_path / name, "--to",
                 "diffusers")
         nets.append(PixArtTransformer2DModel.from_pretrained(tmp_path / name))

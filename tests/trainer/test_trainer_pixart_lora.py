@@ -6,6 +6,7 @@ import pytest
 import tiny_pixart
 import tiny_run
 import torch
+from merged_lora import merge
 from PIL import Image
 from pixstack.models_impl import lora, state_dict
 from pixstack.models_impl.pixart.lora import names
@@ -73,7 +74,7 @@ def test_what_is_exported_makes_of_the_base_what_the_trainer_had(made, base, wor
     from pixstack.models_impl.pixart.model import PixArt
 
     merged = PixArt(recipe.net.config)
-    merged.load_state_dict(lora.merge(weights, found))
+    merged.load_state_dict(merge(weights, found))
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 16)
     with torch.no_grad():
         ours, theirs = recipe.net(x, t, context), merged(x, t, context)

@@ -22,6 +22,7 @@ GOOGLE, BASE, FLUENT = "emoji-datasource-google", "emojibase-data", "@lobehub/fl
 VERSIONS = {GOOGLE: "16.0.0", BASE: "17.0.0", FLUENT: "1.1.0"}
 NEEDED = re.compile(r"package/(LICENSE|README\.md|emoji\.json|en/data\.json|img/google/64/[^/]+\.png"
                     r"|assets/[^/]+\.webp)$")
+HELD_OUT = 0.05  # share of the emoji
 STYLES = {"noto": (GOOGLE, "img/google/64"), "fluent-3d": (FLUENT, "assets")}  # package, and where its pictures lie
 
 NOTICE = {"": f"""Where this data set comes from
@@ -37,7 +38,7 @@ NOTICE = {"": f"""Where this data set comes from
 
 
 def build(out: Path, source: Path | None = None, skin_tones: bool = False, styles: tuple[str, ...] = ("noto",),
-          background=(255, 255, 255), held_out: float = 0.05) -> Path:
+          background=(255, 255, 255)) -> Path:
     """Writes `out`/{data.jsonl, images/STYLE/, LICENSE-*, NOTICE}; returns the jsonl. `source` is a node_modules
     folder. A style leaves out the emoji that it does not have."""
     styles = tuple(dict.fromkeys(styles))
@@ -46,7 +47,7 @@ def build(out: Path, source: Path | None = None, skin_tones: bool = False, style
     with tempfile.TemporaryDirectory() as temporary:
         source = source or fetch(Path(temporary), names)
         folders = {name: find_package(source, name, names) for name in names}
-        emoji, items = list(records(folders[GOOGLE], folders[BASE], skin_tones, held_out)), []
+        emoji, items = list(records(folders[GOOGLE], folders[BASE], skin_tones)), []
         for style in styles:
             package, below = STYLES[style]
             drawn = {key(file.stem): file for file in sorted((folders[package] / below).iterdir())}
@@ -102,7 +103,7 @@ def find_package(source: Path, name: str, names: Iterable[str]) -> Path:
                      "(a node_modules folder, for instance).")
 
 
-def records(google: Path, base: Path, skin_tones: bool, held_out: float):
+def records(google: Path, base: Path, skin_tones: bool):
     words = {}
     for entry in json.loads((base / "en/data.json").read_text(encoding="utf-8")):
         for one in (entry, *entry.get("skins", ())):
@@ -120,7 +121,7 @@ def records(google: Path, base: Path, skin_tones: bool, held_out: float):
                 "category": entry["category"],
                 "subcategory": entry["subcategory"],
                 "code_point": one["unified"],
-                "split": "held_out" if is_held_out(entry["unified"], held_out) else "train",  # skins go with their base
+                "split": "held_out" if is_held_out(entry["unified"]) else "train",  # skins go with their base
             }
 
 
@@ -129,9 +130,9 @@ def key(code_points: str) -> str:
     return code_points.upper().replace("-FE0F", "")
 
 
-def is_held_out(code_points: str, fraction: float) -> bool:
+def is_held_out(code_points: str) -> bool:
     number = int.from_bytes(hashlib.sha256(key(code_points).encode()).digest()[:8], "big")
-    return number < fraction * 2**64
+    return number < HELD_OUT * 2**64
 
 
 def plain(text: str) -> str:

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 
-def sheet(pictures: torch.Tensor, columns: int = 0, gap: int = 2) -> Image.Image:
+def sheet(pictures: torch.Tensor) -> Image.Image:
     """(B, 3, H, W) in [-1, 1] -> one picture."""
     B, _, H, W = pictures.shape
-    columns = columns or math.ceil(math.sqrt(B))
+    columns, gap = math.ceil(math.sqrt(B)), 2
     page = Image.new("RGB", (columns * (W + gap) - gap, math.ceil(B / columns) * (H + gap) - gap), "white")
     for i, picture in enumerate(to_images(pictures)):
         page.paste(picture, (i % columns * (W + gap), i // columns * (H + gap)))

@@ -11,6 +11,7 @@ from ...models_impl import state_dict
 from ...models_impl.annotators import openpose
 from ...models_impl.parsing import from_json
 
+SUBSETS = 100  # of KID
 PCK = 0.1  # of the longer side of the person's box
 SIDE = 16  # of the pictures that retrieval compares
 
@@ -33,17 +34,17 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.double().mean(0), torch.cov(features.double().T)
 
 
-def kid(one: Tensor, other: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
+def kid(one: Tensor, other: Tensor, size: int = 1000) -> tuple[float, float]:
     """(mean, standard deviation over subsets) of the unbiased squared maximum mean discrepancy with the kernel
     (x.y / C + 1)^3 (arXiv 1801.01401, section 4). A subset has half of the pictures at most: of whole sets the
     deviation would be none."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     fewest = min(len(one), len(other))
     if fewest < 2:
         raise ValueError(f"a distance between sets of pictures needs two pictures at least, got {fewest}.")
     size = min(size, max(2, fewest // 2))
     found = []
-    for _ in range(subsets):
+    for _ in range(SUBSETS):
         x, y = (f[torch.randperm(len(f), generator=generator)[:size]].double() for f in (one, other))
         xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = sum((k.sum() - k.trace()) / (size * (size - 1)) for k in (xx, yy))
@@ -149,8 +150,8 @@ def people(path: Path) -> list[Tensor]:
     return found
 
 
-def pck(found: list[Tensor], wanted: list[Tensor], share: float = PCK) -> tuple[int, int]:
-    """(joints that are right, joints wanted): within `share` of the longer side of the wanted person's box. Every
+def pck(found: list[Tensor], wanted: list[Tensor]) -> tuple[int, int]:
+    """(joints that are right, joints wanted): within PCK of the longer side of the wanted person's box. Every
     wanted person is compared with the one found that fits best."""
     right = total = 0
     for person in wanted:
@@ -158,7 +159,7 @@ def pck(found: list[Tensor], wanted: list[Tensor], share: float = PCK) -> tuple[
         if not seen.any():
             continue
         points = person[seen, :2]
-        reach = share * (points.amax(0) - points.amin(0)).max()
+        reach = PCK * (points.amax(0) - points.amin(0)).max()
         fits = [int((((p[seen, :2] - points).norm(dim=1) <= reach) & (p[seen, 2] > 0)).sum()) for p in found
                 if len(p) == len(person)]
         right, total = right + max(fits, default=0), total + int(seen.sum())

@@ -26,7 +26,7 @@ def contact_sheet(prompts: list[str], pictures: Tensor, columns: int = 4, notes:
     return page
 
 
-def loss_curve(lines: list[dict], width: int = 640, height: int = 320) -> Image.Image:
+def loss_curve(lines: list[dict]) -> Image.Image:
     """The losses of a run's log: training grey, its mean over 2 % of the run black, validation red. Log scale."""
     training = [(one["step"], one["loss"]) for one in lines if "loss" in one]
     reach = max(1, len(training) // 50)
@@ -35,6 +35,7 @@ def loss_curve(lines: list[dict], width: int = 640, height: int = 320) -> Image.
     validation = [(one["step"], one["validation_loss"]) for one in lines if "validation_loss" in one]
     values = [math.log(v) for _, v in training + validation]
     low, high, last = min(values), max(values), max(step for step, _ in training + validation)
+    width, height = 640, 320
     page = Image.new("RGB", (width, height), "white")
     draw, left, edge = ImageDraw.Draw(page), 52, 18
 

@@ -41,8 +41,8 @@ class Rates:
     device: torch.device
     known: dict = field(default_factory=dict)
 
-    def best(self, name, call, times: int = 5) -> float:
-        """Seconds of the fastest of some calls."""
+    def best(self, name, call) -> float:
+        """Seconds of the fastest of five calls."""
         if name not in self.known:
             def once():
                 if self.device.type == "cuda":
@@ -54,7 +54,7 @@ class Rates:
                 return time.perf_counter() - begin
 
             once()
-            self.known[name] = min(once() for _ in range(times))
+            self.known[name] = min(once() for _ in range(5))
         return self.known[name]
 
     def flops(self, dtype: torch.dtype) -> float:
@@ -228,8 +228,8 @@ def of_the_optimizer(recipe: nn.Module, config: Config, rates: Rates) -> Cost:
     found = Cost()
     for group in recipe.groups(config):
         for name, p in group.params:
-            numbers = 9 + 3 * bool(config.ema.decay)  # weight, gradient, two moments: read and written, and the norm
-            found.add(0, p.numel() * 4 * numbers / rates.bytes + 12 * rates.call)
+            numbers = 12  # read and written: weight, gradient, two moments, EMA, and for the norm
+            found.add(0, p.numel() * 4 * numbers / rates.bytes)
             if config.optimizer.name == "muon" and name in group.matrices and is_matrix(p):
                 small, large = sorted(p.flatten(1).shape)
                 flops = 5 * (4 * small**2 * large + 2 * small**3)  # five rounds of Newton and Schulz

@@ -114,7 +114,7 @@ def duration(config: Config, collection: loader.Collection, recipe, parts: list[
 def spoken(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1)):
         if seconds >= 1.5 * size or unit == "s":
-            return f"{seconds / size:.3g} {unit}"
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
 
 
 def on_meta(make):

@@ -23,9 +23,9 @@ def size(side: int, height: float, width: float) -> tuple[int, int]:
     return tuple(max(1, round(edge / MULTIPLE)) * MULTIPLE for edge in (side * ratio, side / ratio))
 
 
-def table_side(config: PixArtConfig | None, default: int = 1024) -> int:
-    """The side in pixels of the square whose table a model was trained on."""
-    wanted = VAE_FACTOR * config.sample_size if config else default
+def table_side(config: PixArtConfig | None) -> int:
+    """The side in pixels of the square whose table a model was trained on; 1024 where it is not known."""
+    wanted = VAE_FACTOR * config.sample_size if config else 1024
     return min(TABLES, key=lambda side: abs(side - wanted))
 
 

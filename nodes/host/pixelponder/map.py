@@ -11,6 +11,7 @@ COLOURS = (  # Okabe and Ito's, which colour-blind people can distinguish; repea
     (255, 255, 255),
 )  # fmt: skip
 BACKGROUND = (24, 24, 24)
+PREVIEW = 320  # pixels of the longer side, about
 
 
 def colours(conditions: int) -> Tensor:
@@ -48,10 +49,10 @@ def rows(x: Tensor, B: int) -> Tensor:
     return x[torch.arange(B) % len(x)]
 
 
-def preview(share: Tensor, names: list[str], side: int = 320) -> Image.Image:
+def preview(share: Tensor, names: list[str]) -> Image.Image:
     """The colours of only the first picture, small, with the legend."""
     share = share[:1]
-    cell = max(1, side // max(share.shape[-2:]))
+    cell = max(1, PREVIEW // max(share.shape[-2:]))
     H, W = cell * share.shape[-2], cell * share.shape[-1]
     blank = [torch.zeros(1, 3, H, W)] * share.shape[1]
     picture = draw(share, blank, names, 1.0)[0]

@@ -41,13 +41,13 @@ def within_bounds(model, rescale: float, strip: int = STRIP):
     return patched
 
 
-def in_tiles(model, tile: int, overlap: int, strip: int = STRIP):
+def in_tiles(model, tile: int, overlap: int):
     """A clone that runs by tiles of `tile` pixels a side. Approximate: norms and attention see one tile at a time."""
     tile, overlap = (n // CELL // ALIGNMENT * ALIGNMENT for n in (tile, overlap))
     if not 0 < overlap <= tile // 2:
         raise ValueError(f"overlap={overlap * CELL} must be at least {ALIGNMENT * CELL} pixels and at most half of "
                          f"tile_size={tile * CELL}.")
-    patched = _patched(model, strip, tile)
+    patched = _patched(model, STRIP, tile)
     _set_wrapper(patched, WrappersMP.APPLY_MODEL, partial(_by_tiles, tile=tile, overlap=overlap))
     return patched
 
