@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from .checks import first_problem, known_file, one_of, part_of_sampling
 from .host.common.control import apply_control
 from .host.common.load import DTYPES
+from .host.common.pictures import check_mask, colours
 from .host.pixart import control as pixart_control
 from .host.pixart.load import load_pixart_controlnet
 
@@ -87,8 +88,10 @@ class PixArtControlNetApply(io.ComfyNode):
         if not isinstance(control_net, pixart_control.PixArtControl):
             raise ValueError("This CONTROL_NET is not one of 'Load PixArt ControlNet': load it there, or use core's "
                              "Apply ControlNet.")
+        check_mask(mask)
         hinted = pixart_control.with_hint(
-            control_net, strength, start_percent, end_percent, image=image, vae=vae, mask=mask,
+            control_net, strength, start_percent, end_percent, image=None if image is None else colours(image), vae=vae,
+            mask=mask,
             latent=None if latent is None else latent["samples"],
         )
         return io.NodeOutput(*apply_control(hinted, positive, negative))

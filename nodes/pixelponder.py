@@ -9,6 +9,7 @@ from ..models_impl.pixelponder.sampling import STRENGTH
 from .checks import first_problem, known_file, one_of, part_of_sampling
 from .host.common.control import apply_control
 from .host.common.load import DTYPES
+from .host.common.pictures import check_mask, colours
 from .host.flux.load import load_flux
 from .host.pixelponder import control as pixelponder
 from .host.pixelponder.hints import Condition
@@ -131,7 +132,8 @@ class PixelPonderCondition(io.ComfyNode):
     def execute(
         cls, image, kind, strength, priority, start_percent, end_percent, mask=None, conditions=()
     ) -> io.NodeOutput:
-        condition = Condition(image, KINDS[kind], strength, mask, start_percent, end_percent, priority)
+        check_mask(mask)
+        condition = Condition(colours(image), KINDS[kind], strength, mask, start_percent, end_percent, priority)
         return io.NodeOutput((*conditions, condition))
 
 

@@ -72,6 +72,70 @@ def test_a_hint_has_the_size_and_the_batch_of_its_picture(nodes, name, inputs, r
         assert torch.allclose(alone, hint[1:], atol=1e-3)
 
 
+HINTS = [
+    ("HEDEdges", dict(hed_name="ControlNetHED_nodes.pth", strength=1.0, resolution=0)),
+    ("CannyEdges", dict(detector="opencv", low=100.0, high=200.0, resolution=0)),
+    ("CannyEdges", dict(detector="kornia", low=100.0, high=200.0, resolution=64)),
+    ("DepthMap", dict(model_name="nodes/depth", numbers="auto", resolution=0)),
+    ("FindPoses", POSES),
+    ("UltraPixelCanny", dict(filter="reference", low=100, high=200)),
+    ("UltraPixelCanny", dict(filter="fine", low=100, high=200)),
+    ("UltraPixelInpaintHint", dict(mask=torch.ones(1, 48, 80))),
+]
+GRAY = BATCH[:1, ..., :1]
+OTHER_PICTURES = {  # a picture -> the same in three channels
+    "gray": (GRAY, GRAY.expand(-1, -1, -1, 3)),
+    "gray with alpha": (torch.cat([GRAY, GRAY * 0], -1), GRAY.expand(-1, -1, -1, 3)),
+    "with alpha": (torch.cat([BATCH[:1], GRAY * 0], -1), BATCH[:1]),
+    "in half precision": (BATCH[:1].half(), BATCH[:1].half().float()),
+    "in bytes": ((BATCH[:1] * 255).round().to(torch.uint8), BATCH[:1]),
+    "in 16 bits": ((BATCH[:1].double() * 65535).round().to(torch.uint16), BATCH[:1]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_PICTURES)
+@pytest.mark.parametrize("name, inputs", HINTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_picture_of_another_kind_is_as_its_three_channels(nodes, name, inputs, kind):
+    hint, expected = (run(nodes[name], image=image, **inputs)[0] for image in OTHER_PICTURES[kind])
+    assert hint.dtype == torch.float32 and torch.equal(hint, expected)
+    assert hint.shape[-1] == (4 if name == "UltraPixelInpaintHint" else 3)
+
+
+NO_PICTURES = {
+    "no rows": (torch.zeros(1, 0, 80, 3), "image has no pixels: it is 1 pictures of 80x0"),
+    "no columns": (torch.zeros(1, 48, 0, 3), "image has no pixels: it is 1 pictures of 0x48"),
+    "none": (torch.zeros(0, 48, 80, 3), "image has no pixels: it is 0 pictures of 80x48"),
+    "no batch": (torch.zeros(48, 80, 3), r"image has the shape \[48, 80, 3\]"),
+    "five channels": (torch.zeros(1, 48, 80, 5), r"image has the shape \[1, 48, 80, 5\]"),
+    "NaN": (torch.full((1, 48, 80, 3), float("nan")), "image holds values that are no numbers"),
+    "counts": (torch.zeros(1, 48, 80, 3, dtype=torch.int64), "image is in int64"),
+}
+
+
+SIDES = dict(width=64, height=64, batch_size=1)
+OTHERS = [
+    ("PixArtRightHalf", {}),
+    ("PixArtReferenceCanvas", dict(vae=None, resolution="1024", shape="1:1", fit="crop")),
+    ("PixArtCanvas", dict(SIDES, resolution="1024", shape="1:1")),
+    ("UltraPixelCanvas", dict(SIDES, shape="square", side=1024, vae="semantic encoder")),
+    ("PixelPonderCondition", dict(kind="canny", strength=1.0, priority=0, start_percent=0.0, end_percent=1.0)),
+    ("SaveEntry", dict(folder="sets/none", name="a", text="")),
+]
+
+
+@pytest.mark.parametrize("kind", NO_PICTURES)
+@pytest.mark.parametrize("name, inputs", HINTS + OTHERS, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_is_no_picture_is_refused_by_the_input(nodes, name, inputs, kind):
+    image, words = NO_PICTURES[kind]
+    with pytest.raises(ValueError, match=words):
+        run(nodes[name], image=image, **inputs)
+
+
+def test_a_mask_without_pixels_is_refused(nodes):
+    with pytest.raises(ValueError, match="mask has no pixels"):
+        run(nodes["UltraPixelInpaintHint"], image=GRAY, mask=torch.ones(1, 0, 80))
+
+
 def test_the_other_reading_of_a_depth_model_turns_near_and_far_around(nodes):
     maps = [run(nodes["DepthMap"], image=BATCH, model_name="nodes/depth", numbers=numbers, resolution=0)[0]
             for numbers in ("shrink with distance", "grow with distance")]

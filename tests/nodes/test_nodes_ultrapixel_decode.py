@@ -107,6 +107,16 @@ def test_an_encode_equals_that_of_cores_vae(up, size):
     close(ours, up.stock.encode(pixels))
 
 
+def test_a_gray_picture_is_encoded_as_its_three_channels(up):
+    gray = torch.rand(1, 32, 40, 1, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(up.small.encode(gray), up.small.encode(gray.expand(-1, -1, -1, 3)))
+
+
+def test_a_picture_smaller_than_a_cell_is_refused_with_both_sizes(up):
+    with pytest.raises(ValueError, match="one cell of 4x4 pixels, and this picture is 40x3"):
+        up.vae.encode(torch.zeros(1, 3, 40, 3))
+
+
 @torch.no_grad()
 def test_a_decode_is_that_of_the_reference_for_what_its_stage_b_returns(up):
     net = StageA(SMALL_CONFIG)

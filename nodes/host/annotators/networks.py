@@ -15,6 +15,7 @@ from ....models_impl.annotators import canny, depth, hed
 from ....models_impl.annotators.resize import seen
 from ..common import memory
 from ..common.patcher import patcher
+from ..common.pictures import colours
 
 MOST = 16  # pictures in one call of a network
 HED_BYTES = 3 * 64 * 4  # of its widest layer, for a pixel: in, out and room to compute
@@ -62,16 +63,17 @@ def depth_map(folder: str, image: Tensor, numbers: str, resolution: int = 0) -> 
 
 def annotated(image: Tensor, resolution: int, look: Callable[[Tensor], Tensor], net=None, pixel_bytes: int = 64,
               finish: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """image: (B, H, W, C) in [0, 1] -> (B, H, W, 3) in [0, 1]. `look` is called with as many pictures at once,
+    """image: an IMAGE -> (B, H, W, 3) in [0, 1]. `look` is called with as many pictures at once,
     (b, 3, h, w), as fit into memory, at the size of `resolution`; `finish` with its result at the picture's own size.
 
     net: the ModelPatcher of a network, which is then on its device.
     """
+    image = colours(image)
     device = net.load_device if net else mm.get_torch_device()
     bar, hints, done = comfy.utils.ProgressBar(len(image)), [], 0
     while done < len(image):
         mm.throw_exception_if_processing_interrupted()
-        pictures, back = seen(image[done : done + MOST, ..., :3].movedim(-1, 1), resolution)
+        pictures, back = seen(image[done : done + MOST].movedim(-1, 1), resolution)
         needed = pixel_bytes * pictures.shape[-2] * pictures.shape[-1]
         if net:
             mm.load_models_gpu([net], memory_required=needed)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ....models_impl.annotators import openpose, pose
 from ....models_impl.annotators.resize import MOST, OWN, RELEASE, resized
+from ..common.pictures import colours
 
 FOLDER = "annotators"
 BODIES = ["full", "lite", "heavy"]
@@ -77,14 +78,15 @@ def problem(body: str, hands: bool, face: bool) -> str | None:
 
 
 def find(image: Tensor, body: str, hands: bool, face: bool, most: int, confidence: float, search: int) -> list[dict]:
-    """image: (B, H, W, 3) in [0, 1] -> a frame of POSE_KEYPOINT for each."""
+    """image: an IMAGE -> a frame of POSE_KEYPOINT for each."""
+    image = colours(image)
     if reason := problem(body, hands, face):
         raise ValueError(reason)
     places, files = found(wanted(body, hands, face)), wanted(body, hands, face)
     networks = {part: pose.Graph(where if isinstance(where, bytes) else where.read_bytes(), Path(files[part]).name)
                 for part, where in places.items()}
     bar, frames = comfy.utils.ProgressBar(len(image)), []
-    for picture in image[..., :3].movedim(-1, 1):
+    for picture in image.movedim(-1, 1):
         mm.throw_exception_if_processing_interrupted()
         people = pose.people(networks, picture, hands=hands, face=face, most=most, confidence=confidence, search=search)
         frames.append(openpose.frame(people, *picture.shape[1:]))

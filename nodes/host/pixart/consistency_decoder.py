@@ -26,6 +26,7 @@ class Codec(nn.Module):
         self.vae = vae
 
     def encode(self, pixels: Tensor) -> Tensor:
+        pixels = pixels if pixels.shape[1] == 3 else pixels[:, :1].expand(-1, 3, -1, -1)  # gray
         return self.vae.encode(pixels).latent_dist.mode()
 
     def decode(self, latent: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ....models_impl.pixart.buckets import TABLES, nearest
+from ..common.pictures import check, colours
 
 FITS = ["crop", "pad with white", "stretch"]
 
@@ -14,11 +15,11 @@ FITS = ["crop", "pad with white", "stretch"]
 def canvas(image: Tensor, vae, side: int, height: float, width: float, fit: str) -> dict:
     """A LATENT of two halves of about height : width each, with a mask over the right one.
 
-    image: (B, H, W, 3) in [0, 1]. The canvas takes the bucket of `side` that is nearest to its shape, as the release
+    image: an IMAGE. The canvas takes the bucket of `side` that is nearest to its shape, as the release
     does, so a half of 1:1 is 704 pixels at side 1024.
     """
     _, high, wide = nearest(TABLES[side], height, 2 * width)
-    half = fitted(image[..., :3].movedim(-1, 1), high, wide // 2, fit)
+    half = fitted(colours(image).movedim(-1, 1), high, wide // 2, fit)
     picture = torch.cat([half, torch.ones_like(half)], dim=-1).movedim(1, -1)
     latent = vae.encode(picture)
     mask = torch.zeros(len(latent), 1, *latent.shape[-2:])
@@ -42,4 +43,5 @@ def fitted(picture: Tensor, height: int, width: int, fit: str) -> Tensor:
 
 def right_half(picture: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, H, W / 2, C)"""
+    check(picture)
     return picture[:, :, picture.shape[2] // 2:]

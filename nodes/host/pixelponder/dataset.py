@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ....models_impl.pixelponder import entries
+from ..common.pictures import colours
 
 SAME_SHAPE = 0.01  # relative difference of aspect ratios that rounding to whole pixels explains
 
@@ -106,12 +107,12 @@ def state(folder: str, index: int) -> str:
 
 
 def save(folder: str, name: str, text: str, given: dict[str, Tensor | None]) -> Path:
-    """Write an entry; given: key -> (1, H, W, C) or None. Returns its folder.
+    """Write an entry; given: key -> an IMAGE of one picture, or None. Returns its folder.
 
     Raises ValueError for batches and for conditions of another shape than the image, which cropping would shift,
     whether given or kept from before.
     """
-    there = {key: picture for key, picture in given.items() if picture is not None}
+    there = {key: colours(picture, key) for key, picture in given.items() if picture is not None}
     for key, picture in there.items():
         if len(picture) != 1:
             raise ValueError(f"{key} is a batch of {len(picture)} pictures, and an entry has one of each. Take single "
@@ -137,7 +138,7 @@ def save(folder: str, name: str, text: str, given: dict[str, Tensor | None]) -> 
 
 
 def _png(picture: Tensor) -> bytes:
-    pixels = picture[..., :3].float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy()
+    pixels = picture.clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy()
     content = io.BytesIO()
-    Image.fromarray(pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels).save(content, "PNG")
+    Image.fromarray(pixels).save(content, "PNG")
     return content.getvalue()

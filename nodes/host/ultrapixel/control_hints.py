@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....models_impl.annotators.canny import RESIZE, canny
+from ..common.pictures import check_mask, colours
 
 FILTERS = {"reference": RESIZE, "fine": None}  # the side of the square at which edges are detected
 SHORT_SIDE = 768
@@ -15,8 +16,8 @@ low-resolution pass, 768 for 24."""
 
 
 def canny_hint(image: Tensor, filter: str, low: float, high: float) -> Tensor:
-    """(B, H, W, 3) in [0, 1] -> white edges on black (B, h, w, 3), the shorter side 768."""
-    pixels = image[..., :3].movedim(-1, 1)
+    """An IMAGE -> white edges on black (B, h, w, 3), the shorter side 768."""
+    pixels = colours(image).movedim(-1, 1)
     height, width = pixels.shape[-2:]
     size = tuple(int(SHORT_SIDE * side / min(height, width)) for side in (height, width))  # torchvision's rounding
     if size != (height, width):
@@ -25,7 +26,9 @@ def canny_hint(image: Tensor, filter: str, low: float, high: float) -> Tensor:
 
 
 def inpaint_hint(image: Tensor, mask: Tensor) -> Tensor:
-    """(B, H, W, 3) and (B, h, w), 1 where to paint -> (B, H, W, 4): the picture, white there, and the mask."""
+    """An IMAGE and a mask (B, h, w), 1 where to paint -> (B, H, W, 4): the picture, white there, and the mask."""
+    image = colours(image)
+    check_mask(mask)
     mask = comfy.utils.common_upscale(mask.reshape(-1, 1, *mask.shape[-2:]), *image.shape[2:0:-1], "nearest-exact", "")
     mask = comfy.utils.repeat_to_batch_size(mask, len(image)).movedim(1, -1).round()
-    return torch.cat((torch.where(mask > 0, 1.0, image[..., :3]), mask), dim=-1)
+    return torch.cat((torch.where(mask > 0, 1.0, image), mask), dim=-1)

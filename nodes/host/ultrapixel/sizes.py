@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ....models_impl.ultrapixel.guidance import up_weight
 from ....models_impl.ultrapixel.sampling import COMPRESSION_C, Sizes, sizes
+from ..common.pictures import colours
 
 MULTIPLE = 8
 """Stage B folds its latent, of 4 pixels to a cell, in two."""
@@ -53,10 +54,11 @@ def empty(height: int, width: int, batch: int) -> tuple[dict, dict, dict]:
 
 
 def encoded(image: Tensor, vae, height: int, width: int) -> tuple[dict, dict, dict]:
-    """The same of pictures (B, H, W, 3) in [0, 1], cut to the shape; Stage B's is empty. vae: the semantic encoder."""
+    """The same of an IMAGE, cut to the shape; Stage B's is empty. vae: the semantic encoder."""
+    image = colours(image)
     _, _, stage_b = empty(height, width, len(image))
     size = sizes(height, width)
-    pixels = image[..., :3].movedim(-1, 1)
+    pixels = image.movedim(-1, 1)
 
     def latent(cells):
         h, w = (n * ENCODER_CELL for n in cells)

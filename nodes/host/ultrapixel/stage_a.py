@@ -18,6 +18,7 @@ from ....models_impl.ultrapixel import checkpoint
 from ....models_impl.ultrapixel.stage_a import StageA, decode_bytes
 from ..common import memory
 from ..common.patcher import reloadable, with_weights
+from ..common.pictures import colours
 
 TILES = (1024, 768, 512, 384, 256, 192, 128, 96, 64)  # cells a side, four pixels each
 COMFORT = 256
@@ -70,6 +71,14 @@ class StageAVAE(comfy.sd.VAE):
         between instruction sets.
         """
         return HEADROOM * decode_bytes(self.first_stage_model.config, height, width, mm.dtype_size(dtype))
+
+    def encode(self, pixel_samples: Tensor) -> Tensor:
+        """An IMAGE -> (B, 4, h, w)."""
+        pixels = colours(pixel_samples)
+        if min(pixels.shape[1:3]) < self.downscale_ratio:
+            raise ValueError(f"Stage A makes one cell of {self.downscale_ratio}x{self.downscale_ratio} pixels, and "
+                             f"this picture is {pixels.shape[2]}x{pixels.shape[1]}.")
+        return super().encode(pixels)
 
     def decode(self, samples_in: Tensor, vae_options: dict | None = None) -> Tensor:
         """(B, 4, h, w) -> (B, 4h, 4w, 3). Whole where the memory is there, else by the largest tiles that fit."""
