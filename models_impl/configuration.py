@@ -1,4 +1,4 @@
-"""What the configurations of every family's networks can do."""
+"""Configurations of networks as entries of files, the same for every family."""
 from __future__ import annotations
 
 from collections.abc import Mapping

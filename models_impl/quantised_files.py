@@ -143,10 +143,12 @@ class _File:
         if not gathered_weights:
             return {key: value for key, value in self.left.items() if not _is_marker(key)}
         layers = {key.removesuffix(".weight") for key in gathered_weights}
-        rest = {key: value for key, value in self.left.items()
-                if not _is_marker(key) and not (key.endswith((".input_scale", ".output_scale", ".scale_input"))
-                                                and key.rpartition(".")[0] in layers)}
-        return rest | gathered_weights
+        unquantised = {
+            key: value for key, value in self.left.items()
+            if not _is_marker(key) and not (key.endswith((".input_scale", ".output_scale", ".scale_input"))
+                                            and key.rpartition(".")[0] in layers)
+        }
+        return unquantised | gathered_weights
 
     def _layer(self, name: str) -> str:
         """A layer of the metadata as the keys have it: they may have a prefix that the metadata leaves out."""

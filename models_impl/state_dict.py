@@ -247,10 +247,10 @@ def _not_made_yet(name: str, layer: nn.Module) -> dict[str, torch.Size]:
     if shapes is None:
         return {}
     weight, bias = shapes(layer)
-    made = {"weight": torch.Size(weight)}
+    layer_shapes = {"weight": torch.Size(weight)}
     if bias is not None and getattr(layer, "comfy_need_lazy_init_bias", False) and getattr(layer, "bias", None) is None:
-        made["bias"] = torch.Size(bias)
-    return made
+        layer_shapes["bias"] = torch.Size(bias)
+    return layer_shapes
 
 
 def config_metadata(family: str, entries: Mapping) -> dict[str, str]:

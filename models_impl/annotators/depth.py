@@ -87,12 +87,13 @@ def patch_size(config) -> int:
     return 1
 
 
-def normalised(found: Tensor, distance: bool) -> Tensor:
-    """(B, 1, H, W) -> [0, 1] within each picture, 1 where it is nearest. distance: `found` grows with distance.
+def normalised(prediction: Tensor, distance: bool) -> Tensor:
+    """(B, 1, H, W) -> [0, 1] within each picture, 1 where it is nearest. distance: `prediction` grows with distance.
 
     A distance is inverted first, so that it falls off as released hints do. A picture without any depth is black.
     """
     if distance:
-        found = 1 / found.clamp(min=1e-3)
-    low, high = found.amin((1, 2, 3), keepdim=True), found.amax((1, 2, 3), keepdim=True)
-    return torch.where(high - low > FLAT, (found - low) / (high - low).clamp(min=FLAT), torch.zeros_like(found))
+        prediction = 1 / prediction.clamp(min=1e-3)
+    low, high = prediction.amin((1, 2, 3), keepdim=True), prediction.amax((1, 2, 3), keepdim=True)
+    spread = high - low
+    return torch.where(spread > FLAT, (prediction - low) / spread.clamp(min=FLAT), torch.zeros_like(prediction))

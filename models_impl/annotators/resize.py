@@ -25,7 +25,7 @@ def seen(image: Tensor, resolution: int) -> tuple[Tensor, Callable[[Tensor], Ten
     """
     height, width = image.shape[-2:]
     if resolution == OWN:
-        return image, lambda found: found
+        return image, lambda hint: hint
     side = max(height, width) if resolution == RELEASE else resolution
     if not 1 <= side <= MOST:
         raise ValueError(f"A detect resolution of {resolution} is outside of 1 to {MOST} (0: the picture's own, -1: "
@@ -34,7 +34,7 @@ def seen(image: Tensor, resolution: int) -> tuple[Tensor, Callable[[Tensor], Ten
     inner = round(height * scale), round(width * scale)
     scaled = resized(image, *inner, area=True)
     padded = F.pad(scaled, (0, -inner[1] % MULTIPLE, 0, -inner[0] % MULTIPLE), mode="replicate")
-    return padded, lambda found: resized(found[..., : inner[0], : inner[1]], height, width)
+    return padded, lambda hint: resized(hint[..., : inner[0], : inner[1]], height, width)
 
 
 def resized(image: Tensor, height: int, width: int, area: bool = False) -> Tensor:

@@ -87,7 +87,10 @@ def from_shapes(tensors: Mapping[str, Tensor]) -> dict:
 
 
 def complete(shapes: Mapping, stated: Mapping) -> dict:
-    """Both merged. Raises ValueError where they contradict, or where the rope is neither stated nor a release's."""
+    """Entries of the shapes and of a configuration, merged.
+
+    Raises ValueError where they contradict, or where the rope is neither stated nor a release's.
+    """
     refuse_contradictions(shapes, stated)
     entries = {**shapes, **stated}
     if "axes" not in entries:
@@ -101,18 +104,18 @@ def complete(shapes: Mapping, stated: Mapping) -> dict:
 
 def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A FluxTransformer2DModel's weights under the released key names. Keys it does not know stay as they are."""
-    rest, ours = dict(tensors), {}
+    remaining, ours = dict(tensors), {}
 
     def move(new: str, *olds: str, change=None):
         for kind in ("weight", "bias"):
-            if all(f"{old}.{kind}" in rest for old in olds):
-                parts = [rest.pop(f"{old}.{kind}") for old in olds]
+            if all(f"{old}.{kind}" in remaining for old in olds):
+                parts = [remaining.pop(f"{old}.{kind}") for old in olds]
                 joined = parts[0] if len(parts) == 1 else torch.cat(parts)
                 ours[f"{new}.{kind}"] = joined if change is None else change(joined)
 
     def move_norm(new: str, old: str):
-        if f"{old}.weight" in rest:
-            ours[f"{new}.scale"] = rest.pop(f"{old}.weight")
+        if f"{old}.weight" in remaining:
+            ours[f"{new}.scale"] = remaining.pop(f"{old}.weight")
 
     for old, new in _EMBEDDERS.items():
         move(new, old)
@@ -135,4 +138,4 @@ def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         move(f"{new}.linear2", f"{old}.proj_out")
         move_norm(f"{new}.norm.query_norm", f"{old}.attn.norm_q")
         move_norm(f"{new}.norm.key_norm", f"{old}.attn.norm_k")
-    return {**ours, **rest}
+    return {**ours, **remaining}

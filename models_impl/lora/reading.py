@@ -180,8 +180,8 @@ def _layers(name, parts, target, spelling, config, alpha) -> list[tuple[Layer, s
     if kind is not None:
         scale, why = (1.0, "whole differences") if kind == "diff" else _scale(name, parts, spelling, config, alpha)
         begin = {"lora": "lora_", "dora": "lora_", "loha": "hada_", "lokr": "lokr_", "diff": "diff"}[kind]
-        rest = ("lora_up_bias", "lora_magnitude_vector", "diff_b")
-        own = {part: value for part, value in parts.items() if part.startswith(begin) and part not in rest}
+        of_their_own = ("lora_up_bias", "lora_magnitude_vector", "diff_b")
+        own = {part: value for part, value in parts.items() if part.startswith(begin) and part not in of_their_own}
         if "scalar" in parts:  # LyCORIS with use_scalar, older files: not folded in
             scale *= parts["scalar"].item()
         length = parts.get("lora_magnitude_vector", parts.get("dora_scale"))

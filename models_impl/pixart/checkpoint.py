@@ -133,7 +133,7 @@ def metadata(config: PixArtConfig) -> dict[str, str]:
 
 
 def metadata_controlnet(config: PixArtConfig) -> dict[str, str]:
-    """The same for a ControlNet; config: of the model that it controls."""
+    """Metadata of an exported ControlNet; config: of the model that it controls."""
     return config_metadata(CONTROLNET_FAMILY, config.as_dict())
 
 def _unwrap(tensors: Mapping, weights: str) -> dict:

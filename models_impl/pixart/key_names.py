@@ -103,10 +103,10 @@ def _blocks_to_original(tensors: Mapping[str, Tensor], theirs: str, ours: str) -
     """theirs, ours: how the key of block {} begins."""
     converted, parts = {}, {}
     for key, value in tensors.items():
-        index, rest = _split(key, theirs)
-        module, _, suffix = rest.rpartition(".")
+        index, inner_key = _split(key, theirs)
+        module, _, suffix = inner_key.rpartition(".")
         if module not in _FROM_BLOCK:
-            converted[ours.format(index) + rest] = value
+            converted[ours.format(index) + inner_key] = value
             continue
         name, part = _FROM_BLOCK[module]
         if len(BLOCK[name]) == 1:
@@ -125,10 +125,10 @@ def _blocks_to_original(tensors: Mapping[str, Tensor], theirs: str, ours: str) -
 def _blocks_to_diffusers(tensors: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:
     converted = {}
     for key, value in tensors.items():
-        index, rest = _split(key, ours)
-        module, _, suffix = rest.rpartition(".")
-        if rest == "scale_shift_table":
-            converted[theirs.format(index) + rest] = value
+        index, inner_key = _split(key, ours)
+        module, _, suffix = inner_key.rpartition(".")
+        if inner_key == "scale_shift_table":
+            converted[theirs.format(index) + inner_key] = value
         elif module in BLOCK:
             names = BLOCK[module]
             for name, part in zip(names, value.chunk(len(names)), strict=True):
@@ -141,5 +141,5 @@ def _blocks_to_diffusers(tensors: Mapping[str, Tensor], ours: str, theirs: str) 
 def _split(key: str, pattern: str) -> tuple[int, str]:
     """("blocks.3.attn.proj.bias", "blocks.{}.") -> (3, "attn.proj.bias")."""
     before, after = pattern.split("{}")
-    index, _, rest = key.removeprefix(before).partition(".")
-    return int(index), rest.removeprefix(after.removeprefix("."))
+    index, _, inner_key = key.removeprefix(before).partition(".")
+    return int(index), inner_key.removeprefix(after.removeprefix("."))

@@ -70,12 +70,12 @@ def _to_diffusers(module: str) -> tuple[str, ...]:
     """The diffusers modules of one of ours; none for what diffusers does not have."""
     if module in TOP:
         return (TOP[module],)
-    number, _, rest = module.removeprefix("blocks.").partition(".")
+    number, _, inner = module.removeprefix("blocks.").partition(".")
     if module.startswith("blocks."):
-        return tuple(f"transformer_blocks.{number}.{name}" for name in BLOCK.get(rest, ()))
+        return tuple(f"transformer_blocks.{number}.{name}" for name in BLOCK.get(inner, ()))
     if COPY.match(module):
-        rest = rest.removeprefix("copied_block.")
-        return tuple(f"controlnet_blocks.{number}.transformer_block.{name}" for name in BLOCK.get(rest, ()))
-    if rest in ("before_proj", "after_proj"):
+        inner = inner.removeprefix("copied_block.")
+        return tuple(f"controlnet_blocks.{number}.transformer_block.{name}" for name in BLOCK.get(inner, ()))
+    if inner in ("before_proj", "after_proj"):
         return (f"controlnet_blocks.{module}",)
     return ()

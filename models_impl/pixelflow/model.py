@@ -75,7 +75,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D)
 
     def rows(self, x: Tensor) -> Tensor:
-        """The same on packed patches. x: (N, C*p*p), a row ordered (c ph pw) -> (N, D)."""
+        """Tokens (N, D) of packed patches (N, C*p*p), whose rows are ordered (c ph pw)."""
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -262,7 +262,7 @@ class PixelFlow(nn.Module):
         class_labels: Tensor | None = None,
         attention: Callable = packed_attention,
     ) -> Tensor:
-        """The same for items of different sizes at once, as training packs the stages (section 3.3, "Training").
+        """`forward` for items of different sizes at once, as training packs the stages (section 3.3, "Training").
 
         x: (N, C*p*p) patches of all items end to end, each row ordered (c ph pw); timestep, class_labels: (S,), one per
         item; context: (K, context_dim) text tokens of all items end to end. Returns (N, out_channels*p*p), rows

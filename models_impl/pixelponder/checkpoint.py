@@ -68,7 +68,7 @@ def read(
 
 
 def read_select_net(tensors: Mapping, config: Mapping | None = None) -> tuple[SelectConfig, dict[str, Tensor]]:
-    """The same for only the selection network (keys without `select_net.`)."""
+    """(configuration, weights) of only the selection network, from keys without `select_net.`."""
     refuse_incomplete(tensors, ("pos_embed_input.weight", "attn_block.0.img_attn.norm.query_norm.scale",
                                 "attn_block.0.img_mlp.0.weight", "combine_attn_block.0.img_attn.qkv.weight"),
                       "selection network")  # fmt: skip

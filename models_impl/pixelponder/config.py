@@ -129,7 +129,7 @@ class PixelPonderConfig(Configuration):
         return self.types.index(kind)
 
     def without_unused(self) -> PixelPonderConfig:
-        """The same without the single-stream blocks whose results FLUX never takes."""
+        """This configuration without the single-stream blocks whose results FLUX never takes."""
         return replace(self, trunk=replace(self.trunk, single_depth=self.trunk.depth))
 
     @classmethod

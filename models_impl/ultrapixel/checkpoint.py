@@ -36,7 +36,7 @@ FUSED = re.compile(r"(.*\.attn\.)in_proj_(weight|bias)$")
 SPLIT = re.compile(r"(.*\.attn\.)to_q\.(weight|bias)$")  # ComfyUI's Stage C and B
 
 State = tuple[object, dict[str, Tensor]]
-Told = Mapping[str, str] | None
+Metadata = Mapping[str, str] | None
 
 
 def metadata(config) -> dict[str, str]:
@@ -44,7 +44,7 @@ def metadata(config) -> dict[str, str]:
     return config_metadata(f"{FAMILY}.{PARTS[type(config)]}", config.as_dict())
 
 
-def _stated(cls: type, file: Told, config: Mapping | None) -> dict:
+def _stated(cls: type, file: Metadata, config: Mapping | None) -> dict:
     return {**cls.entries_of(metadata_config(file or {}, f"{FAMILY}.{PARTS[cls]}") or {}),
             **cls.entries_of(config or {})}
 
@@ -96,7 +96,7 @@ def core_attention_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
-def read_stage_c(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
+def read_stage_c(tensors: Mapping, metadata: Metadata = None, config: Mapping | None = None) -> State:
     """(StageCConfig, weights) of a released, core or own file, or of a live UltraPixel model, whose guide is left out.
 
     config: entries, under our names or the reference's, that keys and shapes do not determine.
@@ -115,7 +115,7 @@ def read_stage_c(tensors: Mapping, metadata: Told = None, config: Mapping | None
     return _checked(StageCConfig, stated, shapes), tensors
 
 
-def read_stage_b(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
+def read_stage_b(tensors: Mapping, metadata: Metadata = None, config: Mapping | None = None) -> State:
     tensors = unwrap(tensors)
     if "effnet_mapper.0.weight" not in tensors:
         _refuse(tensors, "a Stage B of Stable Cascade")
@@ -188,7 +188,7 @@ def _cascade(tensors: Mapping[str, Tensor], stated: dict, released_patch_size: i
 
 # --- Stage A
 
-def read_stage_a(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
+def read_stage_a(tensors: Mapping, metadata: Metadata = None, config: Mapping | None = None) -> State:
     """(StageAConfig, weights). scale_factor is not in the weights: the released 0.43 unless `config` says otherwise."""
     tensors = {key: value for key, value in unwrap(tensors).items() if not DEAD["stage_a"].match(key)}
     if "in_block.1.weight" not in tensors or "up_blocks.0.0.weight" not in tensors:
@@ -203,7 +203,7 @@ def read_stage_a(tensors: Mapping, metadata: Told = None, config: Mapping | None
 
 # --- The guide
 
-def read_guide(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
+def read_guide(tensors: Mapping, metadata: Metadata = None, config: Mapping | None = None) -> State:
     """(GuideConfig, weights as `guidance.Guide` names them) from `ultrapixel_t2i` or our own file.
 
     Also from a live model's weights, where the guide is among Stage C's. The unused third of the released file is
@@ -274,7 +274,7 @@ def released_guide_names(tensors: Mapping[str, Tensor], number: int = 64) -> dic
 
 # --- ControlNet and semantic encoder
 
-def read_controlnet(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
+def read_controlnet(tensors: Mapping, metadata: Metadata = None, config: Mapping | None = None) -> State:
     tensors = unwrap(tensors)
     count = sum(re.match(r"projections\.\d+\.0\.weight$", key) is not None for key in tensors)
     if not count or not any(key.startswith("backbone.0.") for key in tensors):
@@ -323,7 +323,7 @@ def kind(tensors: Mapping) -> str | None:
     return next((name for name, matches in KINDS if matches(tensors)), None)
 
 
-def read(tensors: Mapping, metadata: Told = None, config: Mapping | None = None) -> State:
+def read(tensors: Mapping, metadata: Metadata = None, config: Mapping | None = None) -> State:
     """(configuration, weights) of any of the files; the type of the configuration shows which file it is."""
     what = kind(tensors)
     if what not in READERS:

@@ -158,8 +158,8 @@ def to_kohya(personalisation: Personalisation) -> tuple[dict[str, Tensor], dict[
     tensors, metadata = to_core(personalisation)
 
     def name(key):
-        layer, part, rest = key.partition(".lora_") if ".lora_" in key else key.partition(".alpha")
-        return KOHYA + layer.removeprefix(CORE).replace(".", "_") + part + rest if key.startswith(CORE) else key
+        layer, part, ending = key.partition(".lora_") if ".lora_" in key else key.partition(".alpha")
+        return KOHYA + layer.removeprefix(CORE).replace(".", "_") + part + ending if key.startswith(CORE) else key
 
     return {name(key): value for key, value in tensors.items()}, metadata
 

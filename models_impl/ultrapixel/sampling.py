@@ -250,7 +250,7 @@ class AdaptiveLossWeight:
         self.losses = torch.ones(buckets)
 
     def weight(self, logsnr: Tensor) -> Tensor:
-        """(B,) -> (B,)."""
+        """Weights (B,) of the losses at these noise levels (B,)."""
         losses = self.losses[torch.searchsorted(self.edges, logsnr.detach().float().cpu())]
         return (1 / losses).clamp(*WEIGHT_RANGE).to(logsnr.device)
 

@@ -38,7 +38,7 @@ class Block(nn.Module):
         return self._mlp(x + self._spatial(self._first_norm(x), self.depthwise))
 
     def in_strips(self, x: Tensor, rows: int) -> Tensor:
-        """The same, `rows` at a time, written over x."""
+        """`forward` of `rows` at a time, written over x."""
         pad, conv = self.depthwise
         above = None  # the last row of the strip before, as it was
         for top in range(0, x.shape[2], rows):

@@ -197,7 +197,7 @@ def test_the_networks_are_read_out_of_mediapipe_s_wheel(nodes, host, tmp_path):
         archive.write(tmp_path / "body", f"mediapipe/modules/{heavy}")
     import_module("folder_paths").filename_list_cache.clear()
     try:
-        assert host_module.found({"body": heavy}) == {"body": (tmp_path / "body").read_bytes()}
+        assert host_module.existing({"body": heavy}) == {"body": (tmp_path / "body").read_bytes()}
         assert nodes["FindPoses"].validate_inputs(body="heavy", hands=False, face=False) is True
     finally:
         wheel.unlink()

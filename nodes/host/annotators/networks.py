@@ -58,7 +58,8 @@ def depth_map(folder: str, image: Tensor, numbers: str, resolution: int = 0) -> 
             raise ValueError(f"{Path(folder).name} cannot take {pictures.shape[-1]}x{pictures.shape[-2]} pixels "
                              f"({error}). With resolution 0 it takes the size it was made for.") from error
 
-    return annotated(image, resolution, look, net, DEPTH_BYTES, lambda found: depth.normalised(found, distance))
+    return annotated(image, resolution, look, net, DEPTH_BYTES,
+                     lambda prediction: depth.normalised(prediction, distance))
 
 
 def annotated(image: Tensor, resolution: int, look: Callable[[Tensor], Tensor], net=None, pixel_bytes: int = 64,

@@ -32,7 +32,7 @@ def wanted(body: str, hands: bool, face: bool) -> dict[str, str]:
     return {part: files[part] for part in parts}
 
 
-def found(files: dict[str, str]) -> dict[str, bytes | Path]:
+def existing(files: dict[str, str]) -> dict[str, bytes | Path]:
     """part -> the file, or its contents where it is inside a wheel: those of `files` that exist.
 
     A file of that name anywhere in models/annotators comes first, then a wheel of MediaPipe there, then an installed
@@ -69,7 +69,7 @@ def problem(body: str, hands: bool, face: bool) -> str | None:
     if find_spec("ai_edge_litert") is None:
         return "Finding poses needs the package ai-edge-litert: pip install ai-edge-litert"
     files = wanted(body, hands, face)
-    missing = [Path(file).name for part, file in files.items() if part not in found(files)]
+    missing = [Path(file).name for part, file in files.items() if part not in existing(files)]
     if not missing:
         return None
     folder = folder_paths.get_folder_paths(FOLDER)[0]
@@ -82,7 +82,7 @@ def find(image: Tensor, body: str, hands: bool, face: bool, most: int, confidenc
     image = colours(image)
     if reason := problem(body, hands, face):
         raise ValueError(reason)
-    places, files = found(wanted(body, hands, face)), wanted(body, hands, face)
+    places, files = existing(wanted(body, hands, face)), wanted(body, hands, face)
     networks = {part: pose.Graph(where if isinstance(where, bytes) else where.read_bytes(), Path(files[part]).name)
                 for part, where in places.items()}
     bar, frames = comfy.utils.ProgressBar(len(image)), []

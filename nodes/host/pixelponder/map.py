@@ -15,7 +15,7 @@ PREVIEW = 320  # pixels of the longer side, about
 
 
 def colours(conditions: int) -> Tensor:
-    """(K, 3) in [0, 1]"""
+    """Colours of the conditions, (K, 3) in [0, 1]."""
     return torch.tensor([COLOURS[k % len(COLOURS)] for k in range(conditions)]) / 255
 
 

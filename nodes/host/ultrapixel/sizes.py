@@ -54,7 +54,10 @@ def empty(height: int, width: int, batch: int) -> tuple[dict, dict, dict]:
 
 
 def encoded(image: Tensor, vae, height: int, width: int) -> tuple[dict, dict, dict]:
-    """The same of an IMAGE, cut to the shape; Stage B's is empty. vae: the semantic encoder."""
+    """LATENTs as `empty` gives, of pictures (B, H, W, 3) in [0, 1] cut to the shape; Stage B's is empty.
+
+    vae: the semantic encoder.
+    """
     image = colours(image)
     _, _, stage_b = empty(height, width, len(image))
     size = sizes(height, width)
