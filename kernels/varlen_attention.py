@@ -16,6 +16,25 @@ from .attention import attention
 from .runtime import has_flash_attention, library
 
 
+def packed_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int]
+) -> Tensor:
+    """One dense call for each run of items with equal lengths."""
+    out, start_q, start_k = [], 0, 0
+    for (length_q, length_k), run in groupby(zip(lengths_q, lengths_k, strict=True)):
+        S = len(list(run))
+        end_q, end_k = start_q + S * length_q, start_k + S * length_k
+        # (S*L, H, D) -> (S, H, L, D)
+        dense = attention(
+            q[start_q:end_q].unflatten(0, (S, length_q)).transpose(1, 2),
+            k[start_k:end_k].unflatten(0, (S, length_k)).transpose(1, 2),
+            v[start_k:end_k].unflatten(0, (S, length_k)).transpose(1, 2),
+        )
+        out.append(dense.transpose(1, 2).flatten(0, 1))
+        start_q, start_k = end_q, end_k
+    return torch.cat(out)
+
+
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int], backend: str | None = None
 ) -> Tensor:
@@ -41,7 +60,7 @@ def packed_backends(q: Tensor) -> dict:
         usable["varlen"] = _varlen
     if q.is_cuda and library("xformers.ops"):
         usable["xformers"] = _xformers
-    usable["segments"] = _segments
+    usable["segments"] = packed_attention_reference
     return usable
 
 
@@ -65,20 +84,3 @@ def _xformers(q, k, v, lengths_q, lengths_k):
     ops = library("xformers.ops")
     bias = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths_q, lengths_k)
     return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
-
-
-def _segments(q, k, v, lengths_q, lengths_k):
-    """Runs of items with equal lengths go through one dense call."""
-    out, start_q, start_k = [], 0, 0
-    for (length_q, length_k), run in groupby(zip(lengths_q, lengths_k, strict=True)):
-        S = len(list(run))
-        end_q, end_k = start_q + S * length_q, start_k + S * length_k
-        # (S*L, H, D) -> (S, H, L, D)
-        dense = attention(
-            q[start_q:end_q].unflatten(0, (S, length_q)).transpose(1, 2),
-            k[start_k:end_k].unflatten(0, (S, length_k)).transpose(1, 2),
-            v[start_k:end_k].unflatten(0, (S, length_k)).transpose(1, 2),
-        )
-        out.append(dense.transpose(1, 2).flatten(0, 1))
-        start_q, start_k = end_q, end_k
-    return torch.cat(out)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels.modulated_norm import modulate
 from .. import checkpointing
 from ..layers import sinusoid, split_heads
 from .config import CascadeConfig
@@ -62,7 +63,7 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         share = (size / (size.mean(dim=-1, keepdim=True) + EPS)).to(x.dtype)  # (B, 1, 1, D)
-        return torch.addcmul(self.beta.to(x), x, 1 + self.gamma.to(x) * share)
+        return modulate(x, self.beta.to(x), self.gamma.to(x) * share)
 
 
 def channelwise(source: int, channels: int, dropout: float, operations, to: dict) -> nn.Sequential:
@@ -121,7 +122,7 @@ class TimestepBlock(nn.Module):
 
     def forward(self, x: Tensor, embeddings: Mapping[str, Tensor]) -> Tensor:
         shift, scale = self.shift_scale(embeddings)
-        return torch.addcmul(shift[:, :, None, None], x, 1 + scale[:, :, None, None])
+        return modulate(x, shift[:, :, None, None], scale[:, :, None, None])
 
 
 class Attention(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.attention import attention as dense_attention
+from ...kernels.modulated_norm import modulate
 from .blocks import channels_first, channels_last, norm, timestep_embedding
 from .config import GuideConfig
 
@@ -155,7 +156,7 @@ class TimeScale(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.mapper(embedding)[:, None, None].chunk(2, dim=-1)
-        return torch.addcmul(shift, x, 1 + scale)
+        return modulate(x, shift, scale)
 
 
 class ScaleMapping(nn.Module):
