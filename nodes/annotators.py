@@ -195,7 +195,7 @@ class FindPoses(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, body, hands, face, most, confidence, search, resolution) -> io.NodeOutput:
-        frames = annotators_pose.find(image, body, hands, face, most, confidence, search)
+        frames = annotators_pose.find(image, body, hands, face, most, confidence, search, resolution)
         count = sum(len(frame["people"]) for frame in frames)
         drawn = annotators_pose.draw(frames, resolution=resolution)
         return io.NodeOutput(drawn, frames, json.dumps(frames), ui=ui.PreviewText(f"{count} people"))

@@ -27,14 +27,24 @@ def seen(image: Tensor, resolution: int) -> tuple[Tensor, Callable[[Tensor], Ten
     if resolution == OWN:
         return image, lambda hint: hint
     side = max(height, width) if resolution == RELEASE else resolution
-    if not 1 <= side <= MOST:
+    if resolution != RELEASE and not 1 <= resolution <= MOST:
         raise ValueError(f"A detect resolution of {resolution} is outside of 1 to {MOST} (0: the picture's own, -1: "
                          "the release's).")
     scale = side / min(height, width)
-    inner = round(height * scale), round(width * scale)
+    inner = bounded(round(height * scale), round(width * scale), (height, width))
     scaled = resized(image, *inner, area=True)
     padded = F.pad(scaled, (0, -inner[1] % MULTIPLE, 0, -inner[0] % MULTIPLE), mode="replicate")
     return padded, lambda hint: resized(hint[..., : inner[0], : inner[1]], height, width)
+
+
+def bounded(height: int, width: int, original: tuple[int, int]) -> tuple[int, int]:
+    """(height, width), if that is not more pixels than a square of MOST. original: of the picture that is brought to
+    that size. Raises ValueError: a long thin picture whose shorter side is enlarged can be of any size."""
+    if height * width > MOST**2:
+        raise ValueError(f"A picture of {original[1]}x{original[0]} pixels would be brought to {width}x{height}, more "
+                         f"than {MOST}x{MOST}. Crop it to a shape that is less elongated, or take a smaller "
+                         "resolution.")
+    return height, width
 
 
 def resized(image: Tensor, height: int, width: int, area: bool = False) -> Tensor:

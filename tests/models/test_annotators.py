@@ -109,6 +109,15 @@ def test_a_smaller_picture_is_the_mean_of_its_pixels():
     assert torch.allclose(seen[..., :24, :40], torch.nn.functional.avg_pool2d(NOISE, 2), atol=1e-6)
 
 
+@pytest.mark.parametrize("height, width, resolution", [
+    (1, 30_000, 512), (30_000, 1, -1), (2, 30_000, 16384), (1, 17_000, 16384),
+])  # fmt: skip
+def test_a_thread_of_a_picture_is_not_enlarged_to_gigabytes(height, width, resolution, monkeypatch):
+    monkeypatch.setattr(resize, "resized", lambda *_, **__: pytest.fail("resized"))
+    with pytest.raises(ValueError, match=f"A picture of {width}x{height} pixels would be brought to .*Crop it"):
+        resize.seen(torch.zeros(1, 3, height, width), resolution)
+
+
 def test_a_resolution_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="-2 is outside of 1 to 16384"):
         resize.seen(NOISE, -2)

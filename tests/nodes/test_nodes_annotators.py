@@ -131,6 +131,24 @@ def test_what_is_no_picture_is_refused_by_the_input(nodes, name, inputs, kind):
         run(nodes[name], image=image, **inputs)
 
 
+@pytest.mark.parametrize("name, inputs", [
+    ("HEDEdges", dict(hed_name="ControlNetHED_nodes.pth", strength=1.0, resolution=512)),
+    ("CannyEdges", dict(detector="opencv", low=100.0, high=200.0, resolution=-1)),
+    ("DepthMap", dict(model_name="nodes/depth", numbers="auto", resolution=512)),
+    ("FindPoses", dict(POSES, search=2)),
+    ("FindPoses", dict(POSES, resolution=512)),
+    ("UltraPixelCanny", dict(filter="fine", low=100, high=200)),
+])  # fmt: skip
+def test_a_thread_of_a_picture_is_refused_by_every_annotator_that_would_enlarge_it(nodes, name, inputs):
+    with pytest.raises(ValueError, match="picture of 30000x1 pixels .*Crop it"):
+        run(nodes[name], image=torch.zeros(1, 1, 30_000, 3), **inputs)
+
+
+def test_a_thread_of_a_canvas_is_not_drawn_at_gigabytes(nodes):
+    with pytest.raises(ValueError, match="picture of 16384x1 pixels would be brought to .*Crop it"):
+        run(nodes["DrawPoses"], **{**LINES, "width": 16384, "height": 1}, pose=[{"people": []}], resolution=16384)
+
+
 def test_a_mask_without_pixels_is_refused(nodes):
     with pytest.raises(ValueError, match="mask has no pixels"):
         run(nodes["UltraPixelInpaintHint"], image=GRAY, mask=torch.ones(1, 0, 80))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ....models_impl.annotators import openpose, pose
-from ....models_impl.annotators.resize import MOST, OWN, RELEASE, resized
+from ....models_impl.annotators.resize import MOST, OWN, RELEASE, bounded, resized
 from ..common.pictures import colours
 
 FOLDER = "annotators"
@@ -77,9 +77,11 @@ def problem(body: str, hands: bool, face: bool) -> str | None:
     return text if body == "full" else f"{text} . {OTHER_BODIES}"
 
 
-def find(image: Tensor, body: str, hands: bool, face: bool, most: int, confidence: float, search: int) -> list[dict]:
-    """image: an IMAGE -> a frame of POSE_KEYPOINT for each."""
+def find(image: Tensor, body: str, hands: bool, face: bool, most: int, confidence: float, search: int,
+         resolution: int = OWN) -> list[dict]:
+    """image: an IMAGE -> a frame of POSE_KEYPOINT for each, to be drawn at `resolution`."""
     image = colours(image)
+    drawn_size(*image.shape[1:3], resolution)  # refused before anybody is looked for
     if reason := problem(body, hands, face):
         raise ValueError(reason)
     places, files = existing(wanted(body, hands, face)), wanted(body, hands, face)
@@ -103,10 +105,19 @@ def draw(frames: list[dict], height: int = 0, width: int = 0, resolution: int = 
         raise ValueError("There is no pose to draw: the list of frames is empty.")
     first = frames[0]
     height, width = height or first.get("canvas_height") or 0, width or first.get("canvas_width") or 0
-    if not (0 < height <= MOST and 0 < width <= MOST):
-        why = "it does not say the size of its canvas" if not height or not width else f"a side has at most {MOST}"
-        raise ValueError(f"A pose cannot be drawn at {width}x{height} pixels: {why}. Set width and height.")
+    size = drawn_size(height, width, resolution)
+    drawn = torch.stack([openpose.draw(frame, *size, **how) for frame in frames])
+    return resized(drawn.movedim(-1, 1), height, width).movedim(1, -1).contiguous().to(mm.intermediate_device())
+
+
+def drawn_size(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """(height, width) in pixels at which poses of a picture are drawn. Raises ValueError where that cannot be."""
+    if not height or not width:
+        raise ValueError(f"A pose cannot be drawn at {width}x{height} pixels: it does not say the size of its canvas. "
+                         "Set width and height.")
+    if max(height, width) > MOST:
+        raise ValueError(f"A pose on a picture of {width}x{height} pixels cannot be drawn: a side has at most {MOST}. "
+                         "Crop it, or make it smaller.")
     side = max(height, width) if resolution == RELEASE else resolution or min(height, width)
     scale = side / min(height, width)
-    drawn = torch.stack([openpose.draw(frame, round(height * scale), round(width * scale), **how) for frame in frames])
-    return resized(drawn.movedim(-1, 1), height, width).movedim(1, -1).contiguous().to(mm.intermediate_device())
+    return bounded(round(height * scale), round(width * scale), (height, width))

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....models_impl.annotators.canny import RESIZE, canny
+from ....models_impl.annotators.resize import bounded
 from ..common.pictures import check_mask, colours
 
 FILTERS = {"reference": RESIZE, "fine": None}  # the side of the square at which edges are detected
@@ -19,7 +20,8 @@ def canny_hint(image: Tensor, filter: str, low: float, high: float) -> Tensor:
     """An IMAGE -> white edges on black (B, h, w, 3), the shorter side 768."""
     pixels = colours(image).movedim(-1, 1)
     height, width = pixels.shape[-2:]
-    size = tuple(int(SHORT_SIDE * side / min(height, width)) for side in (height, width))  # torchvision's rounding
+    size = bounded(*(int(SHORT_SIDE * side / min(height, width)) for side in (height, width)),  # torchvision's rounding
+                   (height, width))
     if size != (height, width):
         pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
     return canny(pixels, low, high, FILTERS[filter]).movedim(1, -1).repeat(1, 1, 1, 3)
