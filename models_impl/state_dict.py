@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from . import quantised_files
 
+EXPONENTS = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+"""The bits that are all set in what is no number."""
+MOST_UNPACKED = 100  # times the size of a compressed archive
 PREFIXES = ("module.", "model.diffusion_model.", "_orig_mod.", "diffusion_model.")
 
 
@@ -79,7 +83,7 @@ def _read_torch_file(path: Path) -> dict:
             with open(path, "rb") as file:  # by name, torch.load would believe the suffix .safetensors
                 named = path.suffix == ".safetensors"
                 tensors = torch.load(file if named else path, map_location="cpu", weights_only=True,
-                                     mmap=not named and _is_zip(path))
+                                     mmap=not named and _is_zip(path) and not _is_compressed(path))
     except pickle.UnpicklingError as error:
         if "truncated" in str(error):
             raise ValueError(_cut(path, error)) from error
@@ -100,6 +104,21 @@ def _read_torch_file(path: Path) -> dict:
 def _cut(path: Path, error: BaseException) -> str:
     return (f"{path.name} is not a complete torch file ({first_line(error).partition('. ')[0]}): "
             f"{path.stat().st_size:,} bytes are there. Compare its size with the original and download it again.")
+
+
+def _is_compressed(path: Path) -> bool:
+    """Whether the archive of a torch file was packed again by another program: its bytes are then not the weights'.
+    Raises ValueError for one that would unpack to far more than weights ever do."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError):
+        return False  # torch says what is wrong with it
+    packed, unpacked = (sum(size) for size in zip(*((e.compress_size, e.file_size) for e in entries), strict=True))
+    if unpacked > MOST_UNPACKED * max(packed, 1):
+        raise ValueError(f"{path.name} would unpack to {unpacked:,} bytes, {unpacked // max(packed, 1)} times its "
+                         "size: weights cannot be packed like that. Get the original file.")
+    return any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
 
 
 def _is_zip(path: Path) -> bool:
@@ -200,6 +219,36 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], what: str):
                   if names]
     if complaints:
         raise ValueError(f"The weights do not fit {what}. " + "; ".join(complaints) + ".")
+    own_dtypes = {key: value.dtype for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    check_values({key: tensors[key] for key in own if own_dtypes.get(key, torch.float32).is_floating_point}, what)
+
+
+def check_values(tensors: Mapping[str, Tensor], what: str):
+    """Raise ValueError that names the tensors that hold something else than numbers of a network: whole, complex or
+    true-or-false values, NaN or infinity. Tensors without data are passed over."""
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor) or value.is_meta:  # quantised: its parts were checked when they were read
+            continue
+        if not value.is_floating_point():
+            raise ValueError(f"{key} of {what} is in {dtype_name(value)}, which holds no weights of a network.")
+        if not all_finite(value):
+            raise ValueError(f"{key} of {what} holds values that are no numbers (NaN or infinite): the training that "
+                             "wrote the file went wrong, or the file is damaged. Get it again, or an earlier one.")
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass over memory where all is well."""
+    if value.dtype in EXPONENTS:
+        exponent = EXPONENTS[value.dtype]
+        return not (value.contiguous().view(torch.uint8) & exponent == exponent).any().item()
+    if value.element_size() == 1:
+        return True
+    total = value.sum(dtype=torch.float64 if value.dtype == torch.float64 else torch.float32)
+    return bool(total.isfinite()) or bool(value.isfinite().all())  # the sum of large numbers may overflow
+
+
+def dtype_name(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 # The sizes that a layer keeps -> the shapes of its weight and of its bias.

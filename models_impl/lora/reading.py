@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..known_files import whose
+from ..state_dict import check_values
 from .adapter import Layer, Lora, Names, Target, kind_of, rank_of, size_of
 
 PEFT_ALPHA = 8  # peft's LoraConfig.lora_alpha, LoHaConfig.alpha and LoKrConfig.alpha when a script sets only r
@@ -38,6 +39,17 @@ PART = re.compile(
     r"|(?P<other>alpha|scalar|dora_scale|diff|diff_b|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))$"
 )
 CANONICAL = {"lora_A": "lora_down", "lora_B": "lora_up", "w_norm": "diff", "b_norm": "diff_b"}
+SPELLINGS = [(re.compile(pattern), ours) for pattern, ours in (
+    # what other programs put into the names of modules and parts -> what PART reads
+    (r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", r"\1"),
+    (r"^\.|(?<=\.)\.", ""),
+    (r"\.processor\.to_out_lora\.", ".to_out.0.lora."),  # diffusers' attention processors
+    (r"\.processor\.(\w+?)_lora\.", r".\1.lora."),
+    (r"\.(?:lora|lora_linear_layer)\.(up|down|mid)\.", r".lora_\1."),
+    (r"\.(?:lora|lora_linear_layer)\.(?:network_)?alpha$", ".alpha"),
+    (r"\.network_alpha$", ".alpha"),
+    (r"\.(lora_[AB]|lora_(?:up|down|mid))$", r".\1.weight"),
+)]
 UNSUPPORTED = {"OFT or BOFT": (".oft_", ".boft_"), "GLoRA": (".a1.weight", ".b1.weight"), "IA3": (".ia3_l",)}
 ELSEWHERE = (  # family -> what its modules are called, with "_" for every "."
     ("FLUX", ("double_blocks", "single_blocks", "single_transformer_blocks")),
@@ -46,6 +58,8 @@ ELSEWHERE = (  # family -> what its modules are called, with "_" for every "."
     ("Stable Cascade", ("prior_unet",)),
     ("an MMDiT such as Stable Diffusion 3, FLUX or Qwen-Image", ("add_k_proj",)),
     ("Wan", ("self_attn_q", "self_attn_to_q")),
+    ("a PixArt ControlNet, which the LoRA node of the model does not change",
+     ("controlnet_blocks_", "controlnet_0_", "copied_block")),
     ("PixArt", ("cross_attn_kv_linear", "transformer_blocks_0_attn1_to_q", "t_block_1")),
 )
 
@@ -64,6 +78,7 @@ def beside(path: str | os.PathLike) -> dict | None:
 
 def is_lora(keys: Iterable[str]) -> bool:
     """Whether the keys are those of an adapter file."""
+    keys = spelled(dict.fromkeys(keys))
     marks = [mark for those in UNSUPPORTED.values() for mark in those]
     return any(PART.search(key) or any(mark in key for mark in marks) for key in keys)
 
@@ -83,7 +98,10 @@ def read(
     PEFT, whose scripts for PixArt set only the rank, and a scale of 1 for all others, which fold it into the weights.
     Raises ValueError with the likely reason when no layer of the file fits the network.
     """
+    tensors = spelled(tensors)
     keys, odd = _modules(tensors)
+    check_values({key: tensors[key] for parts in keys.values() for part, key in parts.items() if part != "alpha"},
+                 "this LoRA")  # an alpha may be a whole number
     modules = {module: {part: tensors[key] for part, key in parts.items()} for module, parts in keys.items()}
     known = {name: target for table in names.values() for name, target in table.items()}
     flat = {name.replace(".", "_"): name for name in known}
@@ -104,6 +122,8 @@ def read(
             reason = " (the rest of the adapter is missing)" if name else ""
             unmatched += [key + reason for key in keys[module].values()]
         for layer, why in new_layers:
+            if fault := _rank_fault(layer) or (None if math.isfinite(layer.scale) else f"its scale is {layer.scale}"):
+                raise ValueError(f"The layer {module} of this LoRA is broken: {fault}. Get the file again.")
             if problem := _misfit(layer, known[name]):
                 wrong.append(problem)
                 unmatched.append(f"{module} ({problem})")
@@ -112,6 +132,10 @@ def read(
                 kinds[spelling, layer.kind, why] += 1
     if not layers:
         raise ValueError(_why_nothing(tensors, modules, wrong, text_encoder))
+    if len(unmatched) > len(tensors) - len(text_encoder) - len(unmatched):
+        raise ValueError(f"Most of this LoRA has no place in this network: {len(unmatched)} of "
+                         f"{len(tensors) - len(text_encoder)} keys, such as {unmatched[0]}. It was made for another "
+                         "model, or by a program whose names are not known here.")
     notes += [f"{count} {kind} layers, {spelling} names; {why}." for (spelling, kind, why), count in kinds.items()]
     if text_encoder:
         notes.append(f"{len(text_encoder)} keys belong to the text encoder and are not used here.")
@@ -119,6 +143,19 @@ def read(
         notes.append(f"{len(unmatched)} keys have no place in this network: {', '.join(unmatched[:3])}"
                      f"{' ...' if len(unmatched) > 3 else ''}.")
     return Lora(layers, notes, unmatched, text_encoder)
+
+
+def spelled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that PART reads. Raises ValueError where two of them get the same."""
+    renamed = {}
+    for key, value in tensors.items():
+        name = key
+        for pattern, ours in SPELLINGS:
+            name = pattern.sub(ours, name)
+        if name in renamed:
+            raise ValueError(f"This LoRA holds {key} twice, under the names of two programs.")
+        renamed[name] = value
+    return renamed
 
 
 def _modules(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -224,6 +261,25 @@ def _scale(name, parts, spelling, config, alpha) -> tuple[float, str]:
     return 1.0, "no alpha anywhere, so it is folded into the weights: scale 1"
 
 
+def _rank_fault(layer: Layer) -> str | None:
+    """What is wrong with the ranks of a layer's matrices, in words."""
+    t = layer.tensors
+    products = [("lora_up", "lora_down", "lora_mid")] + [
+        (f"{factor}_a", f"{factor}_b", tucker) for factor, tucker in
+        (("hada_w1", "hada_t1"), ("hada_w2", "hada_t2"), ("lokr_w1", None), ("lokr_w2", "lokr_t2"))]
+    for up, down, middle in products:
+        if not {up, down} <= t.keys():
+            continue
+        if min(t[up].ndim, t[down].ndim) < 2:
+            return f"{up} is {list(t[up].shape)} and {down} {list(t[down].shape)}, and both are matrices"
+        # With a Tucker core the first matrix of LoHa and LoKr is (rank, outputs), and each rank is one of the core's.
+        ranks = t[up].shape[0 if middle in t and up != "lora_up" else 1], t[down].shape[0]
+        wanted = tuple(t[middle].shape[:2]) if middle in t else (ranks[1], ranks[1])
+        if ranks != wanted:
+            return f"{up} has the rank {ranks[0]}, {down} {ranks[1]}" + (f", {middle} {wanted}" if middle in t else "")
+    return None
+
+
 def _misfit(layer: Layer, target: Target) -> str | None:
     if target.shape is None:
         return None
@@ -242,6 +298,9 @@ def _why_nothing(tensors, modules, wrong, text_encoder) -> str:
         for what, marks in UNSUPPORTED.items():
             if any(mark in key for key in tensors for mark in marks):
                 return f"This is an {what} file, which PixStack does not read. Get it as LoRA, DoRA, LoHa or LoKr."
+        if "lora_controlnet" in tensors:
+            return ("This is a Control-LoRA, a ControlNet of Stable Diffusion XL kept as a difference: load it with "
+                    "core's 'Load ControlNet Model', for that model.")
         return f"This is no LoRA file. {whose(tensors)}"
     if all(TEXT_ENCODER.search(m) for m in modules):
         return start + f"all its {len(text_encoder)} keys belong to the text encoder."
@@ -254,6 +313,7 @@ def _why_nothing(tensors, modules, wrong, text_encoder) -> str:
 def sizes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Module name as the file spells it -> (outputs, inputs times kernel) of the matrix it changes."""
     sizes = {}
+    tensors = spelled(tensors)
     for module, parts in _modules(tensors)[0].items():
         if kind := kind_of(parts):
             sizes[module] = size_of(Layer("", None, kind, {part: tensors[key] for part, key in parts.items()}, 1.0))

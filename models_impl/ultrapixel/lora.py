@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..state_dict import without_prefix
+from ..state_dict import check_values, without_prefix
 from .config import StageCConfig
 
 ALPHA = 1.0
-NUMBERED = re.compile(r"(?:module\.)?(\d+)\.(lora_down|lora_up|embeddings|indices)$")
+NUMBERED = re.compile(r"(?:module\.|weights\.)?(\d+)\.(lora_down|lora_up|embeddings|indices)$")
 NAMED = re.compile(r"diffusion_model\.(down|up)_blocks\.\d+\.\d+\.attention\.attn\..+\.lora_down\.weight$")
 CORE = "diffusion_model."  # how ComfyUI names the layers of a diffusion model in a LoRA
 KOHYA = "lora_prior_unet_"  # how sd-scripts and OneTrainer name them, which ComfyUI reads too
@@ -113,6 +113,8 @@ def read(
         if odd := [k for k in tensors if k.startswith(KOHYA)]:
             raise ValueError(f"{len(odd)} keys do not belong to an attention, such as {odd[0]}: load this file "
                              "with core's LoRA loader; a personalisation changes only attentions.")
+    check_values({key: value for key, value in tensors.items() if "indices" not in key and "alpha" not in key},
+                 "this personalisation")
     if any(key.startswith(CORE) for key in tensors):
         return _read_named(tensors, metadata)
     parts: dict[int, dict[str, Tensor]] = {}
@@ -127,6 +129,7 @@ def read(
         raise ValueError(f"This personalisation changes {len(loras)} layers, this Stage C has {len(keys)} to change: "
                          "they belong to different models.")
     layers = {keys[number]: (part["lora_up"], part["lora_down"]) for number, part in loras.items()}
+    _check_ranks(layers)
     token = next((part for part in parts.values() if "embeddings" in part), {})
     rank = next(iter(layers.values()))[1].shape[0]
     return Personalisation(layers, alpha / rank, token["indices"].tolist() if token else [], token.get("embeddings"),
@@ -214,11 +217,19 @@ def _read_named(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> P
         scales.add(tensors[f"{name}.alpha"].item() / down.shape[0])
     if not scales:
         raise ValueError(f"This is not a personalisation of UltraPixel: it holds {next(iter(tensors))}.")
+    _check_ranks(layers)
     if len(scales) != 1:
         raise ValueError(f"The layers of this file have the scales {sorted(scales)}; a personalisation has one.")
     return Personalisation(layers, scales.pop(), tensors.get(f"{TOKEN}indices", torch.tensor([])).long().tolist(),
                            tensors.get(f"{TOKEN}embeddings"), metadata.get("pixstack.token"),
                            metadata.get("pixstack.token_base"))
+
+
+def _check_ranks(layers: Mapping[str, tuple[Tensor, Tensor]]):
+    for key, (up, down) in layers.items():
+        if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(f"The matrices for {key} do not belong together: {list(up.shape)} and "
+                             f"{list(down.shape)}, whose product has no common rank. Get the file again.")
 
 
 def _key(module: str) -> str:
