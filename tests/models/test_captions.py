@@ -139,3 +139,67 @@ def test_a_missing_package_is_named(monkeypatch, module, package):
 def test_without_a_package_no_rule_is_applied_at_all(monkeypatch, module):
     monkeypatch.setattr(captions, module, None)
     assert captions.clean_caption("  A (red) CAT, free shipping &amp; more ") == "a (red) cat, free shipping &amp; more"
+
+
+# --- Long texts
+
+SENTENCE = "a photograph of a red house, by the sea "
+LONG = {
+    "words": SENTENCE * 1000,
+    "in quotes": f'"{SENTENCE * 1000}"',
+    "file names first": "gallery/picture_one.png " * 600 + SENTENCE * 1000,
+    "addresses first": "http://example.com/gallery/one " * 500 + SENTENCE * 1000,
+    "markup": f"<p class='caption'>{SENTENCE * 20}</p>" * 50,
+    "hyphens that come late": SENTENCE * 500 + "well-known state-of-the-art " * 20 + SENTENCE * 500,
+    "hyphens at first only": "a well-known house, " + SENTENCE * 1000,
+    "spaces first": " " * 40_000 + "a red  house" + " " * 40_000 + "by the sea",
+    "no spaces": "ab" * 20_000,
+    "dots": ".a" * 20_000,
+    "dots, then a word": ".a" * 20_000 + " house",
+    "kana": "さくら" * 10_000,
+}
+SEEN = 1500  # characters of 300 tokens of English
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_of_a_long_text_the_encoder_sees_what_it_would_see_of_the_whole(packages, text):
+    whole = captions._cleaned(captions._cleaned(text))
+    assert captions.clean_caption(text)[:SEEN] == whole[:SEEN]
+
+
+BOMBS = ("a.", "a-", "a@", "<a ", "<", "</", "<!--", "<![", "&#", "x1", "'", "%", "가", "<b>", "http://", "1:00 ",
+         "a.co@", "+")  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_of_any_text_a_bounded_part_is_cleaned(packages, bomb, monkeypatch):
+    lengths, clean = [], captions._cleaned
+    monkeypatch.setattr(captions, "_cleaned", lambda text, *more: lengths.append(len(text)) or clean(text, *more))
+    captions.clean_caption(bomb * (10**6 // len(bomb)))
+    assert max(lengths) <= captions.MOST + captions.LONGEST_NAME + 1 and len(lengths) <= 6
+
+
+def test_a_name_of_thousands_of_characters_is_looked_at_once(packages):
+    """The release's rule for names of files begins anew at every character of a run without spaces."""
+    seen = []
+
+    class Name:
+        def match(self, run):
+            seen.append(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captions, "FILE_NAME", Name())
+        captions._apply(captions.SIGNS, "ab" * 4000 + " house")
+    assert seen == ["ab" * 4000, "house"]
+
+
+def test_few_of_the_signs_behind_the_last_tag_reach_the_markup_s_parser(packages, monkeypatch):
+    given, parser = [], captions.BeautifulSoup
+    monkeypatch.setattr(captions, "BeautifulSoup", lambda stream, **how: given.append(stream.getvalue()) or parser(
+        stream, **how))
+    assert captions._without_markup("<b>1</b> " + "<a " * 2000 + "& x") == "1 " + "<a " * 2000 + "& x"
+    assert given[0].count("<a ") < captions.TAGS
+
+
+def test_markup_that_the_parser_rejects_is_no_markup(packages):
+    assert captions.clean_caption("<![a cat in a hat") == "<! a cat in a hat"
