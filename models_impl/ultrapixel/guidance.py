@@ -11,7 +11,7 @@ Stage C runs after the first attention block of each level: our own `model.Stage
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +31,11 @@ def up_weight(height: int, width: int) -> float:
     return next(weight for cells, weight in UP_WEIGHTS if height * width >= cells)
 
 
+def weight_of(direction: str, size: Sequence[int], down: float, up: float | None) -> float:
+    """Weight of the guide at a level of (height, width) cells; up None: the released step function."""
+    return down if direction == "down" else up_weight(*size) if up is None else up
+
+
 @dataclass
 class Features:
     """Outputs of Stage C's first attention block of every level: (B, D, h, w) each, in the order the net runs."""
@@ -41,6 +46,9 @@ class Features:
     def rows(self, start: int, stop: int) -> Features:
         """The features of a part of the batch, for example its conditional half."""
         return Features([x[start:stop] for x in self.down], [x[start:stop] for x in self.up])
+
+    def to(self, device: torch.device, copy: bool = False) -> Features:
+        return Features(*([x.to(device, copy=copy) for x in levels] for levels in (self.down, self.up)))
 
 
 class FeatureTap:
@@ -280,6 +288,9 @@ class GuideLevel(nn.Module):
         h = norm(self.mapp_t(h, time_embedding))
         return channels_first(self.hr_norm(h))
 
+    def add(self, x: Tensor, prepared: Tensor, time_embedding: Tensor, weight: float) -> Tensor:
+        return x + weight * self.fuse(x, prepared, time_embedding)
+
 
 class Guide(nn.Module):
     def __init__(self, config: GuideConfig, operations=nn, dtype=None, device=None):
@@ -319,11 +330,11 @@ class GuidedImage:
         self.guide, self.features, self.attention = guide, features, attention
         self._prepared: dict[tuple, Tensor] = {}
 
-    def prepared(self, direction: str, level: int, like: Tensor) -> Tensor:
-        key = (direction, level, *like.shape[-2:])
+    def prepared(self, direction: str, level: int, size: torch.Size, dtype: torch.dtype, device) -> Tensor:
+        key = (direction, level, *size, dtype, device)
         if key not in self._prepared:
-            low = getattr(self.features, direction)[level].to(like)
-            self._prepared[key] = self.guide.level(direction, level).prepare(low, *like.shape[-2:], self.attention)
+            low = getattr(self.features, direction)[level].to(device, dtype)
+            self._prepared[key] = self.guide.level(direction, level).prepare(low, *size, self.attention)
         return self._prepared[key]
 
     def hook(self, timestep: Tensor, down: float = 1.0, up: float | None = None) -> Callable:
@@ -333,11 +344,38 @@ class GuidedImage:
         """
 
         def add(direction: str, level: int, x: Tensor) -> Tensor:
-            weight = down if direction == "down" else up_weight(*x.shape[-2:]) if up is None else up
+            size = x.shape[-2:]
+            weight = weight_of(direction, size, down, up)
             if weight == 0:
                 return x
-            prepared = self.prepared(direction, level, x)
+            prepared = self.prepared(direction, level, size, x.dtype, x.device)
             embedding = self.guide.time_embedding(timestep, x.dtype)
-            return x + weight * self.guide.level(direction, level).fuse(x, prepared, embedding)
+            return self.guide.level(direction, level).add(x, prepared, embedding, weight)
 
         return add
+
+    def step(self, timestep: Tensor, sizes: dict[str, list], dtype: torch.dtype, down: float = 1.0,
+             up: float | None = None) -> GuidedStep:
+        """`hook` for features (k*B, D, *size) of sizes known beforehand: direction -> (height, width) of each level."""
+        weights = {way: [weight_of(way, size, down, up) for size in sizes[way]] for way in sizes}
+        prepared = {way: [self.prepared(way, level, size, dtype, timestep.device) if weights[way][level] else None
+                          for level, size in enumerate(sizes[way])] for way in sizes}
+        return GuidedStep(self.guide, self.guide.time_embedding(timestep, dtype), prepared, weights)
+
+
+@dataclass
+class GuidedStep:
+    """The hook of one step in a form that torch.compile can trace once for all steps: what it computes depends on
+    tensors, and nothing is made or kept on the way."""
+
+    guide: Guide
+    time_embedding: Tensor
+    prepared: dict[str, list[Tensor | None]]
+    weights: dict[str, list[float]]
+
+    def __call__(self, direction: str, level: int, x: Tensor) -> Tensor:
+        weight = self.weights[direction][level]
+        if weight == 0:
+            return x
+        prepared = self.prepared[direction][level]
+        return self.guide.level(direction, level).add(x, prepared, self.time_embedding, weight)

@@ -155,7 +155,8 @@ METHODS = {
     "comfy.model_patcher.ModelPatcher": (
         "clone()", "add_patches(patches, strength_patch=1.0)", "add_object_patch(name, obj)",
         "get_model_object(name)", "add_wrapper_with_key(wrapper_type, key, wrapper)",
-        "remove_wrappers_with_key(wrapper_type, key)", "set_additional_models(key, models)",
+        "remove_wrappers_with_key(wrapper_type, key)", "add_callback_with_key(call_type, key, callback)",
+        "remove_callbacks_with_key(call_type, key)", "set_additional_models(key, models)",
         "get_additional_models_with_key(key)", "set_attachments(key, attachment)", "get_attachment(key)",
         "set_model_sampler_cfg_function(sampler_cfg_function)",
     ),
@@ -209,6 +210,9 @@ HOOKS = {
     "comfy.conds.CONDRegular.can_concat": "other",
     "comfy.conds.CONDRegular.concat": "others",
     "comfy.conds.CONDRegular.size": "",
+    "comfy.ldm.cascade.common.AttnBlock.forward": "x, kv, transformer_options",
+    "comfy.ldm.cascade.stage_c.StageC.forward":
+        "x, r, clip_text, clip_text_pooled, clip_img, control, transformer_options, **kwargs",
     "comfy.model_base.BaseModel.extra_conds": "**kwargs",
     "comfy.model_base.BaseModel.apply_model":
         "x, t, c_concat, c_crossattn, control, transformer_options, **kwargs",

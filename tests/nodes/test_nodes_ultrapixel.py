@@ -89,10 +89,6 @@ def draw(ultra, model, low=LOW, noise=None, latent=None, cfg=4.0, steps=3, posit
                              **more)
 
 
-def hooks_of(net) -> int:
-    return sum(len(module._forward_hooks) for module in net.modules())
-
-
 # --- The same numbers as the reference
 
 
@@ -310,7 +306,7 @@ def test_the_model_given_stays_as_it_was(ultra):
     assert torch.equal(plain(), before)
     assert ultra.base.get_model_object("model_sampling") is sampling_before
     assert model.get_model_object("model_sampling").shift == 1 and sampling_before.shift == 2
-    assert hooks_of(ultra.base.model.diffusion_model) == 0
+    assert not isinstance(ultra.base.get_model_object("diffusion_model"), ultra.guided.GuidedStageC)
 
 
 def test_the_noise_levels_of_a_guided_model_stay_its_own(ultra):
@@ -420,13 +416,30 @@ def test_the_guide_of_several_models_is_one_and_the_same(ultra):
     assert one.model is two.model is ultra.base.model
 
 
-def test_a_compiled_network_is_refused_because_it_would_leave_the_guide_out(ultra):
+def test_a_network_that_would_leave_the_guide_out_is_refused(ultra):
     model = guided(ultra)
-    key = ultra.guided.COMPILED
-    assert key == import_module("comfy_api.torch_helpers.torch_compile").COMPILE_KEY
-    model.add_wrapper_with_key(ultra.comfy.patcher_extension.WrappersMP.APPLY_MODEL, key, lambda e, *a, **k: e(*a, **k))
-    with pytest.raises(ValueError, match="take TorchCompileModel away"):
+    model.add_object_patch("diffusion_model", ultra.base.get_model_object("diffusion_model"))
+    with pytest.raises(ValueError, match="put a StageC in the place .*: put 'UltraPixel Guide' after that node"):
         draw(ultra, model)
+
+
+def test_the_names_of_torch_compiles_wrapper_are_core_s(ultra):
+    core = import_module("comfy_api.torch_helpers.torch_compile")
+    assert (ultra.guided.COMPILED, ultra.guided.COMPILED_HOW) == (core.COMPILE_KEY, core.TORCH_COMPILE_KWARGS)
+
+
+@pytest.mark.parametrize("switch", [False, True])
+@pytest.mark.parametrize("patch_size, size", [(1, (8, 8)), (1, (9, 7)), (2, (12, 20))])
+def test_the_sizes_of_the_levels_are_those_of_the_features(ultra, switch, patch_size, size):
+    net = ultra.guided.guided_network(import_module("comfy.ldm.cascade.stage_c").StageC(
+        **{**tiny.CORE_C, "switch_level": [switch]}, patch_size=patch_size, operations=torch.nn))
+    tap = ultra.guided.FeatureTap()
+    with torch.no_grad():
+        net(torch.randn(1, 16, *size), torch.rand(1), torch.randn(1, 5, tiny.TEXT), torch.randn(1, 1, tiny.TEXT),
+            torch.zeros(1, 1, 768), transformer_options={}, **{ultra.guided.HOOK: tap})
+    sizes = ultra.guided.level_sizes(net, *size)
+    assert [x.shape[-2:] for x in tap.features.down] == sizes
+    assert [x.shape[-2:] for x in tap.features.up] == sizes[::-1]
 
 
 def test_a_second_run_with_another_seed_loads_nothing_again(ultra, monkeypatch):
@@ -465,17 +478,16 @@ def test_an_interruption_in_either_pass_leaves_nothing_behind(ultra, step):
     else:  # after the last step nothing is left to interrupt
         draw(ultra, model, guider=guider, callback=stop)
         mm.interrupt_current_processing(False)
-    assert hooks_of(ultra.base.model.diffusion_model) == 0
     assert ultra.guided.KEY not in model.model_options.get("transformer_options", {})
     assert torch.equal(draw(ultra, model), before)
 
 
-def test_an_error_in_the_network_leaves_no_hooks(ultra, monkeypatch):
-    net = ultra.base.model.diffusion_model
-    monkeypatch.setattr(net.clf, "forward", lambda x: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+def test_after_an_error_in_the_network_the_base_draws_as_before(ultra, monkeypatch):
+    before = draw_core(ultra, ultra.base)
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(ultra.base.model.diffusion_model.clf, "forward", lambda x: 1 / 0)
         draw(ultra, guided(ultra))
-    assert hooks_of(net) == 0
+    assert torch.equal(draw_core(ultra, ultra.base), before)
 
 
 def test_rows_that_run_one_after_the_other_are_guided_as_in_one_batch(ultra, monkeypatch):

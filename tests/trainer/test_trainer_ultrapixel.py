@@ -336,10 +336,10 @@ def test_comfyui_predicts_with_an_exported_guide_what_the_trainer_predicts(train
     low, kept, no_image = torch.randn(2, 16, 2, 2), torch.full((2,), 0.05), torch.zeros(2, 1, 768)
     with torch.no_grad():
         tap = nodes.FeatureTap()
-        with nodes.hooked(net, tap):
-            net(low, kept, conds["text"], conds["pooled"], no_image)
-        with nodes.hooked(net, guide.image(tap.features).hook(t, up=1.0)):
-            theirs = net(x, t, conds["text"], conds["pooled"], no_image)
+        network = nodes.guided_network(net)
+        network(low, kept, conds["text"], conds["pooled"], no_image, transformer_options={}, **{nodes.HOOK: tap})
+        step = guide.image(tap.features).step(t, {way: [x.shape[-2:]] * 2 for way in ("down", "up")}, x.dtype, up=1.0)
+        theirs = network(x, t, conds["text"], conds["pooled"], no_image, transformer_options={}, **{nodes.HOOK: step})
         _, features = recipe.net.features(low, kept, **conds)
         ours = recipe.net(x, t, **conds, hook=recipe.guide.image(features).hook(t, up=1.0))
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)

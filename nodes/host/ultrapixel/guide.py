@@ -1,5 +1,5 @@
-"""UltraPixel's guide on a MODEL of ComfyUI's own Stage C: a small model beside it, called through hooks that exist only
-while the network runs. The base keeps its weights, LoRAs, offloading and storage."""
+"""UltraPixel's guide on a MODEL of ComfyUI's own Stage C: a small model beside it, called by a network that has all
+modules of the base and a hook after some. The base keeps its weights, LoRAs, offloading and storage."""
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
@@ -15,18 +15,22 @@ import comfy.ops
 import comfy.utils
 import torch
 from comfy.ldm.cascade.common import AttnBlock
-from comfy.patcher_extension import WrappersMP
-from torch import Tensor
+from comfy.ldm.cascade.stage_c import StageC
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from torch import Tensor, nn
 
 from ....models_impl.state_dict import read_file
 from ....models_impl.ultrapixel import checkpoint
 from ....models_impl.ultrapixel.config import GuideConfig
 from ....models_impl.ultrapixel.guidance import Features, FeatureTap, Guide, GuidedImage
 from ....models_impl.ultrapixel.sampling import guided
-from ..common.patcher import reloadable, with_weights
+from ..common.patcher import is_dynamic, reloadable, with_weights
 
 KEY = "pixstack_ultrapixel"
-COMPILED = "torch.compile"  # how core's TorchCompileModel marks its wrapper
+HOOK = "pixstack_ultrapixel_hook"  # an argument of GuidedStageC
+NETWORK = "diffusion_model"  # of a MODEL
+COMPILED, COMPILED_HOW = "torch.compile", "torch_compile_kwargs"  # core's names: TorchCompileModel's wrapper, settings
 LITE = 1536  # width of the 1B Stage C
 STAGE_C = "stage_c_bf16.safetensors"
 FEATURES = 19  # as wide as the network, alive at once in a ResBlock of core's and in the guide; counted, see the commit
@@ -96,14 +100,35 @@ def patch(model, guide, strengths: Strengths, rescale: float, shift: float):
     """A clone of a Stage C MODEL with the guide. The model given stays as it was."""
     check_base(model, guide.model.config)
     patched = model.clone()
-    patched.set_additional_models(KEY, [guide])  # ComfyUI loads and offloads it together with the base
     patched.set_attachments(KEY, strengths)
+    _guide_network(patched, [guide])
+    patched.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
+    patched.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _follow)
+    compiled_how = patched.model_options.get(COMPILED_HOW)
+    if compiled_how and COMPILED in patched.wrappers.get(WrappersMP.APPLY_MODEL, {}):
+        set_torch_compile_wrapper(patched, **compiled_how)  # the network compiled so far has no place for a guide
     for kind, wrapper in ((WrappersMP.APPLY_MODEL, call), (WrappersMP.OUTER_SAMPLE, _with_estimate)):
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     patched.set_model_sampler_cfg_function(partial(rescaled, rescale=rescale))
     patched.add_object_patch("model_sampling", sampling_with(shift))
     return patched
+
+
+def _follow(patched, clone):
+    """Some clones have a network of their own, for torch.compile or another device for example."""
+    if clone.model is not patched.model:
+        _guide_network(clone, patched.get_additional_models_with_key(KEY))
+
+
+def _guide_network(patched, guides: list):
+    """Put the network that calls the guide into a MODEL, and the guide beside it, so that ComfyUI loads and offloads
+    both together. Where it does not move the weights of one when they are used, those of the other neither:
+    torch.compile traces both as one."""
+    patched.add_object_patch(NETWORK, guided_network(patched.model.diffusion_model))
+    patched.set_additional_models(KEY, [
+        guide.get_non_dynamic_delegate() if is_dynamic(guide) and not is_dynamic(patched) else guide.clone()
+        for guide in guides])
 
 
 def sampling_with(shift: float):
@@ -138,8 +163,11 @@ def memory_required(inner, input_shape, cond_shapes=None) -> float:
     B, _, H, W = input_shape
     width = max(block.norm.normalized_shape[0] for block in inner.diffusion_model.down_blocks[0]
                 if isinstance(block, AttnBlock))
-    dtype = inner.manual_cast_dtype or inner.get_dtype()
-    return HEADROOM * mm.dtype_size(dtype) * FEATURES * width * B * H * W
+    return HEADROOM * mm.dtype_size(compute_dtype(inner)) * FEATURES * width * B * H * W
+
+
+def compute_dtype(inner) -> torch.dtype:
+    return inner.manual_cast_dtype or inner.get_dtype()
 
 
 def guide_of(model) -> tuple[Guide, Strengths]:
@@ -172,7 +200,11 @@ class Plain:
     def __init__(self, whole_batch: bool = False):
         self.whole_batch = whole_batch
 
-    def around(self, net, timestep: Tensor, options: dict):
+    def hook(self, timestep: Tensor, options: dict, sizes: list[tuple[int, int]], dtype: torch.dtype):
+        """A context manager around a call, which gives its hook(direction, level, features) -> features or None.
+
+        sizes: of the features of each level, on the way down; dtype: theirs.
+        """
         return nullcontext()
 
 
@@ -189,15 +221,17 @@ class Kept(Plain):
         self.parts: list[tuple[Tensor, Features]] = []
 
     @contextmanager
-    def around(self, net, timestep, options):
+    def hook(self, timestep, options, sizes, dtype):
         tap = FeatureTap()
-        with hooked(net, tap):
-            yield
+        yield tap
         rows = len(timestep) // len(options["uuids"])
         for i, prompt in enumerate(options["uuids"]):
             if prompt in self.positive:
-                weight = comfy.utils.repeat_to_batch_size(self.positive[prompt], rows).to(timestep)
-                self.parts.append((weight, tap.features.rows(i * rows, (i + 1) * rows)))
+                device = self.parts[0][0].device if self.parts else timestep.device  # one, of several GPUs
+                weight = comfy.utils.repeat_to_batch_size(self.positive[prompt], rows).to(device, timestep.dtype)
+                # A copy: what a CUDA graph returns lies where its next run writes.
+                features = tap.features.rows(i * rows, (i + 1) * rows).to(device, copy=True)
+                self.parts.append((weight, features))
 
     def features(self) -> Features:
         """(B, D, h, w) of every level; where several positive prompts are combined their mean by weight, and the plain
@@ -223,8 +257,9 @@ class Guided(Plain):
         super().__init__(whole_batch)
         self.image, self.strengths = image, strengths
 
-    def around(self, net, timestep, options):
-        return hooked(net, self.image.hook(timestep, self.strengths.down, self.strengths.up))
+    def hook(self, timestep, options, sizes, dtype):
+        return nullcontext(self.image.step(timestep, {"down": sizes, "up": sizes[::-1]}, dtype, self.strengths.down,
+                                           self.strengths.up))
 
 
 def call(executor, x, sigma, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
@@ -235,33 +270,69 @@ def call(executor, x, sigma, c_concat=None, c_crossattn=None, control=None, tran
         raise ValueError("This MODEL carries UltraPixel's guide, which needs a pass at low resolution first: sample it "
                          "with SamplerCustomAdvanced and 'UltraPixel Sampler', or connect the MODEL as it was before "
                          "'UltraPixel Guide'.")
-    if COMPILED in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
-        raise ValueError("A compiled network would silently leave the guide out: take TorchCompileModel away from this "
-                         "MODEL.")
     if run.size not in (None, tuple(x.shape[-2:])):
         (h, w), (H, W) = x.shape[-2:], run.size
         raise ValueError(f"This MODEL is shown a tile, {w} x {h} of {W} x {H} cells, and UltraPixel's "
                          "guide belongs to the whole picture. Take that node away: Stage C is small at any size. "
                          "'UltraPixel Stage B' and 'Load UltraPixel Stage A' save memory after it.")
+    net = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)  # without torch.compile's wrapper
+    if not isinstance(net, GuidedStageC):
+        raise ValueError(f"Another node has put a {type(net).__name__} in the place of the network that UltraPixel's "
+                         "guide works on: put 'UltraPixel Guide' after that node.")
     timestep = base.model_sampling.timestep(sigma).float()
-    with run.around(base.diffusion_model, timestep, options):
+    with run.hook(timestep, options, level_sizes(net, *x.shape[-2:]), compute_dtype(base)) as hook:
+        if hook is not None:
+            conds[HOOK] = hook
         return executor(x, sigma, c_concat, c_crossattn, control, options, **conds)
 
 
-@contextmanager
-def hooked(net, hook):
-    """Have hook(direction, level, x) -> x follow the guided blocks of core's Stage C until the end of the block."""
-    handles = []
-    try:
-        for way, blocks in guided_blocks(net).items():
-            for level, block in enumerate(blocks):
-                after = partial(_after, hook, way, level)
-                handles.append(block.register_forward_hook(after))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+# --- The network
+
+class GuidedStageC(StageC):
+    """Core's Stage C with one more argument HOOK, a hook(direction, level, features) -> features that it calls after
+    the first attention block of each level. It is an argument and no attribute so that torch.compile, which takes
+    attributes and hooks of modules for constants, gives each kind of hook a program of its own."""
+
+    def forward(self, *args, transformer_options, **given):
+        options = {**transformer_options, HOOK: given.pop(HOOK, None)}
+        return super().forward(*args, transformer_options=options, **given)
 
 
-def _after(hook, way, level, block, args, x):
-    return hook(way, level, x)
+class GuidedBlock(AttnBlock):
+    """Core's attention block, with a hook after it at `direction` and `level`."""
+
+    def forward(self, x, kv, transformer_options):
+        x = super().forward(x, kv, transformer_options=transformer_options)
+        hook = transformer_options[HOOK]
+        return x if hook is None else hook(self.direction, self.level, x)
+
+
+def guided_network(net: StageC) -> GuidedStageC:
+    """A network with the modules of another, which stays as it is."""
+    places = {block: dict(direction=direction, level=level) for direction, blocks in guided_blocks(net).items()
+              for level, block in enumerate(blocks)}
+
+    def with_hooks(levels: nn.ModuleList) -> nn.ModuleList:
+        return nn.ModuleList(nn.ModuleList(
+            made_of(block, GuidedBlock, **places[block]) if block in places else block for block in level
+        ) for level in levels)
+
+    return made_of(net, GuidedStageC, _modules={**net._modules, "down_blocks": with_hooks(net.down_blocks),
+                                                "up_blocks": with_hooks(net.up_blocks)})
+
+
+def made_of(module: nn.Module, kind: type[nn.Module], **attributes) -> nn.Module:
+    """A module of another class with everything that is in a module, save for `attributes`."""
+    other = kind.__new__(kind)
+    other.__dict__.update(module.__dict__, **attributes)
+    return other
+
+
+def level_sizes(net: StageC, height: int, width: int) -> list[tuple[int, int]]:
+    """(height, width) of the features of each level, from a latent's, in the order of the way down."""
+    patch = net.embedding[0].downscale_factor
+    sizes = [(height // patch, width // patch)]
+    for scaler in net.down_downscalers[1:]:
+        halved = 2 if any(isinstance(layer, nn.Upsample) for layer in scaler.modules()) else 1
+        sizes.append(tuple(side // halved for side in sizes[-1]))
+    return sizes

@@ -23,9 +23,13 @@ from .guide import stage_c_of
 KINDS = {ResBlock: "C", TimestepBlock: "T", AttnBlock: "A", FeedForwardBlock: "F"}
 
 
+def kind_of(block) -> str:
+    return next(kind for block_class, kind in KINDS.items() if isinstance(block, block_class))
+
+
 def layout_of(net) -> StageCConfig:
     """The levels of core's Stage C, by which the released files number what they change."""
-    down, up = (tuple("".join(KINDS[type(block)] for block in blocks) for blocks in levels)
+    down, up = (tuple("".join(map(kind_of, blocks)) for blocks in levels)
                 for levels in (net.down_blocks, net.up_blocks))
     first = [next(b for b in blocks if isinstance(b, AttnBlock)) for blocks in net.down_blocks]
     count = len(first)
