@@ -85,7 +85,11 @@ class Server:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Server:
     """A ComfyUI server of its own process, as a person starts it."""
+    import dynamic_vram
+
     base = _base(tmp_path_factory)
+    if way := dynamic_vram.wanted():
+        dynamic_vram.begin_in_server(base, way)
     with served(base, base / "server.log") as address:
         yield Server(address, base)
 

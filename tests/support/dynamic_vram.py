@@ -3,8 +3,9 @@ an NVIDIA card. Stand-ins are what only a card has: the address space of weights
 mapping of files. The device is "cpu:0", which core compares with others like any device, while tensors there say "cpu":
 so core moves the weights of a model to it. Mismatches of devices inside one operation do not show.
 
-PIXSTACK_DYNAMIC_VRAM=full|evict|none starts the tests' ComfyUI like this: every weight stays on the device, or random
-ones are evicted between uses, or nothing fits and each use fetches it again. Evicted memory is filled with NaN.
+PIXSTACK_DYNAMIC_VRAM=full|evict|none starts the tests' ComfyUI and their server like this: every weight stays on the
+device, or random ones are evicted between uses, or nothing fits and each use fetches it again. Evicted memory is filled
+with NaN.
 """
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import random
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +73,24 @@ def begin(way: str):
     ops.cast_bias_weight = on_the_device
     patcher.CoreModelPatcher = patcher.ModelPatcherDynamic
     import_module("comfy.memory_management").aimdo_enabled = True
+
+
+PACK = """import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+spec = spec_from_file_location("dynamic_vram", {file!r})
+sys.modules["dynamic_vram"] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules["dynamic_vram"])
+sys.modules["dynamic_vram"].begin({way!r})
+NODE_CLASS_MAPPINGS = {{}}
+"""
+
+
+def begin_in_server(base: Path, way: str):
+    """Have a ComfyUI server that will work in `base` switch it on when it starts, by a pack without nodes."""
+    pack = base / "custom_nodes" / "dynamic_vram_stand_ins"
+    pack.mkdir()
+    (pack / "__init__.py").write_text(PACK.format(file=__file__, way=way))
 
 
 class Residents:
@@ -184,7 +204,6 @@ def main(base: str, *workflows: str):
     """Run shipped workflows, with stand-ins for what is not embedded, and print their pictures' checksums as JSON."""
     import hashlib
     import json
-    from pathlib import Path
 
     import cascade_weights
     import conftest

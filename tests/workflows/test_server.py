@@ -6,6 +6,7 @@ import json
 import uuid
 
 import aiohttp
+import dynamic_vram
 import pytest
 from conftest import WORKFLOWS
 from PIL import Image
@@ -70,6 +71,12 @@ def test_a_prompt_comes_back_as_a_picture(server, graph):
     status, picture = get(server, "/view", **image)
     assert status == 200
     assert Image.open(io.BytesIO(picture)).format == "PNG"
+
+
+def test_the_server_has_dynamic_vram_where_the_tests_do(server, graph):
+    assert queue(server, graph)[2][-1][0] == "execution_success"
+    prepared = "prepared for dynamic VRAM loading" in (server.base / "server.log").read_text(errors="replace")
+    assert prepared == (dynamic_vram.wanted() is not None)
 
 
 def test_a_graph_that_runs_sends_previews(server, graph):
