@@ -13,15 +13,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .. import patterns
 from ..state_dict import check_values, without_prefix
 from .config import StageCConfig
 
 ALPHA = 1.0
-NUMBERED = re.compile(r"(?:module\.|weights\.)?(\d+)\.(lora_down|lora_up|embeddings|indices)$")
+NUMBERED = re.compile(r"(?:module\.|weights\.)?(\d{1,6})\.(lora_down|lora_up|embeddings|indices)$")
 NAMED = re.compile(r"diffusion_model\.(down|up)_blocks\.\d+\.\d+\.attention\.attn\..+\.lora_down\.weight$")
 CORE = "diffusion_model."  # how ComfyUI names the layers of a diffusion model in a LoRA
 KOHYA = "lora_prior_unet_"  # how sd-scripts and OneTrainer name them, which ComfyUI reads too
-KOHYA_NAME = re.compile(KOHYA + r"(down|up)_blocks_(\d+)_(\d+)_attention_attn_(to_[qkv]|out_proj)\.(.+)$")
+KOHYA_NAME = re.compile(KOHYA + r"(down|up)_blocks_(\d{1,6})_(\d{1,6})_attention_attn_(to_[qkv]|out_proj)\.(.+)$")
+LONGEST_WORD = 200  # characters of a text encoder's word that are looked at; CLIP's have up to 32
 SPLIT = ("to_q", "to_k", "to_v")  # into which it splits the fused projection
 TOKEN = "retoken."
 
@@ -71,11 +73,9 @@ class Personalisation:
 
 def base_rows(vocabulary: Mapping[str, int], pattern: str) -> list[int]:
     """Rows of the text encoder's table whose mean a token begins as: of the words that a pattern such as "^cat</w>" is
-    found in. Raises ValueError if there are none."""
-    try:
-        rows = sorted(row for word, row in vocabulary.items() if re.search(pattern, word))
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from error
+    found in. Raises ValueError if there are none, or for a pattern that could take forever (`patterns.compiled`)."""
+    found_in = patterns.compiled(pattern, "The pattern of a token's words").search
+    rows = sorted(row for word, row in vocabulary.items() if found_in(word[:LONGEST_WORD]))
     if not rows:
         raise ValueError(f"{pattern!r} is found in none of the text encoder's {len(vocabulary):,} words. A whole word "
                          "ends in </w>: \"^cat</w>\".")

@@ -630,3 +630,13 @@ def test_a_personalisation_of_another_net_is_refused():
 def test_an_ordinary_lora_is_not_taken_for_a_personalisation():
     with pytest.raises(ValueError, match="it holds blocks.0.attn.lora_A.weight"):
         lora.read({"blocks.0.attn.lora_A.weight": torch.zeros(1, 1)})
+
+
+def test_a_pattern_of_words_that_could_take_forever_is_refused_before_a_word_is_looked_at():
+    class Vocabulary(dict):
+        def items(self):
+            pytest.fail("looked at")
+
+    with pytest.raises(ValueError, match="pattern of a token's words='.*' is not run"):
+        lora.base_rows(Vocabulary(), "(a+)+$")
+    assert lora.base_rows({"cat</w>": 2, "cats</w>": 5, "a" * 10**6: 7}, "^cats?</w>") == [2, 5]

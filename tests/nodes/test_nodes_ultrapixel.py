@@ -934,6 +934,7 @@ def test_a_personalisation_that_does_not_fit_is_refused(ultra, clip):
 @pytest.mark.parametrize("given, words", [
     (dict(base_token="^nosuchword</w>"), "matches no word of CLIP's vocabulary"),
     (dict(base_token="("), "is not a regular expression"),
+    (dict(base_token="(a|a)*$"), "base_token='.*' is not run"),
 ])  # fmt: skip
 def test_words_to_begin_with_that_are_none_are_refused(ultra, clip, given, words):
     with pytest.raises(ValueError, match=words):

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from pathlib import Path
 
 import comfy.lora
@@ -13,6 +12,7 @@ import torch
 from comfy.ldm.cascade.common import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock
 from torch import Tensor
 
+from ....models_impl import patterns
 from ....models_impl.known_files import PERSONALISATION, family_of, names, whose
 from ....models_impl.state_dict import read_file
 from ....models_impl.ultrapixel import lora
@@ -96,10 +96,8 @@ def learn(clip, personal: Personalisation, strength: float, token: str, base: st
 
 
 def _mean(table: Tensor, vocabulary: dict[str, int], base: str) -> Tensor:
-    try:
-        rows = [row for word, row in vocabulary.items() if row < len(table) and re.search(base, word)]
-    except re.error as error:
-        raise ValueError(f"base_token={base!r} is not a regular expression: {error}.") from error
+    found_in = patterns.compiled(base, "base_token").search
+    rows = [row for word, row in vocabulary.items() if row < len(table) and found_in(word[:lora.LONGEST_WORD])]
     if not rows:
         raise ValueError(f"base_token={base!r} matches no word of CLIP's vocabulary. For the word cat it is "
                          "'^cat</w>'.")
