@@ -181,10 +181,19 @@ def unwrapped(tensors: Mapping, names: Sequence[str]) -> dict:
     return without_prefix(next(inner, tensors))
 
 
-def count(tensors: Mapping, name: str) -> int:
-    """Number of entries of the module list `name`."""
-    matches = (re.match(rf"{re.escape(name)}\.(\d+)\.", key) for key in tensors)
-    return 1 + max((int(m[1]) for m in matches if m), default=-1)
+def count(keys: Iterable[str], name: str) -> int:
+    """Number of entries of the module list `name`, whose keys are name.0.x, name.1.x and so on.
+
+    Raises ValueError where one is missing. Numbers are compared as text: one key with a huge number builds nothing.
+    """
+    entry = re.compile(rf"{re.escape(name)}\.([^.]+)\.")
+    numbers = {match[1] for key in keys if (match := entry.match(key)) and match[1].isdecimal()}
+    missing = next((i for i in range(len(numbers)) if str(i) not in numbers), None)
+    if missing is not None:
+        last = max(numbers, key=lambda number: (len(number), number))
+        raise ValueError(f"The file holds {len(numbers)} of {name}, the last of them {name}.{last[:20]}, and no "
+                         f"{name}.{missing}: it is incomplete, or of another model.")
+    return len(numbers)
 
 
 def refuse_incomplete(tensors: Mapping, needed: Iterable[str], what: str):

@@ -15,8 +15,8 @@ from ..lora import Target
 from .key_names import BLOCK, TOP
 
 COPY = re.compile(r"^(\d+)\.copied_block\.")  # our ControlNet's keys
-BLOCK_NUMBER = re.compile(r"(?:^|[._])(?:transformer_)?blocks[._](\d+)[._]")
-COPY_NUMBER = re.compile(r"(?:^|[._])(?:controlnet_blocks|controlnet)[._](\d+)[._]")
+BLOCK_NUMBER = re.compile(r"(?:^|[._])(?:transformer_)?blocks[._](\d{1,3})[._]")
+COPY_NUMBER = re.compile(r"(?:^|[._])(?:controlnet_blocks|controlnet)[._](\d{1,3})[._]")
 
 
 def names(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Target]]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
 import torch
@@ -20,13 +21,14 @@ from .config import (
 FAMILY = "ultrapixel"
 HEAD_DIM = 64  # of every released Stage C and B; not in keys or shapes
 GUIDE_HEAD_DIM = 32
+MOST_LEVELS = 16  # of blocks of one width
 RELEASED_BLOCKS = ControlNetConfig().blocks
 PARTS = {
     StageCConfig: "stage_c", StageBConfig: "stage_b", StageAConfig: "stage_a", GuideConfig: "guide",
     ControlNetConfig: "controlnet",
 }
 # module.64.0.wtokens or 64.0.wtokens: the release, a list of 64 empty modules before the two; agg_net.0.wtokens: ours
-GUIDE = re.compile(r"(?:module\.)?(agg_net_up|agg_net|\d+)\.(\d+)\.(.+)$")
+GUIDE = re.compile(r"(?:module\.)?(agg_net_up|agg_net|\d{1,6})\.(\d{1,6})\.(.+)$")
 DEAD = {  # stored and used by nothing
     "guide": re.compile(r"hr_norm\.(alpha|gamma)\."),
     "stage_c": re.compile(r"(?:module\.)?(agg_net|agg_net_up|norm_down_blocks|norm_up_blocks|train_norm|\d+)\."),
@@ -137,7 +139,7 @@ def _cascade(tensors: Mapping[str, Tensor], stated: dict, released_patch_size: i
     def strings(direction: str) -> tuple[str, ...]:
         kinds: dict[int, dict[int, str]] = {}
         for key in tensors:
-            match = re.match(rf"{direction}_blocks\.(\d+)\.(\d+)\.(\w+)", key)
+            match = re.match(rf"{direction}_blocks\.(\d{{1,6}})\.(\d{{1,6}})\.(\w+)", key)
             if match:
                 level = kinds.setdefault(int(match[1]), {})
                 kind = {"depthwise": "C", "attention": "A", "kv_mapper": "A", "channelwise": "F"}.get(match[3], "T")
@@ -151,6 +153,9 @@ def _cascade(tensors: Mapping[str, Tensor], stated: dict, released_patch_size: i
 
     down, up = strings("down"), strings("up")
     levels = len(down)
+    if levels > MOST_LEVELS:
+        raise ValueError(f"This file has {levels:,} levels of blocks, the released networks 2 and 4: it is damaged, or "
+                         "of another model.")
 
     def width(level: int) -> int:
         for key, tensor in tensors.items():
@@ -196,7 +201,7 @@ def read_stage_a(tensors: Mapping, metadata: Metadata = None, config: Mapping | 
     hidden, latent = tensors["up_blocks.0.0.weight"].shape[:2]
     finest = tensors["in_block.1.weight"].shape[0]
     levels = (hidden // finest).bit_length()
-    blocks = {int(m[1]) for m in (re.match(r"up_blocks\.(\d+)\.gammas$", key) for key in tensors) if m}
+    blocks = {m[1] for m in (re.match(r"up_blocks\.(\d+)\.gammas$", key) for key in tensors) if m}
     shapes = dict(levels=levels, hidden=hidden, latent_channels=latent, bottleneck_blocks=len(blocks) - (levels - 1))
     return _checked(StageAConfig, _stated(StageAConfig, metadata, config), shapes), tensors
 
@@ -235,15 +240,17 @@ def read_guide(tensors: Mapping, metadata: Metadata = None, config: Mapping | No
 
 def _guide_shapes(weights: Mapping[str, Tensor]) -> dict:
     def channels(net: str) -> tuple[int, ...]:
-        levels = sorted(int(m[1]) for m in (re.match(rf"{net}\.(\d+)\.wtokens$", key) for key in weights) if m)
+        levels = sorted(int(m[1]) for m in (re.match(rf"{net}\.(\d{{1,6}})\.wtokens$", key) for key in weights) if m)
         return tuple(weights[f"{net}.{level}.input_layer.weight"].shape[1] for level in levels)
 
     first = next(key.removesuffix("wtokens") for key in weights if key.endswith(".wtokens"))
     own = {key.removeprefix(first): tensor for key, tensor in weights.items() if key.startswith(first)}
     layers = tuple(own[f"base_params.wb{i}"].shape[1] for i in range(len(own)) if f"base_params.wb{i}" in own)
     tokens, width = own["wtokens"].shape
-    groups = next((g for g in range(1, max(layers) + 1) if sum(min(g, size) for size in layers) == tokens), None)
-    if groups is None:
+    every = range(1, max(layers, default=0) + 1)
+    place = bisect_left(every, tokens, key=lambda g: sum(min(g, size) for size in layers))
+    groups = every[place] if place < len(every) else 0
+    if sum(min(groups, size) for size in layers) != tokens:
         raise ValueError(f"{tokens} weight tokens do not divide among layers of {layers} columns.")
     return dict(
         down=channels("agg_net"), up=channels("agg_net_up"), width=width, groups=groups, layers=layers,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 
 from ....models_impl.known_files import whose
-from ....models_impl.state_dict import expected_shapes, metadata_config, read_file, without_prefix
+from ....models_impl.state_dict import count, expected_shapes, metadata_config, read_file, without_prefix
 from ....models_impl.text import MAX_LENGTH, T5_FAMILY
 from . import quantised
 from .patcher import reloadable, to_own_dtypes
@@ -44,7 +43,10 @@ def load_t5(
     file = Path(path)
     tensors, metadata = read_file(file, quantised.runnable())
     tensors = encoder_weights(tensors, file.name)
-    config = {**config_from_shapes(tensors), **(metadata_config(metadata, T5_FAMILY) or {})}
+    try:
+        config = {**config_from_shapes(tensors), **(metadata_config(metadata, T5_FAMILY) or {})}
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
     for name, value in FIXED_IN_COMFYUI.items():
         if config.get(name, value) != value:
             raise ValueError(f"{file.name}: ComfyUI's T5 knows only {name}={value}, this file was trained with "
@@ -106,7 +108,7 @@ def config_from_shapes(tensors: dict) -> dict:
         d_ff=tensors[first + ("1.DenseReluDense.wi_0.weight" if gated else "1.DenseReluDense.wi.weight")].shape[0],
         d_kv=inner // heads,
         num_heads=heads,
-        num_layers=1 + max(int(m[1]) for m in map(re.compile(r"encoder\.block\.(\d+)\.").match, tensors) if m),
+        num_layers=count(tensors, "encoder.block"),
         vocab_size=vocab_size,
         is_gated_act=gated,
         dense_act_fn="gelu_new" if gated else "relu",
