@@ -163,14 +163,39 @@ def test_muon_leaves_depthwise_kernels_to_adamw():
     assert [type(part) for part in parts] == [torch.optim.AdamW]
 
 
-@pytest.mark.parametrize("decay, at_half, at_end", [("constant", 1, 1), ("linear", 0.5, 0), ("cosine", 0.5, 0)])
+@pytest.mark.parametrize("decay, at_half, at_end", [("constant", 1, 1), ("linear", 0.5, 0), ("cosine", 0.5, 0),
+                                                    ("rex", 2 / 3, 0)])
 def test_the_rate_warms_up_then_decays(decay, at_half, at_end):
-    from pixstack.trainer.config.schema import Optimizer
-
-    settings = Optimizer(warm_up=10, decay=decay)
+    settings = schema.Optimizer(warm_up=10, decay=decay)
     assert optim.learning_rate_share(4, 1000, settings) == pytest.approx(0.5, abs=0.01)
     assert optim.learning_rate_share(500, 1000, settings) == pytest.approx(at_half)
     assert optim.learning_rate_share(1000, 1000, settings) == pytest.approx(at_end)
+
+
+def test_restarts_are_those_of_torch():
+    settings = schema.Optimizer(decay="cosine_restarts", decay_cycles=3, decay_to=0.1)
+    torchs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(torchs, T_0=100, eta_min=0.1)
+    for step in range(300):
+        assert optim.learning_rate_share(step, 300, settings) == pytest.approx(schedule.get_last_lr()[0]), step
+        torchs.step()
+        schedule.step()
+
+
+def test_rex_is_that_of_pytorch_optimizer():
+    from pytorch_optimizer import REXScheduler
+
+    settings = schema.Optimizer(decay="rex", decay_to=0.1)
+    schedule = REXScheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 50, max_lr=1.0, min_lr=0.1)
+    for step in range(1, 50):  # the library took step 0 as it was made
+        assert optim.learning_rate_share(step, 50, settings) == pytest.approx(schedule.step())
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "rex"])
+def test_a_decay_starts_and_ends_where_the_settings_say(decay):
+    settings = schema.Optimizer(decay=decay, decay_from=0.8, decay_to=0.25)
+    shares = [optim.learning_rate_share(step, 100, settings) for step in (0, 79, 80, 100)]
+    assert shares == pytest.approx([1, 1, 1, 0.25])
 
 
 @pytest.fixture(scope="module")

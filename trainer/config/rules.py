@@ -36,7 +36,8 @@ def general(config: Config) -> list[str]:
                     ("none", "sqrt", "linear"))
     problems.one_of("text.precision", config.text.precision, ("fp32", "bf16"))
     problems.one_of("vae.precision", config.vae.precision, ("fp32", "bf16"))
-    problems.one_of("optimizer.decay", config.optimizer.decay, ("constant", "cosine", "linear"))
+    problems.one_of("optimizer.decay", config.optimizer.decay,
+                    ("constant", "linear", "cosine", "cosine_restarts", "rex"))
     problems.one_of("precision", config.precision, ("bf16", "fp32"))
     problems.one_of("device", config.device, ("auto", "cpu"))
     problems.one_of("resume", config.resume, ("auto", "changed", "never"))
@@ -51,12 +52,13 @@ def general(config: Config) -> list[str]:
 def numbers(config: Config) -> list[str]:
     problems = Problems()
     for name in ("steps", "batch_size", "save_every", "log_every", "samples.steps", "text.max_length",
-                 "text.vocabulary", "text.width", "text.depth", "text.heads"):
+                 "text.vocabulary", "text.width", "text.depth", "text.heads", "optimizer.decay_cycles"):
         problems.at_least(name, look_up(config, name), 1)
     for name in ("micro_batch_size", "threads", "keep", "samples.every", "validation.every", "optimizer.warm_up",
                  "optimizer.weight_decay", "optimizer.clip", "optimizer.eps"):
         problems.at_least(name, look_up(config, name), 0)
     problems.share("optimizer.decay_from", config.optimizer.decay_from)
+    problems.share("optimizer.decay_to", config.optimizer.decay_to)
     for name in ("optimizer.learning_rate", "optimizer.muon_learning_rate"):
         value = look_up(config, name)
         problems.need(0 < value < 1, f"{name}={value} is outside (0, 1).")

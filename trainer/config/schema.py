@@ -169,9 +169,14 @@ class Optimizer:
     warm_up: int = 0
     """Steps over which the learning rate rises from zero."""
     decay: str = "constant"
-    """constant, cosine or linear: down to zero ..."""
+    """constant; or down, in a shape: linear, cosine, cosine_restarts (SGDR, arXiv 1608.03983), or rex (arXiv
+    2107.04197), which stays high for longer than linear, and then falls ..."""
     decay_from: float = 0.0
-    """... starting at this share of the steps (0.8 = the last fifth)."""
+    """... starting at this share of the steps (0.8 = the last fifth) ..."""
+    decay_to: float = 0.0
+    """... and ending at this share of the learning rate."""
+    decay_cycles: int = 4
+    """With cosine_restarts, how many times it falls; each fall takes as many steps."""
     clip: float = 1.0
     """Largest gradient norm; 0 = no limit."""
 

@@ -16,13 +16,24 @@ SMALL_8BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller paramete
 
 
 def learning_rate_share(step: int, steps: int, settings: Optimizer) -> float:
-    """The share of the full learning rate at this step."""
+    """The share of the full learning rate at this step: up from zero, and from `decay_from` down to `decay_to`."""
     share = min(1.0, (step + 1) / settings.warm_up) if settings.warm_up else 1.0
     start = settings.decay_from * steps
     if settings.decay != "constant" and step >= start:
-        progress = (step - start) / max(steps - start, 1)
-        share *= 1 - progress if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        height = SHAPES[settings.decay](step - start, max(steps - start, 1), settings.decay_cycles)
+        share *= settings.decay_to + (1 - settings.decay_to) * height
     return share
+
+
+SHAPES = {
+    "linear": lambda t, T, _: 1 - t / T,
+    "cosine": lambda t, T, _: 0.5 * (1 + math.cos(math.pi * (t / T))),
+    # SGDR (arXiv 1608.03983), equation 5 with cycles of equal length.
+    "cosine_restarts": lambda t, T, cycles: 0.5 * (1 + math.cos(math.pi * (cycles * t / T % 1))),
+    # REX (arXiv 2107.04197), section 3: the learning rate stays high for longer than a line's, and then falls.
+    "rex": lambda t, T, _: (1 - t / T) / (0.5 + 0.5 * (1 - t / T)),
+}
+"""decay -> the height, from 1 down to 0, after t of T steps."""
 
 
 def scaled_learning_rate(settings: Optimizer, batch_size: int) -> float:
