@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..known_files import whose
+from ..patterns import Ends
 from ..state_dict import check_values
 from .adapter import Layer, Lora, Names, Target, kind_of, rank_of, size_of
 
@@ -188,11 +189,30 @@ def _config(stated: Mapping | None, where: str, modules: Mapping) -> tuple[dict 
     """PEFT's configuration, unless the ranks it states are not those of the file (then it belongs to another file)."""
     if not stated:
         return None, []
+    config = {**stated, **{name: Ends(_table(stated, name, where), f"{name} in {where}")
+                           for name in ("rank_pattern", "alpha_pattern")}}
+    for name in ("r", "lora_alpha", "alpha"):
+        _check_number(stated.get(name), f"{name} in {where}")
     for module, parts in modules.items():
-        rank, wanted = rank_of(parts), _pattern(stated.get("rank_pattern"), module, stated.get("r"))
+        rank, wanted = rank_of(parts), config["rank_pattern"].value(module, stated.get("r"))
         if rank and wanted and rank != wanted and not TEXT_ENCODER.search(module):
             return None, [f"The alpha in {where} is not used: it goes with rank {wanted}, {module} has rank {rank}."]
-    return dict(stated), []
+    return config, []
+
+
+def _table(stated: Mapping, name: str, where: str) -> Mapping[str, float]:
+    table = stated.get(name) or {}
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{name} in {where} is a {type(table).__name__}, not a table of patterns and numbers.")
+    for pattern, value in table.items():
+        _check_number(value, f"{name}[{pattern[:80]!r}] in {where}")
+    return table
+
+
+def _check_number(value, what: str):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
+                              or not math.isfinite(value)):
+        raise ValueError(f"{what} is {str(value)[:80]!r}, not a number above 0.")
 
 
 def _from_metadata(metadata: Mapping[str, str]) -> dict | None:
@@ -204,11 +224,6 @@ def _from_metadata(metadata: Mapping[str, str]) -> dict | None:
     if not isinstance(stated, dict):
         return None
     return {key.rpartition(".")[2]: value for key, value in stated.items() if not key.startswith("text_encoder")}
-
-
-def _pattern(patterns: Mapping | None, module: str, otherwise):
-    """peft's get_pattern_key: a pattern is the end of a module's name."""
-    return next((v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", module)), otherwise)
 
 
 def _layers(name, parts, target, spelling, config, alpha) -> list[tuple[Layer, str]]:
@@ -246,8 +261,8 @@ def _scale(name, parts, spelling, config, alpha) -> tuple[float, str]:
         # LyCORIS and OneTrainer store some alpha for a lokr of two whole factors too, and never divide it by a rank.
         return (parts["alpha"].item() / rank if rank else 1.0), "alpha from the file"
     if config:
-        rank = rank or _pattern(config.get("rank_pattern"), name, config.get("r"))
-        stated = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", config.get("alpha", PEFT_ALPHA)))
+        rank = rank or config["rank_pattern"].value(name, config.get("r"))
+        stated = config["alpha_pattern"].value(name, config.get("lora_alpha", config.get("alpha", PEFT_ALPHA)))
         rooted = bool(config.get("use_rslora"))
         if rank:
             scale = stated / (math.sqrt(rank) if rooted else rank)

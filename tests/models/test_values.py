@@ -146,3 +146,16 @@ def test_stable_cascade_s_numbers_are_ultrapixel_s(tmp_path):
     parts["weights.3.lora_down"] = torch.randn(5, 32)
     with pytest.raises(ValueError, match="do not belong together"):
         personalisation.read(parts)
+
+
+@pytest.mark.parametrize("entries, words", [
+    ({"r": 4, "rank_pattern": {"(a|a)*b": 2}}, "rank_pattern in adapter_config.json.* is not run"),
+    ({"r": 4, "alpha_pattern": ["proj"]}, "alpha_pattern in adapter_config.json is a list"),
+    ({"r": 4, "alpha_pattern": {"proj": "4"}}, r"alpha_pattern\['proj'\] in adapter_config.json is '4', not a number"),
+    ({"r": 4, "lora_alpha": float("nan")}, "lora_alpha in adapter_config.json is 'nan'"),
+    ({"r": True}, "r in adapter_config.json is 'True'"),
+])  # fmt: skip
+def test_a_configuration_that_is_none_is_refused_by_its_entry(entries, words):
+    tensors = {"proj.lora_A.weight": DOWN, "proj.lora_B.weight": UP}
+    with pytest.raises(ValueError, match=words):
+        lora.read(tensors, NAMES, adapter_config=entries)
