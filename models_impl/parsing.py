@@ -50,6 +50,16 @@ def from_yaml(text: str, what: str) -> Any:
         raise ValueError(f"{what} is not valid YAML: {error}") from error
 
 
+def without_surrogates(text: str) -> str:
+    """A text that UTF-8 can hold: the two halves of a sign beyond 16 bits as that sign, a lone half as U+FFFD.
+
+    JSON may hold lone halves, as of an emoji that was cut in two, and names of files in other encodings become some.
+    """
+    if text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def is_deep(text: str) -> bool:
     """Whether more brackets are open at once than DEEPEST, those in its strings included."""
     depth = 0

@@ -5,9 +5,9 @@ both alike. Whoever can compute with the few bits takes its `parts`; everybody e
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from einops import rearrange
@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..kernels.quantized_linear import dequantize_4bit, nibbles
+from .parsing import from_json
 
 METADATA = "_quantization_metadata"  # where a file may say what `comfy_quant` says, for all layers at once
 MARKER = "scaled_fp8"  # a tensor of no content beside the weights; with two elements: multiply in full precision
+LONGEST_JSON = 2**16  # bytes of a layer's settings
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NVFP4_BLOCK, MXFP8_BLOCK, INVERSE_BLOCK = 16, 32, 128  # weights along a row that share a scale; the last: rows as well
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1, by the lower three bits; the fourth is the sign
@@ -113,11 +115,11 @@ def _is_state_dict(value) -> bool:
 def _layers(text: str | None) -> dict[str, dict]:
     if text is None:
         return {}
-    try:
-        return dict(json.loads(text)["layers"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"This file's {METADATA} does not list its layers ({error!r:.80}): it is damaged, download it "
-                         "again.") from error
+    stated = from_json(text, f"This file's {METADATA}")
+    layers = stated.get("layers") if isinstance(stated, dict) else None
+    if not isinstance(layers, dict) or not all(isinstance(settings, dict) for settings in layers.values()):
+        raise ValueError(f"This file's {METADATA} does not list its layers: it is damaged, download it again.")
+    return layers
 
 
 class _File:
@@ -125,6 +127,8 @@ class _File:
 
     def __init__(self, tensors: dict[str, Tensor], stated: Mapping[str, Mapping], runnable: Collection[str]):
         self.left, self.runnable = dict(tensors), runnable
+        self.ends = {key[i:]: key for key in [*tensors][::-1] if key.endswith(".weight")
+                     for i in range(len(key)) if key[i] == "."}
         self.stated = {self._layer(name): settings for name, settings in stated.items()}
         self.dtype = _plain_dtype(tensors)
         self.exact = any(_is_marker(key) and value.numel() == 2 for key, value in tensors.items())
@@ -154,8 +158,7 @@ class _File:
         """A layer of the metadata as the keys have it: they may have a prefix that the metadata leaves out."""
         if f"{name}.weight" in self.left:
             return name
-        ending = f".{name}.weight"
-        return next((key.removesuffix(".weight") for key in self.left if key.endswith(ending)), name)
+        return self.ends.get(f".{name}.weight", name).removesuffix(".weight")
 
     def _take(self, layer: str, name: str, needed: bool = True) -> Tensor | None:
         value = self.left.pop(f"{layer}.{name}", None)
@@ -217,10 +220,11 @@ class _File:
 
     def _bitsandbytes4(self, layer: str) -> Quantised:
         start = f"{layer}.weight."
-        states = [key for key in self.left if key.startswith(f"{start}quant_state.bitsandbytes__")]
-        if not states:
+        kind = next((k for k in BITSANDBYTES4 if f"{start}quant_state.bitsandbytes__{k}" in self.left), None)
+        if kind is None:
             raise ValueError(f"This quantised file is incomplete: it has no {start}quant_state. Download it again.")
-        settings = _json(self.left.pop(states[0]), states[0])
+        state = f"{start}quant_state.bitsandbytes__{kind}"
+        settings = _json(self.left.pop(state), state)
         parts = {"weight": self._take(layer, "weight")}
         for side in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
             needed = not side.startswith("nested") or "nested_blocksize" in settings
@@ -228,8 +232,9 @@ class _File:
             if value is not None:
                 parts[side] = value
         dtype = getattr(torch, str(settings.get("dtype")), None)
-        format = BITSANDBYTES4["fp4" if states[0].endswith("fp4") else "nf4"]
-        return Quantised(format, parts, settings, tuple(settings["shape"]), dtype or self.dtype)
+        dtype = dtype if isinstance(dtype, torch.dtype) else self.dtype
+        _check_blocks(layer, parts, settings)
+        return Quantised(BITSANDBYTES4[kind], parts, settings, tuple(settings["shape"]), dtype)
 
     def _quanto(self, layer: str) -> Quantised:
         parts = {"weight": self._take(layer, "weight._data"), "scale": self._take(layer, "weight._scale")}
@@ -251,6 +256,22 @@ class _File:
         return Quantised(format, parts, settings, shape, self.dtype)
 
 
+def _check_blocks(layer: str, parts: Mapping[str, Tensor], settings: Mapping):
+    """Raise ValueError where a layer's settings do not go with its parts, before anything of those sizes is made."""
+    shape, block = settings.get("shape"), settings.get("blocksize")
+    whole = isinstance(shape, list) and all(isinstance(side, int) and 0 < side <= 2**31 for side in shape)
+    fits = whole and prod(shape) <= 2 * parts["weight"].numel() < prod(shape) + 2
+    if not fits or not isinstance(block, int) or not -(-prod(shape) // max(1, block)) == parts["absmax"].numel():
+        raise ValueError(f"{layer}.weight of this quantised file holds {2 * parts['weight'].numel():,} values in "
+                         f"{parts['absmax'].numel():,} blocks, and says shape={str(shape)[:60]}, "
+                         f"blocksize={str(block)[:20]}: it is damaged, download it again.")
+    inner = settings.get("nested_blocksize", 1)
+    if "nested_absmax" in parts and not (isinstance(inner, int) and inner > 0 and
+                                         -(-parts["absmax"].numel() // inner) == parts["nested_absmax"].numel()):
+        raise ValueError(f"{layer}.weight of this quantised file says nested_blocksize={str(inner)[:20]}, which does "
+                         "not go with its blocks: it is damaged, download it again.")
+
+
 def _is_marker(key: str) -> bool:
     return key == MARKER or key.endswith("." + MARKER)
 
@@ -265,11 +286,13 @@ def _plain_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def _json(value: Tensor, key: str) -> dict:
-    try:
-        return dict(json.loads(bytes(value.to(torch.uint8).flatten().tolist())))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{key} of this quantised file is not JSON ({error!r:.80}): it is damaged, download it again."
-                         ) from error
+    if value.numel() > LONGEST_JSON:
+        raise ValueError(f"{key} of this quantised file has {value.numel():,} bytes, and holds a line of settings: it "
+                         "is damaged, download it again.")
+    settings = from_json(bytes(value.to(torch.uint8).flatten().tolist()), f"{key} of this quantised file")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{key} of this quantised file is no table of settings: it is damaged, download it again.")
+    return settings
 
 
 FOREIGN = (  # every one of these endings is in a file of the format
@@ -313,7 +336,10 @@ def _int8(parts, settings, shape) -> Tensor:
     weight = _scaled({key: value for key, value in parts.items() if key != "pre_quant_scale"}, settings, shape)
     more = settings.get("params") if isinstance(settings.get("params"), Mapping) else {}
     if settings.get("convrot", more.get("convrot", False)):
-        size = int(settings.get("convrot_groupsize", more.get("convrot_groupsize", 256)))
+        size = settings.get("convrot_groupsize", more.get("convrot_groupsize", 256))
+        if not isinstance(size, int) or size < 1 or weight.shape[-1] % size:
+            raise ValueError(f"This file rotates its weights in groups of {str(size)[:20]}, which do not divide "
+                             f"{weight.shape[-1]} columns.")
         weight = (weight.unflatten(-1, (-1, size)) @ _rotation(size, weight.device)).flatten(-2)
     return _smoothed(weight, parts)
 

@@ -16,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import quantised_files
+from . import quantised_files, typed
+from .parsing import from_json
 
 EXPONENTS = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 """The bits that are all set in what is no number."""
 MOST_UNPACKED = 100  # times the size of a compressed archive
+MOST_REPEATED = 2**28  # bytes that a tensor of a torch file may seem to have beyond those of the file
 PREFIXES = ("module.", "model.diffusion_model.", "_orig_mod.", "diffusion_model.")
 
 
@@ -45,12 +47,29 @@ def read_file(path: str | os.PathLike, runnable: Collection[str] = ()) -> tuple[
         )
     tensors, metadata = _read(path)
     try:
+        _refuse_unreal(tensors)
         tensors, metadata = quantised_files.gathered(tensors, metadata, runnable)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
     for name, count in quantised_files.formats(tensors).items():
         logging.getLogger(__name__).info("%s: %d weights are quantised (%s).", path.name, count, name)
     return tensors, metadata
+
+
+def _refuse_unreal(tensors: Mapping):
+    """Raise ValueError for a matrix without values, whose other side may be of any size, and for a tensor that repeats
+    the values of its file into gigabytes: what is made of such shapes would fill the memory."""
+    for key, value in tensors.items():
+        if isinstance(value, Mapping):
+            _refuse_unreal(value)
+        elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+            if value.ndim > 1 and not value.numel():
+                raise ValueError(f"{key} has the shape {list(value.shape)} and no values: the file is damaged, or no "
+                                 "file of weights.")
+            held = value.untyped_storage().nbytes()
+            if value.nbytes > max(MOST_REPEATED, held):
+                raise ValueError(f"{key} has the shape {list(value.shape)}, {value.nbytes:,} bytes, of which the file "
+                                 f"holds {held:,}: it is damaged, or made to fill the memory.")
 
 
 def _read(path: Path) -> tuple[dict, dict[str, str]]:
@@ -317,7 +336,11 @@ def config_metadata(family: str, entries: Mapping) -> dict[str, str]:
 
 
 def metadata_config(metadata: Mapping[str, str], family: str) -> dict | None:
-    """The configuration that our own files carry in their metadata; None in anybody else's file."""
+    """The configuration that our own files carry in their metadata; None in anybody else's file. Raises ValueError for
+    a text that is no configuration."""
     if metadata.get("pixstack.family") != family:
         return None
-    return json.loads(metadata["pixstack.config"])
+    entries = from_json(metadata.get("pixstack.config", ""), "The configuration in this file's metadata")
+    if not isinstance(entries, dict):
+        raise ValueError("The configuration in this file's metadata is no table of entries: the file is damaged.")
+    return typed.plain(entries, "The configuration in this file's metadata")

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from .. import typed
 from ..configuration import Configuration
 
 REFERENCE_NAMES = {  # released parameters, diffusers' config.json -> ours
@@ -50,13 +51,14 @@ class FluxConfig(Configuration):
     theta: int = 10000
 
     def __post_init__(self):
+        object.__setattr__(self, "axes", typed.as_tuple(self.axes))  # JSON has lists
+        typed.check(self, "FLUX")
         problems = [
             f"{name}={getattr(self, name)} must be at least {least}."
             for name, least in (("hidden", 1), ("heads", 1), ("mlp_hidden", 1), ("depth", 1), ("single_depth", 0),
                                 ("in_channels", 4), ("pooled_dim", 1), ("context_dim", 1), ("theta", 1))
             if getattr(self, name) < least
         ]
-        object.__setattr__(self, "axes", tuple(self.axes))  # JSON has lists
         if not problems and self.hidden % self.heads:
             problems.append(f"hidden={self.hidden} is not a multiple of heads={self.heads}.")
         elif not problems and sum(self.axes) != self.head_dim:
@@ -78,6 +80,7 @@ class FluxConfig(Configuration):
 
         Raises ValueError for an entry that is none of them.
         """
+        typed.plain(entries, "This FLUX configuration")
         known = {f.name for f in fields(cls)}
         renamed, ratio, head_dim = {}, None, None
         for name, value in entries.items():
@@ -87,7 +90,7 @@ class FluxConfig(Configuration):
             elif name == "attention_head_dim":
                 head_dim = value
             elif ours in known:
-                renamed[ours] = tuple(value) if ours == "axes" else value
+                renamed[ours] = typed.as_tuple(value) if ours == "axes" else value
             elif name not in NOT_OURS and not name.startswith("_"):  # diffusers signs its files: _class_name, ...
                 raise ValueError(f"Unknown entry {name!r} in a FLUX configuration; known are "
                                  f"{', '.join(sorted(known | set(REFERENCE_NAMES)))}.")

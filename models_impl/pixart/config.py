@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from .. import typed
 from ..configuration import Configuration
 
 VAE_FACTOR = 8  # pixels along one side of a latent cell
@@ -47,7 +48,8 @@ class KVCompression:
     """Indices of the blocks that do it."""
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", typed.as_tuple(self.layers))
+        typed.check(self, "KV compression")
         if self.sampling not in SAMPLINGS:
             raise ValueError(f"KV compression by {self.sampling!r} is not known; known are {', '.join(SAMPLINGS)}.")
         if self.factor < 2:
@@ -94,6 +96,7 @@ class PixArtConfig(Configuration):
     def __post_init__(self):
         if isinstance(self.kv_compression, Mapping):
             object.__setattr__(self, "kv_compression", KVCompression(**self.kv_compression))
+        typed.check(self, "PixArt")
         positive = ("depth", "hidden", "heads", "patch_size", "in_channels", "out_channels", "mlp_ratio", "context_dim",
                     "token_limit", "position_range", "sample_size", "latent_scale")
         problems = [f"{name}={getattr(self, name)} must be above 0." for name in positive if getattr(self, name) <= 0]
@@ -147,6 +150,7 @@ class PixArtConfig(Configuration):
 
         `variant` ("alpha" or "sigma") stands for the latent scale. Raises ValueError for an entry that is none of them.
         """
+        typed.plain(entries, "This PixArt configuration")
         known = {f.name for f in fields(cls)}
         renamed = _derived(entries)
         for name, value in entries.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from .. import typed
 from ..configuration import Configuration
 
 REFERENCE_NAMES = {  # the released config.yaml -> ours
@@ -11,6 +12,7 @@ REFERENCE_NAMES = {  # the released config.yaml -> ours
     "attention_head_dim": "head_dim",
     "cross_attention_dim": "context_dim",
 }
+MOST_STAGES = 8
 NOT_OURS = {"dropout", "class_dropout_prob"}  # entries of released configurations that no inference depends on
 
 
@@ -34,11 +36,14 @@ class PixelFlowConfig(Configuration):
     """Side in pixels of the square pictures it was trained on."""
 
     def __post_init__(self):
+        typed.check(self, "PixelFlow")
         problems = [
             f"{name}={getattr(self, name)} must be at least 1."
             for name in ("heads", "head_dim", "depth", "patch_size", "in_channels", "out_channels", "num_stages")
             if getattr(self, name) < 1
         ]
+        if self.num_stages > MOST_STAGES:
+            problems.append(f"num_stages={self.num_stages} must be at most {MOST_STAGES}: each doubles both sides.")
         if self.head_dim % 4:
             problems.append(f"head_dim={self.head_dim} must be a multiple of 4: half turns with the column, half with "
                             "the row, both in pairs.")
@@ -70,6 +75,7 @@ class PixelFlowConfig(Configuration):
 
         Raises ValueError for an entry that is neither.
         """
+        typed.plain(entries, "This PixelFlow configuration")
         if "model" in entries:
             entries = {**entries["model"].get("params", entries["model"]), "scheduler": entries.get("scheduler", {})}
         known = {f.name for f in fields(cls)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
+from .. import typed
 from ..configuration import Configuration
 from ..flux.config import FluxConfig
 
@@ -32,6 +33,7 @@ class SelectConfig:
     qkv_bias: bool = False
 
     def __post_init__(self):
+        typed.check(self, "selection network")
         problems = [f"{name}={getattr(self, name)} must be at least 1."
                     for name in ("hidden", "heads", "mlp_hidden", "types") if getattr(self, name) < 1]
         if self.patch_size < 2 or self.patch_size % 2:
@@ -48,6 +50,7 @@ class SelectConfig:
     @classmethod
     def entries_of(cls, entries: Mapping) -> dict:
         """Entries under our names or the reference's -> ours. Raises ValueError for an entry that is neither."""
+        typed.plain(entries, "This selection network's configuration")
         known = {f.name for f in fields(cls)}
         renamed, ratio = {}, None
         for name, value in entries.items():
@@ -75,6 +78,7 @@ class SelectorConfig:
     depth: int = 1
 
     def __post_init__(self):
+        typed.check(self, "selector")
         if self.width < 1 or self.depth < 1:
             raise ValueError(f"A selector needs width={self.width} and depth={self.depth} of at least 1.")
 
@@ -95,7 +99,8 @@ class PixelPonderConfig(Configuration):
     picture."""
 
     def __post_init__(self):
-        object.__setattr__(self, "types", tuple(self.types))  # JSON has lists
+        object.__setattr__(self, "types", typed.as_tuple(self.types))  # JSON has lists
+        typed.check(self, "PixelPonder")
         problems, trunk = [], self.trunk
         if trunk.in_channels != 4 * HINT_CHANNELS:
             problems.append(f"in_channels={trunk.in_channels} of the trunk must be {4 * HINT_CHANNELS}: hints have "
@@ -146,6 +151,7 @@ class PixelPonderConfig(Configuration):
         """{"trunk", "types", "select", "selector"} as far as stated, from our names or the reference's (`FluxParams`
         and controlnet_depth, type2id, select_net). Raises ValueError for an entry that is neither.
         """
+        typed.plain(entries, "This PixelPonder configuration")
         if "trunk" in entries:
             return dict(entries)
         renamed, trunk = {}, {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from ..state_dict import config_metadata, load_into, metadata_config, read_file
-from . import MAX_LENGTH, T5_FAMILY
+from . import MAX_LENGTH, T5_FAMILY, shapes
 
 CONFIG_ENTRIES = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "vocab_size", "is_gated_act", "dense_act_fn",
                   "relative_attention_num_buckets", "layer_norm_epsilon")
@@ -42,10 +42,12 @@ class TextEncoder(nn.Module):
     def read(cls, path) -> TextEncoder:
         """The encoder of one of our files. Raises ValueError for any other file."""
         tensors, metadata = read_file(path)
-        config = metadata_config(metadata, T5_FAMILY)
-        if config is None or "pixstack.tokenizer" not in metadata:
+        if metadata_config(metadata, T5_FAMILY) is None or "pixstack.tokenizer" not in metadata:
             raise ValueError(f"{path} is not a text encoder with its tokenizer, as the trainer exports it.")
-        encoder = cls(config, Tokenizer.from_str(metadata["pixstack.tokenizer"]))
+        try:
+            encoder = cls(shapes.configuration(tensors, metadata), shapes.tokenizer(metadata["pixstack.tokenizer"]))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         # transformers shows the one embedding table under two names
         load_into(encoder.t5, {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}, "this T5 encoder")
         return encoder

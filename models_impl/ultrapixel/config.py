@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from .. import typed
 from ..configuration import Configuration
 
 REFERENCE_NAMES = {  # constructor arguments of Stability-AI/StableCascade@7a7d341f -> ours
@@ -49,6 +50,7 @@ class UltraPixelConfiguration(Configuration):
     def entries_of(cls, entries: Mapping) -> dict:
         """Entries under our names or the reference's -> ours. Names that belong to no field are passed over: a release
         keeps several networks in one configuration."""
+        typed.plain(entries, "This configuration of Stable Cascade")
         known = {f.name for f in fields(cls)}
         renamed = {}
         for name, value in entries.items():
@@ -90,6 +92,7 @@ class CascadeConfig(UltraPixelConfiguration):
     """Further scalars, embedded as the timestep is; 0 where they are not given."""
 
     def __post_init__(self):
+        typed.check(self, "Stable Cascade")
         levels = len(self.hidden)
         problems = [f"{name} has {len(getattr(self, name))} levels, hidden has {levels}."
                     for name in ("heads", "down", "up", "down_repeats", "up_repeats", "dropout", "self_attention")
@@ -186,6 +189,7 @@ class StageAConfig(UltraPixelConfiguration):
     """The decoder's input is the latent of Stage B times this."""
 
     def __post_init__(self):
+        typed.check(self, "Stage A")
         problems = [f"{name}={getattr(self, name)} must be at least 1."
                     for name in ("levels", "bottleneck_blocks", "hidden", "latent_channels") if getattr(self, name) < 1]
         if not problems and self.hidden % 2 ** (self.levels - 1):
@@ -242,6 +246,7 @@ class GuideConfig(UltraPixelConfiguration):
     """Tokens at which the input of the scale-aware normalisation is 1: those of a 1024x1024 picture."""
 
     def __post_init__(self):
+        typed.check(self, "UltraPixel guide")
         problems = [f"{name}={getattr(self, name)} must be at least 1."
                     for name in ("width", "heads", "groups", "frequencies", "max_tokens") if getattr(self, name) < 1]
         if not problems:
@@ -272,6 +277,7 @@ class ControlNetConfig(UltraPixelConfiguration):
     """effnet, large or simple."""
 
     def __post_init__(self):
+        typed.check(self, "Stage C ControlNet")
         problems = []
         if self.backbone not in ("effnet", "large", "simple"):
             problems.append(f"backbone={self.backbone!r} must be 'effnet', 'large' or 'simple'.")

@@ -48,6 +48,15 @@ def test_what_is_no_plain_yaml_is_refused_with_its_file(text, words):
         parsing.from_yaml(text, "odd.yaml")
 
 
+@pytest.mark.parametrize("text, whole", [
+    ("a cat", "a cat"), ("caf\u00e9", "caf\u00e9"), ("\U0001f600", "\U0001f600"), ("\ud83d\ude00!", "\U0001f600!"),
+    ("a \ud83d cat", "a \ufffd cat"), ("\udc80", "\ufffd"), ("\ude00\ud83d", "\ufffd\ufffd"), ("", ""),
+])  # fmt: skip
+def test_a_text_with_half_a_sign_can_be_written(text, whole):
+    assert parsing.without_surrogates(text) == whole
+    whole.encode()
+
+
 def test_yaml_s_values_come_as_safe_load_gives_them():
     assert parsing.from_yaml("model:\n  params: {a: 1, b: [2.5, x]}\n", "a.yaml") == {
         "model": {"params": {"a": 1, "b": [2.5, "x"]}}}

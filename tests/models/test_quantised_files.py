@@ -180,7 +180,7 @@ def test_a_quantised_file_that_is_not_whole_says_what_it_lacks(weight, format, l
 
 def test_a_damaged_description_of_the_layers_is_said(weight, tmp_path):
     packed, _ = made.comfy_fp8("layer", weight)
-    with pytest.raises(ValueError, match="layer.comfy_quant of this quantised file is not JSON"):
+    with pytest.raises(ValueError, match="layer.comfy_quant of this quantised file is not valid JSON"):
         quantised_files.gathered({**packed, "layer.comfy_quant": torch.tensor([1, 2], dtype=torch.uint8)})
     write_file(tmp_path / "a.safetensors", packed, {"_quantization_metadata": "{}"})
     with pytest.raises(ValueError, match="a.safetensors: .*_quantization_metadata does not list its layers"):

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 
 from ....models_impl.known_files import whose
-from ....models_impl.state_dict import count, expected_shapes, metadata_config, read_file, without_prefix
-from ....models_impl.text import MAX_LENGTH, T5_FAMILY
+from ....models_impl.state_dict import expected_shapes, read_file, without_prefix
+from ....models_impl.text import MAX_LENGTH, shapes
 from . import quantised
 from .patcher import reloadable, to_own_dtypes
 
@@ -44,7 +44,12 @@ def load_t5(
     tensors, metadata = read_file(file, quantised.runnable())
     tensors = encoder_weights(tensors, file.name)
     try:
-        config = {**config_from_shapes(tensors), **(metadata_config(metadata, T5_FAMILY) or {})}
+        config = shapes.configuration(tensors, metadata)
+        if config["dense_act_fn"] not in ACTIVATIONS:
+            raise ValueError(f"ComfyUI's T5 knows the activations {', '.join(ACTIVATIONS)}, this file was trained with "
+                             f"{config['dense_act_fn']}.")
+        if text := metadata.get("pixstack.tokenizer"):
+            shapes.tokenizer(text)
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
     for name, value in FIXED_IN_COMFYUI.items():
@@ -67,7 +72,7 @@ def load_t5(
         parameters=comfy.utils.calculate_parameters(tensors),
         tokenizer_data={
             "t5_tokenizer": metadata.get("pixstack.tokenizer"),
-            "t5_max_length": config.get("max_length", MAX_LENGTH),
+            "t5_max_length": config["max_length"],
             "t5_width": config["d_model"],
             "t5_filled": padded,
         },
@@ -95,24 +100,6 @@ def encoder_weights(tensors: dict, name: str) -> dict:
     # encoder.embed_tokens is shared.weight under another name
     return {k: v for k, v in tensors.items()
             if not k.startswith(("decoder.", "lm_head.")) and k != "encoder.embed_tokens.weight"}
-
-
-def config_from_shapes(tensors: dict) -> dict:
-    vocab_size, width = tensors["shared.weight"].shape
-    first = "encoder.block.0.layer."
-    inner = tensors[first + "0.SelfAttention.q.weight"].shape[0]
-    heads = tensors[first + "0.SelfAttention.relative_attention_bias.weight"].shape[1]
-    gated = first + "1.DenseReluDense.wi_0.weight" in tensors
-    return dict(
-        d_model=width,
-        d_ff=tensors[first + ("1.DenseReluDense.wi_0.weight" if gated else "1.DenseReluDense.wi.weight")].shape[0],
-        d_kv=inner // heads,
-        num_heads=heads,
-        num_layers=count(tensors, "encoder.block"),
-        vocab_size=vocab_size,
-        is_gated_act=gated,
-        dense_act_fn="gelu_new" if gated else "relu",
-    )
 
 
 def t5_config(config: dict) -> dict:
