@@ -9,10 +9,12 @@ import tiny_run
 import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixart import checkpoint, sampling
+from pixstack.trainer.config import schema
 from pixstack.trainer.export import cards, exporting
 from pixstack.trainer.features import taesd
 from pixstack.trainer.recipes.pixart.task import Noising, losses
 from pixstack.trainer.training import checkpoints, optim
+from pixstack.trainer.training.groups import Group
 from pixstack.trainer.training.noise import batch_noise
 from tiny_pixart import recipe_of
 
@@ -237,7 +239,7 @@ def came_step(p, grad, state, lr, b1, b2, b3):
 def test_came_takes_the_steps_of_its_paper():
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(3, 5, dtype=torch.float64))
-    ours = optim.Came([p], lr=0.01)
+    ours = optim.Optimizers([Group([("p", p)])], schema.Optimizer(name="came", learning_rate=0.01), 10)
     reference = p.detach().clone()
     state = {"mean": torch.zeros(3, 5, dtype=torch.float64),
              **{n: (torch.zeros(3, dtype=torch.float64), torch.zeros(5, dtype=torch.float64))
@@ -245,7 +247,7 @@ def test_came_takes_the_steps_of_its_paper():
     for _ in range(4):
         grad = torch.randn(3, 5).double()
         p.grad = grad.clone()
-        ours.step()
+        ours.step(0)
         reference = came_step(reference, grad, state, 0.01, 0.9, 0.999, 0.9999)
     torch.testing.assert_close(p.detach(), reference, rtol=1e-5, atol=1e-6)
 

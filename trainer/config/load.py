@@ -1,6 +1,7 @@
 """Settings from TOML and `key=value` words, strictly: names and types."""
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import typing
@@ -49,16 +50,16 @@ def read_toml(path) -> dict:
 def read(raw: dict, words: list[str] = ()) -> tuple[Config | None, list[str]]:
     """(the settings, what does not fit): names and types only. What does not fit stands at its default; the recipe is
     None where its name is unknown. words: key=value each, which count before `raw`."""
-    problems, raw = [], {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
+    problems, raw = [], copy.deepcopy(raw)
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
             problems.append(f"{word!r} is not of the form key=value.")
             continue
-        section, key = raw, name.strip()
-        if "." in key:
-            section_name, key = key.split(".", 1)
-            section = raw.setdefault(section_name, {})
+        *sections, key = name.strip().split(".")
+        section = raw
+        for one in sections:
+            section = section.setdefault(one, {})
         section[key] = value_of(text)
 
     recipe, kinds = raw.get("recipe", {}), {}
@@ -138,6 +139,8 @@ def convert(value, kind):
             if fits:
                 return converted, True
         return value, False
+    if origin is dict:
+        return value, isinstance(value, dict)
     if origin is list:
         if not isinstance(value, list):
             return value, False
@@ -149,6 +152,8 @@ def convert(value, kind):
 
 
 def in_words(kind) -> str:
+    if typing.get_origin(kind) is dict:
+        return "a table"
     if typing.get_origin(kind) is list:
         return f"a list of {typing.get_args(kind)[0].__name__}"
     if typing.get_args(kind):

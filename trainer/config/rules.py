@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...models_impl.pixart.buckets import TABLES
+from . import optimizers
 from .problems import Problems
 from .schema import Adapter, Config, Data, Vae, look_up
 
@@ -26,9 +27,8 @@ def problems(config: Config) -> list[str]:
 
 def general(config: Config) -> list[str]:
     problems = Problems()
-    problems.one_of("optimizer.name", config.optimizer.name, ("adamw", "adamw8bit", "muon", "came"))
-    problems.need(config.optimizer.name != "adamw8bit" or find_spec("bitsandbytes"),
-                  "optimizer.name='adamw8bit' needs bitsandbytes: pip install bitsandbytes, or use adamw or came.")
+    problems += optimizers.problems(config.optimizer)
+    problems += missing_library(config.optimizer.name)
     problems.one_of("log.wandb", config.log.wandb, ("", "offline", "online"))
     problems.need(not config.log.wandb or find_spec("wandb"),
                   f"log.wandb={config.log.wandb!r} needs wandb: pip install wandb.")
@@ -49,6 +49,20 @@ def general(config: Config) -> list[str]:
     return problems
 
 
+def averages(config: Config) -> bool:
+    chosen = optimizers.kind(config.optimizer.name)
+    return chosen is not None and chosen.averages
+
+
+def missing_library(name: str) -> list[str]:
+    """A problem where the library of an optimizer is not installed."""
+    chosen = optimizers.kind(name)
+    pip = optimizers.PIP.get(chosen.library) if chosen else None
+    if pip is None or find_spec(chosen.library.split(".")[0]):
+        return []
+    return [f"optimizer.name={name!r} needs {pip}: pip install {pip}, or use adamw."]
+
+
 def numbers(config: Config) -> list[str]:
     problems = Problems()
     for name in ("steps", "batch_size", "save_every", "log_every", "samples.steps", "text.max_length",
@@ -59,13 +73,12 @@ def numbers(config: Config) -> list[str]:
         problems.at_least(name, look_up(config, name), 0)
     problems.share("optimizer.decay_from", config.optimizer.decay_from)
     problems.share("optimizer.decay_to", config.optimizer.decay_to)
-    for name in ("optimizer.learning_rate", "optimizer.muon_learning_rate"):
-        value = look_up(config, name)
-        problems.need(0 < value < 1, f"{name}={value} is outside (0, 1).")
+    rate = config.optimizer.muon_learning_rate
+    problems.need(0 < rate < 1, f"optimizer.muon_learning_rate={rate} is outside (0, 1).")
     problems.need(0 <= config.ema.decay < 1, f"ema.decay={config.ema.decay} is outside [0, 1).")
-    betas, count = config.optimizer.betas, 3 if config.optimizer.name == "came" else 2
-    problems.need(betas is None or (len(betas) == count and all(0 <= b < 1 for b in betas)),
-                  f"optimizer.betas={betas} must be {('two', 'three')[count - 2]} numbers in [0, 1).")
+    problems.need(not (averages(config) and config.ema.decay),
+                  f"ema.decay={config.ema.decay}: optimizer.name={config.optimizer.name!r} averages the weights "
+                  "itself, use ema.decay=0.")
     micro = config.micro_batch_size
     problems.need(micro < 1 or config.batch_size % micro == 0,
                   f"batch_size={config.batch_size} is not a multiple of micro_batch_size={micro}.")
@@ -210,9 +223,7 @@ def distributed(config: Config) -> list[str]:
     if chosen == DDP:
         return problems
     said = {DEEPSPEED: "DeepSpeed", FSDP2: "memory.shard=true" if config.memory.shard else "accelerate's FSDP"}[chosen]
-    problems.need(config.optimizer.name == "adamw",
-                  f"{said} goes with optimizer.name='adamw', not {config.optimizer.name!r}, which looks at whole "
-                  "matrices.")
+    problems += in_parts(config.optimizer.name, said, chosen)
     if chosen == DEEPSPEED:
         problems.need(not config.memory.shard, "memory.shard=true is FSDP2, and accelerate was asked to use DeepSpeed: "
                                                "leave one of them out.")
@@ -227,6 +238,16 @@ def distributed(config: Config) -> list[str]:
     problems.need(config.recipe.choices == 1,
                   f"{said} needs recipe.choices=1: all processes must go the same way through the network.")
     return problems
+
+
+def in_parts(name: str, said: str, chosen: str) -> list[str]:
+    """A problem where processes cannot have parts of an optimizer's work. said: what spreads it, in words."""
+    kind = optimizers.kind(name)
+    if kind is None or name == "adamw" or (chosen == FSDP2 and kind.by_number and name != "muon"):
+        return []
+    others = ", 'lion' or 'schedule_free_adamw'" if chosen == FSDP2 else ""
+    reason = "steps more than single parameters" if kind.by_number and name != "muon" else "looks at whole tensors"
+    return [f"{said} goes with optimizer.name='adamw'{others}, not {name!r}, which {reason}."]
 
 
 def deepspeed(config: Config) -> list[str]:

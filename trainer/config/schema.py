@@ -154,14 +154,21 @@ class Adapter:
 class Optimizer:
     name: str = "adamw"
     """adamw; adamw8bit: with its moments in 8 bits, by bitsandbytes; muon: Muon for the hidden matrices, AdamW for
-    everything else; came: CAME (PixArt-Sigma), which keeps of a matrix's second moment only a row and a column."""
+    everything else; came: CAME (PixArt-Sigma), which keeps of a matrix's second moment only a row and a column;
+    adafactor: that without a first moment, the least memory; lion: only a first moment, at a third to a tenth of
+    AdamW's learning rate; stable_adamw: AdamW whose updates are clipped, so that gradients need not be (clip=0);
+    prodigy: estimates its learning rate, learning_rate=1; schedule_free_adamw: averages the weights itself, without
+    decay and EMA. Or any class of torch.optim or pytorch_optimizer by its name."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Other arguments of that class, a table: [optimizer.arguments], or optimizer.arguments.d_coef=0.5 in a word."""
     learning_rate: float = 1e-4
+    """With prodigy, a factor of the learning rate that it estimates."""
     learning_rate_scaling: str = "none"
     """sqrt (PixArt's rule) or linear: the learning rate is for a batch of 256, and scaled for another one. none."""
     betas: list[float] | None = None
-    """Without it [0.9, 0.999], for came [0.9, 0.999, 0.9999]."""
+    """Without it the optimizer's own: [0.9, 0.999] for adamw, [0.9, 0.999, 0.9999] for came."""
     eps: float = 0.0
-    """What keeps AdamW's denominator from zero; 0 = 1e-8."""
+    """What keeps the denominator from zero; 0 = the optimizer's own, 1e-8 for adamw."""
     weight_decay: float = 0.0
     muon_learning_rate: float = 0.01
     """Learning rate of the matrices that Muon trains."""

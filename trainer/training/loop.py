@@ -28,7 +28,7 @@ def train(recipe, batches, config: Config, run, accelerator):
         norm, share = together.update(optimizer, step)
         ema.update(step)
         step += 1
-        run.log(step, loss=total, grad_norm=norm, learning_rate=share * optimizer.learning_rate)
+        run.log(step, loss=total, grad_norm=norm, learning_rate=share * optimizer.learning_rate * optimizer.estimate)
         run.after(step, recipe, ema, optimizer)
     run.finish(step, recipe, ema, optimizer)
     return step

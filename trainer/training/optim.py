@@ -1,11 +1,15 @@
-"""AdamW (in 8 bits by bitsandbytes), CAME, or Muon for hidden matrices and convolutions beside AdamW for the rest, at
-rates that are functions of the step."""
+"""An optimizer of a library (config/optimizers.py), or Muon for hidden matrices and convolutions beside AdamW for the
+rest, at learning rates that are functions of the step."""
 from __future__ import annotations
 
+import json
 import math
+from contextlib import contextmanager
+from importlib import import_module
 
 import torch
 
+from ..config import optimizers
 from ..config.schema import Optimizer
 from ..distributed import sharded
 from ..libraries import QUANT_STATE
@@ -40,67 +44,6 @@ def scaled_learning_rate(settings: Optimizer, batch_size: int) -> float:
     """The full learning rate for this batch (diffusion/utils/optimizer.py of PixArt-sigma@1ce521a, auto_scale_lr)."""
     share = batch_size / SCALED_BATCH
     return settings.learning_rate * {"none": 1.0, "sqrt": share**0.5, "linear": share}[settings.learning_rate_scaling]
-
-
-def adamw_of(settings: Optimizer) -> type[torch.optim.Optimizer]:
-    if settings.name != "adamw8bit":
-        return torch.optim.AdamW
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit
-
-
-def moment_bytes(part: torch.optim.Optimizer) -> float:
-    """Bytes of an optimizer's state, estimated."""
-    def of(p):
-        if type(part).__name__ == "AdamW8bit" and p.numel() >= SMALL_8BIT:
-            return p.numel() * 2 * (1 + 4 / 256)  # and a scale for each 256
-        return p.numel() * (4 if isinstance(part, (Came, torch.optim.Muon)) else 8)
-
-    return sum(of(p) for group in part.param_groups for p in group["params"])
-
-
-class Came(torch.optim.Optimizer):
-    """Confidence-guided Adaptive Memory Efficient Optimization (arXiv 2307.02047, algorithm 2).
-
-    Adafactor's second moment, a row and a column for a matrix, and a first moment whose entries count less where the
-    updates around them are unsteady. Convolutions are factored over their last two dimensions, as the release's.
-    """
-
-    def __init__(self, params, lr: float, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16), clip: float = 1.0,
-                 weight_decay: float = 0.0):
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=tuple(eps), clip=clip, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            (beta1, beta2, beta3), (eps1, eps2) = group["betas"], group["eps"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                grad, state, factored = p.grad.float(), self.state[p], p.ndim >= 2
-                if not state:
-                    state["mean"] = torch.zeros_like(grad)
-                    for name in ("square", "doubt") if factored else ("square",):
-                        shapes = (grad.shape[:-1], (*grad.shape[:-2], grad.shape[-1])) if factored else (grad.shape,)
-                        for part, shape in zip(("row", "column"), shapes, strict=False):
-                            state[f"{name}_{part}"] = torch.zeros(shape, device=p.device)
-                update = grad * _inverse_root(state, "square", grad.square() + eps1, beta2, factored)
-                update /= (update.square().mean().sqrt() / group["clip"]).clamp(min=1.0)
-                state["mean"].lerp_(update, 1 - beta1)
-                change = state["mean"]
-                if factored:
-                    doubt = (update - change).square() + eps2
-                    change = change * _inverse_root(state, "doubt", doubt, beta3, factored)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(change, alpha=-group["lr"])
-
-
-def _inverse_root(state: dict, name: str, value: torch.Tensor, beta: float, factored: bool) -> torch.Tensor:
-    """1 / sqrt of the moving average of `value`, of which a matrix keeps only the means of rows and columns."""
-    row = state[f"{name}_row"].lerp_(value.mean(-1) if factored else value, 1 - beta)
-    if not factored:
-        return row.rsqrt()
-    column = state[f"{name}_column"].lerp_(value.mean(-2), 1 - beta)
-    return (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
 
 
 def is_matrix(p: torch.Tensor) -> bool:
@@ -140,36 +83,52 @@ class Muon(torch.optim.Muon):
 
 
 class Optimizers:
-    """One or two torch optimizers behind the few calls that the loop makes."""
+    """One or more torch optimizers behind the few calls that the loop makes."""
 
     def __init__(self, groups: list[Group], settings: Optimizer, steps: int, batch_size: int = 0):
-        self.settings, self.steps, self.parts = settings, steps, []
+        self.settings, self.steps, self.kind = settings, steps, optimizers.kind(settings.name)
         self.learning_rate = scaled_learning_rate(settings, batch_size)
-        adamw, muon, self.clipped = [], [], {}
+        rest, muon, self.clipped = [], [], {}
         for group in groups:
             self.clipped.setdefault(group.clipped, []).extend(p for _, p in group.params)
             hidden = [p for n, p in group.params if n in group.matrices and is_matrix(p)]
             hidden = hidden if settings.name == "muon" else []
             ids = {id(p) for p in hidden}
-            rest = [p for _, p in group.params if id(p) not in ids]
+            others = [p for _, p in group.params if id(p) not in ids]
             if hidden:
                 muon.append({"params": hidden, "lr": settings.muon_learning_rate * group.multiple})
-            if rest:
-                adamw.append({"params": rest, "lr": self.learning_rate * group.multiple})
+            if others:
+                rest.append({"params": others, "lr": self.learning_rate * group.multiple})
         self.parameters = [p for some in self.clipped.values() for p in some]
-        if adamw and settings.name == "came":
-            self.parts.append(Came(adamw, self.learning_rate, settings.betas or (0.9, 0.999, 0.9999),
-                                   weight_decay=settings.weight_decay))
-        elif adamw:
-            # What is spread over processes and what is not are not taken together.
-            apart = {"foreach": False} if any(sharded.is_part(p) for p in self.parameters) else {}
-            betas = tuple(settings.betas or (0.9, 0.999))
-            self.parts.append(adamw_of(settings)(adamw, lr=self.learning_rate, betas=betas, eps=settings.eps or 1e-8,
-                                                 weight_decay=settings.weight_decay, **apart))
+        self.parts = [self.make(some) for some in self.together(rest)]
         if muon:
             self.parts.append(Muon(
                 muon, momentum=settings.muon_momentum, weight_decay=settings.weight_decay, adjust_lr_fn="original"))
         self.full = [[g["lr"] for g in part.param_groups] for part in self.parts]
+        self.initial = [[dict(g) for g in part.param_groups] for part in self.parts]
+        self.training = {}
+
+    def together(self, groups: list[dict]) -> list[list[dict]]:
+        """Groups that one optimizer takes: all, or those of one learning rate where it is estimated for all of them."""
+        if not self.kind.estimates:
+            return [groups] if groups else []
+        return [[g for g in groups if g["lr"] == rate] for rate in dict.fromkeys(g["lr"] for g in groups)]
+
+    def make(self, groups: list[dict]) -> torch.optim.Optimizer:
+        """The optimizer of the settings. Raises ValueError where it refuses its arguments."""
+        given = optimizers.keywords(self.settings)
+        if any(sharded.is_part(p) for p in self.parameters):
+            given["foreach"] = False  # what is spread over processes and what is not are not taken together
+        try:
+            cls = getattr(import_module(self.kind.library), self.kind.cls)
+            return cls(groups, lr=groups[0]["lr"], **given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer.name={self.settings.name!r} with the arguments {given}: {error}") from error
+
+    @property
+    def estimate(self) -> float:
+        """The learning rate that Prodigy estimates, of its first groups; 1 where nothing is estimated."""
+        return float(self.parts[0].param_groups[0]["d"]) if self.kind.estimates else 1.0
 
     def clip(self) -> torch.Tensor:
         """Limits the norm of the gradients, of each network by itself; the largest norm there was."""
@@ -186,20 +145,168 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
         return share
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything the optimizers remember, flat, for safetensors: part.parameter.name."""
-        return {f"{i}.{j}.{name}": sharded.whole(value) if torch.is_tensor(value) else torch.tensor(value)
-                for i, part in enumerate(self.parts)
-                for j, state in part.state_dict()["state"].items()
-                for name, value in (state | state.get(QUANT_STATE, {})).items() if name != QUANT_STATE}
+    @contextmanager
+    def averaged(self):
+        """Inside, the parameters are what is to be used: with a schedule-free optimizer, the average that it makes of
+        them. Afterwards they are to the bit what they were."""
+        if not self.kind.averages:
+            yield
+            return
+        with torch.no_grad():
+            self.training = {id(p): p.detach().clone() for p in self.parameters}
+            for part in self.parts:
+                part.eval()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for part in self.parts:
+                    part.train()
+                for p in self.parameters:  # which rounding has changed
+                    p.copy_(self.training[id(p)])
+                self.training = {}
 
-    def load(self, tensors: dict[str, torch.Tensor]):
+    def state_bytes(self, some: set[int] | None = None) -> float:
+        """Bytes of the optimizers' state, estimated. some: ids of the only parameters that count.
+
+        A step of a small tensor of as many dimensions shows what is kept of each: sides that are alike grow alike.
+        """
+        total = 0.0
+        for part in self.parts:
+            kept = {}
+            for p in (p for g in part.param_groups for p in g["params"] if some is None or id(p) in some):
+                if isinstance(part, torch.optim.Muon):
+                    total += 4 * p.numel()
+                elif self.kind.library == optimizers.BITSANDBYTES and p.numel() >= SMALL_8BIT:
+                    total += p.numel() * 2 * (1 + 4 / 256)  # and a scale for each 256
+                else:
+                    if p.ndim not in kept:
+                        kept[p.ndim] = self.probe(p.ndim)
+                    sides = dict(zip(SIDES, p.shape, strict=False))
+                    total += sum(size * math.prod(sides.get(n, n) for n in shape) for shape, size in kept[p.ndim])
+        return total
+
+    def probe(self, ndim: int) -> list[tuple[tuple[int, ...], int]]:
+        """(shape, bytes of a number) of every tensor that is kept of a parameter of the shape SIDES[:ndim]."""
+        with torch.random.fork_rng(devices=[]):
+            p = torch.nn.Parameter(torch.linspace(-1, 1, math.prod(SIDES[:ndim])).reshape(SIDES[:ndim]))
+            part = self.make([{"params": [p], "lr": self.learning_rate}])
+            p.grad = p.detach().clone()
+            part.step()
+        tensors = {}
+        packed(part.state_dict()["state"], "", tensors)
+        return [(tuple(value.shape), value.element_size()) for value in tensors.values()]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything the optimizers remember, flat, for safetensors: part.parameter.name, and part.groupN.name of what
+        belongs to a group; part.values holds as JSON what is no tensor."""
+        found = {}
         for i, part in enumerate(self.parts):
-            state, own = {}, [p for group in part.param_groups for p in group["params"]]
-            for key, value in tensors.items():
-                which, parameter, name = key.split(".", 2)
-                if int(which) == i:  # bitsandbytes counts steps as a plain number
-                    whole = value.ndim == 0 and not value.is_floating_point()
-                    state.setdefault(int(parameter), {})[name] = \
-                        value.item() if whole else sharded.part(value, own[int(parameter)])
-            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+            values = {}
+
+            def keep(key: str, value, values=values):
+                if is_plain(value) or (torch.is_tensor(value) and self.kind.library != optimizers.MORE):
+                    found[key] = sharded.whole(value)
+                else:
+                    values[key] = packed(value, key, found)
+
+            for j, state in part.state_dict()["state"].items():
+                for name, value in (state | state.get(QUANT_STATE, {})).items():
+                    if name != QUANT_STATE:
+                        keep(f"{i}.{j}.{name}", value)
+            for g, group in enumerate(part.param_groups if self.kind.library == optimizers.MORE else ()):
+                for name, value in group.items():
+                    if name not in NOT_KEPT and not same(value, self.initial[i][g].get(name)):
+                        keep(f"{i}.group{g}.{name}", value)
+            if self.kind.averages:
+                for j, p in enumerate(p for group in part.param_groups for p in group["params"]):
+                    keep(f"{i}.{j}.{TRAINING}", self.training.get(id(p), p.detach()))
+            if values:
+                text = json.dumps(values, sort_keys=True).encode()
+                found[f"{i}.values"] = torch.tensor(list(text), dtype=torch.uint8)
+        return found
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor]):
+        """Goes on from what `tensors` gave; with a schedule-free optimizer, the weights too are those it trains."""
+        for i, part in enumerate(self.parts):
+            own = [p for group in part.param_groups for p in group["params"]]
+            state, groups = {}, part.state_dict()["param_groups"]
+            for (where, name), value in remembered(i, tensors).items():
+                if where.startswith("group"):
+                    groups[int(where.removeprefix("group"))][name] = value
+                elif name == TRAINING:
+                    sharded.local(own[int(where)]).copy_(sharded.local(sharded.part(value, own[int(where)])))
+                else:
+                    p = own[int(where)]
+                    state.setdefault(int(where), {})[came_name(name, p.ndim) if self.kind.cls == "CAME" else name] = \
+                        sharded.part(value, p) if torch.is_tensor(value) else value
+            part.load_state_dict({"state": state, "param_groups": groups})
+            for j, known in state.items():  # torch gives them the precision of their parameter
+                for name, value in known.items():
+                    if torch.is_tensor(value) and name in part.state[own[j]] and \
+                            part.state[own[j]][name].dtype != value.dtype:
+                        part.state[own[j]][name] = value.to(own[j].device)
+
+
+TRAINING = "training"  # name of the weights that a schedule-free optimizer trains; the model's are their average
+NOT_KEPT = "params", "lr", "train_mode"
+SIDES = 31, 37, 41, 43, 47  # of the tensors that show what an optimizer keeps, all different
+CAME_NAMES = {"mean": "exp_avg", "square_row": "exp_avg_sq_row", "square_column": "exp_avg_sq_col",
+              "doubt_row": "exp_avg_res_row", "doubt_column": "exp_avg_res_col"}
+"""Names in checkpoints of the trainer's own CAME, which had no others -> pytorch_optimizer's."""
+
+
+def came_name(name: str, ndim: int) -> str:
+    return "exp_avg_sq" if name == "square_row" and ndim < 2 else CAME_NAMES.get(name, name)
+
+
+def remembered(i: int, tensors: dict[str, torch.Tensor]) -> dict[tuple[str, str], object]:
+    """(parameter or group, name) -> value, of part i in what `Optimizers.tensors` gave."""
+    text = tensors.get(f"{i}.values")
+    values = json.loads(bytes(text.tolist())) if text is not None else {}
+    found = {}
+    for key, value in {**tensors, **{k: unpacked(v, tensors) for k, v in values.items()}}.items():
+        which, _, rest = key.partition(".")
+        if which == str(i) and "." in rest and INSIDE not in rest:
+            found[tuple(rest.split(".", 1))] = value
+    return found
+
+
+INSIDE = "/"  # in the names of tensors that part.values refers to
+
+
+def packed(value, name: str, tensors: dict[str, torch.Tensor]):
+    """A JSON value of `value`, whose tensors are put into `tensors` under names that begin with `name`."""
+    if torch.is_tensor(value):
+        name, value = name + INSIDE, sharded.whole(value)
+        tensors[name] = value
+        return {"tensor": [name, value.stride()]}
+    if isinstance(value, dict):
+        return {"dict": [[k, packed(v, f"{name}{INSIDE}{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [packed(v, f"{name}{INSIDE}{k}", tensors) for k, v in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"An optimizer keeps a {type(value).__name__} in its state ({name}), which cannot be saved.")
+
+
+def unpacked(value, tensors: dict[str, torch.Tensor]):
+    if not isinstance(value, dict):
+        return value
+    (form, inner), = value.items()
+    if form == "tensor":
+        name, stride = inner
+        return torch.empty_strided(tensors[name].shape, stride, dtype=tensors[name].dtype).copy_(tensors[name])
+    if form == "dict":
+        return {k: unpacked(v, tensors) for k, v in inner}
+    return (tuple if form == "tuple" else list)(unpacked(v, tensors) for v in inner)
+
+
+def is_plain(value) -> bool:
+    """Whether a tensor lies in memory row by row; decompositions give others, whose products are rounded otherwise."""
+    return torch.is_tensor(value) and value.is_contiguous()
+
+
+def same(a, b) -> bool:
+    return not torch.is_tensor(a) and not torch.is_tensor(b) and a == b

@@ -12,7 +12,7 @@ from ..data import loader
 from ..distributed import deepspeed, fsdp2
 from ..memory import offload, quantization
 from . import cost
-from .optim import Optimizers, moment_bytes
+from .optim import Optimizers
 
 
 def describe(config: Config, collection: loader.Collection, recipe, batches: loader.Batches, parts: list[range],
@@ -68,7 +68,7 @@ def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, proces
     sizes = {
         "weights": weights - offload.spared(recipe, config),
         "gradients": 4 * count,
-        "optimizer": sum(map(moment_bytes, optimizers.parts)),
+        "optimizer": optimizers.state_bytes(),
         "ema": 4 * count if config.ema.decay else 0,
         "activations": recipe.activation_bytes(pictures, cpu),
     }
@@ -76,7 +76,8 @@ def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, proces
     if way == rules.FSDP2:
         blocks = [p for block in fsdp2.blocks(recipe) for p in block.parameters()]
         learning = sum(p.numel() for p in blocks if p.requires_grad)
-        elsewhere = {"weights": sum(p.nbytes for p in blocks), "gradients": 4 * learning, "optimizer": 8 * learning,
+        elsewhere = {"weights": sum(p.nbytes for p in blocks), "gradients": 4 * learning,
+                     "optimizer": optimizers.state_bytes({id(p) for p in blocks}),
                      "ema": 4 * learning if config.ema.decay else 0}
         for name, size in elsewhere.items():
             sizes[name] -= (1 - 1 / processes) * size

@@ -170,23 +170,23 @@ class Run:
         """What is due after this step: validation, samples, a checkpoint. The clock of images/s stands still."""
         config, begin = self.config, time.perf_counter()
         if self.held_out and step % config.validation.every == 0:
-            with ema.applied():
+            with optimizer.averaged(), ema.applied():
                 found = recipe.validate(self.held_out)
             if self.main:
                 self.write(step, **{f"validation_{k}": v for k, v in found.items()})
         if self.measures and config.samples.every and step % config.samples.every == 0:
-            self.sample(step, recipe, ema)
+            with optimizer.averaged(), ema.applied():
+                self.sample(step, recipe)
         if step % config.save_every == 0 and step < config.steps:
             self.save(step, recipe, ema, optimizer)
         if self.main:
             self.clock = (self.clock[0] + time.perf_counter() - begin, self.clock[1])
 
-    def sample(self, step: int, recipe, ema):
+    def sample(self, step: int, recipe):
         s = self.config.samples
         side = self.config.data.resolution
-        with ema.applied():
-            pictures = recipe.sample(s.prompts or s.classes, s.height or side, s.width or side, s.steps, s.shift, s.cfg,
-                                     s.seed)
+        pictures = recipe.sample(s.prompts or s.classes, s.height or side, s.width or side, s.steps, s.shift, s.cfg,
+                                 s.seed)
         if not self.main:
             return
         (self.folder / "samples").mkdir(exist_ok=True)
@@ -198,6 +198,12 @@ class Run:
             self.wandb.log({"samples": wandb.Image(sheet(pictures))}, step=step)
 
     def save(self, step: int, recipe, ema, optimizer):
+        with optimizer.averaged():
+            self.write_checkpoint(step, recipe, ema, optimizer)
+        self.saved_at = step
+        self.accelerator.wait_for_everyone()
+
+    def write_checkpoint(self, step: int, recipe, ema, optimizer):
         tensors = {}
         if self.measures:  # those of all processes are needed where each has a part
             tensors["model"] = module_tensors(recipe)
@@ -218,8 +224,6 @@ class Run:
             os.replace(unfinished, final)
             for old in checkpoints(self.folder)[: -self.config.keep] if self.config.keep else ():
                 shutil.rmtree(old)
-        self.saved_at = step
-        self.accelerator.wait_for_everyone()
 
     def finish(self, step: int, recipe, ema, optimizer):
         if self.saved_at != step:

@@ -1,0 +1,240 @@
+"""Optimizers by name: they learn, go on to the bit, and are refused where they cannot work."""
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny_run
+import torch
+from pixstack.trainer.config import load, optimizers, schema
+from pixstack.trainer.training import checkpoints, optim
+from pixstack.trainer.training.groups import Group
+
+OWN = {"prodigy": {"learning_rate": 1.0}, "lion": {"learning_rate": 3e-3}, "adafactor": {"learning_rate": 1e-2}}
+NAMES = [name for name in optimizers.NAMED if name not in ("adamw8bit", "muon")]
+CLASSES = sorted({name for library in (optimizers.TORCH, optimizers.MORE) for name in optimizers.classes(library)})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tiny_run.pictures(tmp_path / "set")
+
+
+def settings(name: str) -> schema.Optimizer:
+    estimates = optimizers.kind(name).estimates
+    return schema.Optimizer(**{"name": name, "learning_rate": 1.0 if estimates else 1e-2, **OWN.get(name, {})})
+
+
+class Toy:
+    """A network with a kernel, matrices and vectors, that learns one batch."""
+
+    def __init__(self, name: str):
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 6, 3), torch.nn.Flatten(), torch.nn.Linear(24, 8), torch.nn.LayerNorm(8),
+            torch.nn.SiLU(), torch.nn.Linear(8, 4))
+        self.x, self.y = torch.randn(16, 3, 4, 4), torch.randn(16, 4)
+        params = list(self.net.named_parameters())
+        self.optimizer = optim.Optimizers([Group(params[:2], 0.5), Group(params[2:])], settings(name), 1000)
+
+    def train(self, steps, start=0) -> list[float]:
+        losses = []
+        for step in range(start, start + steps):
+            torch.manual_seed(step)
+            loss = (self.net(self.x) - self.y).square().mean()
+            loss.backward()
+            self.optimizer.step(step)
+            losses.append(loss.item())
+        return losses
+
+    def written(self, folder) -> dict[str, torch.Tensor]:
+        """As a run writes it."""
+        with self.optimizer.averaged():
+            checkpoints.write_tensors(folder / "model.safetensors", self.net.state_dict())
+            checkpoints.write_tensors(folder / "optimizer.safetensors", self.optimizer.tensors())
+        return {f"{file}.{k}": v for file in ("model", "optimizer")
+                for k, v in checkpoints.read_tensors(folder / f"{file}.safetensors").items()}
+
+    def restore(self, folder):
+        self.net.load_state_dict(checkpoints.read_tensors(folder / "model.safetensors"))
+        self.optimizer.load(checkpoints.read_tensors(folder / "optimizer.safetensors"))
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_named_optimizer_learns(name):
+    losses = Toy(name).train(120)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *CLASSES])
+def test_an_optimizer_goes_on_to_the_bit_from_what_it_saved(name, tmp_path):
+    unbroken, broken = Toy(name), Toy(name)
+    unbroken.train(3)
+    broken.train(3)
+    broken.written(tmp_path)
+    resumed = Toy(name)
+    resumed.restore(tmp_path)
+    unbroken.train(9, 3)
+    resumed.train(9, 3)
+    assert equal(unbroken.written(tmp_path), resumed.written(tmp_path))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_is_as_large_as_estimated(name):
+    toy = Toy(name)
+    estimate = toy.optimizer.state_bytes()
+    toy.train(1)
+    tensors = {}
+    for part in toy.optimizer.parts:
+        for i, state in part.state_dict()["state"].items():
+            optim.packed(state, f"{id(part)}.{i}", tensors)
+    assert estimate == pytest.approx(sum(t.nbytes for t in tensors.values()), rel=0.02)
+
+
+def test_came_goes_on_from_the_moments_of_the_trainers_own(tmp_path):
+    toy, other = Toy("came"), Toy("came")
+    toy.train(3)
+    toy.written(tmp_path)
+    saved = checkpoints.read_tensors(tmp_path / "optimizer.safetensors")
+    former = {new: old for old, new in optim.CAME_NAMES.items()} | {"exp_avg_sq": "square_row"}
+    old = {}
+    for key, value in saved.items():
+        part, parameter, name = (*key.split("."), "")[:3]
+        if name in former:
+            old[f"{part}.{parameter}.{former[name]}"] = value
+    other.net.load_state_dict(toy.net.state_dict())
+    other.optimizer.load(old)
+    toy.train(3, 3)
+    other.train(3, 3)
+    assert equal(toy.net.state_dict(), other.net.state_dict())
+
+
+def test_betas_of_came_are_three_and_of_others_two():
+    for name, betas, fits in (("came", [0.9, 0.99, 0.999], True), ("came", [0.9, 0.99], False),
+                              ("lion", [0.9, 0.99], True), ("lion", [0.9], False), ("SGD", [0.9, 0.99], False)):
+        problems = optimizers.problems(schema.Optimizer(name=name, betas=betas))
+        assert (not problems) is fits, problems
+
+
+# --- Schedule-free
+
+
+def test_the_average_of_a_schedule_free_optimizer_is_what_is_saved(tmp_path):
+    toy = Toy("schedule_free_adamw")
+    toy.train(20)
+    trained = {k: v.clone() for k, v in toy.net.state_dict().items()}
+    saved = toy.written(tmp_path)
+    state = toy.optimizer.parts[0].state
+    for name, p in toy.net.named_parameters():
+        # y = (1 - beta) z + beta x (arXiv 2405.15682, equation 3), where y is trained and x is the average
+        x = (trained[name] - 0.1 * state[p]["z"]) / 0.9
+        torch.testing.assert_close(saved[f"model.{name}"], x)
+        assert torch.equal(p.detach(), trained[name])
+        assert not torch.equal(saved[f"model.{name}"], trained[name])
+
+
+def test_looking_at_the_average_changes_nothing(tmp_path):
+    plain, looked_at = Toy("schedule_free_adamw"), Toy("schedule_free_adamw")
+    losses = plain.train(6)
+    for step in range(6):
+        assert looked_at.train(1, step) == losses[step:step + 1]
+        with looked_at.optimizer.averaged():
+            pass
+    assert equal(plain.written(tmp_path), looked_at.written(tmp_path))
+
+
+# --- Runs
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize("name, words", [
+    ("prodigy", ()), ("schedule_free_adamw", ("ema.decay=0",)), ("adafactor", ()),
+])
+def test_a_resumed_run_repeats_the_unbroken_run(path, tmp_path, name, words):
+    def interrupt(one, step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def weights(folder):
+        at = folder / "checkpoints/00000006"
+        return {f"{file.stem}.{k}": v for file in at.glob("*.safetensors")
+                for k, v in checkpoints.read_tensors(file).items()}
+
+    rate = OWN.get(name, {}).get("learning_rate", 1e-3)
+    words = (f"optimizer.name={name}", f"optimizer.learning_rate={rate}", "optimizer.decay=constant",
+             "validation.every=2", "save_every=5", *words)
+    unbroken, broken = (tiny_run.settings(path, tmp_path / n, *words) for n in ("unbroken", "broken"))
+    tiny_run.train(unbroken)
+    tiny_run.train(broken, interrupt)
+    tiny_run.train(broken)
+    assert equal(weights(tmp_path / "unbroken"), weights(tmp_path / "broken"))
+    assert log(tmp_path / "unbroken") == log(tmp_path / "broken")
+
+
+def test_prodigy_lowers_the_loss_without_a_learning_rate(path, tmp_path):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "optimizer.name=prodigy", "optimizer.learning_rate=1",
+                                     "steps=120", "save_every=120"))
+    lines = log(tmp_path / "run")
+    losses = [line["loss"] for line in lines]
+    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
+    assert max(line["learning_rate"] for line in lines) > 100 * lines[0]["learning_rate"]  # what it has estimated
+
+
+# --- What is refused
+
+
+@pytest.mark.parametrize("words, part", [
+    (("optimizer.name=prodgy",), "and no class of torch.optim or pytorch_optimizer; did you mean prodigy."),
+    (("optimizer.name=prodigy",), "Prodigy estimates the learning rate, and this is a factor of it"),
+    (("optimizer.name=prodigy", "optimizer.learning_rate=1", "optimizer.arguments.d_coeff=2"),
+     "optimizer.arguments.d_coeff is no argument of Prodigy; did you mean d_coef."),
+    (("optimizer.arguments={betas=[0.9, 0.99]}",), "that is decided by optimizer.betas"),
+    (("optimizer.arguments=3",), "optimizer.arguments=3 should be a table"),
+    (("optimizer.name=came", "optimizer.eps=1e-8"), "optimizer.eps=1e-08: CAME has no such argument"),
+    (("optimizer.name=AdaHessian",), "AdaHessian asks for second derivatives"),
+    (("optimizer.name=schedule_free_adamw", "optimizer.decay=constant"), "use ema.decay=0"),
+    (("optimizer.name=schedule_free_adamw", "ema.decay=0"), "averages the weights instead of a decay"),
+    (("optimizer.name=prodigy", "memory.shard=true"), "'schedule_free_adamw', not 'prodigy', which looks at whole"),
+    (("optimizer.decay_cycles=0",), "optimizer.decay_cycles=0 must be at least 1"),
+], ids=" ".join)
+def test_settings_that_cannot_work_are_refused_without_torch(path, tmp_path, words, part):
+    file = tiny_run.toml(tmp_path, path, tmp_path / "run")
+    script = ("import sys; sys.argv[0] = 'trainer'; from pixstack.trainer.cli import main\n"
+              "try: main.main()\n"
+              "finally: print('heavy:', sorted({'torch', 'numpy', 'pytorch_optimizer'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", script, "train", str(file), *words], text=True, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(load.TRAINER.parent / "package")})
+    assert part in done.stdout + done.stderr and "heavy: []" in done.stdout
+
+
+def test_a_class_takes_arguments_from_a_table(path, tmp_path):
+    made = tiny_run.settings(path, tmp_path / "run", "optimizer.name=Adan", "optimizer.betas=[0.9,0.9,0.99]",
+                             "optimizer.arguments.max_grad_norm=0.5")
+    assert made.optimizer.arguments == {"max_grad_norm": 0.5}
+    assert load.read(json.loads(json.dumps(load.as_dict(made))))[0] == made
+
+
+def test_an_argument_of_a_wrong_kind_is_named():
+    made = schema.Optimizer(name="Adan", arguments={"max_grad_norm": "much"})
+    with pytest.raises(ValueError, match="optimizer.name='Adan' with the arguments .*max_grad_norm"):
+        optim.Optimizers([Group([("p", torch.nn.Parameter(torch.zeros(2)))])], made, 10)
+
+
+def test_the_classes_are_those_of_the_libraries():
+    import pytorch_optimizer.optimizer
+
+    for library, module in ((optimizers.TORCH, torch.optim), (optimizers.MORE, pytorch_optimizer.optimizer)):
+        for name in optimizers.classes(library):
+            assert issubclass(getattr(module, name), torch.optim.Optimizer)
+            assert optimizers.arguments(optimizers.Kind(library, name)), name
+    assert all(hasattr(torch.optim, n) or hasattr(pytorch_optimizer.optimizer, n) for n in optimizers.REFUSED)
