@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import quantised_files, typed
+from .guard import reading
 from .parsing import from_json
 
 EXPONENTS = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
@@ -45,12 +46,10 @@ def read_file(path: str | os.PathLike, runnable: Collection[str] = ()) -> tuple[
             "models/text_encoders and is loaded with 'CLIPLoader (GGUF)' of the pack ComfyUI-GGUF, whose CLIP works "
             "with PixArt. For every other model, and for training, get the safetensors file."
         )
-    tensors, metadata = _read(path)
-    try:
+    with reading(path):
+        tensors, metadata = _read(path)
         _refuse_unreal(tensors)
         tensors, metadata = quantised_files.gathered(tensors, metadata, runnable)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
     for name, count in quantised_files.formats(tensors).items():
         logging.getLogger(__name__).info("%s: %d weights are quantised (%s).", path.name, count, name)
     return tensors, metadata
@@ -117,7 +116,31 @@ def _read_torch_file(path: Path) -> dict:
         raise ValueError(_cut(path, error)) from error
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{path.name} holds a {type(tensors).__name__}, not a table of weights.")
+    for table in (tensors, *(value for value in tensors.values() if isinstance(value, Mapping))):
+        _check_table(table, path)
     return dict(tensors)
+
+
+def _check_table(table: Mapping, path: Path):
+    """Raises ValueError that names what lies among the weights of a torch file and is none. Settings are no weights:
+    their names have no dot, or nothing beside them is a tensor."""
+    if not any(isinstance(value, Tensor) for value in table.values()):
+        return
+    size = 0
+    for key, value in table.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{path.name} holds a weight under {key!r:.50}, which is no name: it is not a model.")
+        if not isinstance(value, Tensor):
+            if "." in key:
+                raise ValueError(f"{path.name}: {key[:200]} is a {type(value).__name__}, where a weight belongs.")
+        elif value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            raise ValueError(f"{path.name}: {key[:200]} holds no plain values ({value.layout}, {dtype_name(value)}, "
+                             f"{value.device}). Get the model as safetensors.")
+        else:
+            size += value.numel() * value.element_size()
+    if size > MOST_UNPACKED * path.stat().st_size:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, and its weights would take {size:,}: they "
+                         "repeat few values. Get the original file.")
 
 
 def _cut(path: Path, error: BaseException) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..guard import shape_of
 from ..known_files import family_of, whose
 from ..state_dict import (
     config_metadata,
@@ -56,7 +57,7 @@ def read(
         tensors = from_diffusers(tensors)
     refuse_incomplete(tensors, (*NEEDED, "final_layer.linear.weight"), "FLUX checkpoint")
     shapes = from_shapes(tensors)
-    out = tensors["final_layer.linear.weight"].shape[0]
+    out = shape_of(tensors, "final_layer.linear.weight", 2)[0]
     if out != shapes["in_channels"]:
         raise ValueError(f"This FLUX takes tokens of {shapes['in_channels']} values and gives {out}: it wants a second "
                          "picture as input (Fill, Canny, Depth). Only the plain base is supported.")
@@ -71,16 +72,16 @@ def metadata(config: FluxConfig) -> dict[str, str]:
 
 def from_shapes(tensors: Mapping[str, Tensor]) -> dict:
     """The entries that keys and shapes give of a FLUX trunk, a base's or a ControlNet's: all but axes and theta."""
-    hidden, in_channels = tensors["img_in.weight"].shape
+    hidden, in_channels = shape_of(tensors, "img_in.weight", 2)
     return dict(
         hidden=hidden,
-        heads=hidden // tensors[HEAD_KEY].shape[0],
-        mlp_hidden=tensors["double_blocks.0.img_mlp.0.weight"].shape[0],
+        heads=hidden // shape_of(tensors, HEAD_KEY, 1)[0],
+        mlp_hidden=shape_of(tensors, "double_blocks.0.img_mlp.0.weight", 2)[0],
         depth=count(tensors, "double_blocks"),
         single_depth=count(tensors, "single_blocks"),
         in_channels=in_channels,
-        pooled_dim=tensors["vector_in.in_layer.weight"].shape[1],
-        context_dim=tensors["txt_in.weight"].shape[1],
+        pooled_dim=shape_of(tensors, "vector_in.in_layer.weight", 2)[1],
+        context_dim=shape_of(tensors, "txt_in.weight", 2)[1],
         qkv_bias="double_blocks.0.img_attn.qkv.bias" in tensors,
         guidance="guidance_in.in_layer.weight" in tensors,
     )

@@ -1,7 +1,6 @@
 """LoRA files of every trainer into layers: which spelling a file uses, and how it scales."""
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..known_files import whose
+from ..parsing import from_json
 from ..patterns import Ends
 from ..state_dict import check_values
 from .adapter import Layer, Lora, Names, Target, kind_of, rank_of, size_of
@@ -70,10 +70,7 @@ def beside(path: str | os.PathLike) -> dict | None:
     file = Path(path).with_name("adapter_config.json")
     if not file.is_file():
         return None
-    try:
-        adapter_config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file.name} beside {Path(path).name} is not valid JSON: {error}") from error
+    adapter_config = from_json(file.read_bytes(), f"{file.name} beside {Path(path).name}")
     return adapter_config if isinstance(adapter_config, dict) else None
 
 
@@ -218,7 +215,7 @@ def _check_number(value, what: str):
 def _from_metadata(metadata: Mapping[str, str]) -> dict | None:
     """The entries that diffusers writes beside the weights: PEFT's, under the name of the component or bare."""
     try:
-        stated = json.loads(metadata.get(METADATA_KEY, "{}"))
+        stated = from_json(metadata.get(METADATA_KEY, "{}"), METADATA_KEY)
     except ValueError:
         return None
     if not isinstance(stated, dict):

@@ -1,7 +1,6 @@
 """PixArt's files: the release's .pth with all its wrappers, diffusers folders, ControlNet bundles, our safetensors."""
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..known_files import family_of, whose
+from ..parsing import from_json
 from ..state_dict import config_metadata, metadata_config, refuse_incomplete, unwrapped, without_prefix
 from .config import LATENT_SCALES, PRESETS, TOKEN_LIMITS, PixArtConfig
 from .detection import completed, from_block_shapes, from_shapes, from_table, if_it_fits, variant_of
@@ -179,8 +179,5 @@ def _from_scheduler(scheduler: Mapping) -> dict:
 def _json(path: Path) -> dict | None:
     if not path.is_file():
         return None
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    entries = from_json(path.read_bytes(), str(path))
     return entries if isinstance(entries, dict) else None

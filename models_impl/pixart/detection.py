@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..guard import shape_of
 from ..state_dict import count, refuse_contradictions
 from .config import LATENT_SCALES, PRESETS, TOKEN_LIMITS, KVCompression, PixArtConfig
 from .model import axis_table, position_table
@@ -18,27 +19,27 @@ ONETRAINER_GRID, ONETRAINER_RANGE = 64, 64.0  # the table that its exports hold,
 
 
 def from_shapes(tensors: Mapping[str, Tensor], stated: Mapping) -> dict:
-    _, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
+    _, channels, patch_size, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
     depth = count(tensors, "blocks")
-    null = tensors.get("y_embedder.y_embedding")
+    null = "y_embedder.y_embedding"
     shapes = dict(
         depth=depth,
         patch_size=patch_size,
         in_channels=channels,
-        out_channels=tensors["final_layer.linear.weight"].shape[0] // patch_size**2,
-        context_dim=tensors["y_embedder.y_proj.fc1.weight"].shape[1],
+        out_channels=shape_of(tensors, "final_layer.linear.weight", 2)[0] // patch_size**2,
+        context_dim=shape_of(tensors, "y_embedder.y_proj.fc1.weight", 2)[1],
         micro_conditions="csize_embedder.mlp.0.weight" in tensors,
-        **({} if null is None else {"token_limit": null.shape[0]}),
+        **({"token_limit": shape_of(tensors, null, 2)[0]} if null in tensors else {}),
     )
     refuse_contradictions(shapes, stated)
     shapes |= from_block_shapes(tensors, "blocks.{}.", depth, stated)
-    return {**shapes, "null_caption": null is not None}
+    return {**shapes, "null_caption": null in tensors}
 
 
 def from_block_shapes(tensors: Mapping[str, Tensor], prefix: str, depth: int, stated: Mapping) -> dict:
     """prefix: how the key of block {} begins."""
-    hidden = tensors[prefix.format(0) + "attn.qkv.weight"].shape[1]
-    mlp_hidden = tensors[prefix.format(0) + "mlp.fc1.weight"].shape[0]
+    hidden = shape_of(tensors, prefix.format(0) + "attn.qkv.weight", 2)[1]
+    mlp_hidden = shape_of(tensors, prefix.format(0) + "mlp.fc1.weight", 2)[0]
     ratio = stated.get("mlp_ratio", mlp_hidden / hidden)  # many ratios give one width
     shapes = dict(
         hidden=hidden,
@@ -53,7 +54,7 @@ def _kv_compression(
     tensors: Mapping[str, Tensor], prefix: str, depth: int, stated: KVCompression | None
 ) -> KVCompression | None:
     """KV compression from the keys, for the convolution, which has weights, else from `stated`."""
-    factors = {i: tensors[key].shape[-1] for i in range(depth)
+    factors = {i: shape_of(tensors, key, 4)[-1] for i in range(depth)
                if (key := f"{prefix.format(i)}attn.sr.weight") in tensors}
     if len(set(factors.values())) > 1:
         raise ValueError(f"The blocks of this PixArt checkpoint compress by different factors: {factors}.")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..guard import shape_of
 from ..known_files import family_of, whose
+from ..parsing import LONGEST, from_yaml
 from ..state_dict import (
     config_metadata,
     count,
@@ -54,17 +56,19 @@ def read(
 
 def config_beside(path: str | os.PathLike) -> dict | None:
     """The yaml of a release or a training run that lies beside its checkpoint: `<same name>.yaml` or `config.yaml`."""
-    import yaml  # comes with ComfyUI and with transformers; nothing else here needs it
-
     path = Path(path)
     for candidate in (path.with_suffix(".yaml"), path.with_name("config.yaml")):
         if candidate.is_file():
+            if candidate.stat().st_size > LONGEST:
+                continue  # no configuration
             try:
-                entries = yaml.safe_load(candidate.read_text(encoding="utf-8"))
-            except yaml.YAMLError as error:
-                raise ValueError(f"{candidate.name} beside {path.name} is not valid YAML: {error}") from error
+                text = candidate.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{candidate.name} beside {path.name} is not valid YAML: {error}.") from error
+            entries = from_yaml(text, f"{candidate.name} beside {path.name}")
             model = entries.get("model") if isinstance(entries, dict) else None
-            if isinstance(model, dict) and "attention_head_dim" in model.get("params", {}):  # else another family's
+            params = model.get("params") if isinstance(model, dict) else None
+            if isinstance(params, dict) and "attention_head_dim" in params:  # else another family's
                 return {"model": model, "scheduler": entries.get("scheduler") or {}}
     return None
 
@@ -83,9 +87,8 @@ def metadata(config: PixelFlowConfig) -> dict[str, str]:
 
 
 def _from_shapes(tensors: Mapping[str, Tensor], head_dim: int) -> dict:
-    hidden, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
-    text = tensors.get("transformer_blocks.0.attn2.k_proj.weight")
-    classes = tensors.get("class_embedder.embedding_table.weight")
+    hidden, channels, patch_size, _ = shape_of(tensors, "patch_embed.proj.weight", 4)
+    text, classes = "transformer_blocks.0.attn2.k_proj.weight", "class_embedder.embedding_table.weight"
     if hidden % head_dim:
         raise ValueError(
             f"This PixelFlow checkpoint is {hidden} wide, which is not a multiple of the head size {head_dim}, and its "
@@ -97,9 +100,9 @@ def _from_shapes(tensors: Mapping[str, Tensor], head_dim: int) -> dict:
         depth=count(tensors, "transformer_blocks"),
         patch_size=patch_size,
         in_channels=channels,
-        out_channels=tensors["proj_out_2.weight"].shape[0] // patch_size**2,
-        num_classes=0 if classes is None else classes.shape[0] - 1,
-        context_dim=None if text is None else text.shape[1],
+        out_channels=shape_of(tensors, "proj_out_2.weight", 2)[0] // patch_size**2,
+        num_classes=shape_of(tensors, classes, 2)[0] - 1 if classes in tensors else 0,
+        context_dim=shape_of(tensors, text, 2)[1] if text in tensors else None,
         attention_bias="transformer_blocks.0.attn1.q_proj.bias" in tensors,
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..guard import shape_of
 from ..known_files import whose
 from ..state_dict import config_metadata, metadata_config, refuse_contradictions, unwrapped
 from .config import (
@@ -109,10 +110,10 @@ def read_stage_c(tensors: Mapping, metadata: Metadata = None, config: Mapping | 
     tensors = attention_names({key: value for key, value in tensors.items() if not DEAD["stage_c"].match(key)})
     stated = _stated(StageCConfig, metadata, config)
     shapes = _cascade(tensors, stated, StageCConfig.patch_size)
-    context, text = tensors["clip_txt_mapper.weight"].shape
-    pooled, pooled_dim = tensors["clip_txt_pooled_mapper.weight"].shape
+    context, text = shape_of(tensors, "clip_txt_mapper.weight", 2)
+    pooled, pooled_dim = shape_of(tensors, "clip_txt_pooled_mapper.weight", 2)
     shapes.update(context_dim=context, text_dim=text, pooled_dim=pooled_dim, pooled_tokens=pooled // context,
-                  image_dim=tensors["clip_img_mapper.weight"].shape[1])
+                  image_dim=shape_of(tensors, "clip_img_mapper.weight", 2)[1])
     stated.setdefault("switch", (False,) * (len(shapes["hidden"]) - 1))
     return _checked(StageCConfig, stated, shapes), tensors
 
@@ -126,10 +127,10 @@ def read_stage_b(tensors: Mapping, metadata: Metadata = None, config: Mapping | 
     shapes = _cascade(tensors, stated, StageBConfig.patch_size)
     context = next((t.shape[1] for key, t in tensors.items() if key.endswith("kv_mapper.1.weight")),
                    stated.get("context_dim", StageBConfig.context_dim))
-    pooled, pooled_dim = tensors["clip_mapper.weight"].shape
+    pooled, pooled_dim = shape_of(tensors, "clip_mapper.weight", 2)
     shapes.update(context_dim=context, pooled_dim=pooled_dim, pooled_tokens=pooled // context,
-                  semantic_channels=tensors["effnet_mapper.0.weight"].shape[1],
-                  pixel_channels=tensors["pixels_mapper.0.weight"].shape[1])
+                  semantic_channels=shape_of(tensors, "effnet_mapper.0.weight", 4)[1],
+                  pixel_channels=shape_of(tensors, "pixels_mapper.0.weight", 4)[1])
     return _checked(StageBConfig, stated, shapes), tensors
 
 
@@ -178,8 +179,8 @@ def _cascade(tensors: Mapping[str, Tensor], stated: dict, released_patch_size: i
     stated.setdefault("dropout", tuple(0.1 if "A" in down[i] else 0.0 for i in range(levels)))
     from_shapes = dict(
         hidden=hidden, down=down, up=up, down_repeats=repeats("down", levels), up_repeats=repeats("up", levels),
-        in_channels=tensors["embedding.1.weight"].shape[1] // patch_size**2,
-        out_channels=tensors["clf.1.weight"].shape[0] // patch_size**2,
+        in_channels=shape_of(tensors, "embedding.1.weight", 4)[1] // patch_size**2,
+        out_channels=shape_of(tensors, "clf.1.weight", 4)[0] // patch_size**2,
     )
     if mapper is not None:
         from_shapes["timestep_dim"] = mapper.shape[1]
@@ -198,8 +199,8 @@ def read_stage_a(tensors: Mapping, metadata: Metadata = None, config: Mapping | 
     tensors = {key: value for key, value in unwrap(tensors).items() if not DEAD["stage_a"].match(key)}
     if "in_block.1.weight" not in tensors or "up_blocks.0.0.weight" not in tensors:
         _refuse(tensors, "a Stage A of Stable Cascade")
-    hidden, latent = tensors["up_blocks.0.0.weight"].shape[:2]
-    finest = tensors["in_block.1.weight"].shape[0]
+    hidden, latent, *_ = shape_of(tensors, "up_blocks.0.0.weight", 4)
+    finest = shape_of(tensors, "in_block.1.weight", 4)[0]
     levels = (hidden // finest).bit_length()
     blocks = {m[1] for m in (re.match(r"up_blocks\.(\d+)\.gammas$", key) for key in tensors) if m}
     shapes = dict(levels=levels, hidden=hidden, latent_channels=latent, bottleneck_blocks=len(blocks) - (levels - 1))
@@ -241,12 +242,12 @@ def read_guide(tensors: Mapping, metadata: Metadata = None, config: Mapping | No
 def _guide_shapes(weights: Mapping[str, Tensor]) -> dict:
     def channels(net: str) -> tuple[int, ...]:
         levels = sorted(int(m[1]) for m in (re.match(rf"{net}\.(\d{{1,6}})\.wtokens$", key) for key in weights) if m)
-        return tuple(weights[f"{net}.{level}.input_layer.weight"].shape[1] for level in levels)
+        return tuple(shape_of(weights, f"{net}.{level}.input_layer.weight", 4)[1] for level in levels)
 
     first = next(key.removesuffix("wtokens") for key in weights if key.endswith(".wtokens"))
     own = {key.removeprefix(first): tensor for key, tensor in weights.items() if key.startswith(first)}
-    layers = tuple(own[f"base_params.wb{i}"].shape[1] for i in range(len(own)) if f"base_params.wb{i}" in own)
-    tokens, width = own["wtokens"].shape
+    layers = tuple(shape_of(own, f"base_params.wb{i}", 2)[1] for i in range(len(own)) if f"base_params.wb{i}" in own)
+    tokens, width = shape_of(own, "wtokens", 2)
     every = range(1, max(layers, default=0) + 1)
     place = bisect_left(every, tokens, key=lambda g: sum(min(g, size) for size in layers))
     groups = every[place] if place < len(every) else 0
@@ -255,9 +256,11 @@ def _guide_shapes(weights: Mapping[str, Tensor]) -> dict:
     return dict(
         down=channels("agg_net"), up=channels("agg_net_up"), width=width, groups=groups, layers=layers,
         encoder_layers=sum(key.startswith("transformer_encoder") and key.endswith(".0.norm.weight") for key in own),
-        feedforward=own["transformer_encoder.layers.0.1.fn.net.0.weight"].shape[0],
-        max_tokens=own["tokenizer.posemb"].shape[0], frequencies=(own["base_params.wb0"].shape[0] - 1) // 4,
-        timestep_dim=own["mapp_t.mapper.weight"].shape[1], scale_dim=own["hr_norm.mapping.mapper.weight"].shape[1],
+        feedforward=shape_of(own, "transformer_encoder.layers.0.1.fn.net.0.weight", 2)[0],
+        max_tokens=shape_of(own, "tokenizer.posemb", 2)[0],
+        frequencies=(shape_of(own, "base_params.wb0", 2)[0] - 1) // 4,
+        timestep_dim=shape_of(own, "mapp_t.mapper.weight", 2)[1],
+        scale_dim=shape_of(own, "hr_norm.mapping.mapper.weight", 2)[1],
     )
 
 
@@ -300,7 +303,8 @@ def read_controlnet(tensors: Mapping, metadata: Metadata = None, config: Mapping
     elif len(stated["blocks"]) != count:
         raise ValueError(f"The configuration names {len(stated['blocks'])} blocks, the weights have {count} "
                          "projections.")
-    shapes = dict(in_channels=first.shape[1], backbone=backbone, hidden=tensors["projections.0.2.weight"].shape[0])
+    shapes = dict(in_channels=first.shape[1], backbone=backbone,
+                  hidden=shape_of(tensors, "projections.0.2.weight", 4)[0])
     return _checked(ControlNetConfig, stated, shapes), tensors
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ....models_impl.annotators import canny, depth, hed
 from ....models_impl.annotators.resize import seen
+from ....models_impl.guard import reading
 from ..common import memory
 from ..common.patcher import patcher
 from ..common.pictures import colours
@@ -30,10 +31,8 @@ def picture(path: Path) -> Tensor:
 
 def hed_edges(path: str, image: Tensor, strength: float = 1.0, resolution: int = 0) -> Tensor:
     """image: (B, H, W, 3) in [0, 1] -> soft edges (B, H, W, 3) in [0, 1]. resolution: see `seen`."""
-    try:
+    with reading(path):
         net = patcher(hed.load(path), offload_device=torch.device("cpu"))
-    except ValueError as error:
-        raise ValueError(f"{Path(path).name}: {error}") from error
     return annotated(image, resolution, lambda pictures: net.model(pictures)[1] * strength, net, HED_BYTES)
 
 

@@ -22,6 +22,7 @@ from comfy.supported_models_base import ClipTarget
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 
+from ....models_impl.guard import reading
 from ....models_impl.known_files import whose
 from ....models_impl.state_dict import expected_shapes, read_file, without_prefix
 from ....models_impl.text import MAX_LENGTH, shapes
@@ -40,18 +41,22 @@ def load_t5(
 ) -> comfy.sd.CLIP:
     """A T5 encoder file as CLIP. dtype None stores the weights as the file does; device None lets ComfyUI choose;
     padded: texts are padded to the encoder's full length, and the padding is attended to like words, as in FLUX."""
-    file = Path(path)
+    with reading(path):
+        clip = _clip(Path(path), dtype, device, padded, disable_dynamic)
+    reloadable(clip.patcher, load_t5_patcher, path, dtype, device, padded)
+    return clip
+
+
+def _clip(file: Path, dtype: torch.dtype | None, device: torch.device | None, padded: bool, disable_dynamic: bool
+          ) -> comfy.sd.CLIP:
     tensors, metadata = read_file(file, quantised.runnable())
     tensors = encoder_weights(tensors, file.name)
-    try:
-        config = shapes.configuration(tensors, metadata)
-        if config["dense_act_fn"] not in ACTIVATIONS:
-            raise ValueError(f"ComfyUI's T5 knows the activations {', '.join(ACTIVATIONS)}, this file was trained with "
-                             f"{config['dense_act_fn']}.")
-        if text := metadata.get("pixstack.tokenizer"):
-            shapes.tokenizer(text)
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from error
+    config = shapes.configuration(tensors, metadata)
+    if config["dense_act_fn"] not in ACTIVATIONS:
+        raise ValueError(f"ComfyUI's T5 knows the activations {', '.join(ACTIVATIONS)}, this file was trained with "
+                         f"{config['dense_act_fn']}.")
+    if text := metadata.get("pixstack.tokenizer"):
+        shapes.tokenizer(text)
     for name, value in FIXED_IN_COMFYUI.items():
         if config.get(name, value) != value:
             raise ValueError(f"{file.name}: ComfyUI's T5 knows only {name}={value}, this file was trained with "
@@ -81,7 +86,6 @@ def load_t5(
     )
     if "state_dict" not in taken:
         clip.load_sd(tensors)
-    reloadable(clip.patcher, load_t5_patcher, path, dtype, device, padded)
     return clip
 
 

@@ -8,6 +8,7 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
+from ....models_impl.guard import reading
 from ....models_impl.known_files import whose
 from ....models_impl.state_dict import load_into, read_file
 from ..common.patcher import patcher, reloadable
@@ -46,11 +47,12 @@ def load(path: str, disable_dynamic: bool = False) -> comfy.sd.VAE:
         raise ValueError("The consistency decoder needs the package diffusers: install it in ComfyUI's Python."
                          ) from error
     file = Path(path)
-    tensors, _ = read_file(file)
-    if not any(key.startswith("decoder_unet.") for key in tensors):
-        raise ValueError(f"{file.name} is not the consistency decoder in diffusers' format. {whose(tensors)}")
-    net = ConsistencyDecoderVAE(**sizes(tensors))
-    load_into(net, tensors, f"the consistency decoder ({file.name})")
+    with reading(file):
+        tensors, _ = read_file(file)
+        if not any(key.startswith("decoder_unet.") for key in tensors):
+            raise ValueError(f"{file.name} is not the consistency decoder in diffusers' format. {whose(tensors)}")
+        net = ConsistencyDecoderVAE(**sizes(tensors))
+        load_into(net, tensors, f"the consistency decoder ({file.name})")
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     vae.first_stage_model = Codec(net).eval().to(vae.vae_dtype)
     patched = patcher(vae.first_stage_model, load_device=vae.device, offload_device=mm.vae_offload_device(),

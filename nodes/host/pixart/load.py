@@ -8,6 +8,7 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from ....models_impl.guard import reading
 from ....models_impl.pixart import checkpoint
 from ....models_impl.pixart.controlnet import PixArtControlNet
 from ....models_impl.state_dict import read_file
@@ -25,14 +26,12 @@ def load_pixart(
     """A PixArt file as a ModelPatcher. settings: entries of PixArtConfig that override the file's;
     dtype and fast: storage and product as in `as_model`."""
     file = Path(path)
-    tensors, metadata = read_file(file, quantised.runnable())
-    try:
+    with reading(file):
+        tensors, metadata = read_file(file, quantised.runnable())
         config, tensors = checkpoint.read(
             tensors, metadata, weights=weights, config=settings, beside=checkpoint.beside(file)
         )
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from error
-    model = as_model(ModelConfig(config), tensors, dtype, f"PixArt ({file.name})", disable_dynamic, fast)
+        model = as_model(ModelConfig(config), tensors, dtype, f"PixArt ({file.name})", disable_dynamic, fast)
     return reloadable(step_cache.attach(model), load_pixart, path, weights, dtype, settings, fast)
 
 
@@ -44,11 +43,9 @@ def load_pixart_controlnet(path: str, dtype: torch.dtype | None = None) -> PixAr
 def pixart_controlnet(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
     """The network of a PixArt ControlNet file as a ModelPatcher."""
     file = Path(path)
-    tensors, metadata = read_file(file, quantised.runnable())
-    try:
+    with reading(file):
+        tensors, metadata = read_file(file, quantised.runnable())
         config, blocks, tensors = checkpoint.read_controlnet(tensors, metadata)
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from error
     parameters, supported = comfy.utils.calculate_parameters(tensors), INFERENCE_DTYPES
     kept = quantised.kept(tensors, dtype)
     stored = None if kept else dtype
@@ -59,6 +56,8 @@ def pixart_controlnet(path: str, dtype: torch.dtype | None = None, disable_dynam
     # The base network decides the compute dtype at each run: weights of any storage dtype follow their input.
     casts = cast is not None or kept
     operations = quantised.operations(stored, cast, kept) if casts else comfy.ops.manual_cast
-    net = PixArtControlNet(config, blocks, operations=operations, dtype=stored, device=mm.unet_offload_device())
-    patched = with_weights(net.eval(), tensors, f"a PixArt ControlNet ({file.name})", disable_dynamic=disable_dynamic)
+    with reading(file):
+        net = PixArtControlNet(config, blocks, operations=operations, dtype=stored, device=mm.unet_offload_device())
+        patched = with_weights(net.eval(), tensors, f"a PixArt ControlNet ({file.name})",
+                               disable_dynamic=disable_dynamic)
     return reloadable(patched, pixart_controlnet, path, dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ....models_impl import lora
+from ....models_impl.guard import reading
 from ....models_impl.pixart.lora import names
 from ....models_impl.state_dict import expected_shapes, read_file
 from .model import config_of
@@ -50,11 +51,9 @@ def load(model, path: str, strength: float, alpha: float | None) -> tuple:
     config_of(model)
     file = Path(path)
     shapes = expected_shapes(model.model.diffusion_model)
-    tensors, metadata = read_file(file)
-    try:
+    with reading(file):
+        tensors, metadata = read_file(file)
         adapter = lora.read(tensors, names(shapes), metadata, lora.beside(file), alpha)
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from error
     patches = {_place(layer): LayerAdapter.of(layer) for layer in adapter.layers}
     patched = model.clone()
     taken = set(patched.add_patches(patches, strength))

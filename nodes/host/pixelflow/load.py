@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ....models_impl.guard import reading
 from ....models_impl.pixelflow import checkpoint
 from ....models_impl.state_dict import read_file
 from ..common import quantised
@@ -19,12 +20,10 @@ def load_pixelflow(
 ):
     """A PixelFlow file as a ModelPatcher; dtype None lets ComfyUI choose the storage; fast: multiply in fp8 as well."""
     file = Path(path)
-    tensors, metadata = read_file(file, quantised.runnable())
-    try:
+    with reading(file):
+        tensors, metadata = read_file(file, quantised.runnable())
         config, tensors = checkpoint.read(
             tensors, metadata, weights=weights, beside=checkpoint.config_beside(file)
         )
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from error
-    model = as_model(ModelConfig(config), tensors, dtype, f"PixelFlow ({file.name})", disable_dynamic, fast)
+        model = as_model(ModelConfig(config), tensors, dtype, f"PixelFlow ({file.name})", disable_dynamic, fast)
     return reloadable(model, load_pixelflow, path, weights, dtype, fast)

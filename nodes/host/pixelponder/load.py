@@ -8,6 +8,7 @@ import comfy.model_management as mm
 import comfy.utils
 import torch
 
+from ....models_impl.guard import reading
 from ....models_impl.pixelponder import checkpoint
 from ....models_impl.pixelponder.model import PixelPonder
 from ....models_impl.state_dict import read_file
@@ -31,12 +32,11 @@ def load_patcher(path: str, select_net: bool = False, dtype: torch.dtype | None 
 def _load(path: str, select_net: bool, dtype: torch.dtype | None, disable_dynamic: bool = False):
     """(the network as a ModelPatcher, the dtype that it computes in)."""
     file = Path(path)
-    tensors, metadata = read_file(file, quantised.runnable())
-    try:
+    with reading(file):
+        tensors, metadata = read_file(file, quantised.runnable())
         config, tensors = checkpoint.read(tensors, metadata, select_net=select_net)
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from error
-    if select_net and checkpoint.select_net_is_untrained(tensors):
+        untrained = select_net and checkpoint.select_net_is_untrained(tensors)
+    if untrained:
         logging.warning(f"{file.name}: the selection network is as it was initialised, before any training, so what it "
                         "selects means nothing. It costs time and memory; 'released' gives nearly the same picture.")
     parameters, device = comfy.utils.calculate_parameters(tensors), mm.get_torch_device()
@@ -48,8 +48,9 @@ def _load(path: str, select_net: bool, dtype: torch.dtype | None, disable_dynami
     cast = mm.unet_manual_cast(None if kept else stored, device, INFERENCE_DTYPES)
     if cast is None and stored not in INFERENCE_DTYPES:
         cast = mm.unet_dtype(model_params=parameters, supported_dtypes=INFERENCE_DTYPES)
-    net = PixelPonder(config, operations=quantised.operations(stored, cast, kept), dtype=stored,
-                      device=mm.unet_offload_device())
-    patched = with_weights(net.eval(), tensors, f"a PixelPonder ControlNet ({file.name})",
-                           disable_dynamic=disable_dynamic)
+    with reading(file):
+        net = PixelPonder(config, operations=quantised.operations(stored, cast, kept), dtype=stored,
+                          device=mm.unet_offload_device())
+        patched = with_weights(net.eval(), tensors, f"a PixelPonder ControlNet ({file.name})",
+                               disable_dynamic=disable_dynamic)
     return reloadable(patched, load_patcher, path, select_net, dtype), cast or stored

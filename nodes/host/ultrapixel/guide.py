@@ -20,6 +20,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import Tensor, nn
 
+from ....models_impl.guard import reading
 from ....models_impl.state_dict import read_file
 from ....models_impl.ultrapixel import checkpoint
 from ....models_impl.ultrapixel.config import GuideConfig
@@ -51,15 +52,13 @@ class Strengths:
 def load_guide(path: str, disable_dynamic: bool = False):
     """A guide file as a ModelPatcher of its own. Computes in whatever the base's features are in."""
     file = Path(path)
-    tensors, metadata = read_file(file)
-    try:
+    with reading(file):
+        tensors, metadata = read_file(file)
         config, tensors = checkpoint.read_guide(tensors, metadata)
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from error
-    guide = Guide(config, operations=comfy.ops.manual_cast, dtype=comfy.utils.weight_dtype(tensors),
-                  device=mm.unet_offload_device())
-    patched = with_weights(guide.eval().requires_grad_(False), tensors, f"UltraPixel's guide ({file.name})",
-                           disable_dynamic=disable_dynamic)
+        guide = Guide(config, operations=comfy.ops.manual_cast, dtype=comfy.utils.weight_dtype(tensors),
+                      device=mm.unet_offload_device())
+        patched = with_weights(guide.eval().requires_grad_(False), tensors, f"UltraPixel's guide ({file.name})",
+                               disable_dynamic=disable_dynamic)
     return reloadable(patched, load_guide, path)
 
 

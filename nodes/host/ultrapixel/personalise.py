@@ -13,6 +13,7 @@ from comfy.ldm.cascade.common import AttnBlock, FeedForwardBlock, ResBlock, Time
 from torch import Tensor
 
 from ....models_impl import patterns
+from ....models_impl.guard import reading
 from ....models_impl.known_files import PERSONALISATION, family_of, names, whose
 from ....models_impl.state_dict import read_file
 from ....models_impl.ultrapixel import lora
@@ -42,12 +43,15 @@ def layout_of(net) -> StageCConfig:
 
 def read(path: str, model) -> Personalisation:
     file = Path(path)
-    tensors, metadata = read_file(file)
-    try:
-        return lora.read(tensors, metadata, layout_of(stage_c_of(model).diffusion_model))
-    except ValueError as error:
-        also = f" {whose(tensors)}" if family_of(names(tensors)) not in (None, PERSONALISATION) else ""
-        raise ValueError(f"{file.name}: {error}{also}") from error
+    layout = layout_of(stage_c_of(model).diffusion_model)
+    with reading(file):
+        tensors, metadata = read_file(file)
+        try:
+            return lora.read(tensors, metadata, layout)
+        except ValueError as error:
+            if family_of(names(tensors)) in (None, PERSONALISATION):
+                raise
+            raise ValueError(f"{error} {whose(tensors)}") from error
 
 
 def patch(model, personal: Personalisation, strength: float):

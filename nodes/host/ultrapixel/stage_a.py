@@ -13,6 +13,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ....models_impl.guard import reading
 from ....models_impl.state_dict import read_file
 from ....models_impl.ultrapixel import checkpoint
 from ....models_impl.ultrapixel.stage_a import StageA, decode_bytes
@@ -29,17 +30,15 @@ HEADROOM = 1.2  # workspaces of the kernels, fragmentation
 def load(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> StageAVAE:
     """A Stage A file as VAE; dtype None lets ComfyUI choose. Raises ValueError for another file."""
     file = Path(path)
-    tensors, metadata = read_file(file)
-    try:
-        config, tensors = checkpoint.read_stage_a(tensors, metadata)
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from error
-    # ComfyUI's latents of Stage B are already scaled: its latent format SC_B multiplies by 0.43 after the sampler.
-    config = replace(config, scale_factor=1.0)
     vae = StageAVAE(dtype)
-    net = StageA(config, operations=comfy.ops.disable_weight_init, dtype=vae.vae_dtype)
-    patched = with_weights(net.eval(), tensors, f"a Stage A ({file.name})", load_device=vae.device,
-                           offload_device=mm.vae_offload_device(), disable_dynamic=disable_dynamic)
+    with reading(file):
+        tensors, metadata = read_file(file)
+        config, tensors = checkpoint.read_stage_a(tensors, metadata)
+        # ComfyUI's latents of Stage B are already scaled: its latent format SC_B multiplies by 0.43 after the sampler.
+        config = replace(config, scale_factor=1.0)
+        net = StageA(config, operations=comfy.ops.disable_weight_init, dtype=vae.vae_dtype)
+        patched = with_weights(net.eval(), tensors, f"a Stage A ({file.name})", load_device=vae.device,
+                               offload_device=mm.vae_offload_device(), disable_dynamic=disable_dynamic)
     vae.take(reloadable(patched, load_patcher, path, dtype))
     return vae
 
