@@ -4,11 +4,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .state_dict import PREFIXES
+from .state_dict import BESIDE_A_MODEL, PREFIXES
 
 PERSONALISATION = "a personalisation of UltraPixel"
 DIFFUSION_MODEL = "core's 'Load Diffusion Model'"
-BESIDE_A_MODEL = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoder.", "text_encoders.")
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,23 @@ EXPONENTS = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 """The bits that are all set in what is no number."""
 MOST_UNPACKED = 100  # times the size of a compressed archive
 MOST_REPEATED = 2**28  # bytes that a tensor of a torch file may seem to have beyond those of the file
-PREFIXES = ("module.", "model.diffusion_model.", "_orig_mod.", "diffusion_model.")
+PREFIXES = ("module.", "model.diffusion_model.", "_orig_mod.", "diffusion_model.", "transformer.", "model_ema.",
+            "model.")
+OF_A_MODEL = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+"""The prefixes of which one is enough: other models may lie beside its weights in a file for several."""
+BESIDE_A_MODEL = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoder.", "text_encoders.",
+                  "clip_vision.", "model_ema.")
+SIGNS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Keys of tensors by which ComfyUI says what a model predicts."""
+CONFIG_KEY = "pixstack.config"
+"""A tensor whose bytes are our metadata, in files of a program that writes only tensors."""
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+MOST_SHARDS = 200
 
 
 def read_file(path: str | os.PathLike, runnable: Collection[str] = ()) -> tuple[dict, dict[str, str]]:
-    """Tensors (nested as the file has them) and text metadata of a safetensors or torch file.
+    """Tensors (nested as the file has them) and text metadata of a safetensors or torch file, or of all parts of one
+    (model-00001-of-00002.safetensors), of which `path` is any.
 
     The weights of a quantised file are `quantised_files.Quantised`, dequantised where they are used; runnable:
     formats that the caller takes as they are (`quantised_files.gathered`). Nothing in the file is executed: torch files
@@ -47,8 +59,10 @@ def read_file(path: str | os.PathLike, runnable: Collection[str] = ()) -> tuple[
             "with PixArt. For every other model, and for training, get the safetensors file."
         )
     with reading(path):
-        tensors, metadata = _read(path)
+        tensors, metadata = _read_shards(path)
         _refuse_unreal(tensors)
+        if isinstance(stored := tensors.pop(CONFIG_KEY, None), Tensor):
+            metadata = {**from_json(bytes(stored.flatten().tolist()), CONFIG_KEY), **metadata}
         tensors, metadata = quantised_files.gathered(tensors, metadata, runnable)
     for name, count in quantised_files.formats(tensors).items():
         logging.getLogger(__name__).info("%s: %d weights are quantised (%s).", path.name, count, name)
@@ -69,6 +83,24 @@ def _refuse_unreal(tensors: Mapping):
             if value.nbytes > max(MOST_REPEATED, held):
                 raise ValueError(f"{key} has the shape {list(value.shape)}, {value.nbytes:,} bytes, of which the file "
                                  f"holds {held:,}: it is damaged, or made to fill the memory.")
+
+
+def _read_shards(path: Path) -> tuple[dict, dict[str, str]]:
+    """A file, with the other parts where it is one of several."""
+    match = SHARD.fullmatch(path.name)
+    if not match or not 1 < int(match[3]) <= MOST_SHARDS:
+        return _read(path)
+    parts = [path.with_name(f"{match[1]}-{i:05}-of-{match[3]}{match[4]}") for i in range(1, int(match[3]) + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise ValueError(f"{path.name} is part {int(match[2])} of {len(parts)} of a model, and {missing[0]} is not "
+                         "beside it: put all parts into one folder.")
+    tensors, metadata = {}, {}
+    for part in parts:
+        more, more_metadata = _read(part)
+        if twice := next((key for key in more if key in tensors), None):
+            raise ValueError(f"{part.name} holds {twice}, which another part has too: they belong to different models.")
+        tensors, metadata = {**tensors, **more}, {**metadata, **more_metadata}
+    return tensors, metadata
 
 
 def _read(path: Path) -> tuple[dict, dict[str, str]]:
@@ -204,8 +236,13 @@ def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata:
 
 
 def without_prefix(tensors: Mapping) -> dict:
-    """Remove the prefixes that other programs put before every key."""
-    tensors = dict(tensors)
+    """Remove the prefixes that other programs put before every key, and what lies beside a model in one file."""
+    tensors = {key: value for key, value in tensors.items() if key not in SIGNS}
+    for prefix in OF_A_MODEL:
+        own = {key: value for key, value in tensors.items() if key.startswith(prefix)}
+        if own and all(key in own or key.startswith(BESIDE_A_MODEL) for key in tensors):
+            tensors = own
+            break
     stripped = True
     while tensors and stripped:
         stripped = False
@@ -218,9 +255,22 @@ def without_prefix(tensors: Mapping) -> dict:
 
 def unwrapped(tensors: Mapping, names: Sequence[str]) -> dict:
     """The weights of a training file, which holds them under the first of `names` that it has; another file's own.
-    Without the prefixes of other programs."""
+    Without the prefixes of other programs. Raises ValueError for weights that another program packed into few bits."""
+    names = (*names, "module")  # DeepSpeed's
     inner = (tensors[name] for name in names if isinstance(tensors.get(name), Mapping) and tensors[name])
-    return without_prefix(next(inner, tensors))
+    own = without_prefix(next(inner, tensors))
+    packed = next((key for key in own if key.endswith((".absmax", ".quant_map", ".qweight"))), None)
+    if packed is not None:
+        raise ValueError(f"{packed} belongs to weights in 4 bits whose format is not known here. Get the file in bf16, "
+                         "float16 or fp8.")
+    return own
+
+
+def signs_of(tensors: Mapping) -> dict:
+    """Entries that the keys by which ComfyUI marks a model say: what it predicts, and whether its noise ends in noise
+    alone."""
+    stated = {"prediction": "v"} if "v_pred" in tensors else {}
+    return {**stated, "zero_terminal_snr": True} if "ztsnr" in tensors else stated
 
 
 def count(keys: Iterable[str], name: str) -> int:
@@ -356,6 +406,12 @@ def _not_made_yet(name: str, layer: nn.Module) -> dict[str, torch.Size]:
 def config_metadata(family: str, entries: Mapping) -> dict[str, str]:
     """Metadata of our exported safetensors: the family and its whole configuration."""
     return {"pixstack.family": family, "pixstack.config": json.dumps(entries)}
+
+
+def config_tensor(family: str, entries: Mapping) -> dict[str, Tensor]:
+    """`config_metadata` as a tensor, which `read_file` takes for it."""
+    text = json.dumps(config_metadata(family, entries)).encode()
+    return {CONFIG_KEY: torch.tensor(list(text), dtype=torch.uint8)}
 
 
 def metadata_config(metadata: Mapping[str, str], family: str) -> dict | None:

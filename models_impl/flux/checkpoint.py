@@ -1,6 +1,7 @@
 """FLUX.1's files: the release (flux1-dev.safetensors), diffusers' transformer, and our own safetensors."""
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -55,6 +56,8 @@ def read(
         raise ValueError(f"This is not a FLUX checkpoint. {whose(tensors)}")
     if "transformer_blocks.0.attn.add_q_proj.weight" in tensors:
         tensors = from_diffusers(tensors)
+    tensors = {re.sub(r"\.(query|key)_norm\.weight$", r".\1_norm.scale", key): value  # core's after 0.3.75
+               for key, value in tensors.items()}
     refuse_incomplete(tensors, (*NEEDED, "final_layer.linear.weight"), "FLUX checkpoint")
     shapes = from_shapes(tensors)
     out = shape_of(tensors, "final_layer.linear.weight", 2)[0]

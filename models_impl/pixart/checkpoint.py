@@ -1,6 +1,7 @@
 """PixArt's files: the release's .pth with all its wrappers, diffusers folders, ControlNet bundles, our safetensors."""
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -10,13 +11,23 @@ from torch import Tensor
 
 from ..known_files import family_of, whose
 from ..parsing import from_json
-from ..state_dict import config_metadata, metadata_config, refuse_incomplete, unwrapped, without_prefix
+from ..state_dict import (
+    config_metadata,
+    count,
+    metadata_config,
+    refuse_incomplete,
+    signs_of,
+    unwrapped,
+    without_prefix,
+)
 from .config import LATENT_SCALES, PRESETS, TOKEN_LIMITS, PixArtConfig
 from .detection import completed, from_block_shapes, from_shapes, from_table, if_it_fits, variant_of
 from .key_names import NOT_NEEDED, to_original, to_original_controlnet
 
 FAMILY = "pixart"
 CONTROLNET_FAMILY = "pixart_controlnet"
+OF_EMA = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+"""What diffusers' EMAModel writes into a config.json."""
 NEEDED = ("x_embedder.proj.weight", "t_block.1.weight", "y_embedder.y_proj.fc1.weight", "final_layer.linear.weight",
           "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
 
@@ -32,7 +43,13 @@ RELEASED_FILES = (  # how the name of a released file begins -> preset; the keys
     ("pixart-sigma-xl-2-1024", "sigma_1024"),
     ("pixart-sigma-xl-2-2k", "sigma_2k"),
     ("pixart-900m-1024", "sigma_900m"),
+    ("pixart-sigma-nitro", "sigma_1024"),
+    ("yoso_pixart512", "alpha_512"),
+    ("yoso_pixart1024", "alpha_1024"),
+    ("yoso-pixart512", "alpha_512"),
+    ("yoso-pixart1024", "alpha_1024"),
 )
+PREDICTS_V = ("yoso_pixart512", "yoso-pixart512")
 BY_NAME = ("sample_size", "position_range", "latent_scale", "token_limit")  # the entries that such a name gives
 
 
@@ -51,10 +68,11 @@ def read(
     `beside`, which counts where it fits and the file itself says nothing. A ControlNet bundle gives its base model.
     Raises ValueError for a file of another family, or a ControlNet without its base.
     """
+    signs = signs_of(tensors)
     tensors = _unwrap(tensors, weights)
     if any(key.startswith("base_model.") for key in tensors):
         base = {k.removeprefix("base_model."): v for k, v in tensors.items() if k.startswith("base_model.")}
-        tensors = without_prefix(base)
+        tensors = _of_bundle(without_prefix(base), beside or {})
     _refuse_others(tensors)
     tensors = to_original(tensors)
     refuse_incomplete(tensors, NEEDED, "PixArt checkpoint")
@@ -63,6 +81,7 @@ def read(
     stated = {**PixArtConfig.entries_of(own or {}), **PixArtConfig.entries_of(config or {})}
     stated.pop("null_caption", None)  # the weights say it
     near = {} if own or not beside else if_it_fits(PixArtConfig.entries_of(beside), tensors)
+    near |= {} if own else signs
     hints = {name: near[name] for name in ("mlp_ratio", "kv_compression") if name in near}  # shapes give these in part
     shapes = from_shapes(tensors, {**hints, **stated})
     known = {**near, **variant_of(shapes), **from_table(tensors, shapes), **stated, **shapes}
@@ -88,8 +107,8 @@ def read_controlnet(
         raise ValueError(f"This is not a PixArt ControlNet. {whose(tensors)}")
     own = metadata_config(metadata or {}, CONTROLNET_FAMILY)
     net = {m[1]: value for key, value in tensors.items() if (m := layout.fullmatch(key))}
+    blocks = count((f"controlnet.{key}" for key in net), "controlnet")
     net = to_original_controlnet(net)
-    blocks = 1 + max(int(key.partition(".")[0]) for key in net)
     needed = ("0.before_proj.weight", *(f"{i}.{name}.weight" for i in range(blocks)
                                         for name in ("copied_block.attn.qkv", "copied_block.mlp.fc1", "after_proj")))
     refuse_incomplete(net, needed, f"PixArt ControlNet of {blocks} blocks")
@@ -109,11 +128,13 @@ def beside(path: str | os.PathLike) -> dict | None:
     for stem, preset in RELEASED_FILES:
         if path.name.lower().startswith(stem) or path.parent.parent.name.lower().startswith(stem):
             stated = {name: getattr(PRESETS[preset], name) for name in BY_NAME}
+            if stem in PREDICTS_V:
+                stated["prediction"] = "v"
             break
     transformer = _json(path.with_name("config.json")) or {}
     if transformer.get("norm_type") != "ada_norm_single" or "caption_channels" not in transformer:
         return stated or None
-    stated |= PixArtConfig.entries_of(transformer)
+    stated |= PixArtConfig.entries_of({k: v for k, v in transformer.items() if k not in OF_EMA})
     stated |= _from_scheduler(_json(path.with_name("scheduler_config.json"))
                               or _json(path.parent.parent / "scheduler" / "scheduler_config.json") or {})
     pipeline = (_json(path.parent.parent / "model_index.json") or {}).get("_class_name", "")
@@ -140,6 +161,16 @@ def _unwrap(tensors: Mapping, weights: str) -> dict:
     if weights not in ("ema", "model"):
         raise ValueError(f"weights={weights!r} must be 'ema' or 'model'.")
     return unwrapped(tensors, (*(("state_dict_ema", "ema") if weights == "ema" else ()), "state_dict", "model"))
+
+
+def _of_bundle(base: dict, beside: Mapping) -> dict:
+    """The base of a ControlNet bundle. The release's forward for 512 pixels never looks at the embedders of sizes that
+    a multi-scale base brings along (diffusion/model/nets/pixart_controlnet.py, ControlPixArtHalf)."""
+    stored = base.get("pos_embed")
+    side = math.isqrt(stored.shape[1]) * 2 if isinstance(stored, Tensor) and stored.ndim == 3 else None
+    if (side or beside.get("sample_size")) == PRESETS["alpha_512"].sample_size:
+        return {key: value for key, value in base.items() if not key.startswith(("csize_embedder.", "ar_embedder."))}
+    return base
 
 
 def _controlnet_layout(tensors: Mapping) -> re.Pattern | None:

@@ -99,9 +99,10 @@ def encoder_weights(tensors: dict, name: str) -> dict:
     tensors = without_prefix(tensors)
     if "encoder.block.0.layer.0.SelfAttention.q.weight" not in tensors:
         raise ValueError(f"{name} is not a T5 text encoder. {whose(tensors)}")
+    if "encoder.embed_tokens.weight" in tensors:  # shared.weight under another name
+        tensors = {"shared.weight": tensors["encoder.embed_tokens.weight"], **tensors}
     if "shared.weight" not in tensors:
         raise ValueError(f"{name} is not a complete T5 encoder: it has no shared.weight.")
-    # encoder.embed_tokens is shared.weight under another name
     return {k: v for k, v in tensors.items()
             if not k.startswith(("decoder.", "lm_head.")) and k != "encoder.embed_tokens.weight"}
 

@@ -8,7 +8,9 @@ import comfy.model_base
 import comfy.supported_models
 from comfy.ldm.flux.model import FluxParams
 
+from ....models_impl.flux.checkpoint import FAMILY
 from ....models_impl.flux.config import FluxConfig
+from ....models_impl.state_dict import config_tensor
 from ..common.text import check_type
 
 LATENT_CHANNELS = comfy.supported_models.Flux.latent_format.latent_channels
@@ -48,5 +50,8 @@ def model_config(config: FluxConfig):
         qkv_bias=config.qkv_bias, guidance_embed=config.guidance, **newer,
     ))
     kind = comfy.model_base.ModelType.FLUX if config.guidance else comfy.model_base.ModelType.FLOW
+    with_prefix = core.process_unet_state_dict_for_saving
+    core.process_unet_state_dict_for_saving = lambda state_dict: {  # what core's nodes save, with the configuration
+        **with_prefix(state_dict), **config_tensor(FAMILY, config.as_dict())}
     core.get_model = lambda state_dict, prefix="", device=None: FluxModel(core, model_type=kind, device=device)
     return core

@@ -11,9 +11,11 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor
 
 from ....models_impl.pixart import buckets
+from ....models_impl.pixart.checkpoint import FAMILY
 from ....models_impl.pixart.config import PixArtConfig
 from ....models_impl.pixart.model import PixArt, TextTokens
 from ....models_impl.pixart.sampling import NoiseSchedule
+from ....models_impl.state_dict import config_tensor
 from ..common.attention import host_attention
 from ..common.conds import Exact, Prompt, PromptKey, Text, TextMask, one_pass_is_faster
 from ..common.control import AREA, Area
@@ -123,6 +125,10 @@ class ModelConfig(comfy.supported_models_base.BASE):
             "timesteps": 1000,
             "zsnr": config.zero_terminal_snr,
         }
+
+    def process_unet_state_dict_for_saving(self, state_dict):
+        """What core's nodes save, with the configuration."""
+        return super().process_unet_state_dict_for_saving(state_dict) | config_tensor(FAMILY, self.pixart.as_dict())
 
     def get_model(self, state_dict, prefix="", device=None):
         return PixArtModel(self, device=device)

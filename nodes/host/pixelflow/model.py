@@ -9,9 +9,11 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
+from ....models_impl.pixelflow.checkpoint import FAMILY
 from ....models_impl.pixelflow.config import PixelFlowConfig
 from ....models_impl.pixelflow.model import PixelFlow
 from ....models_impl.pixelflow.stages import TRAIN_TIMESTEPS, Stages
+from ....models_impl.state_dict import config_tensor
 from ..common.attention import host_attention
 from ..common.conds import Text, TextMask
 from ..common.prefetch import host_prefetch
@@ -98,9 +100,14 @@ class ModelConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, config: PixelFlowConfig):
         super().__init__({"image_model": "pixelflow", **config.as_dict()})
+        self.pixelflow = config
         # ComfyUI's factor counts pixels, activations come per token of patch_size**2 pixels and grow with the width.
         # Scaled from ChromaRadiance, which core gives 0.038 at a width of 3072 and 256 pixels per token.
         self.memory_usage_factor = 0.038 * (config.hidden / 3072) * (256 / config.patch_size**2)
+
+    def process_unet_state_dict_for_saving(self, state_dict):
+        """What core's nodes save, with the configuration."""
+        return super().process_unet_state_dict_for_saving(state_dict) | config_tensor(FAMILY, self.pixelflow.as_dict())
 
     def get_model(self, state_dict, prefix="", device=None):
         return PixelFlowModel(self, device=device)
