@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
+from ..guard import reading
 from ..state_dict import config_metadata, load_into, metadata_config, read_file
 from . import MAX_LENGTH, T5_FAMILY, shapes
 
@@ -41,6 +42,11 @@ class TextEncoder(nn.Module):
     @classmethod
     def read(cls, path) -> TextEncoder:
         """The encoder of one of our files. Raises ValueError for any other file."""
+        with reading(path):
+            return cls._of_file(path)
+
+    @classmethod
+    def _of_file(cls, path) -> TextEncoder:
         tensors, metadata = read_file(path)
         if metadata_config(metadata, T5_FAMILY) is None or "pixstack.tokenizer" not in metadata:
             raise ValueError(f"{path} is not a text encoder with its tokenizer, as the trainer exports it.")

@@ -1,10 +1,10 @@
 """`python -m trainer sample`."""
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
+from ..files import entries
 from .options import accelerator_of, sampling, with_run, with_sampling
 
 
@@ -39,7 +39,7 @@ def run(args):
                                     accelerator.device if args.device == "auto" else args.device)
     need, items, what = config.needs, [], args.what
     classes = need == "classes"
-    known = json.loads((args.run_folder / "facts.json").read_text(encoding="utf-8"))["classes"]
+    known = entries(args.run_folder / "facts.json").get("classes", [])
     if args.data:
         what, items = sample.source(args.data, config, need)
     elif args.all_classes and classes:

@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import typing
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from ..files import entries
 from ..recipes import RECIPES, settings_of
 from .problems import nearest
 from .schema import Config, look_up
@@ -78,7 +78,7 @@ def read(raw: dict, words: list[str] = ()) -> tuple[Config | None, list[str]]:
 def stored(folder: Path) -> Config:
     """The settings of a run folder. Values are not looked at: the data of a finished run may be gone."""
     path = folder / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = entries(path)
     for old, name in RENAMED.items():  # of a run that is older than the names
         section, _, key = old.partition(".")
         if key in raw.get(section, {}) and name not in raw[section]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ...models_impl import known_files, lora, state_dict
+from ...models_impl.guard import reading
 from ...models_impl.pixart import checkpoint as pixart_checkpoint
 from ...models_impl.pixart import key_names
 from ...models_impl.pixart import lora as pixart_lora
@@ -103,11 +104,9 @@ def convert(
     if to not in converter.formats:
         raise ValueError(f"{converter.family} {kind} files have no {to} format; they have "
                          f"{', '.join(converter.formats)}.")
-    try:
+    with reading(path):
         made = converter.convert(Source(path, tensors, metadata, to, weights, dict(config or {}), base, alpha,
                                         not dest.suffix))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
     if not dest.suffix and made.beside is None:
         raise ValueError(f"{dest} is a folder, which only a PixArt model or LoRA in the diffusers format is "
                          "written to. Name a .safetensors file.")

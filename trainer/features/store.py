@@ -14,16 +14,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...models_impl import state_dict
-from ..files import write_whole
+from ..files import entries, write_whole
 
 SHARD_BYTES = 2**28
 OPEN_SHARDS = 128
@@ -86,12 +87,17 @@ class Store:
 
     def index(self, shard: Path):
         parts: dict[str, list[str]] = {}
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():
-                key, _, part = name.partition("/")
-                parts.setdefault(key, []).append(part)
-        self.places.update({key: (shard, tuple(found)) for key, found in parts.items()})
         self.indexed.add(shard)
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():
+                    key, _, part = name.partition("/")
+                    parts.setdefault(key, []).append(part)
+        except (SafetensorError, OSError) as error:
+            print(f"{shard} is damaged ({error}): what it held counts as missing and is made again. Delete it.",
+                  file=sys.stderr)
+            return
+        self.places.update({key: (shard, tuple(found)) for key, found in parts.items()})
 
     def get(self, key: str) -> dict[str, Tensor]:
         """The tensors of a key. Raises KeyError where there are none."""
@@ -134,7 +140,7 @@ class Store:
         found = []
         for file in sorted(self.root.glob(f"{self.name}-*/{ENCODER}")):
             if file.parent != self.folder:
-                theirs = json.loads(file.read_text(encoding="utf-8"))
+                theirs = entries(file)
                 differs = [f"{k} was {theirs.get(k)!r}, now {self.identity.get(k)!r}"
                            for k in sorted(theirs.keys() | self.identity.keys())
                            if theirs.get(k) != self.identity.get(k)]

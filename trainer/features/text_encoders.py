@@ -2,7 +2,6 @@
 A frozen one is loaded only while something is to be encoded."""
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ...models_impl import state_dict
 from ...models_impl.text import captions as cleaning
 from ..config.schema import Config
-from ..files import write_whole
+from ..files import entries, write_whole
 from ..libraries import hide_broken_torchvision
 from . import tokenizer
 from .precision import DTYPES
@@ -88,7 +87,7 @@ def frozen(config: Config, folder: Path | None = None, writer: int = 0,
 def is_clip(name: str) -> bool:
     """Whether a folder says in its config.json that it holds a CLIP."""
     file = Path(name).expanduser() / "config.json"
-    return file.is_file() and str(json.loads(file.read_text(encoding="utf-8")).get("model_type")).startswith("clip")
+    return file.is_file() and str(entries(file).get("model_type")).startswith("clip")
 
 
 def files(text: nn.Module | None) -> dict[str, tuple[dict, dict]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...models_impl import state_dict
 from ...models_impl.annotators import hed
+from ...models_impl.guard import reading
 from ...models_impl.known_files import whose
 from ..libraries import hide_broken_torchvision
 from ..training.noise import batch_noise
@@ -153,6 +154,11 @@ def read_vae(path: Path) -> nn.Module:
             raise ValueError(f"vae.path={str(path)!r} is not a VAE's folder: its config.json should name one of "
                              f"{', '.join(VAE_KINDS)}.")
         return kinds[config["_class_name"]].from_pretrained(path, local_files_only=True)
+    with reading(path):
+        return _of_file(path, AutoencoderKL)
+
+
+def _of_file(path: Path, AutoencoderKL: type) -> nn.Module:
     tensors = state_dict.read_file(path)[0]
     tensors = tensors.get("state_dict", tensors)
     tensors = {plain_vae_name(k): v for k, v in tensors.items()}

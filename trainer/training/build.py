@@ -10,7 +10,7 @@ from torch import nn
 from ..config.schema import Config
 from ..data import loader
 from ..features import text_encoders
-from ..files import write_whole
+from ..files import entries, write_whole
 from ..recipes import find
 from .checkpoints import checkpoints
 
@@ -48,7 +48,7 @@ def other_data(folder: Path, collection: loader.Collection) -> str:
     """What to say where a run goes on with other pictures or captions than it had, else nothing."""
     if not checkpoints(folder):
         return ""
-    old, now = json.loads((folder / FACTS).read_text(encoding="utf-8")).get("data"), loader.identity(collection)
+    old, now = entries(folder / FACTS).get("data"), loader.identity(collection)
     return "" if old in (None, now) else (
         f"the data are not those that this run had: {old['pictures']:,} training pictures then, {now['pictures']:,} "
         "now, or other captions. It goes on with these, and is no repetition of an unbroken run.")
@@ -56,6 +56,6 @@ def other_data(folder: Path, collection: loader.Collection) -> str:
 
 def reopened(config: Config, folder: Path) -> nn.Module:
     """The recipe of a run folder, its weights still to be loaded."""
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts = entries(folder / FACTS)
     text = text_encoders.make(config, [], folder, facts if config.text.learn else None)
     return find(config.recipe.name)(config, text, len(facts["classes"]), facts["network"])

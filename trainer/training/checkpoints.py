@@ -2,25 +2,48 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ...models_impl import state_dict
+from ...models_impl.guard import reading
+from ...models_impl.parsing import from_json
 from ..distributed import sharded
+from ..files import entries
+
+
+@cache
+def is_whole(folder: Path) -> bool:
+    """Whether the files of a checkpoint can be read. One that was cut, by a full disk for example, is named."""
+    try:
+        int(entries(folder / "state.json")["step"])
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt"):  # looks at its header and its length
+                pass
+    except (ValueError, TypeError, OSError, KeyError, SafetensorError) as error:
+        print(f"{folder} is not complete ({error}): it counts as missing, and the run goes on from the one before, if "
+              "there is one. Delete it, or put a copy of it there.", file=sys.stderr)
+        return False
+    return True
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in (folder / "checkpoints").glob("*") if p.name.isdigit() and (p / "state.json").exists())
+    """Those of a run that are whole, oldest first."""
+    there = (folder / "checkpoints").glob("*")
+    return sorted(p for p in there if p.name.isdigit() and (p / "state.json").exists() and is_whole(p))
 
 
 def read_log(folder: Path) -> list[dict]:
     """The lines of a run's log.jsonl; a run shorter than log_every has none."""
     path = folder / "log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may have cut the last one
+    whole = (line for line in lines if line.endswith("}"))  # a killed process may have cut the last one
+    return [from_json(line, f"A line of {path}") for line in whole]
 
 
 def module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -53,7 +76,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as file:
+    with reading(path), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        tied = json.loads((file.metadata() or {}).get("tied", "{}"))
-    return {**tensors, **{name: tensors[other] for name, other in tied.items()}}
+        tied = from_json((file.metadata() or {}).get("tied", "{}"), "tied in its metadata")
+        return {**tensors, **{name: tensors[other] for name, other in tied.items()}}

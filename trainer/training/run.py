@@ -24,7 +24,7 @@ from ..config.schema import Config
 from ..data import loader
 from ..data.pictures import Pictures
 from ..data.sheets import sheet
-from ..files import flush, write_whole
+from ..files import entries, flush, write_whole
 from .checkpoints import checkpoints, module_tensors, read_tensors, restore_module, write_tensors
 
 MAY_CHANGE = {"name", "out", "resume", "init_from", "device", "threads", "compile", "checkpoint_activations",
@@ -80,7 +80,7 @@ class Run:
             if ema.weights:
                 ema.load_state_dict(read_tensors(newest / "ema.safetensors"))
             optimizer.load(read_tensors(newest / "optimizer.safetensors"))
-            step = self.saved_at = json.loads((newest / "state.json").read_text())["step"]
+            step = self.saved_at = entries(newest / "state.json")["step"]
         if self.main:
             self.forget_after(step)
             self.start(step)

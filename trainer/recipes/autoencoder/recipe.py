@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ....models_impl import state_dict
 from ....models_impl.annotators import hed
+from ....models_impl.guard import reading, shape_of
 from ...config.schema import Config
 from ...data import pictures
 from ...features import taesd
@@ -31,7 +32,8 @@ class Recipe(Base):
         self.settings, self.model, self.config, self.text = config.recipe, config.model, config, None
         if config.init_from and not network:
             path = Path(config.init_from).expanduser()
-            self.net = taesd.from_core(state_dict.read_file(path)[0], f"the autoencoder of {path.name}").net
+            with reading(path):
+                self.net = taesd.from_core(state_dict.read_file(path)[0], f"the autoencoder of {path.name}").net
         else:
             self.net = taesd.Taesd(self.model.latent_channels).net
             taesd.initialise(self.net)
@@ -45,8 +47,10 @@ class Recipe(Base):
         if not config.init_from:
             return []
         try:
-            channels = state_dict.read_file(Path(config.init_from).expanduser())[0][taesd.MARK].shape[1]
-        except (ValueError, KeyError) as error:
+            with reading(config.init_from):
+                tensors = state_dict.read_file(Path(config.init_from).expanduser())[0]
+                channels = shape_of(tensors, taesd.MARK, 4)[1]
+        except (ValueError, OSError) as error:
             return [f"init_from={config.init_from} is not an autoencoder of this recipe ({error})."]
         return [] if channels == config.model.latent_channels else [
             f"init_from={config.init_from} has {channels} latent channels, model.latent_channels="

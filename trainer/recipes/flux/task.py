@@ -13,6 +13,7 @@ from ....models_impl import state_dict
 from ....models_impl.flux import checkpoint, sampling
 from ....models_impl.flux.config import FluxConfig
 from ....models_impl.flux.model import DoubleStreamBlock, Flux, SingleStreamBlock, pack, positions, rope_table, unpack
+from ....models_impl.guard import reading
 from ...config.schema import Config
 from ...features import text_encoders, vaes
 from ...memory.activations import fused, kept_bytes, of_stack
@@ -30,7 +31,8 @@ Predict = Callable[..., Tensor]
 
 def read(file: str) -> tuple[FluxConfig, dict[str, Tensor]]:
     """Shape and weights of a FLUX file. Raises ValueError, FileNotFoundError."""
-    return checkpoint.read(*state_dict.read_file(Path(file).expanduser()))
+    with reading(file):
+        return checkpoint.read(*state_dict.read_file(Path(file).expanduser()))
 
 
 def frozen(file: str, bf16: bool, checkpointed: bool) -> Flux:

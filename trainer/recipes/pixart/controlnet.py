@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ....models_impl import state_dict
+from ....models_impl.guard import reading
 from ....models_impl.pixart import checkpoint, controlnet, key_names
 from ....models_impl.pixart.model import HintedControlNet
 from ...config.schema import Config
@@ -28,8 +29,9 @@ class Recipe(PixArtRecipe):
         base = opened(config, text)
         self.control = controlnet.PixArtControlNet(base.config, self.settings.blocks).initialise(base)
         if file := self.settings.control_from:
-            _, _, tensors = checkpoint.read_controlnet(*state_dict.read_file(file), config=base.config.as_dict())
-            state_dict.load_into(self.control, tensors, f"the ControlNet of recipe.blocks={self.settings.blocks}")
+            with reading(file):
+                _, _, tensors = checkpoint.read_controlnet(*state_dict.read_file(file), config=base.config.as_dict())
+                state_dict.load_into(self.control, tensors, f"the ControlNet of recipe.blocks={self.settings.blocks}")
         self.net = quantization.frozen(frozen(base, config), config)
         self.prepare()
         self.hint = self.encoders[1]

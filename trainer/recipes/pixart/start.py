@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ....models_impl import state_dict
+from ....models_impl.guard import reading
 from ....models_impl.pixart import checkpoint
 from ....models_impl.pixart.config import PixArtConfig
 from ....models_impl.pixart.model import PixArt
@@ -49,7 +50,8 @@ def start(config: Config, text_width: int | None = None) -> Start:
         return Start(new_shape(config, text_width), {})
     path, wanted = Path(config.init_from).expanduser(), requested(config.model)
     stated = {k: v for k, v in wanted.items() if k not in (*CHANGEABLE, "sample_size")}
-    own, tensors = checkpoint.read(*state_dict.read_file(path), config=stated, beside=checkpoint.beside(path))
+    with reading(path):
+        own, tensors = checkpoint.read(*state_dict.read_file(path), config=stated, beside=checkpoint.beside(path))
     changed = {k: v for k, v in wanted.items() if k in CHANGEABLE}
     return Start(shape_of(config, {**own.as_dict(), **changed}), tensors)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ....kernels.attention import SHORT
 from ....kernels.varlen_attention import packed_attention
 from ....models_impl import lora, state_dict
+from ....models_impl.guard import reading
 from ....models_impl.pixelflow import checkpoint, packing, sampling
 from ....models_impl.pixelflow.config import PixelFlowConfig
 from ....models_impl.pixelflow.model import PixelFlow
@@ -238,9 +239,10 @@ def starting_point(config: Config) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
     if not config.init_from:
         return new_shape(config), {}
     path, wanted = Path(config.init_from).expanduser(), requested(config.model)
-    beside = {**{k: v for k, v in wanted.items() if k == "head_dim"},  # the one size that the weights do not show
-              **PixelFlowConfig.entries_of(checkpoint.config_beside(path) or {})}
-    own, tensors = checkpoint.read(*state_dict.read_file(path), beside=beside or None)
+    with reading(path):
+        beside = {**{k: v for k, v in wanted.items() if k == "head_dim"},  # the one size that the weights do not show
+                  **PixelFlowConfig.entries_of(checkpoint.config_beside(path) or {})}
+        own, tensors = checkpoint.read(*state_dict.read_file(path), beside=beside or None)
     return shape_of({**own.as_dict(), "num_stages": wanted.get("num_stages", own.num_stages)}), tensors
 
 

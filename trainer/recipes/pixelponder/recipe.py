@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ....models_impl import state_dict
 from ....models_impl.flux import sampling
 from ....models_impl.flux.model import pack
+from ....models_impl.guard import reading
 from ....models_impl.pixelponder import checkpoint
 from ....models_impl.pixelponder.accumulate import Accumulate
 from ....models_impl.pixelponder.config import PixelPonderConfig, SelectorConfig
@@ -37,7 +38,8 @@ def start(config: Config) -> tuple[PixelPonderConfig, dict[str, Tensor], dict[st
     model, tensors = config.model, {}
     selector = SelectorConfig(model.selector_width, model.selector_depth)
     if config.init_from:
-        shape, tensors = checkpoint.read(*state_dict.read_file(Path(config.init_from).expanduser()))
+        with reading(config.init_from):
+            shape, tensors = checkpoint.read(*state_dict.read_file(Path(config.init_from).expanduser()))
         for name in ("hidden", "heads", "axes", "context_dim", "pooled_dim", "in_channels"):
             ours, theirs = getattr(shape.trunk, name), getattr(base, name)
             if ours != theirs:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ....models_impl import state_dict
+from ....models_impl.guard import reading
 from ....models_impl.ultrapixel import checkpoint, previewer, sampling
 from ....models_impl.ultrapixel.stage_a import StageA
 from ....models_impl.ultrapixel.stage_b import StageB
@@ -33,9 +34,10 @@ class Decoder:
     def __call__(self, latent: Tensor, pooled: Tensor, unpooled: Tensor, size: tuple[int, int], seed: int) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W) in [-1, 1]. size: of Stage B's latents; pooled (B, 1, D), unpooled (1, 1, D)."""
         if not self.model.stage_a:
-            arguments, tensors = previewer.read(state_dict.read_file(Path(self.model.previewer).expanduser())[0])
-            net = previewer.Previewer(**arguments)
-            state_dict.load_into(net, tensors, "the previewer")
+            with reading(self.model.previewer):
+                arguments, tensors = previewer.read(state_dict.read_file(Path(self.model.previewer).expanduser())[0])
+                net = previewer.Previewer(**arguments)
+                state_dict.load_into(net, tensors, "the previewer")
             return (2 * net.to(latent.device).eval()(latent.float()) - 1).clamp(-1, 1)
         B, device = len(latent), latent.device
         stage_b = loaded(StageB, self.model.stage_b, checkpoint.read_stage_b, self.dtype).to(device)

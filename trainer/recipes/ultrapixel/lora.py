@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ....models_impl.guard import reading
 from ....models_impl.state_dict import read_file
 from ....models_impl.ultrapixel import lora
 from ....models_impl.ultrapixel.config import StageCConfig
@@ -44,7 +45,8 @@ def add(low_rank: LowRank, layer: nn.Module, given: tuple, said: Tensor) -> Tens
 def start(config: Config, shape: StageCConfig) -> lora.Personalisation:
     """The LoRA in init_from. Raises ValueError where it is none, or of another rank or net."""
     path, rank = Path(config.init_from).expanduser(), config.recipe.rank
-    found = lora.read(*read_file(path), shape)
+    with reading(path):
+        found = lora.read(*read_file(path), shape)
     if set(found.layers) != set(lora.attention_keys(shape)):
         raise ValueError(f"{path.name} changes {len(found.layers)} layers, this Stage C has "
                          f"{len(lora.attention_keys(shape))} to change.")

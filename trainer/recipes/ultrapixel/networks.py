@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....models_impl import state_dict
+from ....models_impl.guard import reading
 from ....models_impl.ultrapixel import checkpoint
 from ....models_impl.ultrapixel.config import GuideConfig, StageCConfig
 from ....models_impl.ultrapixel.guidance import Guide
@@ -38,10 +39,8 @@ class Cast:
 def read(path: str, reader: Callable = checkpoint.read_stage_c) -> tuple[object, dict[str, Tensor]]:
     """(configuration, weights). Raises ValueError with the file's name."""
     file = Path(path).expanduser()
-    try:
+    with reading(file):
         return reader(*state_dict.read_file(file))
-    except ValueError as error:
-        raise ValueError(error if file.name in str(error) else f"{file.name}: {error}") from error
 
 
 def loaded(kind: type, path: str, reader: Callable, dtype: torch.dtype) -> nn.Module:
