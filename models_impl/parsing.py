@@ -27,9 +27,15 @@ def from_json(text: str | bytes, what: str) -> Any:
         raise ValueError(f"{what} is not valid JSON: {error}") from error
 
 
-def from_yaml(text: str, what: str) -> Any:
+def from_yaml(text: str | bytes, what: str) -> Any:
     """The value of a YAML text without anchors, which would repeat parts. Raises ValueError."""
-    import yaml  # comes with ComfyUI and with transformers
+    import yaml  # comes with ComfyUI and with transformers; nothing else here needs it
+
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{what} is not UTF-8: {error}.") from error
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent, index):

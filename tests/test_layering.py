@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from pixstack.models_impl.annotators import depth
+from pixstack.trainer import libraries
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {  # our folder -> our folders it may use
@@ -152,6 +154,21 @@ def test_no_function_is_longer_than_a_screen(path):
     functions = [node for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
                  if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert not [f.name for f in functions if f.end_lineno - f.lineno >= 60]
+
+
+@pytest.mark.parametrize("path", python_files("models_impl", "nodes", "trainer"))
+def test_transformers_opens_folders_without_running_code_of_theirs(path):
+    """Every from_pretrained has trust_remote_code=False from LOCAL, but diffusers' for a VAE, which runs none."""
+    for call in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "from_pretrained":
+            given = " ".join(ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None)
+            assert given.endswith("LOCAL") or "VAE_KINDS" in ast.unparse(call) or "vae_config" in ast.unparse(call), \
+                f"line {call.lineno}: {ast.unparse(call)}"
+
+
+def test_the_ways_of_opening_folders_download_nothing_and_run_nothing():
+    wanted = {"local_files_only": True, "trust_remote_code": False}
+    assert libraries.LOCAL == depth.LOCAL == wanted
 
 
 def test_the_root_imports_nothing_until_comfyui_asks():

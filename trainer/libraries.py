@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""How transformers opens a folder: nothing is downloaded, and no code that lies in it is run, nor asked about."""
+
 
 class Private(NamedTuple):
     module: str

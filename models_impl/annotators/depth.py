@@ -4,7 +4,6 @@ Released hints hold inverse depth from 0 to 1 within each picture. (MiDaS in src
 """
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -12,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..parsing import from_json
 from ..state_dict import first_line
 
 METRIC = ("depth_pro", "glpn", "zoedepth", "prompt_depth_anything")  # model types whose numbers grow with distance
+LOCAL = dict(local_files_only=True, trust_remote_code=False)  # nothing is downloaded, no code of a folder is run
 FLAT = 1e-6  # the range of a picture without any depth
 
 
@@ -42,10 +43,11 @@ def load(folder: str | os.PathLike) -> Depth:
                           ) from error
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder.name} holds no config.json: it is not the folder of a transformers model.")
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "unknown")
+    config = from_json((folder / "config.json").read_bytes(), f"{folder.name}/config.json")
+    kind = config.get("model_type", "unknown") if isinstance(config, dict) else "unknown"
     try:
-        network = AutoModelForDepthEstimation.from_pretrained(folder, local_files_only=True)
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+        network = AutoModelForDepthEstimation.from_pretrained(folder, **LOCAL)
+        processor = AutoImageProcessor.from_pretrained(folder, use_fast=False, **LOCAL)
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder.name} (model type {kind}) cannot be read as a depth model: {first_line(error)}. The "
                          "folder needs config.json, preprocessor_config.json and model.safetensors.") from error

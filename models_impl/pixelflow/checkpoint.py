@@ -61,15 +61,12 @@ def config_beside(path: str | os.PathLike) -> dict | None:
         if candidate.is_file():
             if candidate.stat().st_size > LONGEST:
                 continue  # no configuration
-            try:
-                text = candidate.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{candidate.name} beside {path.name} is not valid YAML: {error}.") from error
-            entries = from_yaml(text, f"{candidate.name} beside {path.name}")
+            entries = from_yaml(candidate.read_bytes(), f"{candidate.name} beside {path.name}")
             model = entries.get("model") if isinstance(entries, dict) else None
             params = model.get("params") if isinstance(model, dict) else None
             if isinstance(params, dict) and "attention_head_dim" in params:  # else another family's
-                return {"model": model, "scheduler": entries.get("scheduler") or {}}
+                scheduler = entries.get("scheduler")
+                return {"model": model, "scheduler": scheduler if isinstance(scheduler, dict) else {}}
     return None
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
+from ..parsing import from_json
+
 LIST = "data.jsonl"
 IMAGE, TEXT = "image", "text"
 CONDITIONS = ("canny", "depth", "openpose", "hed")
@@ -42,11 +44,11 @@ def _lines(path: Path) -> list[tuple[dict, int]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except ValueError as error:
+            entry = from_json(line, f"{path.name}, line {number}")
+        except ValueError:
             if end == len(content) and not line.endswith(b"\n"):
                 break
-            raise ValueError(f"{path.name}, line {number} is not JSON ({error}).") from error
+            raise
         wrong = [key for key in (TEXT, *PICTURES) if not isinstance(entry.get(key, ""), str)] \
             if isinstance(entry, dict) else ["it"]
         if wrong:

@@ -75,7 +75,7 @@ def test_a_new_entry_needs_an_image(tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
-    (b"{\n{}\n", "line 2 is not JSON"),
+    (b"{\n{}\n", "line 2 is not valid JSON"),
     (b"[]\n", "line 2: it must be text"),
     (b'{"image": 7}\n', "line 2: image must be text"),
 ])  # fmt: skip

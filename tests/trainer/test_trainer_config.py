@@ -185,3 +185,40 @@ def test_sample_classes_that_the_data_do_not_have_are_refused_before_training(pa
     made = tiny_run.settings(path, tmp_path / "run", "samples.every=3", "samples.classes=[1, 207]", text={})
     with pytest.raises(ValueError, match="samples.classes names 207, and the data have the classes 0 to 5"):
         build.recipe(made, build.collection(made))
+
+
+N = 100_000
+DEEP = {"lists": "x = " + "[" * N + "]" * N, "tables": "x = " + "{a = " * N + "1" + "}" * N,
+        "a dotted key": ".".join("a" * N) + " = 1", "a dotted section": "[" + ".".join("a" * N) + "]"}
+
+
+@pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)
+def test_a_recipe_file_that_is_nested_too_deeply_is_refused_before_it_is_parsed(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(load.tomllib, "loads", lambda text: pytest.fail("parsed"))
+    (tmp_path / "deep.toml").write_text(text)
+    with pytest.raises(ValueError, match="deep.toml is not valid TOML: it is nested too deeply$"):
+        load.read_toml(tmp_path / "deep.toml")
+
+
+def test_a_number_of_more_digits_than_python_reads_is_no_toml(tmp_path):
+    (tmp_path / "long.toml").write_text("steps = " + "9" * 5000)
+    with pytest.raises(ValueError, match="long.toml is not valid TOML: .*digits"):
+        load.read_toml(tmp_path / "long.toml")
+
+
+@pytest.mark.parametrize("text", ["[" * N, "7", "{"])
+def test_a_run_folder_whose_settings_are_none_is_refused_with_its_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json (is not valid JSON|holds no settings)"):
+        load.stored(tmp_path)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (("data.resolution=1000000000", "data.buckets=area", "data.bucket_multiple=1"), "resolution=1000000000 must be"),
+    (("data.resolutions=[64, 99999]",), "data.resolutions=[64, 99999] must be 1 to 16384 pixels"),
+    (("data.workers=1000000",), "data.workers=1000000 must be 1 to 256"),
+    (("data.buckets=area", "data.bucket_multiple=8", "data.bucket_ratio=inf"), "data.bucket_ratio=inf must be 1 to 64"),
+    (("data.buckets=area", "data.bucket_multiple=8", "data.bucket_ratio=nan"), "data.bucket_ratio=nan must be 1 to 64"),
+])  # fmt: skip
+def test_sizes_beyond_any_picture_are_refused_before_they_are_listed(path, tmp_path, words, sentence):
+    assert sentence in refusal(path, tmp_path, *words)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from ...models_impl.parsing import DEEPEST, TOO_DEEP, is_deep
 from ..files import entries
 from ..recipes import RECIPES, settings_of
 from .problems import nearest
@@ -42,9 +43,20 @@ def read_toml(path) -> dict:
         raise ValueError(f"{path}: there is no such recipe file. Shipped with the trainer: "
                          f"{', '.join(shipped.values())}.")
     try:
-        return tomllib.loads(found.read_text(encoding="utf-8-sig"))  # Windows' editors put a mark first
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return from_toml(found.read_text(encoding="utf-8-sig"))  # Windows' editors put a mark first
+    except ValueError as error:
         raise ValueError(f"{found} is not valid TOML: {error}") from None
+
+
+def from_toml(text: str) -> dict:
+    """The tables of a TOML text. Raises ValueError, also for one that is nested too deeply: a dotted key of 100,000
+    parts takes the parser minutes."""
+    if is_deep(text) or any(line.partition("=")[0].count(".") > DEEPEST for line in text.splitlines()):
+        raise ValueError(TOO_DEEP)
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
 
 
 def read(raw: dict, words: list[str] = ()) -> tuple[Config | None, list[str]]:
@@ -92,8 +104,8 @@ def stored(folder: Path) -> Config:
 def value_of(text: str):
     """A word's value as TOML reads it; what TOML cannot read is a plain string."""
     try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+        return from_toml(f"x = {text}")["x"]
+    except ValueError:
         return text
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from ...models_impl.pixart.buckets import TABLES
 from . import optimizers
 from .problems import Problems
-from .schema import Adapter, Config, Data, Vae, look_up
+from .schema import LARGEST_SIDE, Adapter, Config, Data, Vae, look_up
 
 LAYOUTS = {"auto": "either", "jsonl": "a file", "folder": "a folder", "classes": "a folder", "sam": "a folder",
            "data_info": "a file", "webdataset": "either", "datasets": "either"}
 """data.kind -> what data.path is then."""
+MOST_WORKERS, MOST_RATIO = 256, 64
 ADAPTERS = "lora", "loha", "lokr"
 BASES = "fp8", "nf4"
 DDP, FSDP2, DEEPSPEED = "ddp", "fsdp2", "deepspeed"
@@ -115,9 +116,11 @@ def data(settings: Data, batch_size: int, micro: int) -> list[str]:
     if settings.path and path.exists() and takes != "either":
         problems.need(path.is_file() == (takes == "a file"), f"data.path={settings.path!r} is a "
                       f"{'file' if path.is_file() else 'folder'}, and data.kind={settings.kind!r} takes {takes}.")
-    problems.at_least("data.workers", settings.workers, 1)
-    problems.need(min(settings.sides) >= 1, f"data.resolution{'s' * bool(settings.resolutions)}="
-                                            f"{settings.resolutions or settings.resolution} must be at least 1.")
+    problems.need(1 <= settings.workers <= MOST_WORKERS,
+                  f"data.workers={settings.workers} must be 1 to {MOST_WORKERS}: threads that decode pictures.")
+    name = "resolutions" if settings.resolutions else "resolution"
+    problems.need(1 <= min(settings.sides) <= max(settings.sides) <= LARGEST_SIDE,
+                  f"data.{name}={look_up(settings, name)} must be 1 to {LARGEST_SIDE} pixels.")
     for name in ("tag_share", "template_share", "described_share"):
         problems.share(f"data.{name}", look_up(settings, name))
     problems.need(all("{}" in t for t in settings.templates),
@@ -134,7 +137,8 @@ def of_buckets(settings: Data, batch_size: int, micro: int) -> list[str]:
         problems.need(1 <= settings.bucket_multiple <= min(sides),
                       f"data.bucket_multiple={settings.bucket_multiple} is "
                       f"not in 1 to {min(sides)}, the resolution.")
-        problems.at_least("data.bucket_ratio", settings.bucket_ratio, 1)
+        problems.need(1 <= settings.bucket_ratio <= MOST_RATIO,
+                      f"data.bucket_ratio={settings.bucket_ratio} must be 1 to {MOST_RATIO}.")
     problems.need(not (settings.buckets and settings.crop == "none"),
                   "data.crop='none' takes squares, and data.buckets are of other shapes: use centre or random.")
     problems.at_least("data.bucket_group", group, 0)

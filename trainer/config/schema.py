@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+LARGEST_SIDE = 16384  # of a picture in pixels
+
 
 @dataclass(frozen=True)
 class Data:

@@ -5,7 +5,7 @@ import math
 
 from ...models_impl.pixart import buckets as pixart
 from ...models_impl.ultrapixel import buckets as ultrapixel
-from ..config.schema import Data
+from ..config.schema import LARGEST_SIDE, Data
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -13,7 +13,7 @@ Size = tuple[int, int]  # (height, width) in pixels
 def area_sizes(side: int, multiple: int, ratio: float) -> list[Size]:
     """Sizes of about side*side pixels and never more, whole multiples, up to `ratio` times as long as wide."""
     found = set()
-    for short in range(multiple, side + 1, multiple):
+    for short in range(multiple, min(side, LARGEST_SIDE) + 1, multiple):
         long = side * side // short // multiple * multiple
         if short <= long <= ratio * short:
             found |= {(short, long), (long, short)}

@@ -36,14 +36,14 @@ class Captioner:
         """Raises ValueError if transformers reads no vision-language model there. Nothing is downloaded."""
         if not Path(folder).is_dir():
             raise ValueError(f"--model {folder}: there is no such folder.")
-        from ..libraries import hide_broken_torchvision
+        from ..libraries import LOCAL, hide_broken_torchvision
 
         hide_broken_torchvision()
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         try:
-            self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-            net = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype="auto")
+            self.processor = AutoProcessor.from_pretrained(folder, **LOCAL)
+            net = AutoModelForImageTextToText.from_pretrained(folder, **LOCAL, dtype="auto")
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise ValueError(f"--model {folder} cannot be read as a vision-language model: "
                              f"{state_dict.first_line(error)}.") from None

@@ -181,8 +181,10 @@ def tokens_of(path: Path) -> Tokens:
         return Tokens(lambda caption: len(reader.encode(caption).ids), True)
     from transformers import AutoTokenizer
 
+    from ..libraries import LOCAL
+
     try:
-        reader = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        reader = AutoTokenizer.from_pretrained(path, **LOCAL)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no tokenizer.json, nor a folder with a tokenizer: {error}") from None
     return Tokens(lambda caption: len(reader(caption, verbose=False).input_ids), True)

@@ -91,14 +91,14 @@ def inception(path: Path, device):
 def clip_scores(folder: Path, device):
     """A function (pictures (B, 3, H, W) uint8, captions) -> (B,): 100 times the cosine, by any CLIP that transformers
     reads (arXiv 2104.08718 without its factor of 2.5)."""
-    from ..libraries import hide_broken_torchvision
+    from ..libraries import LOCAL, hide_broken_torchvision
 
     hide_broken_torchvision()
     from transformers import AutoProcessor, CLIPModel
 
     try:
-        net = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+        net = CLIPModel.from_pretrained(folder, **LOCAL).to(device).eval()
+        processor = AutoProcessor.from_pretrained(folder, **LOCAL, use_fast=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} cannot be read as a CLIP: {state_dict.first_line(error)}.") from None
 

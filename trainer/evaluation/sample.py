@@ -19,6 +19,7 @@ from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
+from ...models_impl.parsing import from_json
 from ..config.schema import Config
 from ..data import layouts
 from ..data.layouts import Item
@@ -133,7 +134,7 @@ def begin(out: Path, request: Request):
     """Makes the folder, or checks that the pictures in it are made as these will be."""
     notes, new = out / NOTES, asdict(request)
     if notes.is_file() and any(out.glob("*.png")):
-        old = json.loads(notes.read_text(encoding="utf-8"))
+        old = read_notes(notes)
         if other := [f"{key} was {old.get(key)!r:.80}, now {value!r:.80}" for key, value in new.items()
                      if key != "count" and old.get(key) != value]:
             raise ValueError(f"{out} holds pictures that were made otherwise:\n  " + "\n  ".join(other)
@@ -171,7 +172,15 @@ def opened(path: Path) -> tuple[list[Path] | np.ndarray, dict]:
     if not files:
         raise ValueError(f"{path} holds no pictures.")
     notes = path / NOTES
-    return files, json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
+    return files, read_notes(notes) if notes.is_file() else {}
+
+
+def read_notes(file: Path) -> dict:
+    """What samples.json says. Raises ValueError where another program wrote it."""
+    notes = from_json(file.read_bytes(), str(file))
+    if not isinstance(notes, dict):
+        raise ValueError(f"{file} is not what `python -m trainer sample` wrote.")
+    return notes
 
 
 def tensors(pictures: list[Path] | np.ndarray, at_once: int):

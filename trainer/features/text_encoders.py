@@ -13,7 +13,7 @@ from ...models_impl import state_dict
 from ...models_impl.text import captions as cleaning
 from ..config.schema import Config
 from ..files import entries, write_whole
-from ..libraries import hide_broken_torchvision
+from ..libraries import LOCAL, hide_broken_torchvision
 from . import tokenizer
 from .precision import DTYPES
 from .store import Store, digest, fingerprint
@@ -110,14 +110,14 @@ class FrozenT5(nn.Module):
 
         self.name, self.max_length, self.clean, self.dtype = name, max_length, clean, DTYPES[precision]
         try:
-            self.width = AutoConfig.from_pretrained(name, local_files_only=True).d_model
+            self.width = AutoConfig.from_pretrained(name, **LOCAL).d_model
             folder = Path(name).expanduser()
             if not folder.is_dir():
                 folder = Path(cached_file(name, "config.json", local_files_only=True)).parent
             # where a pipeline's folder has it
             beside = folder.parent / {"text_encoder_2": "tokenizer_2"}.get(folder.name, "tokenizer")
             tokens = tokens or (str(beside) if beside.is_dir() and not any(folder.glob("*token*")) else name)
-            self.tokens = AutoTokenizer.from_pretrained(tokens, local_files_only=True)
+            self.tokens = AutoTokenizer.from_pretrained(tokens, **LOCAL)
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"text.encoder={name!r} cannot be read as a T5: {state_dict.first_line(error)}. Nothing is downloaded: "
@@ -162,8 +162,8 @@ class FrozenT5(nn.Module):
             beside = self.clip.parent / "tokenizer"
             tokens = self.clip if any(self.clip.glob("*token*")) or not beside.is_dir() else beside
             try:
-                model = CLIPTextModel.from_pretrained(self.clip, local_files_only=True, dtype=self.dtype)
-                self.pooler += [AutoTokenizer.from_pretrained(tokens, local_files_only=True),
+                model = CLIPTextModel.from_pretrained(self.clip, **LOCAL, dtype=self.dtype)
+                self.pooler += [AutoTokenizer.from_pretrained(tokens, **LOCAL),
                                 model.to(device).eval()]
             except (OSError, ValueError) as error:
                 raise ValueError(f"text.clip={str(self.clip)!r} cannot be read as a CLIP: "
@@ -178,7 +178,7 @@ class FrozenT5(nn.Module):
         if not self.encoder:
             from transformers import T5EncoderModel
 
-            encoder = T5EncoderModel.from_pretrained(self.name, local_files_only=True, dtype=self.dtype)
+            encoder = T5EncoderModel.from_pretrained(self.name, **LOCAL, dtype=self.dtype)
             self.encoder.append(encoder.to(device).eval())
         texts = [cleaning.clean_caption(c) for c in captions] if self.clean else captions
         read = self.tokens(texts, padding="max_length" if self.padded else True, truncation=True,
@@ -220,11 +220,11 @@ class FrozenClip(nn.Module):
 
         self.name, self.dtype, folder = name, DTYPES[precision], Path(name).expanduser()
         try:
-            shape = AutoConfig.from_pretrained(folder, local_files_only=True)
+            shape = AutoConfig.from_pretrained(folder, **LOCAL)
             shape = getattr(shape, "text_config", shape)
             beside = folder.parent / "tokenizer"  # where a pipeline's folder has it
             tokens = tokens or str(beside if beside.is_dir() and not any(folder.glob("*token*")) else folder)
-            self.tokens = CLIPTokenizerFast.from_pretrained(tokens, local_files_only=True)
+            self.tokens = CLIPTokenizerFast.from_pretrained(tokens, **LOCAL)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"text.encoder={name!r} cannot be read as a CLIP text encoder: "
                              f"{state_dict.first_line(error)}. Its tokenizer belongs beside it.") from error
@@ -271,7 +271,7 @@ class FrozenClip(nn.Module):
         if not self.encoder:
             from transformers import CLIPTextModelWithProjection
 
-            encoder = CLIPTextModelWithProjection.from_pretrained(self.name, local_files_only=True, dtype=self.dtype)
+            encoder = CLIPTextModelWithProjection.from_pretrained(self.name, **LOCAL, dtype=self.dtype)
             self.encoder.append(encoder.to(device).eval().requires_grad_(False))
         return self.encoder[0]
 

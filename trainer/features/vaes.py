@@ -1,7 +1,6 @@
 """Frozen VAEs: latents of pictures, whose statistics a `store.Store` keeps, and the way back."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from ...models_impl import state_dict
 from ...models_impl.annotators import hed
 from ...models_impl.guard import reading
 from ...models_impl.known_files import whose
+from ...models_impl.parsing import from_json
 from ..libraries import hide_broken_torchvision
 from ..training.noise import batch_noise
 from . import taesd
@@ -106,13 +106,9 @@ def vae_problems(path: str, channels: int, reader: str) -> list[str]:
     if place.is_dir():
         folder = place / "vae" if (place / "vae" / "config.json").is_file() else place
         try:
-            problems = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            problems = {}
-        if problems.get("_class_name") not in VAE_KINDS:
-            return [f"vae.path={path!r} is not a VAE's folder: its config.json should name one of "
-                    f"{', '.join(VAE_KINDS)}."]
-        stated = problems.get("latent_channels", 4)  # diffusers' own default
+            stated = vae_config(folder).get("latent_channels", 4)  # diffusers' own default
+        except ValueError as error:
+            return [str(error)]
     else:
         try:
             with safe_open(place, framework="pt") as file:
@@ -126,6 +122,16 @@ def vae_problems(path: str, channels: int, reader: str) -> list[str]:
         stated = shapes[taesd.MARK][1] if taesd.MARK in shapes else shapes[LAST_OF_ENCODER][0] // 2
     return [] if stated == channels else [f"vae.path={path!r} makes latents of {stated} channels, and {reader} reads "
                                         f"{channels}: name the VAE that belongs to it."]
+
+
+def vae_config(folder: Path) -> dict:
+    """The config.json of a folder of diffusers. Raises ValueError where it is not a VAE's."""
+    file = folder / "config.json"
+    config = from_json(file.read_bytes(), str(file)) if file.is_file() else None
+    if not isinstance(config, dict) or config.get("_class_name") not in VAE_KINDS:
+        raise ValueError(f"vae.path={str(folder)!r} is not a VAE's folder: its config.json should name one of "
+                         f"{', '.join(VAE_KINDS)}.")
+    return config
 
 
 def plain_vae_name(key: str) -> str:
@@ -147,13 +153,8 @@ def read_vae(path: Path) -> nn.Module:
     except ImportError as error:
         raise ValueError(f"vae.path needs diffusers: pip install diffusers ({error}).") from error
     if path.is_dir():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() \
-            else {}
         kinds = dict(zip(VAE_KINDS, (AutoencoderKL, AutoencoderTiny), strict=True))
-        if config.get("_class_name") not in VAE_KINDS:
-            raise ValueError(f"vae.path={str(path)!r} is not a VAE's folder: its config.json should name one of "
-                             f"{', '.join(VAE_KINDS)}.")
-        return kinds[config["_class_name"]].from_pretrained(path, local_files_only=True)
+        return kinds[vae_config(path)["_class_name"]].from_pretrained(path, local_files_only=True)
     with reading(path):
         return _of_file(path, AutoencoderKL)
 

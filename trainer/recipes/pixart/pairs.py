@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....models_impl.parsing import from_json
 from ....models_impl.pixart import sampling
 from ....models_impl.pixart.config import VAE_FACTOR
 from ...config.schema import Config, Data
@@ -47,7 +48,7 @@ class Pairs:
         """Raises ValueError where a picture has no pair, two share one, or the first one is of another size."""
         self.folder, self.root, self.channels = folder, released.root_of(settings), channels
         absent, owners, others, notes = [], {}, [], folder / NOTES
-        captions = json.loads(notes.read_text(encoding="utf-8"))["captions"] if notes.is_file() else {}
+        captions = read_notes(notes)["captions"] if notes.is_file() else {}
         for item in items:
             names = released.file_names(item, self.root)
             if captions.get(names[0], item.texts[0]) != item.texts[0]:
@@ -193,6 +194,14 @@ def notes(config: Config, text, steps: int, cfg: float) -> dict:
             "steps": steps, "cfg": cfg, "seed": config.seed}
 
 
+def read_notes(file: Path) -> dict[str, dict]:
+    """How the pairs beside a file were made, and of which captions. Raises ValueError for another program's file."""
+    notes = from_json(file.read_bytes(), str(file))
+    if not isinstance(notes, dict) or not all(isinstance(notes.get(name), dict) for name in ("how", "captions")):
+        raise ValueError(f"{file} is not what `python -m trainer pairs` wrote.")
+    return notes
+
+
 def begin(folder: Path, new: dict, captions: dict[str, str]):
     """Makes the folder, or checks that the pairs in it were made as these will be. captions: by the names of pairs."""
     file, before = folder / NOTES, {}
@@ -200,7 +209,7 @@ def begin(folder: Path, new: dict, captions: dict[str, str]):
         if not file.is_file():
             raise ValueError(f"{folder} holds pairs without {NOTES}, so another program made them. Choose another "
                              "folder: --out.")
-        old = json.loads(file.read_text(encoding="utf-8"))
+        old = read_notes(file)
         before = old["captions"]
         if complaints := [
             *(f"{key} was {old['how'].get(key)!r:.80}, now {value!r:.80}" for key, value in new.items()

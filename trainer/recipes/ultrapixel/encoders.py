@@ -85,7 +85,7 @@ class FrozenVision:
             from transformers import CLIPVisionModelWithProjection
 
             try:
-                net = CLIPVisionModelWithProjection.from_pretrained(self.folder, local_files_only=True)
+                net = CLIPVisionModelWithProjection.from_pretrained(self.folder, **libraries.LOCAL)
             except (OSError, ValueError) as error:
                 raise ValueError(f"model.image_encoder={str(self.folder)!r} cannot be read as CLIP's image tower: "
                                  f"{state_dict.first_line(error)}.") from error
