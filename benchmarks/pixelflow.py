@@ -86,9 +86,8 @@ def ours(model, case, size, steps, batch, device, dtype):
     rng = torch.Generator().manual_seed(0)
     small = stage_size(size, size, 0, stages.num_stages)
     noise = torch.randn(batch, 3, *small, generator=rng).to(device)
-    return sampling.sample(
-        predict, noise, schedule, lambda stage, shape: sampling.block_noise(shape, rng).to(device)
-    )
+    flow = sampling.CascadeFlow(stages)
+    return flow.sample(predict, noise, schedule, lambda stage, shape: sampling.block_noise(shape, rng).to(device))
 
 
 def plain(model, case, size, steps, batch, device, dtype):

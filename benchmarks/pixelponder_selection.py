@@ -24,9 +24,9 @@ sys.path[:] = [str(Path(__file__).resolve().parents[1] / "package"), *sys.path[1
 
 import torch  # noqa: E402 - the repository gets its name first
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from pixstack.models_impl.flux import sampling  # noqa: E402
 from pixstack.models_impl.flux.config import FluxConfig  # noqa: E402
 from pixstack.models_impl.flux.model import Flux, pack, positions  # noqa: E402
+from pixstack.models_impl.flux.sampling import RectifiedFlow  # noqa: E402
 from pixstack.models_impl.pixelponder.accumulate import Accumulate  # noqa: E402
 from pixstack.models_impl.pixelponder.config import TYPES, PixelPonderConfig, SelectorConfig  # noqa: E402
 from pixstack.models_impl.pixelponder.model import HINT_CELL, PixelPonder  # noqa: E402
@@ -38,6 +38,7 @@ CELLS = 16  # side of the latent: 8 by 8 patches
 # Cells of a field along one side. The likelihoods of a patch's four cells separate it from noise every time; from three
 # noises only 74 times of 100 if CELLS were 8, which would then be the most that can be learnt.
 POINTS = 5
+FLOW = RectifiedFlow()
 TEXT = 4  # tokens, always the same: the task has no words
 BASE = FluxConfig(hidden=96, heads=3, axes=(8, 12, 12), mlp_hidden=384, depth=2, single_depth=2, pooled_dim=8,
                   context_dim=16)
@@ -90,8 +91,8 @@ class Task:
         """(noise, sigma, inputs of FLUX)"""
         B = len(latent)
         noise = torch.randn(latent.shape, generator=self.random)
-        sigma = sampling.training_sigma(torch.randn(B, generator=self.random))
-        x = sampling.add_noise(latent, noise, sigma)
+        sigma = FLOW.draw(B, self.random)
+        x = FLOW.add_noise(latent, noise, sigma)
         given = dict(img=pack(x), timestep=sigma, context=torch.ones(B, TEXT, BASE.context_dim),
                      pooled=torch.ones(B, BASE.pooled_dim), guidance=torch.full((B,), 4.0),
                      img_ids=positions(CELLS // 2, CELLS // 2))  # fmt: skip
@@ -123,7 +124,7 @@ def train_base(steps: int, batch: int) -> Flux:
     def loss():
         latent = task.latent(task.colours(batch))
         noise, given = task.noisy(latent)
-        return sampling.loss(base(**given), pack(latent), pack(noise)).mean()
+        return FLOW.loss(base(**given), pack(latent), pack(noise), given["timestep"]).mean()
 
     fit(base.parameters(), steps, 1e-3, loss, 50, lambda step, mean: print(f"  FLUX, step {step}: loss {mean:.3f}",
                                                                            flush=True))
@@ -135,7 +136,8 @@ def loss_with(net: PixelPonder, base: Flux, strategy, task: Task, batch: int, co
     latent, _, hints = task.batch(batch, conditions)
     noise, given = task.noisy(latent)
     residuals = net(**given, select=strategy.begin(net.conditions(hints))).residuals()
-    return sampling.loss(base(**given, residuals=residuals), pack(latent), pack(noise)).mean()
+    prediction = base(**given, residuals=residuals)
+    return FLOW.loss(prediction, pack(latent), pack(noise), given["timestep"]).mean()
 
 
 def train_control(base: Flux, steps: int, batch: int) -> PixelPonder:

@@ -89,7 +89,7 @@ class PixArtSigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, schedule, steps, denoise, timestep) -> io.NodeOutput:
-        noise = pixart_sampling.schedule_of(model)
+        noise = pixart_sampling.diffusion_of(model).schedule
         if schedule == ONE_STEP:
             return io.NodeOutput(pixart_sampling.one_step_sigmas(noise, timestep))
         return io.NodeOutput(pixart_sampling.sigmas(noise, schedule, steps, denoise))

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..models_impl.annotators import canny, openpose
 from ..models_impl.pixart.sampling import lcm_timesteps, time_uniform
-from ..models_impl.ultrapixel.sampling import Schedule, sizes
+from ..models_impl.ultrapixel.sampling import CosineDiffusion, sizes
 from .comfyui import CACHE, ROOT
 from .host import Host, Run
 from .workflow import read
@@ -205,7 +205,7 @@ def cascade_calls(graph: dict) -> tuple[list[float], float]:
     """(timesteps in [0, 1] at which each pass calls Stage C, cfg)."""
     inputs = [node["inputs"] for node in graph.values()]
     steps = next(i for i in inputs if "denoise" in i and "model" in i)
-    schedule = Schedule(next(i["shift"] for i in inputs if "shift" in i))
+    schedule = CosineDiffusion(next(i["shift"] for i in inputs if "shift" in i))
     levels = schedule.steps(int(steps["steps"] / steps["denoise"]))[-steps["steps"] - 1 : -1]
     return schedule.timestep(levels).tolist(), next(i["cfg"] for i in inputs if "cfg" in i)
 def competing(graph: dict) -> tuple[list[tuple[str, bool]], bool]:

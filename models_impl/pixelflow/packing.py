@@ -1,16 +1,16 @@
 """Pictures of all stages as one sequence, for training (data_in1k.py)."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..family import Noise
 from .model import PackedLayout
-from .sampling import shrink, training_pair
-from .stages import Stages
+from .sampling import CascadeFlow, StageTime, shrink
 
 
 def patches(x: Tensor, patch_size: int) -> Tensor:
@@ -31,30 +31,24 @@ class PackedBatch:
 
 def pack(
     images: Tensor,
-    stage: Tensor,
-    t_index: Tensor,
-    noise: Callable[[int, torch.Size], Tensor],
-    stages: Stages,
+    times: StageTime,
+    noise: Noise,
+    flow: CascadeFlow,
     patch_size: int,
     context_lengths: Sequence[int] | None = None,
 ) -> PackedBatch:
     """Noise a batch and pack it (data_in1k.py, collate).
 
-    images: (B, C, H, W) at full size; stage, t_index: (B,), t_index in [0, num_train_timesteps); noise(stage, shape) ->
-    noise of the stage's pictures in batch order; context_lengths: text tokens of each picture.
+    images: (B, C, H, W) at full size; times: as `CascadeFlow.draw` gives them; noise(stage, shape) -> noise of the
+    stage's pictures in batch order; context_lengths: text tokens of each picture.
     """
-    grid_t = torch.arange(stages.num_train_timesteps) / stages.num_train_timesteps
     rows, targets, timesteps, grids, order = [], [], [], [], []
-    for k in reversed(range(stages.num_stages)):
-        items = (stage == k).nonzero().flatten()
-        if not len(items):
-            continue
-        small = shrink(images[items], k, stages.num_stages)
-        index = t_index[items]
-        x, target = training_pair(small, k, grid_t[index].to(small), noise(k, small.shape), stages)
+    for items, time in reversed(list(times.by_stage())):
+        small = shrink(images[items], time.stage, flow.stages.num_stages)
+        x, target = flow.pair(small, noise(time.stage, small.shape), time)
         rows.append(patches(x, patch_size))
         targets.append(patches(target, patch_size))
-        timesteps.append(stages.train_timesteps(k)[index].float())
+        timesteps.append(flow.network_timestep(time))
         grids += [(small.shape[-2] // patch_size, small.shape[-1] // patch_size)] * len(items)
         order.append(items)
     order = torch.cat(order)

@@ -10,14 +10,16 @@ both the stage and the t in it. (scheduling_pixelflow.py, pipeline_pixelflow.py 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..family import Callback, Noise
 from .schedule import Schedule
 from .solvers import SOLVERS, Predict
 from .stages import GAMMA, Stages
@@ -76,53 +78,6 @@ def jump(x: Tensor, stage: int, noise: Tensor, stages: Stages) -> Tensor:
     return alpha * double(x) + beta * noise.to(x)
 
 
-# --- Sampling
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress that the callback is given after each step."""
-
-    step: int
-    """Index over the whole schedule."""
-    steps: int
-    stage: int
-    x: Tensor
-    denoised: Tensor
-
-
-def sample(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    block_noise: Callable[[int, torch.Size], Tensor],
-    callback: Callable[[Progress], None] | None = None,
-) -> Tensor:
-    """Run the schedule from x, the state at its first point; white noise when that is the start of stage 0.
-
-    block_noise(stage, shape) gives the noise of the jump into a stage. Returns the final state: the sample at the end
-    of the cascade, the clean estimate for a schedule that ends early (`Schedule.clean`), or the state to hand over.
-    """
-    stages, done = schedule.stages, 0
-    solve = SOLVERS[schedule.solver]
-    clean = x
-    for n, plan in enumerate(schedule.plans):
-        if n:
-            x = jump(x, plan.stage, block_noise(plan.stage, _doubled(x.shape)), stages)
-
-        def report(step, x, velocity, t, plan=plan, done=done):
-            nonlocal clean
-            clean = stages.denoised(x, velocity, plan.stage, t)
-            if callback is not None:
-                callback(Progress(done + step, schedule.steps, plan.stage, x, clean))
-
-        x = solve(predict, x, plan, stages, report)
-        done += plan.steps
-    if schedule.enter_next:
-        stage = schedule.plans[-1].stage + 1
-        return jump(x, stage, block_noise(stage, _doubled(x.shape)), stages)
-    return clean if schedule.clean else x
-
-
 def _doubled(shape: torch.Size) -> torch.Size:
     return torch.Size((*shape[:-2], shape[-2] * 2, shape[-1] * 2))
 
@@ -150,12 +105,93 @@ def shrink(images: Tensor, stage: int, num_stages: int) -> Tensor:
     return F.avg_pool2d(images, 2 ** (num_stages - 1 - stage))
 
 
-def training_pair(images: Tensor, stage: int, t: Tensor, noise: Tensor, stages: Stages) -> tuple[Tensor, Tensor]:
-    """(x_t, target velocity) of a stage.
+# --- All of it
 
-    images: (B, C, H, W) at the resolution of the stage, in [-1, 1]; t: (B,) in [0, 1]; noise: like images, the same
-    for both ends. The target is end - start.
+class StageTime(NamedTuple):
+    """Times in a cascade: a stage and t inside it, of one stage for all pictures or, as they are drawn, of each."""
+
+    stage: int | Tensor
+    """(B,) int64"""
+    t: float | Tensor
+    """In [0, 1]; (B,) float32."""
+
+    def rows(self, rows: Tensor | slice) -> StageTime:
+        """Those of some pictures."""
+        return StageTime(self.stage[rows], self.t[rows])
+
+    def by_stage(self) -> Iterator[tuple[Tensor, StageTime]]:
+        """(rows, the times of these pictures, which share a stage), by rising stage; stages without pictures are left
+        out."""
+        for stage in sorted(set(self.stage.tolist())):
+            rows = (self.stage == stage).nonzero().flatten()
+            yield rows, StageTime(stage, self.t[rows])
+
+
+@dataclass(frozen=True)
+class CascadeFlow:
+    """PixelFlow as a `family.Diffusion` whose times are `StageTime`.
+
+    Pictures are of one stage and at its resolution, (B, C, H, W) in [-1, 1], with the same noise for both ends of the
+    stage; only in training a whole batch is packed (`packing.pack`).
     """
-    end = torch.lerp(noise, images, stages.end[stage])
-    start = torch.lerp(noise, double(F.avg_pool2d(images, 2)), stages.start[stage]) if stage else noise
-    return torch.lerp(start, end, t.view(-1, 1, 1, 1).to(images)), end - start
+
+    stages: Stages
+
+    def draw(self, batch: int, rng: torch.Generator, weights: Sequence[float] | None = None) -> StageTime:
+        """weights: of the stages, see `assign_stages`. Each t is a whole multiple of 1 / num_train_timesteps."""
+        steps = self.stages.num_train_timesteps
+        stage = assign_stages(batch, self.stages.num_stages, rng, weights)
+        return StageTime(stage, torch.randint(steps, (batch,), generator=rng) / steps)
+
+    def network_timestep(self, time: StageTime) -> Tensor:
+        """Of times as they are drawn, float32 on the CPU."""
+        index = (time.t * self.stages.num_train_timesteps).round().long()
+        grid = torch.stack([self.stages.train_timesteps(k) for k in range(self.stages.num_stages)])
+        return grid[time.stage, index].float()
+
+    def add_noise(self, clean: Tensor, noise: Tensor, time: StageTime) -> Tensor:
+        return self.pair(clean, noise, time)[0]
+
+    def target(self, clean: Tensor, noise: Tensor, time: StageTime) -> Tensor:
+        """The velocity, end - start."""
+        return self.pair(clean, noise, time)[1]
+
+    def pair(self, clean: Tensor, noise: Tensor, time: StageTime) -> tuple[Tensor, Tensor]:
+        """(`add_noise`, `target`). t: (B,)."""
+        stage, t = time
+        end = torch.lerp(noise, clean, self.stages.end[stage])
+        start = torch.lerp(noise, double(F.avg_pool2d(clean, 2)), self.stages.start[stage]) if stage else noise
+        return torch.lerp(start, end, t.view(-1, 1, 1, 1).to(clean)), end - start
+
+    def denoised(self, x: Tensor, velocity: Tensor, time: StageTime) -> Tensor:
+        """The clean sample at the stage's resolution; exact when halving and doubling it loses nothing."""
+        stage, t = time
+        return self.stages.denoised(x, velocity, stage, t.view(-1, 1, 1, 1).to(x) if isinstance(t, Tensor) else t)
+
+    def loss(self, velocity: Tensor, clean: Tensor, noise: Tensor, time: StageTime) -> Tensor:
+        return (velocity.float() - self.target(clean, noise, time)).square().mean(dim=(1, 2, 3))
+
+    def sample(self, predict: Predict, x: Tensor, schedule: Schedule, noise: Noise,
+               callback: Callback | None = None) -> Tensor:
+        """Run the schedule from x, the state at its first point; white noise when that is the start of stage 0.
+
+        noise(stage, shape) gives the noise of the jump into a stage. Returns the final state: the sample at the end of
+        the cascade, the clean estimate for a schedule that ends early (`Schedule.clean`), or the state to hand over.
+        """
+        solve, done, clean = SOLVERS[schedule.solver], 0, x
+        for n, plan in enumerate(schedule.plans):
+            if n:
+                x = jump(x, plan.stage, noise(plan.stage, _doubled(x.shape)), self.stages)
+
+            def report(step, x, velocity, t, plan=plan, done=done):
+                nonlocal clean
+                clean = self.denoised(x, velocity, StageTime(plan.stage, t))
+                if callback is not None:
+                    callback(done + step, x, clean)
+
+            x = solve(predict, x, plan, self.stages, report)
+            done += plan.steps
+        if schedule.enter_next:
+            stage = schedule.plans[-1].stage + 1
+            return jump(x, stage, noise(stage, _doubled(x.shape)), self.stages)
+        return clean if schedule.clean else x

@@ -112,16 +112,23 @@ def guidance_scales(policy: str, cfg: float, num_stages: int, custom: Sequence[f
     policy: "constant", cfg everywhere (text-conditional release); "scaled", 1 + (cfg - 1) * (0, 1/6, 2/3, 1)[stage]
     (class-conditional release; more than four stages spread the same curve); "custom", the given list.
     """
-    if policy == "constant":
-        return [float(cfg)] * num_stages
-    if policy == "scaled":
-        return [1 + (cfg - 1) * _class_share(k, num_stages) for k in range(num_stages)]
-    if policy == "custom":
-        if custom is None or len(custom) != num_stages:
-            raise ValueError(f"Custom guidance needs one number for each of the {num_stages} stages, got "
-                             f"{0 if custom is None else len(custom)}.")
-        return [float(g) for g in custom]
-    raise ValueError(f"Guidance policy {policy!r} is not one of constant, scaled, custom.")
+    if policy not in GUIDANCE:
+        raise ValueError(f"Guidance policy {policy!r} is not one of {', '.join(GUIDANCE)}.")
+    return GUIDANCE[policy](cfg, num_stages, custom)
+
+
+def _custom(cfg: float, num_stages: int, scales: Sequence[float] | None) -> list[float]:
+    if scales is None or len(scales) != num_stages:
+        raise ValueError(f"Custom guidance needs one number for each of the {num_stages} stages, got "
+                         f"{0 if scales is None else len(scales)}.")
+    return [float(scale) for scale in scales]
+
+
+GUIDANCE = {  # policy -> fn(cfg, num_stages, custom)
+    "constant": lambda cfg, num_stages, custom: [float(cfg)] * num_stages,
+    "scaled": lambda cfg, num_stages, custom: [1 + (cfg - 1) * _class_share(k, num_stages) for k in range(num_stages)],
+    "custom": _custom,
+}
 
 
 def _class_share(stage: int, num_stages: int) -> float:

@@ -1,7 +1,7 @@
 """Sampling settings of PixelPonder's release (pipeline.py of chfyfr/PixelPonder@3326c73); the flow itself is FLUX's."""
 from __future__ import annotations
 
-from ..flux import sampling as flux
+from ..flux.sampling import RectifiedFlow
 
 STEPS = 25
 GUIDANCE = 4.0  # distilled guidance, in training too
@@ -11,4 +11,4 @@ SCHEDULE_TOKENS = 16  # (64 * 64) // 256: the release shifts its schedule as if 
 
 def schedule(steps: int = STEPS, tokens: int = SCHEDULE_TOKENS) -> list[float]:
     """steps + 1 sigmas from 1 to 0, as released; tokens=1024 would be the true length at 512 pixels."""
-    return flux.schedule(steps, tokens)
+    return RectifiedFlow().schedule(steps, tokens)

@@ -83,7 +83,7 @@ class StageC(UNet):
     ) -> Tensor:
         """The noise in a latent.
 
-        x: (B, in_channels, H, W); timestep: (B,) in [0, 1], `sampling.Schedule.timestep`; text, pooled, image: see
+        x: (B, in_channels, H, W); timestep: (B,) in [0, 1], as `sampling` has it; text, pooled, image: see
         `encode_text`; conditions: name -> (B,) for the names in the configuration; control: one residual
         (B, hidden, h, w), of any size, or None for each ResBlock in order; hook: see `blocks.Walk`, for the guide.
         Returns (B, out_channels, H, W).

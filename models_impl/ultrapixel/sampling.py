@@ -15,16 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..family import Callback, Noise
+
 KEPT_TIMESTEP = 0.05
 """The noise level of the features that the guide was trained on."""
 RESCALE = 0.7
 LOGSNR_RANGE = (-10.0, 10.0)  # of the adaptive loss weight's buckets
 WEIGHT_RANGE = (1e-7, 1e7)  # of the adaptive loss weight
 
+AfterStep = Callable[[Tensor, Tensor], Tensor]
+"""(x, its logsnr) -> x, after each step."""
+
 
 @dataclass(frozen=True)
-class Schedule:
-    """The cosine schedule of Stable Cascade, in float32 as the networks were trained: 1 - 0.9999 is inexact."""
+class CosineDiffusion:
+    """The cosine schedule of Stable Cascade as a `family.Diffusion`, whose times are t; in float32 as the networks were
+    trained: 1 - 0.9999 is inexact. It is that of Stage C and of Stage B. UltraPixel draws in two passes
+    (`sample_guided`), of which `sample` is one."""
 
     shift: float = 1.0
     """Larger: more noise at the same t."""
@@ -63,6 +70,51 @@ class Schedule:
         if steps < 1:
             raise ValueError(f"steps={steps} must be at least 1.")
         return self.logsnr(torch.linspace(start, end, steps + 1))
+
+    # --- t: (B,) in [0, 1]
+
+    def draw(self, batch: int, rng: torch.Generator | None = None) -> Tensor:
+        """Uniform in (0, 1], at least 0.001, on the generator's device."""
+        device = None if rng is None else rng.device
+        return (1 - torch.rand(batch, generator=rng, device=device)).add(0.001).clamp(0.001, 1.0)
+
+    def network_timestep(self, t: Tensor) -> Tensor:
+        return self.timestep(self.logsnr(t))
+
+    def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return add_noise(clean, noise, self.logsnr(t))
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise
+
+    def denoised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return denoised(x, eps, self.logsnr(t))
+
+    def loss(self, eps: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return F.mse_loss(eps.float(), noise, reduction="none").flatten(1).mean(dim=1)
+
+    def sample(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, logsnrs: Tensor, noise: Noise,
+               callback: Callback | None = None, eta: float = 1.0, after_step: AfterStep | None = None) -> Tensor:
+        """The last estimate of the clean latent, not the x after the last step. See `run`."""
+        return self.run(predict, x, logsnrs, noise, callback, eta, after_step)[1]
+
+    def run(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, logsnrs: Tensor, noise: Noise,
+            callback: Callback | None = None, eta: float = 1.0,
+            after_step: AfterStep | None = None) -> tuple[Tensor, Tensor | None]:
+        """Step x (B, C, H, W) from logsnrs[0] to logsnrs[-1]. Returns x and the last step's estimate of the clean
+        latent. predict(x, timestep (B,)) -> eps, guidance inside; logsnrs: rising, of `steps`."""
+        clean, levels = None, logsnrs.to(x.device)  # moved at once: each move to a GPU is something that it waits for
+        timesteps = [self.timestep(logsnr) for logsnr in logsnrs[:-1]]
+        timesteps = torch.stack(timesteps).to(x.device) if timesteps else ()
+        for i, following in enumerate(logsnrs[1:]):
+            eps = predict(x, timesteps[i].expand(x.shape[0]))
+            clean = denoised(x, eps, levels[i])
+            if callback is not None:
+                callback(i, x, clean)
+            x = ddpm_step(clean, eps, levels[i], levels[i + 1], noise(i, x.shape).to(x), eta)
+            if after_step is not None:
+                x = after_step(x, following)
+        return x, clean
 
 
 def scales(logsnr: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,59 +160,27 @@ def guided(cond: Tensor, uncond: Tensor, cfg: float, rescale: float = RESCALE, w
     return rescale * (eps * ratio) + (1 - rescale) * eps
 
 
-def run(
-    predict: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    schedule: Schedule,
-    logsnrs: Tensor,
-    noise: Callable[[int, torch.Size], Tensor],
-    eta: float = 1.0,
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
-    after_step: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Step x (B, C, H, W) from logsnrs[0] to logsnrs[-1]. Returns x and the last step's estimate of the clean latent.
-
-    predict(x, timestep (B,)) -> eps, guidance inside; logsnrs: rising, `Schedule.steps`; noise(step, shape);
-    callback(step, x after it, denoised); after_step(x, logsnr of x) -> x lets a host blend an inpainting mask.
-    """
-    clean, levels = None, logsnrs.to(x.device)  # moved at once: each move to a GPU is something that it waits for
-    timesteps = [schedule.timestep(logsnr) for logsnr in logsnrs[:-1]]
-    timesteps = torch.stack(timesteps).to(x.device) if timesteps else ()
-    for i, following in enumerate(logsnrs[1:]):
-        eps = predict(x, timesteps[i].expand(x.shape[0]))
-        clean = denoised(x, eps, levels[i])
-        x = ddpm_step(clean, eps, levels[i], levels[i + 1], noise(i, x.shape).to(x), eta)
-        if after_step is not None:
-            x = after_step(x, following)
-        if callback is not None:
-            callback(i, x, clean)
-    return x, clean
-
-
-def sample(predict, x, schedule, logsnrs, noise, **options) -> Tensor:
-    """`run` of Stage C and Stage B: its result is the last estimate of the clean latent, not the x after the step."""
-    return run(predict, x, schedule, logsnrs, noise, **options)[1]
-
-
-def kept_step(schedule: Schedule, logsnrs: Tensor) -> int:
+def kept_step(diffusion: CosineDiffusion, logsnrs: Tensor) -> int:
     """The step of the low-resolution pass whose features are kept: the one whose timestep is nearest to
     KEPT_TIMESTEP.
 
     With the 20 steps of the release it is the last one.
     """
-    return (schedule.timestep(logsnrs[:-1]) - KEPT_TIMESTEP).abs().argmin().item()
+    return (diffusion.timestep(logsnrs[:-1]) - KEPT_TIMESTEP).abs().argmin().item()
 
 
-def sample_features(predict, features, x, schedule, logsnrs, noise, keep: int | None = None, **options):
-    """The low-resolution pass: `run` until step `keep`, by default `kept_step`, and there features(x, timestep (B,)).
+def sample_features(predict, features, x, diffusion: CosineDiffusion, logsnrs, noise: Noise, keep: int | None = None,
+                    **options):
+    """The low-resolution pass: `CosineDiffusion.run` until step `keep`, by default `kept_step`, and there
+    features(x, timestep (B,)).
 
     It ends with that: nothing that it would still change is used.
     """
-    keep = kept_step(schedule, logsnrs) if keep is None else keep
+    keep = kept_step(diffusion, logsnrs) if keep is None else keep
     if not 0 <= keep < len(logsnrs) - 1:
         raise ValueError(f"keep={keep} is not one of the steps 0 to {len(logsnrs) - 2}.")
-    x, _ = run(predict, x, schedule, logsnrs[: keep + 1], noise, **options)
-    return features(x, schedule.timestep(logsnrs[keep]).to(x.device).expand(x.shape[0]))
+    x, _ = diffusion.run(predict, x, logsnrs[: keep + 1], noise, **options)
+    return features(x, diffusion.timestep(logsnrs[keep]).to(x.device).expand(x.shape[0]))
 
 
 def sample_guided(
@@ -169,28 +189,28 @@ def sample_guided(
     predict_high: Callable[[Tensor, Tensor, object | None], Tensor],
     x_low: Tensor,
     x_high: Tensor,
-    schedule: Schedule,
+    diffusion: CosineDiffusion,
     logsnrs: Tensor,
-    noise_low: Callable[[int, torch.Size], Tensor],
-    noise_high: Callable[[int, torch.Size], Tensor],
+    noise_low: Noise,
+    noise_high: Noise,
     keep: int | None = None,
     guide_steps: int | None = None,
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    **high,
 ) -> Tensor:
     """Both passes of UltraPixel (arXiv 2407.02158). Returns the clean high-resolution latent.
 
     predict_low and features_low: see `sample_features`; predict_high(x, timestep, features) -> eps, features None where
     unguided. x_low, x_high: noise of the two sizes, each with noise of its own for the steps. guide_steps: number
     of guided steps; the reference stops after 20; None: all. keep: None for `kept_step`; the
-    reference takes the last step, whatever its noise level.
+    reference takes the last step, whatever its noise level. high: what `CosineDiffusion.sample` takes beside.
     """
-    features = sample_features(predict_low, features_low, x_low, schedule, logsnrs, noise_low, keep)
+    features = sample_features(predict_low, features_low, x_low, diffusion, logsnrs, noise_low, keep)
     step = iter(range(len(logsnrs) - 1))
 
     def predict(x, timestep):
         return predict_high(x, timestep, features if guide_steps is None or next(step) < guide_steps else None)
 
-    return sample(predict, x_high, schedule, logsnrs, noise_high, callback=callback)
+    return diffusion.sample(predict, x_high, logsnrs, noise_high, **high)
 
 
 # --- Sizes
@@ -225,17 +245,6 @@ def sizes(
 
 
 # --- Training
-
-def training_t(batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """The t that the reference draws: (batch,), uniform in (0, 1], at least 0.001, on the generator's device."""
-    device = None if generator is None else generator.device
-    return (1 - torch.rand(batch, generator=generator, device=device)).add(0.001).clamp(0.001, 1.0)
-
-
-def noise_loss(eps: Tensor, noise: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,)."""
-    return F.mse_loss(eps, noise, reduction="none").flatten(1).mean(dim=1)
-
 
 def p2_weight(logsnr: Tensor) -> Tensor:
     """Weights of the loss that favour noise (arXiv 2204.00227), with k and gamma of 1."""

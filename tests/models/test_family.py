@@ -7,7 +7,6 @@ import tiny_family
 import torch
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
-from pixstack.models_impl.pixart import sampling
 from pixstack.models_impl.state_dict import read_file, write_file
 from pixstack.trainer.data.pictures import shown
 from pixstack.trainer.export import exporting
@@ -86,7 +85,7 @@ def pixart_latent(family, model, positive, negative, algorithm="dpm-solver++", s
 def test_pixart_draws_what_the_trainer_draws(family, monkeypatch, algorithm, schedule):
     positive, negative = texts(family, "pixelflow, pixart", PROMPT, "")
     theirs = pixart_latent(family, pixart_model(family), positive, negative, algorithm, schedule)
-    monkeypatch.setattr(family.pixart.recipe, "algorithm", sampling.ALGORITHMS[algorithm])
+    monkeypatch.setattr(family.pixart.recipe, "algorithm", algorithm)
     close(theirs, of_trainer(family.pixart.recipe, sample))
 
 

@@ -272,10 +272,10 @@ def test_two_samplers_one_after_another_repeat_one(cut):
     sigmas = whole.sigmas()
     first = Schedule.from_sigmas(stages, sigmas[: cut + 1])
     second = Schedule.from_sigmas(stages, sigmas[cut:])
-    between = sampling.sample(field, x, first, noise_of)
+    flow = sampling.CascadeFlow(stages)
+    between = flow.sample(field, x, first, noise_of)
     torch.testing.assert_close(
-        sampling.sample(field, between, second, noise_of), sampling.sample(field, x, whole, noise_of),
-        rtol=1e-3, atol=1e-3,
+        flow.sample(field, between, second, noise_of), flow.sample(field, x, whole, noise_of), rtol=1e-3, atol=1e-3,
     )
 
 
@@ -288,7 +288,7 @@ def test_a_cascade_that_ends_early_gives_the_clean_estimate():
     def exact(x, timestep, stage, cfg):
         return (stages.end[0] - stages.start[0]) * (smooth - noise)
 
-    draft = sampling.sample(exact, noise, Schedule.build(stages, 3, end_stage=0), noise_of)
+    draft = sampling.CascadeFlow(stages).sample(exact, noise, Schedule.build(stages, 3, end_stage=0), noise_of)
     torch.testing.assert_close(draft, smooth)
 
 
@@ -296,11 +296,12 @@ def test_an_adaptive_draft_is_estimated_at_the_end_of_its_stage():
     stages, progress = Stages(2), []
     x = torch.randn(1, 3, 4, 4)
     schedule = Schedule.build(stages, 4, solver="dopri5", end_stage=0)
-    draft = sampling.sample(field, x, schedule, noise_of, progress.append)
-    state = sampling.sample(field, x, Schedule(stages, schedule.plans, "dopri5"), noise_of)
+    flow = sampling.CascadeFlow(stages)
+    draft = flow.sample(field, x, schedule, noise_of, lambda *said: progress.append(said))
+    state = sampling.CascadeFlow(stages).sample(field, x, Schedule(stages, schedule.plans, "dopri5"), noise_of)
     velocity = field(state, stages.last_timestep[0], 0, 1.0)
     torch.testing.assert_close(draft, stages.denoised(state, velocity, 0, 1.0))
-    assert progress[-1].step == progress[-1].steps - 1
+    assert progress[-1][0] == schedule.steps - 1
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -309,7 +310,7 @@ def test_a_cascade_started_from_a_picture_gets_back_to_it(stage):
     size = stage_size(32, 32, stage, 3)
     noise = torch.randn(1, 3, *size)
     small = sampling.shrink(image, stage, 3)
-    x, _ = sampling.training_pair(small, stage, torch.zeros(1), noise, stages)
+    x = sampling.CascadeFlow(stages).add_noise(small, noise, sampling.StageTime(stage, torch.zeros(1)))
     velocity = (stages.end[stage] - stages.start[stage]) * (small - noise)
     torch.testing.assert_close(stages.denoised(x, velocity, stage, 0.0), small, rtol=1e-5, atol=1e-5)
 
@@ -352,7 +353,7 @@ def test_the_adaptive_solver_is_as_accurate_as_it_promises(solver, tolerance):
         return 2 * x * math.cos(timestep / 999 * 6)
 
     x = torch.tensor([[[[1.0, -2.0]]]])
-    end = sampling.sample(growth, x, Schedule.build(stages, 4, solver=solver), noise_of)
+    end = sampling.CascadeFlow(stages).sample(growth, x, Schedule.build(stages, 4, solver=solver), noise_of)
     torch.testing.assert_close(end, x * math.exp(2 * math.sin(6) / 6), rtol=tolerance, atol=0)
 
 

@@ -7,7 +7,6 @@ import torch
 from pixstack.kernels.attention import attention
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.flux import checkpoint as flux_checkpoint
-from pixstack.models_impl.flux import sampling
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import (
     Flux,
@@ -18,6 +17,7 @@ from pixstack.models_impl.flux.model import (
     rope_table,
     unpack,
 )
+from pixstack.models_impl.flux.sampling import RectifiedFlow
 from pixstack.models_impl.pixelponder import checkpoint
 from pixstack.models_impl.pixelponder import sampling as released_sampling
 from pixstack.models_impl.pixelponder.accumulate import Accumulate, Selector
@@ -26,6 +26,7 @@ from pixstack.models_impl.pixelponder.model import PixelPonder
 from pixstack.models_impl.pixelponder.patch_select import Blend, Conditions, Guide, Released, forced_map
 from pixstack.models_impl.pixelponder.select_net import AsRun, SelectNet, pick
 
+FLOW = RectifiedFlow()
 BASE = FluxConfig(hidden=16, heads=2, axes=(2, 2, 4), mlp_hidden=32, depth=3, single_depth=5, pooled_dim=6,
                   context_dim=10)
 TRUNK = replace(BASE, depth=2, single_depth=4)
@@ -232,14 +233,14 @@ def test_text_of_another_encoder_is_refused_with_both_widths():
 
 def test_euler_steps_are_exact_on_a_straight_flow():
     latent, noise = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
-    end = sampling.sample(lambda x, timestep: sampling.target(latent, noise), noise, released_sampling.schedule(3))
+    end = FLOW.sample(lambda x, sigma: FLOW.target(latent, noise, sigma), noise, released_sampling.schedule(3))
     torch.testing.assert_close(end, latent)
 
 
 def test_the_clean_latent_is_estimated_from_noise_and_velocity():
     latent, noise, sigma = torch.randn(2, 4, 8), torch.randn(2, 4, 8), torch.tensor([0.2, 0.9])
-    noisy = sampling.add_noise(latent, noise, sigma)
-    torch.testing.assert_close(sampling.denoised(noisy, sampling.target(latent, noise), sigma), latent)
+    noisy = FLOW.add_noise(latent, noise, sigma)
+    torch.testing.assert_close(FLOW.denoised(noisy, FLOW.target(latent, noise, sigma), sigma), latent)
 
 
 def test_the_released_schedule_shifts_as_for_sixteen_tokens():
@@ -250,7 +251,7 @@ def test_the_released_schedule_shifts_as_for_sixteen_tokens():
 
 def test_sigmas_that_do_not_fall_are_refused():
     with pytest.raises(ValueError, match="must fall"):
-        sampling.sample(lambda x, t: x, torch.zeros(1, 1, 1), [1.0, 1.0])
+        FLOW.sample(lambda x, t: x, torch.zeros(1, 1, 1), [1.0, 1.0])
 
 
 # --- The ControlNet

@@ -20,7 +20,7 @@ from pixstack.models_impl.ultrapixel.controlnet import ControlNet
 from pixstack.models_impl.ultrapixel.effnet import MEAN, STD, EffnetEncoder, features
 from pixstack.models_impl.ultrapixel.guidance import Features, FeatureTap, Guide, up_weight
 from pixstack.models_impl.ultrapixel.model import StageC
-from pixstack.models_impl.ultrapixel.sampling import Schedule
+from pixstack.models_impl.ultrapixel.sampling import CosineDiffusion
 from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.models_impl.ultrapixel.stage_b import StageB
 
@@ -199,9 +199,9 @@ def test_half_precision_stays_half_precision():
     latent = stage_b().to(half)(out, given["timestep"], torch.randn(2, 16, 2, 3, dtype=half), given["pooled"])
     assert latent.dtype == half
     assert stage_a().to(half).decode_tiled(latent, 4).dtype == half
-    schedule = Schedule()
-    assert sampling.sample(lambda x, timestep: 0.5 * x, latent, schedule, schedule.steps(2),
-                           lambda i, shape: torch.randn(shape)).dtype == half
+    diffusion = CosineDiffusion()
+    assert diffusion.sample(lambda x, timestep: 0.5 * x, latent, diffusion.steps(2),
+                            lambda i, shape: torch.randn(shape)).dtype == half
 
 
 def test_unknown_conditions_are_refused():
@@ -438,21 +438,21 @@ def test_edges_without_opencv_say_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("t", [0.9, 0.5, 0.05])
 def test_the_timestep_is_the_t_of_the_unshifted_schedule(t):
-    schedule, t = Schedule(), torch.tensor(t)
+    schedule, t = CosineDiffusion(), torch.tensor(t)
     torch.testing.assert_close(schedule.timestep(schedule.logsnr(t)), t, atol=1e-4, rtol=0)
-    assert Schedule(shift=2).timestep(Schedule(shift=2).logsnr(t)) > t
+    assert CosineDiffusion(shift=2).timestep(CosineDiffusion(shift=2).logsnr(t)) > t
 
 
 def test_noise_that_was_added_is_taken_off_again():
     clean, noise = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    logsnr = Schedule().logsnr(torch.tensor([0.2, 0.7])).double()
+    logsnr = CosineDiffusion().logsnr(torch.tensor([0.2, 0.7])).double()
     noisy = sampling.add_noise(clean, noise, logsnr)
     torch.testing.assert_close(sampling.denoised(noisy, noise, logsnr), clean)
 
 
 def test_a_net_that_knows_the_noise_is_sampled_to_its_picture():
     clean = torch.randn(1, 2, 4, 4)
-    schedule = Schedule()
+    schedule = CosineDiffusion()
     logsnrs = schedule.steps(5)
     noise_levels = iter(logsnrs)
 
@@ -460,18 +460,18 @@ def test_a_net_that_knows_the_noise_is_sampled_to_its_picture():
         a, b = sampling.scales(next(noise_levels), x)
         return (x - a * clean) / b
 
-    out = sampling.sample(predict, torch.randn(1, 2, 4, 4), schedule, logsnrs, lambda i, shape: torch.randn(shape))
+    out = schedule.sample(predict, torch.randn(1, 2, 4, 4), logsnrs, lambda i, shape: torch.randn(shape))
     torch.testing.assert_close(out, clean, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("steps, shift, kept", [(20, 1, 19), (24, 1, 23), (40, 1, 38), (9, 1, 8), (20, 2, 19)])
 def test_the_kept_step_is_the_one_nearest_to_the_noise_of_training(steps, shift, kept):
-    schedule = Schedule(shift)
+    schedule = CosineDiffusion(shift)
     assert sampling.kept_step(schedule, schedule.steps(steps)) == kept
 
 
 def test_the_low_resolution_pass_ends_where_its_features_are_kept():
-    schedule, calls = Schedule(), []
+    schedule, calls = CosineDiffusion(), []
     logsnrs = schedule.steps(40)
 
     def predict(x, timestep):
@@ -485,12 +485,13 @@ def test_the_low_resolution_pass_ends_where_its_features_are_kept():
 
 def test_a_step_to_keep_that_is_none_is_refused():
     with pytest.raises(ValueError, match="keep=20 is not one of the steps 0 to 19"):
-        sampling.sample_features(None, None, torch.zeros(1), Schedule(), Schedule().steps(20), None, keep=20)
+        diffusion = CosineDiffusion()
+        sampling.sample_features(None, None, torch.zeros(1), diffusion, diffusion.steps(20), None, keep=20)
 
 
 @pytest.mark.parametrize("limit, expected", [(None, 24), (20, 20)])
 def test_every_step_is_guided_unless_the_references_numbers_are_asked_for(limit, expected):
-    schedule, seen = Schedule(), []
+    schedule, seen = CosineDiffusion(), []
 
     def high(x, timestep, kept):
         seen.append(kept is not None)
@@ -527,7 +528,7 @@ def test_sizes_are_those_of_the_published_table():
 # --- Training
 
 def test_the_drawn_times_stay_inside_their_range():
-    t = sampling.training_t(10_000, torch.Generator().manual_seed(0))
+    t = CosineDiffusion().draw(10_000, torch.Generator().manual_seed(0))
     assert t.min() >= 0.001 and t.max() <= 1 and 0.48 < t.mean() < 0.52
 
 

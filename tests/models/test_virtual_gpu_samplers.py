@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import virtual_gpu
-from pixstack.models_impl.flux import sampling as flux
+from pixstack.models_impl.flux.sampling import RectifiedFlow
 from pixstack.models_impl.pixart import sampling as pixart
 from pixstack.models_impl.pixelflow import packing
 from pixstack.models_impl.pixelflow import sampling as pixelflow
@@ -15,7 +15,8 @@ from pixstack.models_impl.pixelflow.stages import Stages
 from pixstack.models_impl.ultrapixel import sampling as ultrapixel
 from virtual_gpu import GPU, in_steps
 
-SCHEDULE, STAGES, CASCADE = pixart.NoiseSchedule(), Stages(), ultrapixel.Schedule()
+SCHEDULE, STAGES, CASCADE = pixart.NoiseSchedule(), Stages(), ultrapixel.CosineDiffusion()
+FLOW, FLOW_OF_STAGES = RectifiedFlow(), pixelflow.CascadeFlow(STAGES)
 
 
 def latent(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
@@ -70,15 +71,15 @@ def stage_noise(draw, generator):
 
 
 def pixelflow_loop(noise, dtype, side=32, **settings):
-    return lambda steps: pixelflow.sample(same, latent(2, 3, side, side, dtype=dtype),
-                                          Schedule.build(STAGES, steps, **settings), noise)
+    return lambda steps: FLOW_OF_STAGES.sample(same, latent(2, 3, side, side, dtype=dtype),
+                                               Schedule.build(STAGES, steps, **settings), noise)
 
 
 def of_sigmas(dtype):
     def loop(steps):
         sigmas = Schedule.build(STAGES, steps).sigmas()
-        return pixelflow.sample(same, latent(2, 3, 32, 32, dtype=dtype), Schedule.from_sigmas(STAGES, sigmas),
-                                stage_noise(pixelflow.block_noise, torch.Generator))
+        return FLOW_OF_STAGES.sample(same, latent(2, 3, 32, 32, dtype=dtype), Schedule.from_sigmas(STAGES, sigmas),
+                                     stage_noise(pixelflow.block_noise, torch.Generator))
 
     return loop
 
@@ -103,7 +104,7 @@ def cascade_loop(noise, dtype):
 
 
 def flux_loop(dtype):
-    return lambda steps: flux.sample(same, latent(1, 16, 128, 128, dtype=dtype), flux.schedule(steps, 4096))
+    return lambda steps: FLOW.sample(same, latent(1, 16, 128, 128, dtype=dtype), FLOW.schedule(steps, 4096))
 
 
 def loops(dtype) -> dict:
@@ -149,20 +150,21 @@ def dmd_step():
 
 def pixelflow_step():
     packed = packing.pack(
-        latent(8, 3, 64, 64, dtype=torch.float32), pixelflow.assign_stages(8, 4, torch.Generator()), whole(8),
-        lambda k, shape: torch.randn(shape, device=GPU), STAGES, 4, [5] * 8)
+        latent(8, 3, 64, 64, dtype=torch.float32), FLOW_OF_STAGES.draw(8, torch.Generator()),
+        lambda k, shape: torch.randn(shape, device=GPU), FLOW_OF_STAGES, 4, [5] * 8)
     return packing.packed_loss(packed.target, packed.target, packed.layout)
 
 
 def cascade_step():
     x = latent(4, 16, 24, 24, dtype=torch.float32)
-    logsnr = CASCADE.logsnr(ultrapixel.training_t(4, torch.Generator(GPU)))
+    logsnr = CASCADE.logsnr(CASCADE.draw(4, torch.Generator(GPU)))
     return ultrapixel.add_noise(x, x, logsnr), CASCADE.timestep(logsnr), ultrapixel.p2_weight(logsnr)
 
 
 def flux_step():
     x = latent(2, 16, 64, 64, dtype=torch.float32)
-    return flux.loss(x, x, flux.add_noise(x, x, flux.training_sigma(latent(2, dtype=torch.float32))))
+    sigma = latent(2, dtype=torch.float32).sigmoid()
+    return FLOW.loss(FLOW.add_noise(x, x, sigma), x, x, sigma)
 
 
 FORMULAS = {

@@ -155,7 +155,7 @@ def test_the_sampler_draws_what_the_library_draws(flow, kind, policy, solver):
     schedule = Schedule.build(stages, 2, 1.5, scales, solver)
     noise, small = noise_like(torch.zeros(1, 3, 64, 64)), 64 // 2 ** (stages.num_stages - 1)
     with torch.inference_mode():
-        expected = sampling.sample(
+        expected = sampling.CascadeFlow(stages).sample(
             unguided(flow, model, conditions(flow, model)), noise[..., :small, :small], schedule,
             flow.cascade.StageNoise(1),
         )
@@ -245,7 +245,7 @@ def test_reference_noise_is_the_stream_of_the_reference(flow):
     noise += [sampling.block_noise_reference((1, 3, side, side)) for side in (32, 64)]
     predict = unguided(flow, flow.text, conditions(flow, flow.text))
     with torch.inference_mode():
-        expected = sampling.sample(
+        expected = sampling.CascadeFlow(stages).sample(
             predict, noise[0], Schedule.build(stages, 2, 1.0, 3.0), lambda stage, shape: noise[stage]
         )
     how = sampler(flow, reference_noise=True)
@@ -491,8 +491,8 @@ def test_prompts_padded_to_share_a_batch_equal_separate_ones(flow):
     stages = flow.text.model.model_sampling.stages
     noise = noise_like(torch.zeros(1, 3, 64, 64))
     with torch.inference_mode():
-        apart = sampling.sample(predict, noise[..., :16, :16], Schedule.build(stages, 2, 1.0, 3.0),
-                                flow.cascade.StageNoise(1))
+        apart = sampling.CascadeFlow(stages).sample(
+            predict, noise[..., :16, :16], Schedule.build(stages, 2, 1.0, 3.0), flow.cascade.StageNoise(1))
     assert (together - apart).abs().max() < 1e-4 * apart.abs().max()
 
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import dynamic_vram
 import pytest
 import torch
-from pixstack.models_impl.flux import sampling
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux, FluxTrunk, Residuals, pack, positions, residual_index, unpack
+from pixstack.models_impl.flux.sampling import RectifiedFlow
 from pixstack.models_impl.pixelponder import checkpoint
 from pixstack.models_impl.pixelponder.accumulate import Accumulate
 from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectConfig, SelectorConfig
@@ -144,7 +144,7 @@ def expected(flux, plan=None, cfg=1.0, noise=None, prompts=None, change=lambda r
         v = velocity(x, t, positive)
         return v if cfg == 1 else torch.lerp(velocity(x, t, negative), v, cfg)
 
-    return sampling.sample(predict, noise, sigmas(flux))
+    return RectifiedFlow().sample(predict, noise, sigmas(flux))
 
 
 def seen(kind: str, seed: int, batch=1):

@@ -189,8 +189,8 @@ def test_strength_0_is_stage_c_without_a_low_resolution_pass(ultra, monkeypatch)
                 callback=lambda step, x0, x, total: sizes.append((x0.shape[-1], total)))
     assert sizes == [(HIGH[1], 3)] * 3
     noise = ultra.sampling.SeededNoise(noise_of(), 7, torch.Size((1, 16, *LOW)))
-    expected = sampling.sample(predictor(our_network(ultra), text(1), text(2), 4.0), noise_of(),
-                               sampling.Schedule(), -2 * sigmas.log(), noise.high)
+    predict = predictor(our_network(ultra), text(1), text(2), 4.0)
+    expected = sampling.CosineDiffusion().sample(predict, noise_of(), -2 * sigmas.log(), noise.high)
     close(ours, expected)
     assert (ours - draw(ultra, guided(ultra), sigmas=sigmas)).abs().max() > 0.1
 
@@ -211,7 +211,7 @@ def test_the_kept_features_are_those_of_the_positive_prompt(ultra, monkeypatch):
     step, x = seen[2]  # the third and last of the low-resolution pass
     sigma = levels(ultra, guided(ultra))[2]
     net, x = our_network(ultra), x / (1 + sigma**2).sqrt()
-    timestep = sampling.Schedule().timestep(-2 * sigma.log()).expand(1)
+    timestep = sampling.CosineDiffusion().timestep(-2 * sigma.log()).expand(1)
     _, features = net.features(x, timestep, text(1)[0][0], text(1)[0][1]["pooled_output"])
     for way in ("down", "up"):
         for ours, expected in zip(getattr(kept[0], way), getattr(features, way), strict=True):
@@ -728,7 +728,7 @@ def test_residuals_of_a_controlnet_reach_the_features_as_in_the_reference(ultra,
     draw(ultra, guided(ultra), low=(8, 8), cfg=1.0, positive=controlled(ultra, 1, applied), steps=1,
          callback=lambda step, x0, x, total: seen.append(x))
     sigma = levels(ultra, guided(ultra), 1)[0]
-    timestep = sampling.Schedule().timestep(-2 * sigma.log()).expand(1)
+    timestep = sampling.CosineDiffusion().timestep(-2 * sigma.log()).expand(1)
     residuals = [None if r is None else 0.7 * r for r in reversed(applied.t2i_model(hint)["input"])]
     _, features = our_network(ultra).features(seen[0] / (1 + sigma**2).sqrt(), timestep, text(1)[0][0],
                                               text(1)[0][1]["pooled_output"], control=residuals)

@@ -441,8 +441,8 @@ def test_stage_b_on_the_ksampler_repeats_the_release_down_to_the_picture(up, sta
                         for entry, given in ((positive, semantic), (negative, torch.zeros_like(semantic))))
         return sampling.guided(cond, uncond, cfg)
 
-    schedule = sampling.Schedule()
-    clean = sampling.sample(predict, start, schedule, schedule.steps(steps), lambda i, shape: noises[i])
+    diffusion = sampling.CosineDiffusion()
+    clean = diffusion.sample(predict, start, diffusion.steps(steps), lambda i, shape: noises[i])
     close(ours, 0.43 * clean, 1e-4)
     decoder = StageA(SMALL_CONFIG)
     decoder.load_state_dict(up.small.first_stage_model.state_dict())

@@ -317,8 +317,8 @@ def test_comfyui_draws_with_an_exported_controlnet_what_the_trainer_draws(traine
     scale = d.shape.latent_scale
     predict = recipe.controlled(scale * hint)
     with torch.no_grad():
-        latent = recipe.algorithm.sample(lambda x, t: d.eps(predict, x, torch.full((1,), t), {"context": text}), noise,
-                                         d.schedule, recipe.timesteps(3))
+        latent = d.diffusion.sample(lambda x, t: d.eps(predict, x, torch.full((1,), t), {"context": text}), noise,
+                                    recipe.timesteps(3), algorithm=recipe.algorithm)
     torch.testing.assert_close(drawn[0], latent / scale, rtol=1e-3, atol=1e-3 * latent.abs().max().item() / scale)
     assert (drawn[0] - drawn[1]).abs().max() > 0.01 * drawn[1].abs().max()
 

@@ -15,9 +15,9 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.annotators import hed
 from pixstack.models_impl.annotators.canny import edges as canny
 from pixstack.models_impl.flux import checkpoint as flux_checkpoint
-from pixstack.models_impl.flux import sampling
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux, pack, unpack
+from pixstack.models_impl.flux.sampling import RectifiedFlow
 from pixstack.models_impl.pixelponder import checkpoint
 from pixstack.models_impl.pixelponder.accumulate import Accumulate
 from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectorConfig
@@ -34,6 +34,7 @@ from pixstack.trainer.recipes.pixelponder import recipe as recipes
 from pixstack.trainer.training import build, checkpoints
 from safetensors import safe_open
 
+FLOW = RectifiedFlow()
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -74,7 +75,7 @@ def test_the_loss_is_the_flows_through_the_base_with_residuals_added_whole(made)
     assert len(set(sets)) == 1 and sorted(sets[0]) == [0, 1]
     latent = (recipe.flow.vae.latents(batch, "cpu", 0) - 0.1159) * 0.3611
     noise = torch.stack([task.batch_noise(0, 0, range(i, i + 1), latent.shape[1:], "cpu")[0] for i in range(6)])
-    noisy = sampling.add_noise(latent, noise, sigma)
+    noisy = FLOW.add_noise(latent, noise, sigma)
     context, mask = recipe.text.lookup(batch.captions, "cpu")
     assert mask.all() and context.shape == (6, 12, 16)
     given = (sigma, context, recipe.text.pooled(batch.captions, "cpu"), torch.full((6,), 4.0))
@@ -84,7 +85,7 @@ def test_the_loss_is_the_flows_through_the_base_with_residuals_added_whole(made)
     control = recipe.net(pack(noisy), *given, img_ids=ids,
                          select=Accumulate(recipe.net.selector).begin(recipe.net.conditions(hints)))
     prediction = recipe.base(pack(noisy), *given, img_ids=ids, residuals=control.residuals(1.0))
-    expected = sampling.loss(unpack(prediction, *noisy.shape[-2:]), latent, noise)
+    expected = FLOW.loss(unpack(prediction, *noisy.shape[-2:]), latent, noise, sigma)
     torch.testing.assert_close(recipe(batch), expected)
 
 
@@ -110,13 +111,13 @@ def test_the_loss_of_the_parity_case_is_the_references(made):
     recipe.net = PixelPonder(shape)
     recipe.net.load_state_dict(tensors)
     x1, x0 = (unpack(i[name], 8, 4) for name in ("x1", "x0"))
-    noisy = sampling.add_noise(x1, x0, i["timesteps"])
+    noisy = FLOW.add_noise(x1, x0, i["timesteps"])
     condition = {"context": i["txt"], "pooled": i["y"], "guidance": i["guidance"]}
     conditions = recipe.net.conditions([(kind, i[f"hint.{kind}"]) for kind in about["cond_order"]])
     selection = about["controlnet"]["select_net"]
     select = AsRun(scores=i["scores"], patch_size=selection["patch_size"], select_num=selection["select_num"])
     prediction, _ = recipe.predict(noisy, i["timesteps"], condition, select.begin(conditions))
-    loss = sampling.loss(prediction, x1, x0).mean()
+    loss = FLOW.loss(prediction, x1, x0, i["timesteps"]).mean()
     torch.testing.assert_close(loss.view(1), found["output"]["loss"], rtol=1e-4, atol=1e-5)
     loss.backward()
     grads = dict(recipe.net.named_parameters())
@@ -502,11 +503,11 @@ def test_comfyui_makes_of_an_export_what_the_trainer_makes(trained, host, path):
         shares.append(control.selection.share)
         return prediction
 
-    ours = sampling.sample(predict, noise, node.sigmas(there))
+    ours = FLOW.sample(predict, noise, node.sigmas(there))
     node.close(theirs, ours)
     shown = next(e["control"] for _, e in positive).shown.share
     assert torch.equal(shown, shares[-1])
-    alone = sampling.sample(lambda x, t: recipe.predict(x, t, condition, None)[0].detach(), noise, node.sigmas(there))
+    alone = FLOW.sample(lambda x, t: recipe.predict(x, t, condition, None)[0].detach(), noise, node.sigmas(there))
     node.differ(theirs, alone)
 
 

@@ -63,7 +63,7 @@ def test_the_loss_of_the_parity_case_is_the_references_gradients_included(made, 
                                f"init_from={tmp_path / 'guide.safetensors'}", "batch_size=3"))
     d, condition = recipe.denoising, {"text": i["clip_text"], "pooled": i["clip_text_pooled"], "image": i["clip_img"]}
     latents = task.Latents(i["latents"], i["epsilon"], i["latents_lr"], i["epsilon_lr"])
-    loss, logsnr = d.guided(recipe.guide, latents, i["t"], condition), d.schedule.logsnr(i["t"])
+    loss, logsnr = d.guided(recipe.guide, latents, i["t"], condition), d.diffusion.logsnr(i["t"])
     torch.testing.assert_close(loss, outputs["loss"], rtol=1e-4, atol=1e-4)
 
     recipe.weight.means.copy_(i["bucket_losses"])
@@ -90,11 +90,12 @@ def test_a_batch_is_noised_as_the_release_does_and_its_pictures_made_small_by_th
     eps, eps_low = (batch_noise(0, 0, range(4), x.shape[1:], "cpu", kind) for x, kind in ((high, 0), (low, 2)))
     text, pooled = recipe.text.lookup(batch.captions, "cpu")
     conditioning = {"text": text, "pooled": pooled}
-    logsnr, kept = sampling.Schedule().logsnr(t), sampling.Schedule().logsnr(torch.full_like(t, 0.05))
+    diffusion = sampling.CosineDiffusion()
+    logsnr, kept = diffusion.logsnr(t), diffusion.logsnr(torch.full_like(t, 0.05))
     with torch.no_grad():
-        _, features = recipe.net.features(sampling.add_noise(low, eps_low, kept), sampling.Schedule().timestep(kept),
+        _, features = recipe.net.features(sampling.add_noise(low, eps_low, kept), diffusion.timestep(kept),
                                           **conditioning)
-    timestep = sampling.Schedule().timestep(logsnr)
+    timestep = diffusion.timestep(logsnr)
     prediction = recipe.net(sampling.add_noise(high, eps, logsnr), timestep, **conditioning,
                             hook=recipe.guide.image(features).hook(timestep, up=1.0))
     torch.testing.assert_close(recipe(batch), (prediction - eps).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-4)
@@ -182,7 +183,7 @@ def test_a_known_noise_level_weighs_by_p2_where_that_is_asked_for(made):
     recipe, batches = recipe_of(made("recipe.weight=p2"))
     plain, _ = recipe_of(made("recipe.weight=none"))
     batch = batches(0, range(4))
-    logsnr = recipe.denoising.schedule.logsnr(recipe.denoising.draw(0).t)
+    logsnr = recipe.denoising.diffusion.logsnr(recipe.denoising.draw(0).t)
     torch.testing.assert_close(recipe(batch), plain(batch) * sampling.p2_weight(logsnr))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from .algorithms import ALGORITHMS, Algorithm, guided
 from .ancestral import iddpm
 from .consistency import consistency_weights, lcm
+from .diffusion import PixArtDiffusion
 from .distillation import HUBER_C, LcmGrid, LcmStep, lcm_distillation
 from .distribution_matching import DmdLoss, dmd, dmd_loss
 from .dpm_solver import dpm_diffusers, dpm_solver_pp
@@ -30,11 +31,11 @@ from .timesteps import (
     time_uniform,
     trailing_timesteps,
 )
-from .walk import AfterStep, Callback, Noise, Predict
+from .walk import AfterStep, Predict
 
 __all__ = [
     "ALGORITHMS", "CLEAN", "DMD_TIMESTEP", "HUBER_C", "SCHEDULES", "TRAIN_TIMESTEPS", "AfterStep", "Algorithm",
-    "Callback", "DmdLoss", "IddpmLoss", "LcmGrid", "LcmStep", "Noise", "NoiseSchedule", "Predict",
+    "DmdLoss", "IddpmLoss", "LcmGrid", "LcmStep", "NoiseSchedule", "PixArtDiffusion", "Predict",
     "consistency_weights", "dmd", "dmd_loss", "dpm_diffusers", "dpm_solver_pp", "eps_loss", "guided", "iddpm",
     "iddpm_loss", "iddpm_timesteps", "lcm", "lcm_distillation", "lcm_timesteps", "linspace_timesteps", "one_step",
     "sa_solver", "time_uniform", "trailing_timesteps", "variance_bound",

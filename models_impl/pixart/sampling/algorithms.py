@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...family import Callback, Noise
 from .ancestral import GUIDED_CHANNELS, iddpm
 from .consistency import lcm
 from .distribution_matching import dmd
@@ -14,7 +15,7 @@ from .dpm_solver import dpm_diffusers, dpm_solver_pp
 from .schedule import TRAIN_TIMESTEPS, NoiseSchedule
 from .stochastic_adams import sa_solver
 from .timesteps import iddpm_timesteps, lcm_timesteps, linspace_timesteps, one_step, time_uniform
-from .walk import AfterStep, Callback, Noise, Predict
+from .walk import AfterStep, Predict
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...family import Callback, Noise
 from .schedule import NoiseSchedule, posterior
-from .walk import AfterStep, Callback, Noise, Predict, denoiser, points_of, walk
+from .walk import AfterStep, Predict, denoiser, points_of, walk
 
 GUIDED_CHANNELS = 3  # the reference's IDDPM guides three of the four latent channels
 

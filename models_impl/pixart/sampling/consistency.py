@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ...family import Callback, Noise
 from .schedule import NoiseSchedule, column
-from .walk import AfterStep, Callback, Noise, Predict, denoiser, points_of, walk
+from .walk import AfterStep, Predict, denoiser, points_of, walk
 
 LCM_SIGMA_DATA = 0.5
 LCM_TIME_SCALE = 10

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...family import Callback
 from .dpm_solver import dpm_solver_pp
 from .schedule import NoiseSchedule, column
-from .walk import AfterStep, Callback, Predict
+from .walk import AfterStep, Predict
 
 
 def dmd(

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from ...family import Callback
 from .schedule import NoiseSchedule, half_log_snr
-from .walk import AfterStep, Callback, Predict, denoiser, points_of, walk
+from .walk import AfterStep, Predict, denoiser, points_of, walk
 
 
 def dpm_solver_pp(

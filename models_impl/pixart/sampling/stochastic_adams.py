@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ...family import Callback, Noise
 from .schedule import NoiseSchedule, half_log_snr, state_dtype
-from .walk import AfterStep, Callback, Noise, Predict, denoiser, points_of
+from .walk import AfterStep, Predict, denoiser, points_of
 
 STOCHASTIC_TIMES = (0.2, 0.8)  # of SA-Solver, as shares of the whole time
 

@@ -12,10 +12,6 @@ from .schedule import CLEAN, NoiseSchedule, state_dtype
 Predict = Callable[[Tensor, float], Tensor]
 """(x (B, C, H, W), timestep) -> eps of the shape of x, guidance already applied; behind it, where a network learned its
 variance, the logits of that: (B, 2C, H, W). A velocity becomes eps by `NoiseSchedule.eps`."""
-Noise = Callable[[int, torch.Size], Tensor]
-"""(index of the step, shape) -> noise."""
-Callback = Callable[[int, Tensor, Tensor], None]
-"""(index of the step, x, denoised), once per step; x is the state that the estimate was made from."""
 AfterStep = Callable[[Tensor, "float | None"], Tensor]
 """(x, its timestep, or None after the last step of a list that ends at 0 or CLEAN) -> x. Blends in a known region."""
 

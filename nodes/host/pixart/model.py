@@ -14,7 +14,7 @@ from ....models_impl.pixart import buckets
 from ....models_impl.pixart.checkpoint import FAMILY
 from ....models_impl.pixart.config import PixArtConfig
 from ....models_impl.pixart.model import PixArt, TextTokens
-from ....models_impl.pixart.sampling import NoiseSchedule
+from ....models_impl.pixart.sampling import PixArtDiffusion
 from ....models_impl.state_dict import config_tensor
 from ..common.attention import host_attention
 from ..common.conds import Exact, Prompt, PromptKey, Text, TextMask, one_pass_is_faster
@@ -30,16 +30,16 @@ LATENT_FORMATS = {"alpha": comfy.latent_formats.SD15, "sigma": comfy.latent_form
 class DiffusionSampling(comfy.model_sampling.ModelSamplingDiscrete):
     """The discrete schedule with fractional timesteps between its entries, as the released samplers ask for.
 
-    Core rounds to whole timesteps. A sigma that the schedule itself holds gives the same timestep in both. channels: of
-    the latent; what a prediction has behind them, the logits of its variance, is passed on as it is.
+    Core rounds to whole timesteps. A sigma that the schedule itself holds gives the same timestep in both. What a
+    prediction has behind the latent's channels, the logits of its variance, is passed on as it is.
     """
 
-    def __init__(self, schedule: NoiseSchedule, channels: int):
+    def __init__(self, diffusion: PixArtDiffusion):
         torch.nn.Module.__init__(self)
-        self.schedule, self.channels = schedule, channels
+        self.diffusion, self.schedule = diffusion, diffusion.schedule
         self.sigma_data = 1.0
-        self.num_timesteps = schedule.steps
-        self.set_sigmas(schedule.sigma(torch.arange(schedule.steps).float()))
+        self.num_timesteps = self.schedule.steps
+        self.set_sigmas(self.schedule.sigma(torch.arange(self.schedule.steps).float()))
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return self.schedule.timestep(sigma)
@@ -48,8 +48,8 @@ class DiffusionSampling(comfy.model_sampling.ModelSamplingDiscrete):
         return self.schedule.sigma(timestep)
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
-        prediction, variance = model_output.tensor_split([self.channels], dim=1)
-        denoised = super().calculate_denoised(sigma, prediction, model_input[:, : self.channels])
+        prediction, variance = model_output.tensor_split([self.diffusion.channels], dim=1)
+        denoised = super().calculate_denoised(sigma, prediction, model_input[:, : self.diffusion.channels])
         return torch.cat([denoised, variance], dim=1) if variance.shape[1] else denoised
 
 
@@ -142,8 +142,7 @@ class PixArtModel(comfy.model_base.PixArt):
         velocity = config.prediction == "v"
         kind = comfy.model_base.ModelType.V_PREDICTION if velocity else comfy.model_base.ModelType.EPS
         comfy.model_base.BaseModel.__init__(self, model_config, kind, device=device, unet_model=Network)
-        self.model_sampling = (VelocitySampling if velocity else EpsSampling)(NoiseSchedule.of(config),
-                                                                              config.in_channels)
+        self.model_sampling = (VelocitySampling if velocity else EpsSampling)(PixArtDiffusion.of(config))
 
     @property
     def config(self) -> PixArtConfig:

@@ -19,14 +19,14 @@ from ....models_impl.pixart import sampling
 from .model import DiffusionSampling, config_of
 
 
-def schedule_of(model) -> sampling.NoiseSchedule:
-    """The noise schedule behind a MODEL or a guider's model; refuses those that are not of the discrete kind."""
+def diffusion_of(model) -> sampling.PixArtDiffusion:
+    """The noise of a MODEL or of a guider's model; refuses those that are not of the discrete kind."""
     inner = getattr(model, "model", model)
     patched = model.get_model_object("model_sampling") if hasattr(model, "get_model_object") else inner.model_sampling
     if not isinstance(patched, DiffusionSampling):
         raise ValueError(f"This MODEL samples with {type(patched).__name__}, not with PixArt's schedule: load it with "
                          "'Load PixArt Model' and take ModelSampling nodes away.")
-    return patched.schedule
+    return patched.diffusion
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,19 @@ class ReferenceSampler(comfy.samplers.Sampler):
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False):
-        schedule, algorithm = schedule_of(model_wrap.inner_model), sampling.ALGORITHMS[self.algorithm]
+        diffusion, algorithm = diffusion_of(model_wrap.inner_model), sampling.ALGORITHMS[self.algorithm]
+        schedule = diffusion.schedule
         timesteps = schedule.timesteps(sigmas)
         steps = len(timesteps) - 1
         if algorithm.one_step and steps != 1:
             raise ValueError(f"{self.algorithm} draws in one step, but these SIGMAS have {steps}. Take them from "
                              "'PixArt Sigmas' with schedule 'dmd (one step)', or another algorithm.")
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
-        x = self._start(model_wrap, sigmas, timesteps[0], schedule, noise, latent)
+        x = self._start(model_wrap, sigmas, timesteps[0], diffusion, noise, latent)
         extra_args = dict(extra_args)
         network, after_step = model_wrap, None
         if denoise_mask is not None and self.inpaint == "reference":
-            after_step = _blend(schedule, noise, latent, (denoise_mask > 0.5).to(noise))
+            after_step = _blend(diffusion, noise, latent, (denoise_mask > 0.5).to(noise))
         elif denoise_mask is not None:
             network = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
             network.noise, network.latent_image = noise, latent
@@ -75,9 +76,9 @@ class ReferenceSampler(comfy.samplers.Sampler):
                     callback(index, denoised, x, steps)
                 bar.update(index + 1 - bar.n)
 
-            x = algorithm.sample(
-                predict, x.float(), schedule, timesteps, _noise(extra_args.get("seed"), timesteps, noise), self.order,
-                self.eta, report, after_step,
+            x = diffusion.sample(
+                predict, x.float(), timesteps, _noise(extra_args.get("seed"), timesteps, noise), report, self.algorithm,
+                self.order, self.eta, after_step,
             )
         if timesteps[-1] <= 0 and denoise_mask is not None and after_step is None:
             x = denoise_mask * x + (1 - denoise_mask) * latent  # the released schedules end with a rest of noise
@@ -85,10 +86,10 @@ class ReferenceSampler(comfy.samplers.Sampler):
             x = x / schedule.alpha(timesteps[-1])
         return x
 
-    def _start(self, model_wrap, sigmas, timestep, schedule, noise, latent):
+    def _start(self, model_wrap, sigmas, timestep, diffusion, noise, latent):
         if sampling.ALGORITHMS[self.algorithm].one_step or self.max_denoise(model_wrap, sigmas):
             return noise  # pure noise, also where the schedule does not quite reach it
-        return schedule.add_noise(latent, noise, timestep)
+        return diffusion.add_noise(latent, noise, timestep)
 
 
 def _noise(seed: int | None, timesteps: list[float], like: Tensor):
@@ -102,11 +103,11 @@ def _noise(seed: int | None, timesteps: list[float], like: Tensor):
     return draw
 
 
-def _blend(schedule, noise: Tensor, latent: Tensor, mask: Tensor):
+def _blend(diffusion, noise: Tensor, latent: Tensor, mask: Tensor):
     def after_step(x: Tensor, timestep: float | None) -> Tensor:
         kept = latent
         if timestep is not None:
-            kept = schedule.add_noise(latent, noise, timestep)
+            kept = diffusion.add_noise(latent, noise, timestep)
         return (1 - mask) * kept + mask * x
 
     return after_step

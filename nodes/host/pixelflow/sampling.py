@@ -19,19 +19,18 @@ from tqdm.auto import tqdm
 
 from ....models_impl.pixelflow.config import PixelFlowConfig
 from ....models_impl.pixelflow.sampling import (
-    Progress,
+    CascadeFlow,
+    StageTime,
     block_noise,
     block_noise_reference,
-    sample,
     shrink,
-    training_pair,
 )
-from ....models_impl.pixelflow.schedule import Schedule, guidance_scales
+from ....models_impl.pixelflow.schedule import GUIDANCE, Schedule, guidance_scales
 from ....models_impl.pixelflow.stages import Stages, stage_size
 from ..common import step_cache
 from .model import CascadeSampling, PixelFlowModel
 
-POLICIES = ("auto", "constant", "scaled", "custom")
+POLICIES = ("auto", *GUIDANCE)
 LATENTS = ("auto", "picture", "state")
 
 
@@ -99,12 +98,12 @@ class CascadeSampler(comfy.samplers.Sampler):
                 denoised = model_wrap(x, sigma.to(x), **extra_args)
                 return stages.velocity(x, denoised, stage, t)
 
-            def report(progress: Progress):
+            def report(step: int, x: Tensor, denoised: Tensor):
                 if callback is not None:
-                    callback(progress.step, progress.denoised, progress.x, progress.steps)
-                bar.update(progress.step + 1 - bar.n)
+                    callback(step, denoised, x, schedule.steps)
+                bar.update(step + 1 - bar.n)
 
-            return sample(predict, x.float(), schedule, draw, report)
+            return CascadeFlow(stages).sample(predict, x.float(), schedule, draw, report)
 
     def _scales(self, guider, config: PixelFlowConfig) -> list[float]:
         policy = self.guidance
@@ -129,7 +128,7 @@ class CascadeSampler(comfy.samplers.Sampler):
                              "canvas: start in stage 0, or encode a picture with the VAE 'pixel_space'.")
         small = shrink(picture, first.stage, stages.num_stages)
         t = noise.new_full((len(noise),), first.times[0])
-        return training_pair(small, first.stage, t, noise, stages)[0]
+        return CascadeFlow(stages).add_noise(small, noise, StageTime(first.stage, t))
 
 
 def _full_size(tensor: Tensor, stage: int | None, config: PixelFlowConfig) -> torch.Size:

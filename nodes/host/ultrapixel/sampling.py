@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ....models_impl.ultrapixel import sampling
 from ....models_impl.ultrapixel.guidance import GuidedImage
-from ....models_impl.ultrapixel.sampling import COMPRESSION_C, Schedule
+from ....models_impl.ultrapixel.sampling import COMPRESSION_C, CosineDiffusion
 from ..common import step_cache
 from ..common.attention import host_attention
 from . import guide as ultrapixel
@@ -41,9 +41,9 @@ class GuidedSampler(comfy.samplers.Sampler):
         guide, strengths = ultrapixel.guide_of(model_wrap.model_patcher)
         _check(model_wrap, sigmas, noise)
         sigmas = sigmas.float()
-        logsnrs, schedule = -2 * sigmas.cpu().log(), Schedule()
+        logsnrs, diffusion = -2 * sigmas.cpu().log(), CosineDiffusion()
         steps = len(sigmas) - 1
-        keep = steps - 1 if self.reference else sampling.kept_step(schedule, logsnrs)
+        keep = steps - 1 if self.reference else sampling.kept_step(diffusion, logsnrs)
         low = self._low(latent_image, noise, sigmas, model_wrap)
         if strengths:
             _check_tokens(low, guide.config.max_tokens)
@@ -66,7 +66,7 @@ class GuidedSampler(comfy.samplers.Sampler):
                     return kept.features()
 
                 image = GuidedImage(guide, sampling.sample_features(
-                    model, features, model.start(), schedule, logsnrs, draw.low, keep
+                    model, features, model.start(), diffusion, logsnrs, draw.low, keep
                 ), host_attention(extra_args["model_options"].get("transformer_options", {})))
                 conditions.high()
             draw.end_low(keep if strengths else 0, steps)
@@ -78,7 +78,7 @@ class GuidedSampler(comfy.samplers.Sampler):
                 ends = self.reference and model.step >= REFERENCE_GUIDED_STEPS
                 return model(x, timestep, None if image is None or ends else Guided(image, strengths, self.reference))
 
-            return sampling.sample(predict, model.start(), schedule, logsnrs, draw.high)
+            return diffusion.sample(predict, model.start(), logsnrs, draw.high)
 
     def _low(self, latent: Tensor, noise: Tensor, sigmas: Tensor, guider) -> Tensor:
         """Clean latent that the low-resolution pass starts from: (B, 16, h, w), zeros for a picture from nothing."""

@@ -135,10 +135,9 @@ def packed_train(case):
 @adapter("pixelflow", "collate")
 def collate(case):
     i, c = case.inputs, case.config
-    stages = cascade(c)
-    batch = packing.pack(
-        i["images"], i["stage_indices"], i["t_index"], lambda k, shape: i[f"noise_stage{k}"], stages, c["patch_size"]
-    )
+    flow = sampling.CascadeFlow(cascade(c))
+    times = sampling.StageTime(i["stage_indices"], i["t_index"] / flow.stages.num_train_timesteps)
+    batch = packing.pack(i["images"], times, lambda k, shape: i[f"noise_stage{k}"], flow, c["patch_size"])
     lengths = torch.tensor(batch.layout.lengths)
     ropes = torch.cat([cos_and_sin(*grid, c["head_dim"]) for grid in batch.layout.grids])
     exact = {
@@ -158,6 +157,7 @@ def sampler(case):
     model = pixelflow_model(case.weights, c["model"])
     config, B, num_stages = model.config, i["noise0"].shape[0], c["num_stages"]
     stages = cascade(c)
+    flow = sampling.CascadeFlow(stages)
     policy = "constant" if config.text_conditional else "scaled"
     guidance = guidance_scales(policy, c["guidance"], num_stages)
     solver = {"dopri5": "dopri5_reference"}.get(c["solver"], c["solver"])
@@ -190,9 +190,9 @@ def sampler(case):
     for k, plan in enumerate(schedule.plans):
         if k:
             x = sampling.jump(x, k, noise(k, None), stages)
-        x = sampling.sample(predict, x, Schedule(stages, (plan,), solver), noise)
+        x = flow.sample(predict, x, Schedule(stages, (plan,), solver), noise)
         results[f"latent_stage{k}"] = x[:B]
-    whole = sampling.sample(predict, start, schedule, noise)
+    whole = flow.sample(predict, start, schedule, noise)
     assert torch.equal(whole, x), "the stages one by one do not repeat the whole cascade"
     results["image"] = (whole[:B] / 2 + 0.5).clamp(0, 1).movedim(1, -1)
     tolerance = DOPRI5_TOLERANCE if c["solver"] == "dopri5" else TOLERANCE

@@ -5,8 +5,8 @@ import torch
 from pixstack.kernels.attention import attention
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.flux import checkpoint as flux_checkpoint
-from pixstack.models_impl.flux import sampling
 from pixstack.models_impl.flux.model import Flux, rope_table
+from pixstack.models_impl.flux.sampling import RectifiedFlow
 from pixstack.models_impl.pixelponder import checkpoint
 from pixstack.models_impl.pixelponder.model import HintEncoders, PixelPonder
 from pixstack.models_impl.pixelponder.patch_select import Conditions, Guide, Released
@@ -74,7 +74,7 @@ def schedule(case):
     results = {}
     for name in case.outputs:
         steps, tokens = (int(word.strip("stepqu")) for word in name.removesuffix("_f64").split("_"))
-        sigmas = sampling.schedule(steps, tokens, case.config["base_shift"], case.config["max_shift"])
+        sigmas = RectifiedFlow(case.config["base_shift"], case.config["max_shift"]).schedule(steps, tokens)
         results[name] = (torch.tensor(sigmas, dtype=torch.float64), 1e-6)
     return results
 
@@ -148,7 +148,7 @@ def flux_step(case):
     results |= {
         "pred": velocity,
         "pred_without_control": predict(),
-        "next_img": sampling.sample(lambda x, timestep: velocity, i["img"], (c["t_curr"], c["t_prev"])),
+        "next_img": RectifiedFlow().sample(lambda x, timestep: velocity, i["img"], (c["t_curr"], c["t_prev"])),
     }
     return {name: (value, TOLERANCE) for name, value in results.items()}
 
@@ -158,11 +158,11 @@ def train_step(case):
     i, c = case.inputs, case.config
     base = flux_model(part(case.weights, "dit."), c["flux"]).requires_grad_(False)
     net = controlnet_model(part(case.weights, "controlnet."), c["controlnet"])
-    noisy = sampling.add_noise(i["x1"], i["x0"], i["timesteps"])
+    noisy = RectifiedFlow().add_noise(i["x1"], i["x0"], i["timesteps"])
     control = run_controlnet(net, case, c["controlnet"], noisy)
     velocity = base(noisy, i["timesteps"], i["txt"], i["y"], i.get("guidance"), img_ids=i["img_ids"],
                     txt_ids=i["txt_ids"], residuals=control.residuals(c["residual_scale"]))
-    loss = sampling.loss(velocity, i["x1"], i["x0"]).mean()
+    loss = RectifiedFlow().loss(velocity, i["x1"], i["x0"], i["timesteps"]).mean()
     loss.backward()
     weights = dict(net.named_parameters())
     results = {"pred": velocity.detach(), "loss": loss.detach().view(1)}

@@ -189,7 +189,7 @@ def stage_a_decode_tiled_ref(case):
 @adapter("ultrapixel", "scheduler")
 def scheduler(case):
     c = case.config
-    schedule = sampling.Schedule(c["shift"], c["s"], tuple(c["clamp"]))
+    schedule = sampling.CosineDiffusion(c["shift"], c["s"], tuple(c["clamp"]))
     logsnr = schedule.steps(c["steps"], c["t_start"], c["t_end"])
     a, b = (s.flatten() for s in sampling.scales(logsnr, logsnr))
     return close({"logsnr": logsnr, "a": a, "b": b, "noise_cond": schedule.timestep(logsnr)})
@@ -210,9 +210,13 @@ class Recorder:
 
         return recorded
 
-    def step(self, index, x, clean):
+    def after_step(self, x, logsnr):
         self.x.append(x)
-        self.x0.append(clean)
+        return x
+
+    @property
+    def hooks(self):
+        return {"callback": lambda index, x, clean: self.x0.append(clean), "after_step": self.after_step}
 
     @property
     def outputs(self):
@@ -234,20 +238,20 @@ def toy(x, timestep, text):
 @adapter("ultrapixel", "sampler")
 def sampler(case):
     i, c, seen = case.inputs, case.config, Recorder()
-    schedule = sampling.Schedule(c["shift"])
+    schedule = sampling.CosineDiffusion(c["shift"])
 
     def predict(x, timestep):
         return toy(x, timestep, i["c"]), toy(x, timestep, torch.zeros_like(i["c"]))
 
-    sampling.sample(seen.guided(predict, c), i["x_init"], schedule, schedule.steps(c["steps"]),
-                    lambda step, shape: i["noise"][step], eta=c["eta"], callback=seen.step)
+    schedule.sample(seen.guided(predict, c), i["x_init"], schedule.steps(c["steps"]),
+                    lambda step, shape: i["noise"][step], eta=c["eta"], **seen.hooks)
     return trajectory(seen.outputs)
 
 
 @adapter("ultrapixel", "sampler_dual")
 def sampler_dual(case):
     i, c, high = case.inputs, case.config, Recorder()
-    schedule = sampling.Schedule(c["shift"])
+    schedule = sampling.CosineDiffusion(c["shift"])
     logsnrs = schedule.steps(c["steps"])
     text = i["text"][:, :, None, None]
 
@@ -268,9 +272,9 @@ def sampler_dual(case):
     sampling.sample_guided(
         predict_low, features, high.guided(predict, c), i["x_lr_init"], i["x_init"], schedule, logsnrs, noise_low,
         lambda step, shape: i["noise"][step], keep=c["steps"] - 1, guide_steps=c["guide_until_step_index"] + 1,
-        callback=high.step,
+        **high.hooks,
     )
-    x_low, _ = sampling.run(predict_low, i["x_lr_init"], schedule, logsnrs, noise_low)
+    x_low, _ = schedule.run(predict_low, i["x_lr_init"], logsnrs, noise_low)
     return trajectory({**high.outputs, "x_lr": x_low})
 
 
@@ -279,7 +283,7 @@ def sampler_dual(case):
 def pipeline_stage_c(case):
     i, c, high = case.inputs, case.config, Recorder()
     model, guide = stage_c_model(case.weights, c), guide_model(case.weights, c["inr"])
-    schedule = sampling.Schedule(c["shift"])
+    schedule = sampling.CosineDiffusion(c["shift"])
     logsnrs = schedule.steps(c["steps"])
     both = {name: torch.cat((i[f"cond.{key}"], i[f"uncond.{key}"])) for name, key in
             (("text", "clip_text"), ("pooled", "clip_text_pooled"), ("image", "clip_img"))}
@@ -299,9 +303,9 @@ def pipeline_stage_c(case):
     predict_low = Recorder().guided(predict, c)
     final = sampling.sample_guided(
         predict_low, features, high.guided(predict, c), i["x_lr_init"], i["x_init"], schedule, logsnrs, noise_low,
-        lambda step, shape: i["noise"][step], keep=c["steps"] - 1, callback=high.step,
+        lambda step, shape: i["noise"][step], keep=c["steps"] - 1, **high.hooks,
     )
-    x_low, _ = sampling.run(predict_low, i["x_lr_init"], schedule, logsnrs, noise_low)
+    x_low, _ = schedule.run(predict_low, i["x_lr_init"], logsnrs, noise_low)
     return trajectory({"x0": high.outputs["x0"], "x0_final": final, "x_lr_final": x_low})
 
 
@@ -333,7 +337,7 @@ def train_loss(case):
     i, c = case.inputs, case.config
     model = stage_c_model(case.weights, c).requires_grad_(False)
     guide = guide_model(case.weights, c["inr"])
-    schedule, conditions = sampling.Schedule(), conditioning(i, c)
+    schedule, conditions = sampling.CosineDiffusion(), conditioning(i, c)
 
     logsnr = schedule.logsnr(i["t"])
     logsnr_low = schedule.logsnr(torch.full_like(i["t"], c["lr_t"]))
@@ -344,7 +348,7 @@ def train_loss(case):
         _, features = model.features(noisy_low, timestep_low, **conditions)
     pred = model(noisy, timestep, **conditions, hook=guide.image(features).hook(timestep, up=1.0))
 
-    loss = sampling.noise_loss(pred, i["epsilon"])
+    loss = schedule.loss(pred, i["latents"], i["epsilon"], i["t"])
     adaptive, p2 = sampling.AdaptiveLossWeight(len(i["bucket_losses"])), sampling.p2_weight(logsnr)
     adaptive.losses = i["bucket_losses"]
     weight = adaptive.weight(logsnr) if c["loss_weight"] == "AdaptiveLossWeight" else p2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ....models_impl import state_dict
-from ....models_impl.flux import checkpoint, sampling
+from ....models_impl.flux import checkpoint
 from ....models_impl.flux.config import FluxConfig
 from ....models_impl.flux.model import Flux
 from ...config.schema import Config
@@ -63,8 +63,7 @@ class Recipe(Base):
             return self.losses(batch, step)
 
     def losses(self, batch, step: task.Noising) -> Tensor:
-        said = self.predict(step.noisy, step.sigma, step.condition)
-        return sampling.loss(said, step.latent, step.noise)
+        return self.flow.loss(self.predict(step.noisy, step.sigma, step.condition), step)
 
     def predict(self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Velocity of latents (B, C, h, w)."""

@@ -81,6 +81,7 @@ class FluxFlow:
     def __init__(self, config: Config, shape: FluxConfig, text: nn.Module, vae: vaes.FrozenVae, guidance: float):
         """guidance: what a distilled network is conditioned on while training."""
         self.config, self.shape, self.text, self.vae, self.guidance = config, shape, text, vae, guidance
+        self.diffusion = sampling.RectifiedFlow()
         self.bf16 = config.precision == "bf16"
         if text_encoders.width(text) != shape.context_dim:
             raise ValueError(f"text.encoder makes tokens of width {text_encoders.width(text)}, and this FLUX reads "
@@ -93,9 +94,8 @@ class FluxFlow:
         """Random draws for the pictures of a whole batch: sigma (B,), whether the caption is dropped (B,);
         and the generator, for what else is to be drawn."""
         rng = generator(self.config.seed, step)
-        normal = torch.randn(self.config.batch_size, generator=rng)
-        dropped = torch.rand(self.config.batch_size, generator=rng) < dropout
-        return sampling.training_sigma(normal), dropped, rng
+        sigma = self.diffusion.draw(self.config.batch_size, rng)
+        return sigma, torch.rand(self.config.batch_size, generator=rng) < dropout, rng
 
     def condition(self, captions: list[str], device, guidance: float | None = None) -> dict[str, Tensor]:
         context, _ = text_encoders.encode(self.text, captions, device, padded=True)
@@ -113,7 +113,12 @@ class FluxFlow:
         drop = [False] * len(batch.captions) if dropped is None else dropped.tolist()
         captions = ["" if d else c for c, d in zip(batch.captions, drop, strict=True)]
         sigma = sigma.to(device)
-        return Noising(latent, noise, sampling.add_noise(latent, noise, sigma), sigma, self.condition(captions, device))
+        noisy = self.diffusion.add_noise(latent, noise, sigma)
+        return Noising(latent, noise, noisy, sigma, self.condition(captions, device))
+
+    def loss(self, velocity: Tensor, step: Noising) -> Tensor:
+        """(B,), of what a network predicts."""
+        return self.diffusion.loss(velocity, step.latent, step.noise, step.sigma)
 
     def fixed_sigma(self, positions: range) -> Tensor:
         """Noise levels that never change, spread over their distribution in training: (B,)."""
@@ -152,8 +157,8 @@ class FluxFlow:
             uncond, cond = predict(x.repeat(2, 1, 1, 1), sigma.repeat(2), condition).float().chunk(2)
             return torch.lerp(uncond, cond, cfg)
 
-        sigmas = sampling.schedule(steps, (height // CELL) * (width // CELL))
-        latent = sampling.sample(guided_velocity, noise.to(device), sigmas)
+        sigmas = self.diffusion.schedule(steps, (height // CELL) * (width // CELL))
+        latent = self.diffusion.sample(guided_velocity, noise.to(device), sigmas)
         return self.vae.decode(latent / LATENT_SCALE + LATENT_SHIFT)
 
 

@@ -20,7 +20,7 @@ from ...memory import quantization
 from ...training.groups import Group, groups
 from ..contract import Files
 from .start import frozen, opened
-from .task import PixArtRecipe, frozen_vae, losses
+from .task import PixArtRecipe, frozen_vae
 
 
 class Recipe(PixArtRecipe):
@@ -61,7 +61,7 @@ class Recipe(PixArtRecipe):
         with d.autocast():
             step = d.noising(batch, timestep, dropped, seed)
             hint = d.latents(batch, seed, self.hint)
-            return losses(self.controlled(hint), step, d.shape, d.schedule, **self.loss_settings())
+            return d.losses(self.controlled(hint), step, **self.loss_settings())
 
     @property
     def of_pictures(self) -> bool:

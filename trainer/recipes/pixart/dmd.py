@@ -36,7 +36,7 @@ PROBED = 64  # pixels along a side of a picture by which memory is estimated
 
 
 class Recipe(PixArtRecipe):
-    algorithm = sampling.ALGORITHMS["dmd"]
+    algorithm = "dmd"
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         super().__init__(config, text)

@@ -21,7 +21,7 @@ from .task import PixArtRecipe
 
 
 class Recipe(PixArtRecipe):
-    algorithm = sampling.ALGORITHMS["lcm"]
+    algorithm = "lcm"
 
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         super().__init__(config, text)

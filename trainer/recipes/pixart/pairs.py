@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ....models_impl.parsing import from_json
-from ....models_impl.pixart import sampling
 from ....models_impl.pixart.config import VAE_FACTOR
 from ...config.schema import Config, Data
 from ...data.layouts import Item, listed
@@ -37,7 +36,7 @@ from .start import frozen, opened
 from .task import PixArtDenoising, frozen_vae
 
 NOTES = "pairs.json"
-ALGORITHM = sampling.ALGORITHMS["dpm-solver++ (diffusers)"]  # the release's pairs were made with it
+ALGORITHM = "dpm-solver++ (diffusers)"  # the release's pairs were made with it
 OTHERWISE = "Give the captions back, or make pairs in another folder: --out."
 
 
@@ -161,8 +160,8 @@ def draw(d: PixArtDenoising, group: list[tuple[str, str, Size]], steps: int, cfg
     noise = torch.stack([noise_of(seed, name, shape_of(size, d.shape.in_channels)) for name, _, _ in group])
     with d.autocast():
         guided = d.guided(d.net, [caption for _, caption, _ in group], *size, cfg, ALGORITHM)
-        latent = ALGORITHM.sample(guided, noise.to(d.device, torch.float32), d.schedule,
-                                  ALGORITHM.timesteps(steps, d.schedule.steps))
+        latent = d.diffusion.sample(guided, noise.to(d.device, torch.float32), d.diffusion.timesteps(steps, ALGORITHM),
+                                    algorithm=ALGORITHM)
     return noise, latent.to("cpu", torch.float16)
 
 

@@ -41,29 +41,6 @@ class Noising:
     """context, mask, and for a micro-conditioned network size and aspect_ratio."""
 
 
-def losses(predict: Predict, step: Noising, shape: PixArtConfig, schedule: sampling.NoiseSchedule,
-           variance: float = 1.0, snr_switch: bool = False, snr_gamma: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(squared error, variational bound of the variance times its weight), (B,) each; a picture's loss is the sum.
-
-    variance: weight of the bound, 0 leaves it out; snr_switch: learn the sample instead of the noise up to timestep
-    249; snr_gamma: weigh the error by Min-SNR with this gamma, 0 = not.
-    """
-    s, C = step, shape.in_channels
-    said = predict(s.noisy, s.timestep.to(s.noisy.device), **s.condition).float()
-    first, logits = said[:, :C], said[:, C:] if variance and said.shape[1] > C else None
-    if shape.prediction == "eps":
-        found = sampling.iddpm_loss(first, logits, s.latent, s.noise, s.timestep, schedule, snr_switch)
-        error, bound = found.mse, found.vb
-    else:
-        error = (first - schedule.velocity(s.latent, s.noise, s.timestep)).square().flatten(1).mean(1)
-        eps, bound = schedule.eps(s.noisy, first.detach(), s.timestep), torch.zeros_like(error)
-        if logits is not None:
-            bound = sampling.variance_bound(eps, logits, s.latent, s.noisy, s.timestep, schedule)
-    if snr_gamma:
-        error = error * schedule.min_snr_weight(s.timestep, snr_gamma, shape.prediction).to(error)
-    return error, variance * bound
-
-
 class PixArtDenoising:
     """Everything about a PixArt but its weights: latents, captions, noise, the loss, samples.
 
@@ -77,7 +54,8 @@ class PixArtDenoising:
         if width != self.shape.context_dim:
             raise ValueError(f"text.encoder makes tokens of width {width}, and this PixArt reads "
                              f"{self.shape.context_dim}: use the encoder that belongs to it.")
-        self.schedule = sampling.NoiseSchedule.of(self.shape)
+        self.diffusion = sampling.PixArtDiffusion.of(self.shape)
+        self.schedule = self.diffusion.schedule
         self.bf16 = config.precision == "bf16"
 
     @property
@@ -90,8 +68,7 @@ class PixArtDenoising:
     def draw(self, step: int, dropout: float) -> tuple[Tensor, Tensor]:
         """Random draws for the pictures of a whole batch: timestep (B,) and whether the caption is dropped."""
         rng, B = generator(self.seed, step), self.config.batch_size
-        timestep = torch.randint(self.schedule.steps, (B,), generator=rng)
-        return timestep, torch.rand(B, generator=rng) < dropout
+        return self.diffusion.draw(B, rng), torch.rand(B, generator=rng) < dropout
 
     def drawn(self, batch, dropout: float) -> tuple[Tensor, Tensor]:
         """The part of `draw` that is about this batch."""
@@ -126,15 +103,20 @@ class PixArtDenoising:
         latent = self.latents(batch, seed)
         noise = batch_noise(seed, batch.step, batch.positions, latent.shape[1:], self.device)
         condition = self.condition(batch.captions, dropped, batch.size, batch.sizes)
-        return Noising(latent, noise, self.schedule.add_noise(latent, noise, timestep), timestep, condition)
+        return Noising(latent, noise, self.diffusion.add_noise(latent, noise, timestep), timestep, condition)
+
+    def losses(self, predict: Predict, step: Noising, **settings) -> tuple[Tensor, Tensor]:
+        """(squared error, variational bound of the variance), (B,) each, weighted; a picture's loss is the sum.
+        settings: of `PixArtDiffusion.losses`."""
+        timestep = self.diffusion.network_timestep(step.timestep).to(step.noisy.device)
+        prediction = predict(step.noisy, timestep, **step.condition)
+        loss = self.diffusion.losses(prediction, step.latent, step.noise, step.timestep, **settings)
+        return loss.mse, loss.vb
 
     def prediction(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The network's prediction of the noise, and behind it of its variance if it has one, (B, C or 2C, h, w)
         float32."""
-        output, C = predict(x, timestep.to(x.device), **condition).float(), self.shape.in_channels
-        if self.shape.prediction == "eps":
-            return output
-        return torch.cat([self.schedule.eps(x, output[:, :C], timestep), output[:, C:]], dim=1)
+        return self.diffusion.eps(x, predict(x, timestep.to(x.device), **condition).float(), timestep)
 
     def eps(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The network's prediction of the noise, without its variance, (B, C, h, w) float32."""
@@ -145,7 +127,7 @@ class PixArtDenoising:
         """Means over the held-out pictures, at timesteps and with noise that never change; by quarters of the
         timesteps too, because the whole hides what happens where there is little noise.
 
-        losses: (batch, timestep, dropped, seed) -> what `losses` here gives.
+        losses: (batch, timestep, dropped, seed) -> as `self.losses` gives them.
         """
         found = [(*losses(batch, timestep, None, VALIDATION), timestep)
                  for batch in batches for timestep in [spread(batch.positions, self.schedule.steps)]]
@@ -158,9 +140,10 @@ class PixArtDenoising:
 
     @torch.no_grad()
     def sample(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float, seed: int,
-               algorithm: sampling.Algorithm, timesteps: list[float]) -> Tensor:
+               algorithm: str, timesteps: list[float]) -> Tensor:
         """Pictures of prompts: (B, 3, H, W) in [-1, 1]. Picture i begins with the noise that ComfyUI draws for
-        seed + i, whatever it is drawn together with. Algorithms that are not `guided` draw as with cfg 1."""
+        seed + i, whatever it is drawn together with. algorithm: in `sampling.ALGORITHMS`, of which those that are not
+        `guided` draw as with cfg 1."""
         device, shape = self.device, self.shape
         size = (shape.in_channels, height // VAE_FACTOR, width // VAE_FACTOR)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -170,13 +153,14 @@ class PixArtDenoising:
 
         with self.autocast():
             guided = self.guided(predict, prompts, height, width, cfg, algorithm)
-            latent = algorithm.sample(guided, noise(), self.schedule, timesteps, noise)
+            latent = self.diffusion.sample(guided, noise(), timesteps, noise, algorithm=algorithm)
         return self.vae.decode(latent / shape.latent_scale)
 
     def guided(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float,
-               algorithm: sampling.Algorithm) -> sampling.Predict:
-        """What `algorithm` asks about pictures of prompts, guided from the empty caption. Under `autocast`."""
-        B, channels, cfg = len(prompts), self.shape.in_channels, cfg if algorithm.guided else 1
+               algorithm: str) -> sampling.Predict:
+        """What an algorithm asks about pictures of prompts, guided from the empty caption. Under `autocast`."""
+        B, channels, about = len(prompts), self.shape.in_channels, sampling.ALGORITHMS[algorithm]
+        cfg = cfg if about.guided else 1
         captions = [*([""] * B if cfg != 1 else []), *prompts]
         condition = self.condition(captions, None, (height, width))
 
@@ -184,12 +168,12 @@ class PixArtDenoising:
             both = x.repeat(len(captions) // B, 1, 1, 1)
             t = torch.full((len(both),), float(timestep), device=self.device)
             found = self.prediction(predict, both, t, condition)
-            if not algorithm.learned_variance:
+            if not about.learned_variance:
                 found = found[:, :channels]
             if cfg == 1:
                 return found
             uncond, cond = found.chunk(2)
-            return sampling.guided(cond, uncond, cfg, algorithm.guided_channels)
+            return sampling.guided(cond, uncond, cfg, about.guided_channels)
 
         return prediction
 
@@ -213,8 +197,8 @@ class PixArtRecipe(Base):
 
     net: PixArt
     denoising: PixArtDenoising
-    algorithm = sampling.ALGORITHMS["dpm-solver++"]
-    """What samples are drawn with, for validation and by `python -m trainer sample`."""
+    algorithm = "dpm-solver++"
+    """In `sampling.ALGORITHMS`: what samples are drawn with, for validation and by `python -m trainer sample`."""
 
     def __init__(self, config: Config, text: nn.Module | None):
         super().__init__()
@@ -243,7 +227,7 @@ class PixArtRecipe(Base):
         return groups([(self.net, 1.0), (self.text, config.text.learning_rate_multiple)])
 
     def loss_settings(self) -> dict:
-        """Arguments of `losses` that are settings here."""
+        """Settings of `PixArtDiffusion.losses`."""
         return {"variance": self.settings.variance, "snr_gamma": self.settings.snr_gamma}
 
     def losses(self, batch, timestep: Tensor, dropped: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
@@ -251,7 +235,7 @@ class PixArtRecipe(Base):
         d = self.denoising
         with d.autocast():
             step = d.noising(batch, timestep, dropped, seed)
-            return losses(self.net, step, d.shape, d.schedule, **self.loss_settings())
+            return d.losses(self.net, step, **self.loss_settings())
 
     def forward(self, batch) -> Tensor:
         d = self.denoising
@@ -280,7 +264,7 @@ class PixArtRecipe(Base):
 
     def timesteps(self, steps: int) -> list[float]:
         """The list that `algorithm` walks."""
-        return self.algorithm.timesteps(steps, self.denoising.schedule.steps)
+        return self.denoising.diffusion.timesteps(steps, self.algorithm)
 
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
         """shift is PixelFlow's and is not read."""

@@ -45,6 +45,7 @@ class Recipe(Base):
             shape = replace(shape, resolution=config.data.resolution, num_classes=0 if text else classes,
                             context_dim=text_encoders.width(text) if text else None)
         self.stages = Stages(shape.num_stages)
+        self.flow = sampling.CascadeFlow(self.stages)
         self.text = text
         self.diffusion = PixelFlow(shape).initialise()
         self.diffusion.gradient_checkpointing = config.checkpoint_activations
@@ -71,28 +72,29 @@ class Recipe(Base):
         return groups([(self.diffusion, 1.0), (self.text, config.text.learning_rate_multiple)])
 
     def forward(self, batch: Batch) -> Tensor:
-        stage, t_index, dropped = (x[batch.positions.start:batch.positions.stop] for x in self.draw(batch.step))
-        return self.losses(batch, stage, t_index, dropped, self.seed)
+        own = slice(batch.positions.start, batch.positions.stop)
+        times, dropped = self.draw(batch.step)
+        return self.losses(batch, times.rows(own), dropped[own], self.seed)
 
-    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random draws for the pictures of a whole batch; they depend only on (seed, step)."""
+    def draw(self, step: int) -> tuple[sampling.StageTime, Tensor]:
+        """Random draws for the pictures of a whole batch, their times and whether the text or class is dropped (B,);
+        they depend only on (seed, step)."""
         rng, B = generator(self.seed, step), self.batch_size
-        stage = sampling.assign_stages(B, self.stages.num_stages, rng, self.settings.stage_weights)
-        t_index = torch.randint(TRAIN_TIMESTEPS, (B,), generator=rng)
-        return stage, t_index, torch.rand(B, generator=rng) < self.settings.dropout
+        times = self.flow.draw(B, rng, self.settings.stage_weights)
+        return times, torch.rand(B, generator=rng) < self.settings.dropout
 
-    def losses(self, batch: Batch, stage: Tensor, t_index: Tensor, dropped: Tensor, seed: int) -> Tensor:
+    def losses(self, batch: Batch, times: sampling.StageTime, dropped: Tensor, seed: int) -> Tensor:
         device = self.diffusion.proj_out_2.weight.device
         images = batch.pictures.to(device).float() / 127.5 - 1
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
             condition = self.condition(batch.captions, batch.labels.to(device), dropped.tolist())
 
             def noise(k, shape):
-                where = [batch.positions[i] for i in (stage == k).nonzero().flatten().tolist()]
+                where = [batch.positions[i] for i in (times.stage == k).nonzero().flatten().tolist()]
                 return torch.stack([picture_noise(seed, batch.step, p, shape[1:], device) for p in where])
 
             packed = self.settings.packing == "packed" or (self.settings.packing == "auto" and device.type != "cpu")
-            return (self.packed if packed else self.dense)(images, stage, t_index, noise, condition)
+            return (self.packed if packed else self.dense)(images, times, noise, condition)
 
     def condition(self, captions: list[str], labels: Tensor, dropped: list[bool]) -> dict:
         if self.text is None:
@@ -102,28 +104,23 @@ class Recipe(Base):
         context, mask = text_encoders.encode(self.text, given, labels.device)
         return {"context": context, "mask": mask}
 
-    def dense(self, images, stage, t_index, noise, condition) -> Tensor:
+    def dense(self, images, times, noise, condition) -> Tensor:
         # Equal to `packed` picture by picture: a batch of one stage needs no packing.
         losses, order = [], []
-        grid_t = torch.arange(TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
-        for k in range(self.stages.num_stages):
-            items = (stage == k).nonzero().flatten()
-            if not len(items):
-                continue
-            small = sampling.shrink(images[items], k, self.stages.num_stages)
-            t = grid_t[t_index[items]].to(small)
-            x, target = sampling.training_pair(small, k, t, noise(k, small.shape), self.stages)
-            timestep = self.stages.train_timesteps(k)[t_index[items]].float().to(images.device)
+        for items, time in times.by_stage():
+            small = sampling.shrink(images[items], time.stage, self.stages.num_stages)
+            own = noise(time.stage, small.shape)
             given = {name: c[items] for name, c in condition.items()}
-            velocity = self.diffusion(x, timestep, **given)
-            losses.append((velocity.float() - target).square().mean(dim=(1, 2, 3)))
+            timestep = self.flow.network_timestep(time).to(images.device)
+            velocity = self.diffusion(self.flow.add_noise(small, own, time), timestep, **given)
+            losses.append(self.flow.loss(velocity, small, own, time))
             order.append(items)
         return torch.cat(losses)[torch.cat(order).argsort()]
 
-    def packed(self, images, stage, t_index, noise, condition) -> Tensor:
+    def packed(self, images, times, noise, condition) -> Tensor:
         mask = condition.get("mask")
         lengths = None if mask is None else mask.sum(1).tolist()
-        batch = packing.pack(images, stage, t_index, noise, self.stages, self.diffusion.config.patch_size, lengths)
+        batch = packing.pack(images, times, noise, self.flow, self.diffusion.config.patch_size, lengths)
         if mask is None:
             given = {"class_labels": condition["class_labels"][batch.order]}
         else:
@@ -139,12 +136,13 @@ class Recipe(Base):
         return list(self.diffusion.transformer_blocks)
 
     def described(self, step: int) -> list[str]:
-        return [f"stage {k}, t {t / TRAIN_TIMESTEPS:.3f}{' (dropped)' if drop else ''}"
-                for k, t, drop in zip(*(x.tolist() for x in self.draw(step)), strict=True)]
+        times, dropped = self.draw(step)
+        return [f"stage {k}, t {t:.3f}{' (dropped)' if drop else ''}"
+                for k, t, drop in zip(*(x.tolist() for x in (*times, dropped)), strict=True)]
 
     def buckets(self, step: int) -> list[str]:
         """One line per stage."""
-        stage, p = self.draw(step)[0], self.diffusion.config.patch_size
+        stage, p = self.draw(step)[0].stage, self.diffusion.config.patch_size
         side, last = self.diffusion.config.resolution, self.stages.num_stages - 1
         sizes = [side // 2 ** (last - k) for k in range(last + 1)]
         return [f"stage {k}: {int((stage == k).sum())} pictures of {size}x{size} pixels, {(size // p) ** 2} tokens each"
@@ -177,8 +175,9 @@ class Recipe(Base):
             losses = []
             for batch in batches:
                 B = len(batch.positions)
-                t_index = spread(batch.positions, TRAIN_TIMESTEPS)
-                losses.append(self.losses(batch, torch.full((B,), k), t_index, torch.zeros(B, dtype=torch.bool), -1))
+                t = spread(batch.positions, TRAIN_TIMESTEPS) / TRAIN_TIMESTEPS
+                times = sampling.StageTime(torch.full((B,), k), t)
+                losses.append(self.losses(batch, times, torch.zeros(B, dtype=torch.bool), -1))
             found[f"stage{k}"] = torch.cat(losses).mean().item()
         return {"loss": sum(found.values()) / len(found), **found}
 
@@ -204,7 +203,7 @@ class Recipe(Base):
                 v = self.diffusion(x.repeat(2, 1, 1, 1), torch.full((2 * B,), timestep, device=device), **condition)
                 return torch.lerp(v[:B].float(), v[B:].float(), scale)
 
-            return sampling.sample(
+            return self.flow.sample(
                 predict, torch.randn(B, 3, *small, generator=rng).to(device), schedule,
                 lambda stage, shape: sampling.block_noise(shape, rng).to(device),
             ).clamp(-1, 1)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ....models_impl import state_dict
-from ....models_impl.flux import sampling
 from ....models_impl.flux.model import pack
 from ....models_impl.guard import reading
 from ....models_impl.pixelponder import checkpoint
@@ -147,7 +146,7 @@ class Recipe(Base):
             part = step.rows(rows)
             said, _ = self.predict(part.noisy, part.sigma, part.condition,
                                    self.select([(self.kinds[i], hints[i][rows]) for i in some]))
-            losses.append(sampling.loss(said, part.latent, part.noise))
+            losses.append(self.flow.loss(said, part))
             order += rows
         return torch.cat(losses)[torch.tensor(order, device=self.device).argsort()]
 
@@ -196,7 +195,7 @@ class Recipe(Base):
             said, control = self.predict(step.noisy, step.sigma, step.condition, self.select(hints))
             share = control.selection.share.float().flatten(2).mean(-1)  # (1 or B, K)
             shares.append(share.expand(len(said), -1))
-            return sampling.loss(said, step.latent, step.noise)
+            return self.flow.loss(said, step)
 
         found = self.flow.validate(batches, self.device, losses)
         share = torch.cat(shares).mean(0).tolist()

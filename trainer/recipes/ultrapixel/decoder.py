@@ -55,7 +55,7 @@ class Decoder:
                                    vectors).float().chunk(2)
             return sampling.guided(cond, uncond, STAGE_B_CFG)
 
-        schedule = sampling.Schedule()
-        found = sampling.sample(predict, noise(), schedule, schedule.steps(STAGE_B_STEPS), noise)
+        diffusion = sampling.CosineDiffusion()
+        found = diffusion.sample(predict, noise(), diffusion.steps(STAGE_B_STEPS), noise)
         stage_a = loaded(StageA, self.model.stage_a, checkpoint.read_stage_a, torch.float32).to(device)
         return torch.cat([2 * stage_a.decode(one) - 1 for one in found.split(1)]).clamp(-1, 1)

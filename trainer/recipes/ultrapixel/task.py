@@ -84,7 +84,7 @@ class StageCDenoising:
                  low: Low | None = None):
         """readers: of `make_encoders`."""
         self.config, self.net, self.text, self.readers, self.low = config, net, text, readers, low
-        self.seed, self.schedule, self.decoder = config.seed, sampling.Schedule(), Decoder(config)
+        self.seed, self.diffusion, self.decoder = config.seed, sampling.CosineDiffusion(), Decoder(config)
         if net is not None and (text.width, text.pooled_width) != (net.config.text_dim, net.config.pooled_dim):
             raise ValueError(f"text.encoder makes tokens of width {text.width} and vectors of {text.pooled_width}, "
                              f"this Stage C reads {net.config.text_dim} and {net.config.pooled_dim}: use CLIP-G.")
@@ -100,7 +100,7 @@ class StageCDenoising:
     def draw(self, step: int) -> Draws:
         """Draws for a whole batch, which depend only on (seed, step)."""
         rng, B, s = generator(self.seed, step), self.config.batch_size, self.config.recipe
-        t = sampling.training_t(B, rng)
+        t = self.diffusion.draw(B, rng)
         dropped, shown = (torch.rand(B, generator=rng) < share for share in (s.dropout, s.image_share))
         return Draws(t, dropped, shown & bool(self.config.model.image_encoder), torch.rand((), generator=rng).item())
 
@@ -145,14 +145,13 @@ class StageCDenoising:
 
     def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(the noisy latent, the timestep that says how noisy it is)"""
-        logsnr = self.schedule.logsnr(t)
-        return sampling.add_noise(clean, noise, logsnr).to(self.dtype), \
-            self.schedule.timestep(logsnr).to(clean.device)
+        noisy = self.diffusion.add_noise(clean, noise, t).to(self.dtype)
+        return noisy, self.diffusion.network_timestep(t).to(clean.device)
 
     def plain(self, clean: Tensor, noise: Tensor, t: Tensor, condition: Mapping[str, Tensor], **more) -> Tensor:
         """Loss of each picture without a guide, (B,). more: what StageC.forward takes beside."""
         x, timestep = self.noisy(clean, noise, t)
-        return sampling.noise_loss(self.net(x, timestep, **condition, **more).float(), noise)
+        return self.diffusion.loss(self.net(x, timestep, **condition, **more), clean, noise, t)
 
     def guided(self, guide: Guide, latents: Latents, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Loss of each picture, (B,), as the release computes it: features of the low-resolution latent at one fixed
@@ -196,8 +195,8 @@ class StageCDenoising:
         B, device, net = len(prompts), self.device, self.net
         low_side = max(1, round((self.low or Low()).side * sampling.COMPRESSION_C / PIXELS))
         sizes = sampling.sizes(height, width, low_side=low_side)
-        schedule = sampling.Schedule(shift)
-        logsnrs = schedule.steps(steps)
+        diffusion = sampling.CosineDiffusion(shift)
+        logsnrs = diffusion.steps(steps)
         condition = self.condition([*([""] * B if cfg != 1 else []), *prompts], change=change)
         positive = {name: value[-B:] for name, value in condition.items()}
         rows = len(condition["text"])
@@ -218,7 +217,7 @@ class StageCDenoising:
 
         high = noise(sizes.stage_c, 0)
         if guide is None:
-            latent = sampling.sample(first, high(), schedule, logsnrs, high)
+            latent = diffusion.sample(first, high(), logsnrs, high)
         else:
             low, image = noise(sizes.low, 1), []
 
@@ -230,7 +229,7 @@ class StageCDenoising:
             def second(x, timestep, _):
                 return predict(x, timestep, image[0].hook(timestep.repeat(rows // B)))
 
-            latent = sampling.sample_guided(first, features, second, low(), high(), schedule, logsnrs, low, high)
+            latent = sampling.sample_guided(first, features, second, low(), high(), diffusion, logsnrs, low, high)
         pooled = condition["pooled"]
         return self.decoder(latent, pooled[-B:], self.condition([""], change=change)["pooled"], sizes.stage_b, seed)
 
@@ -267,7 +266,7 @@ class StageCRecipe(Base):
         """Loss of each picture times the weight of its noise level, (B,)."""
         d = self.denoising
         draws = d.draw(batch.step).part(batch.positions)
-        return self.weight(d.schedule.logsnr(draws.t), loss(draws), batch)
+        return self.weight(d.diffusion.logsnr(draws.t), loss(draws), batch)
 
     def blocks(self) -> list[nn.Module]:
         return [block for level in (*self.net.down_blocks, *self.net.up_blocks) for block in level]
