@@ -41,7 +41,7 @@ def edges(picture: np.ndarray) -> np.ndarray:
 
 def follows(pictures: np.ndarray, hint: str) -> float:
     """The mean correlation between the edges that are drawn and those of a hint."""
-    wanted = np.asarray(Image.open(HERE.parent / f"assets/pictures/{hint}.png").convert("L")) / 255
+    wanted = np.asarray(Image.open(HERE.parents[1] / f"assets/pictures/{hint}.png").convert("L")) / 255
     return float(np.mean([np.corrcoef(edges(p).ravel(), wanted.ravel())[0, 1] for p in pictures]))
 
 
