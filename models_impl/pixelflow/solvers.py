@@ -1,4 +1,9 @@
-"""Solvers of one stage: Euler, and Dormand and Prince's pair of fifth and fourth order with adaptive steps."""
+"""Solvers of one stage: Euler, and Dormand and Prince's pair of fifth and fourth order with adaptive steps.
+
+Not torchdiffeq: the nodes need only what ComfyUI brings, which it is not part of; progress, previews and cancelling are
+due at every accepted step, with its velocity; and torchdiffeq's last step runs past the end of the stage, where the
+network is conditioned on times of the next one. `dopri5_reference` does that, for comparison with the release.
+"""
 from __future__ import annotations
 
 import math

@@ -1,4 +1,9 @@
-"""Settings: dataclasses with the doc under the field. What they may be is in rules.py, how they are read in load.py."""
+"""Settings: dataclasses with the doc under the field. What they may be is in rules.py, how they are read in load.py.
+
+Not pydantic: what load.py and problems.py do by themselves would remain, and that is all of it. An unknown key with the
+nearest name, a setting's former name, a sentence that says what to do, and every problem at once, those between
+settings included, where pydantic stops at those of single fields. The trainer would need one more package for types.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass, field

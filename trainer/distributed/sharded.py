@@ -1,4 +1,11 @@
-"""Tensors of which each process has a part (DTensor), and those that are whole in each: gradients and norms of both."""
+"""Tensors of which each process has a part (DTensor), and those that are whole in each: gradients and norms of both.
+
+`whole` and `part` serve weights, EMA and moments alike. torch.distributed.checkpoint.state_dict would not take their
+place. It knows the weights of modules, and neither an EMA nor DeepSpeed's moments. Of an optimizer it wants parameters
+that have names in the module, which Muon's matrices of convolutions have not; and to load one it first takes a step
+with zero gradients, which counts in optimizers that keep more than a learning rate for all parameters (Prodigy,
+schedule-free).
+"""
 from __future__ import annotations
 
 import torch
