@@ -203,6 +203,7 @@ HOOKS = {
     "comfy.controlnet.ControlNet.get_control": "x_noisy, t, cond, batched_number, transformer_options",
     "comfy.controlnet.ControlBase.pre_run": "model, percent_to_timestep_function",
     "comfy.controlnet.ControlBase.cleanup": "",
+    "comfy.controlnet.ControlBase.set_cond_hint": "cond_hint, strength, timestep_percent_range, vae, extra_concat",
     "comfy.controlnet.ControlBase.get_models": "",
     "comfy.controlnet.ControlBase.copy_to": "c",
     "comfy.conds.CONDRegular.process_cond": "batch_size, **kwargs",
@@ -227,12 +228,14 @@ HOOKS = {
     "comfy.samplers.KSAMPLER.sample":
         "model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar",
     "comfy.sd.VAE.decode": "samples_in, vae_options",
+    "comfy.sd.VAE.encode": "pixel_samples",
     "comfy.sd.VAE.decode_tiled": "samples, tile_x, tile_y, overlap, tile_t, overlap_t",
     "comfy.sd1_clip.SD1ClipModel.encode_token_weights": "token_weight_pairs",
     "comfy.sd1_clip.SD1ClipModel.load_sd": "sd",
     "comfy.sd1_clip.SD1Tokenizer.tokenize_with_weights": "text, return_word_ids, **kwargs",
     "comfy.sd1_clip.SDTokenizer.tokenize_with_weights": "text, return_word_ids, tokenizer_options, **kwargs",
     "comfy.supported_models_base.BASE.get_model": "state_dict, prefix, device",
+    "comfy.supported_models_base.BASE.process_unet_state_dict_for_saving": "state_dict",
     "comfy.weight_adapter.WeightAdapterBase.calculate_weight":
         "weight, key, strength, strength_model, offset, function, intermediate_dtype, original_weight",
     "comfy_api.latest.ComfyExtension.get_node_list": "",

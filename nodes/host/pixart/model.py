@@ -34,6 +34,9 @@ class DiffusionSampling(comfy.model_sampling.ModelSamplingDiscrete):
     prediction has behind the latent's channels, the logits of its variance, is passed on as it is.
     """
 
+    predicts: type
+    """Core's class of what the network predicts, which the subclasses inherit from too."""
+
     def __init__(self, diffusion: PixArtDiffusion):
         torch.nn.Module.__init__(self)
         self.diffusion, self.schedule = diffusion, diffusion.schedule
@@ -49,16 +52,17 @@ class DiffusionSampling(comfy.model_sampling.ModelSamplingDiscrete):
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
         prediction, variance = model_output.tensor_split([self.diffusion.channels], dim=1)
-        denoised = super().calculate_denoised(sigma, prediction, model_input[:, : self.diffusion.channels])
+        x = model_input[:, : self.diffusion.channels]
+        denoised = self.predicts.calculate_denoised(self, sigma, prediction, x)
         return torch.cat([denoised, variance], dim=1) if variance.shape[1] else denoised
 
 
 class EpsSampling(DiffusionSampling, comfy.model_sampling.EPS):
-    pass
+    predicts = comfy.model_sampling.EPS
 
 
 class VelocitySampling(DiffusionSampling, comfy.model_sampling.V_PREDICTION):
-    pass
+    predicts = comfy.model_sampling.V_PREDICTION
 
 
 class Network(PixArt):
