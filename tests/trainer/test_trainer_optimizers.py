@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny_run
 import torch
-from pixstack.trainer.config import load, optimizers, schema
+from pixstack.trainer.config import load, optimizers, rules, schema
 from pixstack.trainer.training import checkpoints, optim
 from pixstack.trainer.training.groups import Group
 
@@ -118,7 +118,7 @@ def test_came_goes_on_from_the_moments_of_the_trainers_own(tmp_path):
 def test_betas_of_came_are_three_and_of_others_two():
     for name, betas, fits in (("came", [0.9, 0.99, 0.999], True), ("came", [0.9, 0.99], False),
                               ("lion", [0.9, 0.99], True), ("lion", [0.9], False), ("SGD", [0.9, 0.99], False)):
-        problems = optimizers.problems(schema.Optimizer(name=name, betas=betas))
+        problems = rules.optimizer(schema.Optimizer(name=name, betas=betas))
         assert (not problems) is fits, problems
 
 

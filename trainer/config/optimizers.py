@@ -8,9 +8,6 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from .problems import Problems, nearest
-from .schema import Optimizer
-
 TORCH, MORE, BITSANDBYTES = "torch.optim", "pytorch_optimizer.optimizer", "bitsandbytes.optim"
 PIP = {MORE: "pytorch-optimizer", BITSANDBYTES: "bitsandbytes"}
 LIST = {TORCH: "__all__", MORE: "OPTIMIZER_LIST"}
@@ -80,53 +77,6 @@ def kind(name: str) -> Kind | None:
         return NAMED[name]
     library = next((one for one in (TORCH, MORE) if name in classes(one)), None)
     return None if library is None else Kind(library, name)
-
-
-def keywords(settings: Optimizer) -> dict:
-    """The arguments of the class beside parameters and learning rate."""
-    chosen = kind(settings.name)
-    given, takes = dict(chosen.defaults), arguments(chosen)
-    if settings.betas:
-        given["betas"] = tuple(settings.betas)
-    if settings.eps:
-        given["eps"] = settings.eps
-    if "weight_decay" in takes:
-        given["weight_decay"] = settings.weight_decay
-    return given | {name: tuple(value) if isinstance(value, list) else value
-                    for name, value in settings.arguments.items()}
-
-
-def problems(settings: Optimizer) -> list[str]:
-    problems, name, chosen = Problems(), settings.name, kind(settings.name)
-    if name in REFUSED:
-        return [f"optimizer.name={name!r}: {name} {REFUSED[name]}."]
-    if chosen is None:
-        absent = "" if classes(MORE) else ", which is not installed: pip install pytorch-optimizer"
-        return [f"optimizer.name={name!r} is none of {', '.join(NAMED)}, and no class of torch.optim or "
-                f"pytorch_optimizer{absent}{nearest(name, [*NAMED, *classes(TORCH), *classes(MORE)])}."]
-    takes = arguments(chosen)
-    for argument in settings.arguments:
-        full = f"optimizer.arguments.{argument}"
-        if argument in OURS:
-            problems.append(f"{full}: that is decided by {OURS[argument]}.")
-        elif takes and argument not in takes:
-            problems.append(f"{full} is no argument of {chosen.cls}{nearest(argument, takes.keys() - OURS.keys())}.")
-    for argument in ("betas", "eps", "weight_decay"):
-        problems.need(not getattr(settings, argument) or not takes or argument in takes,
-                      f"optimizer.{argument}={getattr(settings, argument)}: {chosen.cls} has no such argument.")
-    betas, count = settings.betas, len(takes.get("betas") or (0, 0))
-    problems.need(betas is None or (len(betas) == count and all(0 <= b < 1 for b in betas)),
-                  f"optimizer.betas={betas} must be {({2: 'two', 3: 'three'}).get(count, count)} numbers in [0, 1).")
-    rate = settings.learning_rate
-    if chosen.estimates:
-        problems.need(0.1 <= rate <= 10, f"optimizer.learning_rate={rate}: {chosen.cls} estimates the learning rate, "
-                                         "and this is a factor of it, from 0.1 to 10: 1 as a rule.")
-    else:
-        problems.need(0 < rate < 1, f"optimizer.learning_rate={rate} is outside (0, 1).")
-    problems.need(not chosen.averages or settings.decay == "constant",
-                  f"optimizer.decay={settings.decay!r}: {chosen.cls} averages the weights instead of a decay: use "
-                  "constant.")
-    return problems
 
 
 # --- Source

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...models_impl.pixart.buckets import TABLES
 from . import optimizers
-from .problems import Problems
-from .schema import LARGEST_SIDE, Adapter, Config, Data, Vae, look_up
+from .problems import Problems, nearest
+from .schema import LARGEST_SIDE, Adapter, Config, Data, Optimizer, Vae, look_up
 
 LAYOUTS = {"auto": "either", "jsonl": "a file", "folder": "a folder", "classes": "a folder", "sam": "a folder",
            "data_info": "a file", "webdataset": "either", "datasets": "either"}
@@ -28,7 +28,7 @@ def problems(config: Config) -> list[str]:
 
 def general(config: Config) -> list[str]:
     problems = Problems()
-    problems += optimizers.problems(config.optimizer)
+    problems += optimizer(config.optimizer)
     problems += missing_library(config.optimizer.name)
     problems.one_of("log.wandb", config.log.wandb, ("", "offline", "online"))
     problems.need(not config.log.wandb or find_spec("wandb"),
@@ -47,6 +47,43 @@ def general(config: Config) -> list[str]:
     if config.text.encoder.endswith(".safetensors"):
         problems.need(Path(config.text.encoder).expanduser().is_file(),
                       f"text.encoder={config.text.encoder!r}: there is no such file or folder.")
+    return problems
+
+
+def optimizer(settings: Optimizer) -> list[str]:
+    """Problems with the name and the arguments of the optimizer."""
+    problems, name, chosen = Problems(), settings.name, optimizers.kind(settings.name)
+    if name in optimizers.REFUSED:
+        return [f"optimizer.name={name!r}: {name} {optimizers.REFUSED[name]}."]
+    if chosen is None:
+        more = optimizers.classes(optimizers.MORE)
+        absent = "" if more else ", which is not installed: pip install pytorch-optimizer"
+        known = [*optimizers.NAMED, *optimizers.classes(optimizers.TORCH), *more]
+        return [f"optimizer.name={name!r} is none of {', '.join(optimizers.NAMED)}, and no class of torch.optim or "
+                f"pytorch_optimizer{absent}{nearest(name, known)}."]
+    takes = optimizers.arguments(chosen)
+    for argument in settings.arguments:
+        full = f"optimizer.arguments.{argument}"
+        if argument in optimizers.OURS:
+            problems.append(f"{full}: that is decided by {optimizers.OURS[argument]}.")
+        elif takes and argument not in takes:
+            others = takes.keys() - optimizers.OURS.keys()
+            problems.append(f"{full} is no argument of {chosen.cls}{nearest(argument, others)}.")
+    for argument in ("betas", "eps", "weight_decay"):
+        problems.need(not getattr(settings, argument) or not takes or argument in takes,
+                      f"optimizer.{argument}={getattr(settings, argument)}: {chosen.cls} has no such argument.")
+    betas, count = settings.betas, len(takes.get("betas") or (0, 0))
+    problems.need(betas is None or (len(betas) == count and all(0 <= b < 1 for b in betas)),
+                  f"optimizer.betas={betas} must be {({2: 'two', 3: 'three'}).get(count, count)} numbers in [0, 1).")
+    rate = settings.learning_rate
+    if chosen.estimates:
+        problems.need(0.1 <= rate <= 10, f"optimizer.learning_rate={rate}: {chosen.cls} estimates the learning rate, "
+                                         "and this is a factor of it, from 0.1 to 10: 1 as a rule.")
+    else:
+        problems.need(0 < rate < 1, f"optimizer.learning_rate={rate} is outside (0, 1).")
+    problems.need(not chosen.averages or settings.decay == "constant",
+                  f"optimizer.decay={settings.decay!r}: {chosen.cls} averages the weights instead of a decay: use "
+                  "constant.")
     return problems
 
 

@@ -51,6 +51,20 @@ def is_matrix(p: torch.Tensor) -> bool:
     return p.ndim == 2 or (p.ndim == 4 and p.shape[1] > 1)
 
 
+def keywords(settings: Optimizer) -> dict:
+    """The arguments of the class beside parameters and learning rate."""
+    chosen = optimizers.kind(settings.name)
+    given, takes = dict(chosen.defaults), optimizers.arguments(chosen)
+    if settings.betas:
+        given["betas"] = tuple(settings.betas)
+    if settings.eps:
+        given["eps"] = settings.eps
+    if "weight_decay" in takes:
+        given["weight_decay"] = settings.weight_decay
+    return given | {name: tuple(value) if isinstance(value, list) else value
+                    for name, value in settings.arguments.items()}
+
+
 class Muon(torch.optim.Muon):
     """torch's, which takes only matrices, for the kernels of convolutions too: each is one of (out, in * h * w), as in
     Muon's own code (KellerJordan/Muon, muon.py)."""
@@ -116,7 +130,7 @@ class Optimizers:
 
     def make(self, groups: list[dict]) -> torch.optim.Optimizer:
         """The optimizer of the settings. Raises ValueError where it refuses its arguments."""
-        given = optimizers.keywords(self.settings)
+        given = keywords(self.settings)
         if any(sharded.is_part(p) for p in self.parameters):
             given["foreach"] = False  # what is spread over processes and what is not are not taken together
         try:
