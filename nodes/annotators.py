@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..models_impl.annotators import canny, openpose
 from ..models_impl.annotators.resize import MOST
+from ..models_impl.folders import below
 from .checks import first_problem, known_file, one_of
 from .host.annotators import networks as annotators
 from .host.annotators import pose as annotators_pose
@@ -31,7 +32,7 @@ def depth_folders() -> dict[str, str]:
     """name -> path of every folder in models/annotators that holds a transformers model."""
     roots = [Path(root) for root in folder_paths.get_folder_paths(FOLDER)]
     return {path.parent.relative_to(root).as_posix(): str(path.parent) for root in reversed(roots)
-            for path in sorted(root.glob("**/config.json"))}
+            for path in sorted(below(root)) if path.name == "config.json"}
 
 
 def resolution_input() -> io.Int.Input:

@@ -300,6 +300,40 @@ def test_a_depth_map_of_16_bits_keeps_its_grays(nodes, host):
     assert torch.allclose(depth, torch.from_numpy(grays / 65535).float()[None, ..., None].expand(1, 8, 8, 3))
 
 
+@pytest.mark.parametrize("values", [
+    numpy.linspace(0, 1, 64, dtype=numpy.float32), numpy.arange(64, dtype=numpy.int32) * 4,
+], ids=["floats", "32 bits"])  # fmt: skip
+def test_a_depth_map_of_floats_or_32_bits_keeps_its_grays(nodes, host, values):
+    folder = listing(host.input / "deeper", {"image": "a.png", "text": "", "depth": "depth.tiff"})
+    Image.fromarray(values.reshape(8, 8)).save(folder / "depth.tiff")
+    depth = run(nodes["LoadEntry"], folder="deeper", index=0)[3]
+    expected = torch.from_numpy(values / (1 if values.dtype == numpy.float32 else 255)).view(1, 8, 8, 1).float()
+    assert torch.allclose(depth, expected.expand(-1, -1, -1, 3), atol=1e-6)
+
+
+def test_a_picture_that_cannot_be_read_is_named_by_the_data_set_s_node(nodes, host):
+    folder = listing(host.input / "cut", {"image": "a.png", "text": ""})
+    (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:50])
+    with pytest.raises(ValueError, match="a.png is not a complete picture"):
+        run(nodes["LoadEntry"], folder="cut", index=0)
+
+
+def test_a_depth_model_may_lie_behind_a_link(nodes, host):
+    (host.models / "annotators/linked").symlink_to(host.models / "annotators/nodes", target_is_directory=True)
+    try:
+        listed = import_module(nodes["DepthMap"].__module__).depth_folders()
+        assert "nodes/depth" in listed and len(listed) == 1  # each folder once
+        (host.base / "far").mkdir()
+        (host.models / "annotators/nodes").rename(host.base / "far/nodes")
+        (host.models / "annotators/linked").unlink()
+        (host.models / "annotators/linked").symlink_to(host.base / "far", target_is_directory=True)
+        assert list(import_module(nodes["DepthMap"].__module__).depth_folders()) == ["linked/nodes/depth"]
+    finally:
+        (host.models / "annotators/linked").unlink()
+        if not (host.models / "annotators/nodes").exists():
+            (host.base / "far/nodes").rename(host.models / "annotators/nodes")
+
+
 def test_a_condition_of_one_channel_is_saved_as_gray(nodes):
     save(nodes, "sets/gray", depth=BATCH[1:, ..., :1])
     depth = run(nodes["LoadEntry"], folder="sets/gray", index=0)[3]

@@ -1,4 +1,6 @@
 import json
+import random
+import struct
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import tiny_run
 import torch
 from PIL import Image
 from pixstack.trainer.config.schema import Data
-from pixstack.trainer.data import emoji, loader, pictures
+from pixstack.trainer.data import doctor, emoji, layouts, loader, pictures
 from pixstack.trainer.features import tokenizer as tokenizers_
 
 
@@ -249,3 +251,85 @@ def test_about_one_emoji_in_twenty_is_held_out():
 def test_a_folder_without_the_packages_is_refused(tmp_path):
     with pytest.raises(ValueError, match="emoji-datasource-google"):
         emoji.build(tmp_path / "out", tmp_path)
+
+
+# --- Pictures of more than 8 bits, and those that cannot be read
+
+def gray_of(tmp_path, values, name="a.tiff"):
+    Image.fromarray(np.asarray(values)).save(tmp_path / name)
+    return np.asarray(pictures.decode(tmp_path / name))[..., 0].ravel().tolist()
+
+
+RAMP = np.arange(256).reshape(16, 16)
+
+
+@pytest.mark.parametrize("values", [
+    (RAMP / 255).astype(np.float32), RAMP.astype(np.int32), (RAMP * 257).astype(np.int32),
+    (RAMP * 257).astype(np.uint16),
+], ids=["float", "32 bits of 255", "32 bits of 65535", "16 bits"])  # fmt: skip
+def test_a_gray_ramp_of_any_depth_is_the_same_ramp(tmp_path, values):
+    assert gray_of(tmp_path, values) == list(range(256))
+
+
+def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
+    assert max(gray_of(tmp_path, RAMP.astype(np.uint16), "a.png")) == 1
+    assert max(gray_of(tmp_path, np.full((2, 2), 2570, np.int32))) == 10
+
+
+@pytest.mark.parametrize("values, words", [
+    (np.float32([[0, 80]]), "its values are 0 to 80, and floats are read from 0 .black. to 1"),
+    (np.float32([[-0.5, 1]]), "its values are -0.5 to 1, and floats"),
+    (np.float32([[0, np.nan]]), "it holds values that are no numbers"),
+    (np.int32([[0, 70_000]]), "its values are 0 to 70000, and whole numbers are read from 0 .black. to 65535"),
+    (np.int32([[-1, 0]]), "its values are -1 to 0, and whole numbers"),
+])  # fmt: skip
+def test_values_beyond_black_or_white_are_refused_with_the_file(tmp_path, values, words):
+    with pytest.raises(ValueError, match=f"a.tiff cannot be read as a picture: {words}"):
+        gray_of(tmp_path, values)
+
+
+def broken(tmp_path, kind):
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), "uint8")).save(whole)
+    file = tmp_path / "a.png"
+    if kind == "a folder":
+        file.mkdir()
+    elif kind != "missing":
+        content = {"cut": whole.read_bytes()[:2000], "empty": b"", "text": b"hello", "zeros": bytes(1000),
+                   "header": whole.read_bytes()[:30], "flipped": whole.read_bytes()[:60] + bytes(500)}[kind]
+        file.write_bytes(content)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "zeros", "header", "flipped", "missing", "a folder"])
+def test_a_picture_that_cannot_be_read_is_named_wherever_it_is_met_with_the_doctor(tmp_path, kind):
+    file = broken(tmp_path, kind)
+    item = layouts.Item(file, ("x",))
+    settings = Data(resolution=8, crop="centre")
+    met = [lambda: pictures.decode(file), lambda: pictures.Pictures([item], settings).load(0, (8, 8), None)]
+    if kind not in ("cut", "flipped"):  # whose header is whole
+        met += [lambda: pictures.measure(file), lambda: pictures.measured([item], 1)]
+    for meet in met:
+        with pytest.raises(ValueError, match=f"{file} cannot be read as a picture: .*`python -m trainer doctor`"):
+            meet()
+    with pytest.raises(ValueError, match=f"{file} cannot be read as a picture: [^`]*$"):
+        pictures.shown(file, 8, 8)
+    assert "doctor" not in doctor.look(item).why and str(file) in doctor.look(item).why
+
+
+def test_whatever_pillow_raises_the_file_is_named(tmp_path, monkeypatch):
+    def load(*_):
+        raise struct.error("unpack requires a buffer")
+
+    folder_of(tmp_path)
+    monkeypatch.setattr(pictures.ImageOps, "exif_transpose", load)
+    with pytest.raises(ValueError, match="a.png cannot be read as a picture: unpack requires a buffer"):
+        pictures.decode(tmp_path / "a.png")
+
+
+def test_a_thread_of_a_picture_is_refused_before_it_is_enlarged(tmp_path, monkeypatch):
+    Image.new("RGB", (30_000, 1)).save(tmp_path / "a.png")
+    monkeypatch.setattr(pictures.Cut, "apply", lambda *_: pytest.fail("resized"))
+    loaded = pictures.Pictures([layouts.Item(tmp_path / "a.png")], Data(resolution=512, crop="centre"))
+    with pytest.raises(ValueError, match="a.png: it is 30000x1 and would be brought to 15360000x512 .*trainer doctor"):
+        loaded.load(0, (512, 512), random.Random(0))

@@ -1,13 +1,16 @@
 """Every layout becomes the same items, and a picture keeps its conditions and captions through it."""
 import io
 import json
+import random
 import tarfile
+from importlib import import_module
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
+from pixstack.models_impl import pictures as formats
 from pixstack.trainer.config.schema import Data
-from pixstack.trainer.data import layouts, loader, pictures
+from pixstack.trainer.data import doctor, layouts, loader, pictures
 
 
 def picture(path, colour=(200, 30, 30), size=(20, 16)):
@@ -291,3 +294,202 @@ def test_a_caption_that_is_no_text_is_named_with_its_line(tmp_path, caption):
     (tmp_path / "set/a.json").write_text(caption)
     with pytest.raises(ValueError, match="set/a.json: (5|True) is no caption"):
         layouts.read(tmp_path / "set", "folder", Data())
+
+
+# --- What other programs keep
+
+def captioned(tmp_path):
+    return {i.file.relative_to(tmp_path).as_posix(): i.captions for i in read(tmp_path, need="").train}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "a.png.txt", "a.png.caption", "a.Caption"])
+def test_a_caption_beside_a_picture_may_have_any_of_the_names_in_use(tmp_path, name):
+    picture(tmp_path / "deep/a.png")
+    (tmp_path / "deep" / name).write_text("\ufeffa red wall\n", "utf-8")
+    assert captioned(tmp_path) == {"deep/a.png": ("a red wall",)}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSON", "a.png.json"])
+def test_a_json_beside_a_picture_brings_its_caption_with_tags(tmp_path, name):
+    picture(tmp_path / "a.png")
+    (tmp_path / name).write_text('{"caption": "a wall", "tags": "red, flat"}')
+    (item,) = read(tmp_path).train
+    assert (item.captions, item.tags) == (("a wall",), ("red", "flat"))
+
+
+def test_the_first_of_several_captions_that_says_something_counts(tmp_path):
+    picture(tmp_path / "a.png")
+    for name, words in (("a.txt", " \n"), ("a.caption", "second"), ("a.json", '{"caption": "third"}')):
+        (tmp_path / name).write_text(words)
+    assert captioned(tmp_path) == {"a.png": ("second",)}
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.jpe", "a.JPG", "a.apng"])
+def test_a_picture_may_have_any_ending_of_its_format(tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG" if name == "a.apng" else "JPEG")
+    (tmp_path / "a.txt").write_text("x")
+    assert captioned(tmp_path) == {name: ("x",)}
+    assert pictures.decode(tmp_path / name).size == (8, 8)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_where_pillow_reads_it(tmp_path):
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "a.avif", quality=100)
+    (tmp_path / "a.txt").write_text("x")
+    assert captioned(tmp_path) == {"a.avif": ("x",)}
+    assert abs(np.asarray(pictures.decode(tmp_path / "a.avif")).astype(int) - (200, 30, 30)).max() < 8
+
+
+@pytest.mark.parametrize("name, words", [
+    ("a.jxl", "Install pillow-jxl-plugin"), ("a.heic", "Install pillow-heif"), ("a.PSD", "Save it as PNG"),
+])  # fmt: skip
+def test_a_picture_of_another_format_is_named_with_what_to_do(tmp_path, name, words, caplog, monkeypatch):
+    monkeypatch.setattr(formats, "find_spec", lambda module: None)
+    formats.readable.cache_clear()
+    picture(tmp_path / "b.png")
+    (tmp_path / name).write_bytes(b"\xff\x0a")
+    read(tmp_path, need="")
+    assert "1 pictures are of formats that are not read here" in caplog.text and f"{name}: {words}" in caplog.text
+    (tmp_path / "data.jsonl").write_text(json.dumps({"file": name, "caption": "x"}))
+    with pytest.raises(ValueError, match=f"{name} cannot be read as a picture: .* {words}.*trainer doctor"):
+        pictures.Pictures(read(tmp_path / "data.jsonl").train, Data(resolution=8)).load(0, (8, 8), random.Random(0))
+    formats.readable.cache_clear()
+
+
+def test_a_plugin_of_pillow_s_that_is_installed_is_used(monkeypatch):
+    monkeypatch.setattr(formats, "find_spec", lambda module: module if module == "pillow_jxl" else None)
+    monkeypatch.setattr(formats, "import_module", lambda name: Image.register_extension("JXL", ".jxl"))
+    formats.readable.cache_clear()
+    assert ".jxl" in formats.readable() and ".heic" not in formats.readable() and formats.remedy(".jxl") == ""
+    formats.readable.cache_clear()
+    Image.EXTENSION.pop(".jxl")
+
+
+def test_masks_and_conditions_of_onetrainer_are_not_trained_on(tmp_path):
+    for name in ("a.png", "a-masklabel.png", "a-condlabel.png", "a-MaskLabel.JPG", "b-mask.png"):
+        picture(tmp_path / name)
+    assert list(captioned(tmp_path)) == ["a.png", "b-mask.png"]
+    report = doctor.examine(Data(path=str(tmp_path), caption="x", resolution=8), "captions")
+    (named,) = [f for f in report.findings if "masks or conditions of another program" in f.sentence]
+    assert len(named.cases) == 3
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name in ("a.png", "a-masklabel.png"):
+            archive.add(tmp_path / name, name)
+    assert [i.file.name for i in layouts.read(tmp_path / "0.tar", "auto", Data()).train] == ["a.png"]
+
+
+def test_linked_folders_are_followed_and_a_circle_of_links_ends(tmp_path):
+    picture(tmp_path / "elsewhere/one/b.png"), picture(tmp_path / "set/a.png"), picture(tmp_path / "set/z/c.png")
+    (tmp_path / "elsewhere/one/b.txt").write_text("b")
+    links = {"set/linked": "elsewhere", "elsewhere/back": "set", "set/self": "set", "set/y": "set/z"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target, target_is_directory=True)
+    (tmp_path / "set/broken").symlink_to(tmp_path / "nowhere")
+    assert captioned(tmp_path / "set") == {"a.png": (), "linked/one/b.png": ("b",), "z/c.png": ()}
+
+
+def test_a_class_may_be_a_linked_folder_and_an_archive_lie_behind_a_link(tmp_path):
+    picture(tmp_path / "elsewhere/deep/0.png"), picture(tmp_path / "set/ant/0.png")
+    (tmp_path / "set/bee").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    found = layouts.read(tmp_path / "set", "classes", Data())
+    assert found.classes == ["ant", "bee"] and len(found.train) == 2
+    with tarfile.open(tmp_path / "elsewhere/0.tar", "w") as archive:
+        archive.add(tmp_path / "set/ant/0.png", "0.png")
+    assert layouts.recognised(tmp_path / "set")[0] == "webdataset"
+
+
+CSV = ('file_name,text,tags,height,width,canny_file_name\r\n'
+       'a.png,"a red wall, flat",,16,20,a.png\r\n'
+       'b/c.png,"two\nlines",one,,,\r\n')
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_metadata_csv_of_a_hugging_face_folder_is_read(tmp_path, named):
+    picture(tmp_path / "a.png"), picture(tmp_path / "b/c.png")
+    (tmp_path / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + CSV.encode())
+    a, c = read(tmp_path / "metadata.csv" if named else tmp_path).train
+    assert (a.file, a.captions, a.size) == (tmp_path / "a.png", ("a red wall, flat",), (16, 20))
+    assert (c.captions, c.tags, c.size) == (("two\nlines",), ("one",), None)
+    given = layouts.read(tmp_path / "metadata.csv", "csv", Data(conditions=["canny"])).train
+    assert given[0].conditions == {"canny": tmp_path / "a.png"} and given[1].conditions == {}
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_the_splits_of_a_hugging_face_folder_are_read_with_their_lists(tmp_path, name):
+    for split, words in (("train", "a wall"), ("validation", "a door"), ("test", "never seen")):
+        picture(tmp_path / split / "0.png")
+        if name.endswith("jsonl"):
+            (tmp_path / split / name).write_text(json.dumps({"file_name": "0.png", "text": words}))
+        elif name.endswith("csv"):
+            (tmp_path / split / name).write_text(f"file_name,text\n0.png,{words}\n")
+        else:
+            table = pytest.importorskip("pyarrow").table({"file_name": ["0.png"], "text": [words]})
+            import_module("pyarrow.parquet").write_table(table, tmp_path / split / name)
+    found = read(tmp_path)
+    assert [i.captions for i in found.train] == [("a wall",)]
+    assert [i.captions for i in found.held_out] == [("a door",)]
+
+
+def test_splits_of_classes_keep_their_numbers(tmp_path):
+    picture(tmp_path / "train/ant/0.png"), picture(tmp_path / "train/bee/0.png"), picture(tmp_path / "test/bee/1.png")
+    found = read(tmp_path, need="classes")
+    assert found.classes == ["ant", "bee"] and [i.label for i in found.held_out] == [1]
+
+
+@pytest.mark.parametrize("text, words", [
+    ('file_name,text\n"a.png,x', "not valid CSV"), ("name,text\na,b\n", "none of its columns is file, file_name"),
+    ("file_name,class\na.png,\n,2\n", "row 2: not an object"), ("file_name,height,width\na.png,x,2\n", "row 1"),
+    ("file_name,height,width\na.png,999999999,2\n", "row 1: .* of no picture"),
+])  # fmt: skip
+def test_a_csv_that_is_none_is_refused_with_its_row(tmp_path, text, words):
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"metadata.csv.*{words}"):
+        read(tmp_path / "metadata.csv", need="")
+
+
+@pytest.mark.parametrize("key", ["a", "deep/a", "deep/a.png", "{}/deep/a.png", "{}/deep/a"])
+def test_kohya_s_metadata_are_read_by_name_or_by_path(tmp_path, key):
+    picture(tmp_path / "deep/a.png")
+    facts = {"caption": "a wall", "tags": "red, flat", "train_resolution": [512, 512]}
+    (tmp_path / "meta_lat.json").write_text(json.dumps({key.format(tmp_path): facts}))
+    for path in (tmp_path, tmp_path / "meta_lat.json"):
+        (item,) = read(path).train
+        assert (item.file, item.captions, item.tags) == (tmp_path / "deep/a.png", ("a wall",), ("red", "flat"))
+
+
+def test_kohya_s_tags_are_the_caption_where_there_is_no_other(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "meta_cap.json").write_text('{"a": {"tags": "red, flat"}}')
+    (item,) = read(tmp_path).train
+    assert (item.captions, item.tags) == (("red, flat",), ())
+
+
+def test_a_name_of_several_pictures_in_kohya_s_metadata_is_refused(tmp_path):
+    picture(tmp_path / "a/0.png"), picture(tmp_path / "b/0.png")
+    (tmp_path / "meta_cap.json").write_text('{"0": {"caption": "x"}}')
+    with pytest.raises(ValueError, match="1 names are those of several pictures"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("text", [
+    '{"a": 5}', '{"a": {"caption": 5}}', '{"a": {"tags": {"red": 1}}}', "[" * 100_000, "7",
+], ids=range(5))  # fmt: skip
+def test_metadata_that_are_none_are_refused_with_their_file(tmp_path, text):
+    picture(tmp_path / "a.png")
+    (tmp_path / "meta_cap.json").write_text(text)
+    with pytest.raises(ValueError, match="meta_cap.json"):
+        read(tmp_path)
+
+
+def test_half_a_sign_in_a_caption_does_not_stop_a_run(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "data.jsonl").write_text('{"file": "a.png", "text": "a cat \\ud83d", "tags": ["\\udc80"]}')
+    (item,) = read(tmp_path).train
+    assert (item.captions, item.tags) == (("a cat \ufffd",), ("\ufffd",))
+
+
+def test_lists_in_a_folder_of_pictures_are_named_by_the_doctor(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "captions.csv").write_text("a,b")
+    report = doctor.examine(Data(path=str(tmp_path), caption="x", resolution=8), "captions")
+    assert [str(tmp_path / "captions.csv")] in [f.cases for f in report.findings if "lists in the folder" in f.sentence]

@@ -11,7 +11,8 @@ from .problems import Problems, nearest
 from .schema import LARGEST_SIDE, Adapter, Config, Data, Optimizer, Vae, look_up
 
 LAYOUTS = {"auto": "either", "jsonl": "a file", "folder": "a folder", "classes": "a folder", "sam": "a folder",
-           "data_info": "a file", "webdataset": "either", "datasets": "either"}
+           "data_info": "a file", "webdataset": "either", "datasets": "either", "csv": "a file", "table": "a file",
+           "splits": "a folder"}
 """data.kind -> what data.path is then."""
 MOST_WORKERS, MOST_RATIO = 256, 64
 ADAPTERS = "lora", "loha", "lokr"

@@ -17,12 +17,15 @@ LARGEST_SIDE = 16384  # of a picture in pixels
 class Data:
     kind: str = "auto"
     """auto: recognised by what lies there. jsonl: one object a line (file, caption or captions, tags, class, split, and
-    a key for each condition). folder: pictures with a same-name .txt or .json, in folders of any depth. classes: one
-    folder per class (ImageNet layout). data_info: PixArt's data_info.json (path, prompt, sharegpt4v, height, width).
-    sam: images/, captions/, partition/. webdataset: .tar shards. datasets: a Hugging Face data set on disk, or parquet
-    files."""
+    a key for each condition). csv, table: a Hugging Face folder's metadata.csv or .parquet (file_name, text). folder:
+    pictures with a same-name .txt, .caption or .json, in folders of any depth. classes: one folder per class (ImageNet
+    layout). splits: a folder with train/ and validation/ or test/, each in any layout. data_info: PixArt's
+    data_info.json (path, prompt, sharegpt4v, height, width), or kohya's metadata. sam: images/, captions/, partition/.
+    webdataset: .tar shards. datasets: a Hugging Face data set on disk, or parquet files."""
     path: str = ""
-    """The file, or the folder. Pictures are turned as their EXIF says, and stand on white where transparent."""
+    """The file, or the folder; linked folders are followed. Pictures are turned as their EXIF says, and stand on white
+    where transparent. Of gray with more than 8 bits, white is 65535 in whole numbers (255 in 32 bits where no value is
+    above it) and 1 in floats."""
     held_out_path: str = ""
     """The held-out pictures, in the same layout (a jsonl may name its split itself, a data set has a validation split).
     With classes, its folders have names that the training folder has too."""

@@ -102,9 +102,9 @@ def caption(found: Found, model: Callable, prompt: str, answer: str = "{}", out:
         some, pictures = [], []
         for number, item in open_ones[start:start + batch]:
             try:
-                pictures.append(decode(item.file))
+                pictures.append(decode(item.file, advice=""))
                 some.append((number, item))
-            except (ValueError, FileNotFoundError) as error:
+            except ValueError as error:
                 problems.append(str(error))
         if not some:
             continue

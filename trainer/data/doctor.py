@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ...models_impl.folders import below
+from ...models_impl.pictures import readable, remedy
 from ...models_impl.text.captions import clean_caption
 from ..config import rules
 from ..config.load import build, value_of
@@ -28,8 +30,7 @@ from .layouts import LISTED, Item
 LIMITS = (120, 300, 512)  # tokens: PixArt-alpha; PixArt-Sigma; PixelFlow and FLUX
 NEAR_BITS, NEAR_MEAN = 3, 6
 CROPPED = 0.25  # share of a picture that is cropped away, from which on it is worth a remark
-NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".jfif", ".jp2", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef",
-            ".arw", ".raf", ".exr", ".hdr"}  # pictures all the same
+LISTS = (".csv", ".tsv", ".jsonl", ".parquet", ".yaml", ".xml")  # that may hold captions
 FLAT = 2  # a condition whose values lie no further apart shows nothing
 
 
@@ -93,8 +94,8 @@ class Looked:
 
 def look(item: Item) -> Looked:
     try:
-        picture = pictures.decode(item.file)
-    except (ValueError, OSError) as error:
+        picture = pictures.decode(item.file, advice="")
+    except ValueError as error:
         return Looked(why=str(error))
     size = picture.height, picture.width
     digest = hashlib.sha256(f"{size}".encode() + picture.tobytes()).digest()
@@ -103,8 +104,8 @@ def look(item: Item) -> Looked:
         if isinstance(file, Path) and not file.is_file():
             continue  # said as missing
         try:
-            condition = pictures.decode(file)
-        except (ValueError, OSError) as error:
+            condition = pictures.decode(file, advice="")
+        except ValueError as error:
             unreadable.append(str(error))
             continue
         other = condition.height, condition.width
@@ -265,18 +266,23 @@ def files(report: Report, settings: Data, items, missing, there, looked):
 def passed_over(report: Report, settings: Data):
     """What lies in a folder and is not of the set, though somebody may think so."""
     path = Path(settings.path).expanduser()
-    if (layouts.recognised(path)[0] if settings.kind == "auto" else settings.kind) not in ("folder", "classes"):
-        return
-    shown = {file.with_suffix("") for file in layouts.pictures_in(path)}
-    rest = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in NOT_READ | {".txt", ".json"}
-                  and not any(part.startswith(".") for part in p.relative_to(path).parts))
-    other = [p for p in rest if p.suffix.lower() in NOT_READ]
-    report.add(False, other, "pictures are of a format that is not read, and are left out",
-               "save them as PNG, JPEG or WebP.")
-    known = shown | {file.with_suffix("") for file in other}
-    without_picture = [p for p in rest if p.suffix.lower() not in NOT_READ and p.with_suffix("") not in known]
-    report.add(False, without_picture, "captions have no picture of their name",
-               "bring the pictures, or take the files away.")
+    kind = layouts.recognised(path)[0] if settings.kind == "auto" else settings.kind
+    folders = [path / "train"] if kind == "splits" else [path] if kind in ("folder", "classes") else []
+    rest = [file for folder in folders for file in sorted(below(folder))]
+    pictured = {file.with_suffix("") for file in rest if file.suffix.lower() in readable()}
+    unread = [file for file in rest if remedy(file.suffix.lower())]
+    for how in dict.fromkeys(remedy(file.suffix.lower()) for file in unread):
+        report.add(False, [file for file in unread if remedy(file.suffix.lower()) == how],
+                   "pictures are of a format that is not read, and are left out", how[0].lower() + how[1:])
+    report.add(False, [file for file in rest if file.suffix.lower() in readable() and layouts.is_mask(file)],
+               "pictures are masks or conditions of another program by their names, and are left out",
+               f"rename them, if they are to be trained on: without {' or '.join(layouts.MASKS)} at the end.")
+    known = pictured | {file.with_suffix("") for file in unread}
+    report.add(False, [file for file in rest if file.suffix.lower() in layouts.CAPTION_FILES
+                       and not known & {file.with_suffix(""), file.with_suffix("").with_suffix("")}],
+               "captions have no picture of their name", "bring the pictures, or take the files away.")
+    report.add(False, [file for file in rest if file.suffix.lower() in LISTS],
+               "lists in the folder are not read", "name one itself as data.path, or remove it.")
 
 
 def doubles(report: Report, there, looked, held):

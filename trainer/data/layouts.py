@@ -5,7 +5,8 @@ A picture inside an archive is an item like any other, because it is read at its
 """
 from __future__ import annotations
 
-import json
+import csv
+import io
 import re
 import tarfile
 from collections.abc import Callable
@@ -13,11 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...models_impl.folders import below
+from ...models_impl.parsing import from_json, without_surrogates
+from ...models_impl.pictures import readable, remedy
 from ..config.schema import Data
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FILE_KEYS = ("file", "file_name", "image", "path")
 CAPTION_KEYS = ("captions", "caption", "text", "prompt")
+CAPTION_FILES = (".txt", ".caption", ".json")  # beside a.png as a.txt or a.png.txt, in any case; the first with words
+MASKS = ("-masklabel", "-condlabel")  # how OneTrainer names what it keeps beside a picture
+HELD_OUT = ("validation", "val", "valid", "dev", "test")  # splits of data sets beside train, of which the first counts
+LARGEST = 2**20  # of a side that a data set states
+DEEPEST = 10  # lists of captions in lists
 LISTED = 10
 NOTHING: dict = {}
 
@@ -88,6 +96,8 @@ class Found:
     train: list[Item]
     held_out: list[Item] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
+    left_out: list[Path] = field(default_factory=list)
+    """Pictures in a folder whose formats are not read here."""
 
 
 def listed(what: list, sentence: str, remedy: str = "") -> list[str]:
@@ -100,30 +110,48 @@ def listed(what: list, sentence: str, remedy: str = "") -> list[str]:
 
 # --- One entry
 
-def texts(entry) -> tuple[str, ...]:
+def texts(entry, level: int = 0) -> tuple[str, ...]:
     if isinstance(entry, str):
-        return (entry,) if entry else ()
+        return (without_surrogates(entry),) if entry else ()
+    if level > DEEPEST or not isinstance(entry, list | dict):
+        raise ValueError(f"{repr(entry)[:60]} is no caption")
     if isinstance(entry, list):
-        return tuple(text for one in entry if one for text in texts(one))
-    if not isinstance(entry, dict):
-        raise ValueError(f"{entry!r} is no caption")
-    return texts(next((entry[key] for key in CAPTION_KEYS if entry.get(key)), []))
+        return tuple(text for one in entry if one for text in texts(one, level + 1))
+    return texts(next((entry[key] for key in CAPTION_KEYS if entry.get(key)), []), level + 1)
+
+
+def tags_of(entry) -> tuple[str, ...]:
+    if isinstance(entry, str):  # as booru's are written
+        entry = [tag.strip() for tag in entry.split(",") if tag.strip()]
+    if not isinstance(entry, list | tuple) or not all(isinstance(tag, str) for tag in entry):
+        raise ValueError(f"tags {str(entry)[:60]!r} are neither a list of words nor words with commas between")
+    return tuple(map(without_surrogates, entry))
 
 
 def item_of(entry: dict, place: Callable[[str], Path], conditions: list[str]) -> Item:
-    """An object of a jsonl or a label file. place: where a file lies that it names. Raises KeyError, TypeError."""
+    """An object of a jsonl or a label file. place: where a file lies that it names. Raises ValueError, KeyError,
+    TypeError, AttributeError for what is none."""
     key = next((key for key in FILE_KEYS if key in entry), FILE_KEYS[0])
-    tags = entry.get("tags") or ()
-    if isinstance(tags, str):  # as booru's are written
-        tags = [tag.strip() for tag in tags.split(",") if tag.strip()]
-    named = {**entry, **entry.get("conditions", {})}
-    height, width = entry.get("height"), entry.get("width")
+    named = {**{name.removesuffix("_file_name"): value for name, value in entry.items()},  # as Hugging Face has several
+             **entry, **(entry.get("conditions") or {})}
+    size, label = None, entry.get("class", -1)
+    if entry.get("height") and entry.get("width"):
+        size = int(entry["height"]), int(entry["width"])
+        if not all(0 < side <= LARGEST for side in size):
+            raise ValueError(f"height={str(size[0])[:20]} and width={str(size[1])[:20]} are of no picture")
+    if not isinstance(label, int | str) or isinstance(label, int) and not -1 <= label < LARGEST:
+        raise ValueError(f"class={str(label)[:40]} is neither a number nor a name")
     return Item(
-        place(entry[key]), texts(entry), tuple(tags), entry.get("class", -1),
+        place(entry[key]), texts(entry), tags_of(entry.get("tags") or ()), label,
         texts(entry.get("sharegpt4v") or []),
-        {name: place(named[name]) for name in conditions if named.get(name)} or NOTHING,
-        (int(height), int(width)) if height and width else None,
+        {name: place(named[name]) for name in conditions if named.get(name)} or NOTHING, size,
     )
+
+
+def numbered(items: list[Item], numbers: dict[str, int]) -> list[Item]:
+    """The items with a number for each class that is named; numbers: those known before, and after it those added."""
+    return [replace(item, label=numbers.setdefault(item.label, len(numbers))) if isinstance(item.label, str) else item
+            for item in items]
 
 
 def read_text(path: Path) -> str:
@@ -138,19 +166,16 @@ def condition_names(path: Path) -> list[str]:
     """The keys of a jsonl's first entry that name pictures, but for the picture itself."""
     first = next((line for line in read_text(path).split("\n") if line.strip()), "{}")
     try:
-        entry = json.loads(first)
+        entry = from_json(first, str(path))
         entry = {**entry, **entry.get("conditions", {})}
-    except (json.JSONDecodeError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError):
         return []  # read_jsonl says it with the line
     return [key for key, value in entry.items() if key not in FILE_KEYS and isinstance(value, str)
-            and Path(value).suffix.lower() in SUFFIXES]
+            and Path(value).suffix.lower() in readable()]
 
 
 def read_json(path: Path):
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    return from_json(read_text(path), str(path))
 
 
 # --- Layouts: (path, settings, classes of the training set or None) -> Found
@@ -158,58 +183,130 @@ def read_json(path: Path):
 def read_jsonl(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
     """One object a line: file (or file_name, image, path), captions (or caption, text, prompt), tags, class, split, and
     a key for every condition, as PixelPonder's (image, text, canny, depth, openpose, hed)."""
-    splits, numbers = {"train": [], "held_out": []}, {name: i for i, name in enumerate(classes or ())}
+    entries = []
     for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON may hold what else splitlines() splits at
-        if not line.strip():
-            continue
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                entries.append((where, from_json(line, where)))
+            except ValueError as error:
+                raise ValueError(f"{where}: not an object with a \"file\" ({error}).") from None
+    return of_entries(path, entries, settings, classes)
+
+
+def read_csv(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
+    """A Hugging Face folder's metadata.csv: a row for each picture, its columns a jsonl's keys (file_name, text)."""
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path} is not valid CSV: {error}.") from None
+    if not set(reader.fieldnames or ()) & set(FILE_KEYS):
+        raise ValueError(f"{path} is of no known kind: none of its columns is {', '.join(FILE_KEYS)}.")
+    entries = [{name: value for name, value in row.items() if name is not None and value not in ("", None)}
+               for row in rows]
+    for entry in entries:  # a CSV holds text
+        if entry.get("class", "").isdecimal():
+            entry["class"] = int(entry["class"][:20])
+    return of_entries(path, [(f"{path}, row {n}", entry) for n, entry in enumerate(entries, 1)], settings, classes)
+
+
+def read_table(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
+    """A Hugging Face folder's metadata.parquet, with the same columns."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow, or write the list as metadata.csv."
+                         ) from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not valid parquet: {error}.") from None
+    return of_entries(path, [(f"{path}, row {n}", row) for n, row in enumerate(rows, 1)], settings, classes)
+
+
+def of_entries(path: Path, entries: list[tuple[str, Any]], settings: Data, classes: list[str] | None) -> Found:
+    """entries: where each stands, and what it says. Paths in them begin at the folder of the list."""
+    splits, numbers = {"train": [], "held_out": []}, {name: i for i, name in enumerate(classes or ())}
+    for where, entry in entries:
         try:
-            entry = json.loads(line)
             item = item_of(entry, lambda name: path.parent / name, settings.conditions)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: not an object with a \"file\" ({error}).") from None
-        split = entry.get("split", "train")
+            split = entry.get("split", "train")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{where}: not an object with a \"file\" ({error}).") from None
         if split not in splits:
-            raise ValueError(f"{path}, line {number}: split {split!r} is neither \"train\" nor \"held_out\".")
-        if isinstance(item.label, str):
-            item = replace(item, label=numbers.setdefault(item.label, len(numbers)))
-        splits[split].append(item)
+            raise ValueError(f"{where}: split {str(split)[:40]!r} is neither \"train\" nor \"held_out\".")
+        splits[split] += numbered([item], numbers)
     return Found(splits["train"], splits["held_out"], list(numbers))
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """What other programs hide in folders or files that begin with a dot is not of the set."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
-                  and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    """What other programs hide in folders or files that begin with a dot is not of the set, nor are OneTrainer's masks
+    and conditions beside a picture."""
+    return sorted(p for p in below(folder) if p.suffix.lower() in readable() and not is_mask(p) and p.is_file())
 
 
-def beside(folder: Path, file: Path, conditions: list[str]) -> dict[str, Path]:
-    """The conditions of FOLDER/a/b.png: FOLDER/../NAME/a/b.png, of any kind of picture."""
-    found = {}
-    for name in conditions:
-        stem = folder.parent / name / file.relative_to(folder)
-        if there := next((p for s in sorted(SUFFIXES) if (p := stem.with_suffix(s)).is_file()), None):
-            found[name] = there
-    return found or NOTHING
+def unread_in(folder: Path) -> list[Path]:
+    """Pictures of formats that are not read here."""
+    return sorted(file for file in below(folder) if remedy(file.suffix.lower()))
+
+
+def is_mask(file: Path) -> bool:
+    return file.stem.lower().endswith(MASKS)
+
+
+def conditions_beside(folder: Path, conditions: list[str]) -> dict[str, dict[Path, Path]]:
+    """Where the conditions of a folder's pictures lie: name -> a/b -> FOLDER/../NAME/a/b.png, or another ending."""
+    return {name: {file.relative_to(place).with_suffix(""): file for file in reversed(pictures_in(place))}
+            for name in conditions if (place := folder.parent / name).is_dir()}
+
+
+def captions_beside(folder: Path) -> dict[tuple[Path, str], Path]:
+    """Files that may hold captions, as (path without ending, ending in small letters)."""
+    return {(file.with_suffix(""), file.suffix.lower()): file for file in sorted(below(folder))
+            if file.suffix.lower() in CAPTION_FILES}
 
 
 def read_folder(folder: Path, settings: Data, classes: list[str] | None = None) -> Found:
-    """Pictures, each with a .txt (a caption a line) or a .json ({"caption": ...}) of its name, in folders of any depth:
-    UltraPixel's path/*/*.jpg too."""
-    items, wrong = [], []
+    """Pictures, each with a .txt or .caption (a caption a line) or a .json ({"caption": ...}) of its name, with or
+    without the picture's own ending in between, in folders of any depth: UltraPixel's path/*/*.jpg too."""
+    items, wrong, there = [], [], captions_beside(folder)
+    conditions = conditions_beside(folder, settings.conditions)
     for file in pictures_in(folder):
-        text, facts = file.with_suffix(".txt"), file.with_suffix(".json")
-        captions = ()
-        try:
-            if text.is_file():
-                captions = tuple(line.strip() for line in read_text(text).splitlines() if line.strip())
-            elif facts.is_file():
-                captions = texts(read_json(facts))
-        except ValueError as error:
-            wrong.append(error if str(file.with_suffix("")) in str(error) else f"{facts}: {error}")
-        items.append(Item(file, captions, conditions=beside(folder, file, settings.conditions)))
+        captions, tags = (), ()
+        for text in (there[key] for ending in CAPTION_FILES for stem in (file.with_suffix(""), file)
+                     if (key := (stem, ending)) in there):
+            try:
+                captions, more = caption_file(text)
+                tags = tags or more
+            except ValueError as error:
+                wrong.append(error if str(text) in str(error) else f"{text}: {error}")
+                break
+            if captions:
+                break
+        place = file.relative_to(folder).with_suffix("")
+        mine = {name: files[place] for name, files in conditions.items() if place in files}
+        items.append(Item(file, captions, tags, conditions=mine or NOTHING))
     if wrong:
         raise ValueError(f"{folder} cannot be read:\n  " + "\n  ".join(listed(wrong, "caption files are not readable")))
-    return Found(items)
+    return Found(items, left_out=unread_in(folder))
+
+
+def caption_file(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(captions, tags) of a file beside a picture. Raises ValueError."""
+    if file.suffix.lower() != ".json":
+        return tuple(line.strip() for line in read_text(file).splitlines() if line.strip()), ()
+    facts = read_json(file)
+    return texts(facts), tags_of(facts.get("tags") or ()) if isinstance(facts, dict) else ()
+
+
+def read_splits(folder: Path, settings: Data, classes: list[str] | None = None) -> Found:
+    """A Hugging Face folder whose splits are folders: train, and what is held out in the first of HELD_OUT, each in any
+    layout."""
+    train = read(folder / "train", "auto", settings, classes)
+    other = next((folder / name for name in HELD_OUT if (folder / name).is_dir()), None)
+    held_out = read(other, "auto", settings, train.classes or None).train if other else []
+    return Found(train.train, train.held_out + held_out, train.classes, train.left_out)
 
 
 def read_classes(folder: Path, settings: Data, classes: list[str] | None = None) -> Found:
@@ -221,7 +318,8 @@ def read_classes(folder: Path, settings: Data, classes: list[str] | None = None)
         raise ValueError(f"{folder} cannot be used:\n  " + "\n  ".join(listed(
             unknown, "folders have the name of no class that is trained on", "Rename them, or take them out.")))
     number = {name: i for i, name in enumerate(classes)}
-    return Found([Item(f, label=number[name]) for name, files in named.items() for f in files], classes=classes)
+    return Found([Item(f, label=number[name]) for name, files in named.items() for f in files], classes=classes,
+                 left_out=unread_in(folder))
 
 
 def read_sam(folder: Path, settings: Data, classes: list[str] | None = None) -> Found:
@@ -240,21 +338,49 @@ def read_sam(folder: Path, settings: Data, classes: list[str] | None = None) -> 
 
 def read_labels(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
     """PixArt's data_info.json, alpha's InternData and Sigma's: a list of objects (path, prompt, sharegpt4v, height,
-    width, ratio). Pictures lie in InternImgs beside it or beside its folder, or in its own folder."""
+    width, ratio). Pictures lie in InternImgs beside it or beside its folder, or in its own folder. Or kohya's metadata:
+    an object for each picture, by its path or its name without ending."""
     entries = read_json(path)
+    if isinstance(entries, dict):
+        return read_kohya(path, entries)
     try:
         homes = [path.parent.parent / "InternImgs", path.parent / "InternImgs", path.parent]
         first = next((e[k] for e in entries[:1] for k in FILE_KEYS if k in e), "")
         home = next((h for h in homes if (h / first).is_file()), path.parent)
-        return Found([item_of(entry, lambda name: home / name, settings.conditions) for entry in entries])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        numbers = {name: i for i, name in enumerate(classes or ())}
+        items = [item_of(entry, lambda name: home / name, settings.conditions) for entry in entries]
+        return Found(numbered(items, numbers), classes=list(numbers))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not a list of objects with a \"path\" ({error}).") from None
+
+
+def read_kohya(path: Path, entries: dict) -> Found:
+    """The metadata of kohya's scripts: {"a/b.png" or "b": {"caption": ..., "tags": "one, two"}, ...}. Where there are
+    only tags, they are the caption, as there."""
+    named: dict[str, list[Path]] = {}
+    for file in pictures_in(path.parent):
+        named.setdefault(file.stem, []).append(file)
+    items, several = [], []
+    for key, facts in entries.items():
+        try:
+            captions, tags = texts(facts), tags_of(facts.get("tags") or ())
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: what it says of {key[:80]!r} is no object with a caption ({error}).") from None
+        file, same = path.parent / key, named.get(Path(key).name, named.get(Path(key).stem, []))
+        if not file.is_file() and same:
+            several += [f"{key}: {', '.join(map(str, same[:3]))}"] if len(same) > 1 else []
+            file = same[0]
+        items.append(Item(file, captions or ((", ".join(tags),) if tags else ()), tags if captions else ()))
+    if several:
+        raise ValueError(f"{path} cannot be read:\n  " + "\n  ".join(listed(
+            several, "names are those of several pictures", "Make the metadata again with full paths (--full_path).")))
+    return Found(items)
 
 
 def read_tars(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
     """WebDataset shards: in every .tar, KEY.jpg (or .png, ...) with KEY.txt or KEY.json, KEY.cls, and for a condition
     KEY.NAME.png."""
-    tars = [path] if path.is_file() else sorted(path.rglob("*.tar"))
+    tars = [path] if path.is_file() else sorted(file for file in below(path) if file.suffix.lower() == ".tar")
     items = []
     for tar in tars:
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
@@ -263,7 +389,7 @@ def read_tars(path: Path, settings: Data, classes: list[str] | None = None) -> F
                 for member in archive:
                     folder, _, name = member.name.rpartition("/")
                     key, _, kind = name.partition(".")
-                    if member.isfile() and key:
+                    if member.isfile() and key and not key.lower().endswith(MASKS):
                         samples.setdefault(f"{folder}/{key}", {})[kind.lower()] = member
                 items += [item for sample in samples.values() if (item := in_tar(tar, archive, sample, settings))]
         except tarfile.ReadError as error:
@@ -274,18 +400,23 @@ def read_tars(path: Path, settings: Data, classes: list[str] | None = None) -> F
 
 def in_tar(tar: Path, archive: tarfile.TarFile, sample: dict[str, tarfile.TarInfo], settings: Data) -> Item | None:
     def picture(prefix: str) -> InTar | None:
-        member = next((sample[k] for k in sample if k.startswith(prefix) and f".{k[len(prefix):]}" in SUFFIXES), None)
+        member = next((sample[k] for k in sample if k.startswith(prefix) and f".{k[len(prefix):]}" in readable()), None)
         return member and InTar(tar, member.name, member.offset_data, member.size)
 
-    def text(kind: str) -> str:
-        return archive.extractfile(sample[kind]).read().decode("utf-8-sig") if kind in sample else ""
+    def text(*kinds: str) -> str:
+        """The first of these that is not empty; beside a.png also as a.png.txt."""
+        own = file.name.rpartition("/")[2].partition(".")[2].lower()
+        members = [sample[k] for kind in kinds for k in (kind, f"{own}.{kind}") if k in sample]
+        if any(member.size > LARGEST for member in members):
+            raise ValueError(f"a text of more than {LARGEST:,} bytes")
+        return next(filter(str.strip, (archive.extractfile(m).read().decode("utf-8-sig") for m in members)), "")
 
     if not (file := picture("")):
         return None
     try:
-        facts = json.loads(text("json") or "[]")
-        label = int(text("cls") or -1)
-        captions = tuple(line.strip() for line in text("txt").splitlines() if line.strip()) or texts(facts)
+        facts = from_json(text("json") or "[]", "the .json")
+        label = int((text("cls") or "-1")[:20])
+        captions = tuple(line.strip() for line in text("txt", "caption").splitlines() if line.strip()) or texts(facts)
     except ValueError as error:
         raise ValueError(f"{tar}: the .txt, .json or .cls of {file.name} cannot be read ({error}).") from None
     described = texts(facts.get("sharegpt4v") or []) if isinstance(facts, dict) else ()
@@ -304,7 +435,7 @@ def read_rows(path: Path, settings: Data, classes: list[str] | None = None) -> F
         splits = datasets.load_from_disk(str(path))
     else:
         files: dict[str, list[str]] = {}
-        for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
+        for file in [path] if path.is_file() else sorted(f for f in below(path) if f.suffix.lower() == ".parquet"):
             split = re.split(r"[-_.]", file.name)[0].lower()
             other = split if split in ("validation", "val", "test") else "train"
             files.setdefault(other, []).append(str(file))
@@ -346,19 +477,25 @@ def rows_of(path: Path, rows, settings: Data) -> tuple[list[Item], list[str]]:
 
 
 READERS = {"jsonl": read_jsonl, "folder": read_folder, "classes": read_classes, "sam": read_sam,
-           "data_info": read_labels, "datasets": read_rows, "webdataset": read_tars}
+           "data_info": read_labels, "datasets": read_rows, "webdataset": read_tars, "csv": read_csv,
+           "table": read_table, "splits": read_splits}
 
 
-NAMED = {"data.jsonl": "jsonl", "metadata.jsonl": "jsonl", "data_info.json": "data_info",
-         "InternData/data_info.json": "data_info", "partition/data_info.json": "data_info",
-         "dataset_dict.json": "datasets", "state.json": "datasets"}
-"""Files by which the layout of a folder is recognised."""
-ENDINGS = {".jsonl": "jsonl", ".json": "data_info", ".parquet": "datasets", ".tar": "webdataset"}
+NAMED = {"data.jsonl": "jsonl", "metadata.jsonl": "jsonl", "metadata.csv": "csv", "metadata.parquet": "table",
+         "data_info.json": "data_info", "InternData/data_info.json": "data_info",
+         "partition/data_info.json": "data_info", "meta_lat.json": "data_info", "meta_clean.json": "data_info",
+         "meta_cap_dd.json": "data_info", "meta_cap.json": "data_info", "dataset_dict.json": "datasets",
+         "state.json": "datasets"}
+"""Files by which the layout of a folder is recognised; those of kohya's scripts from the last that they write on."""
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+ENDINGS = {".jsonl": "jsonl", ".json": "data_info", ".csv": "csv", ".parquet": "datasets", ".tar": "webdataset"}
 
 
 def recognised(path: Path) -> tuple[str, Path]:
     """The layout of a file or folder, and where it begins."""
     if path.is_file():
+        if path.name == "metadata.parquet":
+            return "table", path
         if path.suffix.lower() not in ENDINGS:
             raise ValueError(f"{path} is of no known kind: name a folder, or a {', '.join(ENDINGS)} file.")
         return ENDINGS[path.suffix.lower()], path
@@ -367,11 +504,17 @@ def recognised(path: Path) -> tuple[str, Path]:
             return kind, path if kind == "datasets" else path / name
     if (path / "partition").is_dir() and (path / "images").is_dir():
         return "sam", path
-    for pattern, kind in (("*.tar", "webdataset"), ("*.parquet", "datasets")):
-        if next(path.rglob(pattern), None):
+    if (path / "train").is_dir() and any((path / name).is_dir() for name in HELD_OUT):
+        return "splits", path
+    if (path / "train").is_dir() and any((path / "train" / name).is_file() for name in METADATA):
+        return "splits", path
+    endings = {file.suffix.lower() for file in below(path)}
+    for ending, kind in ((".tar", "webdataset"), (".parquet", "datasets")):
+        if ending in endings:
             return kind, path
-    pictures = pictures_in(path)
-    captioned = any(p.with_suffix(s).is_file() for p in pictures for s in (".txt", ".json"))
+    pictures, texts_there = pictures_in(path), captions_beside(path)
+    captioned = any((stem, ending) in texts_there for p in pictures for stem in (p.with_suffix(""), p)
+                    for ending in CAPTION_FILES)
     return "folder" if captioned or any(p.parent == path for p in pictures) else "classes", path
 
 

@@ -5,6 +5,7 @@ A batch is named by its step, not by an iterator's past, so a run that resumes n
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import random
 from collections import Counter
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...models_impl.pictures import readable, remedy
 from ..config.schema import Data
 from . import buckets, layouts, schedule
 from .layouts import Item, listed
@@ -68,9 +70,13 @@ def read(settings: Data, need: str, strict: bool = True) -> Collection:
     if settings.prior_path:
         prior = layouts.read(Path(settings.prior_path).expanduser(), "auto", settings).train
         prior = [replace(i, prior=True, captions=i.texts or words(settings.prior_caption)) for i in prior]
+    if data_set.left_out:
+        shown = "".join(f"\n    {file}: {remedy(file.suffix.lower())}" for file in data_set.left_out[:layouts.LISTED])
+        logging.getLogger(__name__).warning("%d pictures are of formats that are not read here, and are left out:%s",
+                                            len(data_set.left_out), shown)
     if not train:
         raise ValueError(f"{path} holds no training pictures (looked for {settings.kind}: "
-                         f"{', '.join(sorted(layouts.SUFFIXES))}).")
+                         f"{', '.join(sorted(readable()))}).")
     if settings.caption:
         train, held_out = ([i if i.texts else replace(i, captions=words(settings.caption)) for i in some]
                            for some in (train, held_out))
@@ -92,7 +98,7 @@ def complain(path: Path, items: list[Item], settings: Data, need: str):
                              f"conditions {name!r} are named but not there")
     if need == "captions":
         complaints += listed([i.file for i in items if not i.texts], "pictures have no caption",
-                             "Put a .txt or .json beside each, use data.kind = \"jsonl\", or give all one: "
+                             "Put a .txt, .caption or .json beside each, use data.kind = \"jsonl\", or give all one: "
                              "data.caption.")
     if need == "classes":
         complaints += listed([i.file for i in items if i.label < 0], "pictures have no class",

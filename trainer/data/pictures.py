@@ -9,36 +9,48 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..config.schema import Data
+from ...models_impl.pictures import levels, readable, remedy
+from ..config.schema import LARGEST_SIDE, Data
 from .layouts import Item
 
 KEPT_BYTES = 2**31
 MARGIN = 1.125  # of PixelFlow's random crop
+DOCTOR = "`python -m trainer doctor` finds all such pictures before a run does."
 Size = tuple[int, int]  # (height, width) in pixels
 
 
 def opened(file) -> Image.Image:
     """file: a Path, or what stands for one inside an archive (layouts.InTar, layouts.InRow)."""
+    readable()  # with the plugins that are installed
     return Image.open(file if isinstance(file, Path) else io.BytesIO(file.read_bytes()))
 
 
-def decode(file) -> Image.Image:
-    """RGB, turned as the EXIF says, on white where transparent. Raises ValueError with the file's name."""
+def decode(file, advice: str = DOCTOR) -> Image.Image:
+    """RGB, turned as the EXIF says, on white where transparent; see `levels` for gray of more than 8 bits. Raises
+    ValueError with the file's name, and with advice."""
     try:
         with opened(file) as picture:
-            return on_white(ImageOps.exif_transpose(picture))
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{file} is too large to be opened: {error} Make it smaller.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+            return on_white(ImageOps.exif_transpose(picture), picture.format)
+    except Exception as error:  # Pillow's readers raise whatever their formats lead to
+        raise unreadable(file, error, advice) from error
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits, as depth maps have them: Pillow would clip them to 8
-        return Image.fromarray((np.asarray(picture).astype(np.float32) / 257).round().astype(np.uint8)).convert("RGB")
+def unreadable(file, error: Exception, advice: str) -> ValueError:
+    ending = Path(getattr(file, "name", "")).suffix.lower()
+    why, more = str(error) or type(error).__name__, " ".join(filter(None, (remedy(ending), advice)))
+    if isinstance(error, Image.DecompressionBombError):
+        return ValueError(f"{file} is too large to be opened: {why} Make it smaller. {more}".strip())
+    return ValueError(f"{file} cannot be read as a picture: {why.rstrip('.')}. {more}".strip())
+
+
+def on_white(picture: Image.Image, format: str | None = None) -> Image.Image:
+    """format: of its file, as Pillow calls it."""
+    gray = levels(picture, sixteen_bits=format in ("PNG", "PPM"))
+    if gray is not None:
+        return Image.fromarray((gray * 255).round().astype(np.uint8)).convert("RGB")
     if "A" not in picture.getbands() and "transparency" not in picture.info:
         return picture.convert("RGB")
     page = Image.new("RGBA", picture.size, "white")
@@ -46,15 +58,15 @@ def on_white(picture: Image.Image) -> Image.Image:
     return page.convert("RGB")
 
 
-def measure(file) -> Size:
+def measure(file, advice: str = DOCTOR) -> Size:
     """(height, width) as the picture stands, read from its header only. Raises ValueError with the file's name."""
     try:
         with opened(file) as picture:
             width, height = picture.size
             turned = picture.getexif().get(0x0112, 1) >= 5  # the orientations that lie on their side
             return (width, height) if turned else (height, width)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+    except Exception as error:
+        raise unreadable(file, error, advice) from error
 
 
 def measured(items: list[Item], workers: int) -> list[Size]:
@@ -112,6 +124,9 @@ def plan(original: Size, size: Size, crop: str, rng: random.Random, margin: floa
         h, w = round(h * margin), round(w * margin)
     share = max(h / H, w / W)
     resized = max(h, round(H * share)), max(w, round(W * share))
+    if resized[0] * resized[1] > LARGEST_SIDE**2:
+        raise ValueError(f"it is {W}x{H} and would be brought to {resized[1]}x{resized[0]} to cover {w}x{h}: crop it "
+                         "to a shape that is less elongated, or take it out.")
     spare_y, spare_x = resized[0] - size[0], resized[1] - size[1]
     if crop == "random":
         left, top = rng.randint(0, spare_x), rng.randint(0, spare_y)
@@ -168,7 +183,7 @@ class Pictures:
                 file = item.conditions[name]
                 conditions[name] = tensor(cut.apply(decode(file)))
         except ValueError as error:
-            raise error if str(file) in str(error) else ValueError(f"{file}: {error}") from error
+            raise error if str(file) in str(error) else ValueError(f"{file}: {error} {DOCTOR}") from error
         return Picture(pixels, conditions, cut.original, cut.box(), size)
 
     def submit(self, index: int, size: Size, rng: random.Random):
@@ -181,5 +196,5 @@ def tensor(picture: Image.Image) -> Tensor:
 
 def shown(file: Path, height: int, width: int) -> Tensor:
     """The middle of one picture file at a size: (3, height, width) uint8."""
-    picture = decode(file)
+    picture = decode(file, advice="")
     return tensor(plan((picture.height, picture.width), (height, width), "centre", random.Random(0)).apply(picture))

@@ -23,7 +23,7 @@ from ...models_impl.parsing import from_json
 from ..config.schema import Config
 from ..data import layouts
 from ..data.layouts import Item
-from ..data.pictures import shown
+from ..data.pictures import decode, shown
 from ..data.sheets import to_images
 from ..files import write_whole
 
@@ -190,8 +190,7 @@ def tensors(pictures: list[Path] | np.ndarray, at_once: int):
         some = []
         for one in pictures[start:start + at_once]:
             if isinstance(one, Path):
-                with Image.open(one) as picture:
-                    pixels = np.array(picture.convert("RGB"))
+                pixels = np.array(decode(one, advice=""))
             else:
                 pixels = one
             first = first or (pixels.shape, one)

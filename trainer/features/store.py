@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...models_impl import state_dict
+from ...models_impl.folders import below
 from ..files import entries, write_whole
 
 SHARD_BYTES = 2**28
@@ -41,7 +42,7 @@ def fingerprint(path: Path) -> str:
     """What identifies the files of an encoder, wherever they lie: names, sizes and contents, of files of weights
     only the first and last MiB. path: a file or a folder."""
     files = [path] if path.is_file() else sorted(
-        p for p in path.rglob("*") if p.is_file() and p.suffix in WEIGHTS | {".json", ".model", ".txt"})
+        p for p in below(path) if p.suffix in WEIGHTS | {".json", ".model", ".txt"} and p.is_file())
     found = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

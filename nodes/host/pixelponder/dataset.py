@@ -12,6 +12,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ....models_impl.pictures import levels, readable, remedy
 from ....models_impl.pixelponder import entries
 from ..common.pictures import colours
 
@@ -76,15 +77,20 @@ def files(folder: str, listed: dict) -> dict[str, Path | None]:
 
 def _picture(path: Path) -> Tensor:
     try:
+        readable()  # with the plugins that are installed
         with Image.open(path) as file:
             upright = ImageOps.exif_transpose(file)
-            if upright.mode.startswith("I"):  # 16 bits, as depth maps have them: Pillow would clip them to 8
-                pixels = (numpy.asarray(upright).astype(numpy.float32) / 65535)[..., None].repeat(3, axis=-1)
-            else:
-                pixels = numpy.asarray(upright.convert("RGB"), dtype=numpy.float32) / 255
-    except OSError as error:
-        raise ValueError(f"{path.name} is not a complete picture ({error}).") from error
+            gray = levels(upright, sixteen_bits=file.format == "PNG")
+            pixels = numpy.asarray(upright.convert("RGB"), dtype=numpy.float32) / 255 if gray is None \
+                else gray[..., None].repeat(3, axis=-1)
+    except Exception as error:  # Pillow's readers raise whatever their formats lead to
+        raise _unreadable(path, error) from error
     return torch.from_numpy(pixels)[None]
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path.name} is not a complete picture ({str(error) or type(error).__name__}). "
+                      f"{remedy(path.suffix.lower())}".strip())
 
 
 def _size(path: Path) -> tuple[int, int] | None:
@@ -92,10 +98,11 @@ def _size(path: Path) -> tuple[int, int] | None:
     if not path.is_file():
         return None
     try:
+        readable()
         with Image.open(path) as file:
             width, height = ImageOps.exif_transpose(file).size
-    except OSError as error:
-        raise ValueError(f"{path.name} is not a complete picture ({error}).") from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
     return height, width
 
 
