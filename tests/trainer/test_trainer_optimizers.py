@@ -94,7 +94,7 @@ def test_the_state_is_as_large_as_estimated(name):
     for part in toy.optimizer.parts:
         for i, state in part.state_dict()["state"].items():
             optim.packed(state, f"{id(part)}.{i}", tensors)
-    assert estimate == pytest.approx(sum(t.nbytes for t in tensors.values()), rel=0.02)
+    assert estimate == pytest.approx(sum(t.nbytes for t in tensors.values() if t.ndim))
 
 
 def test_came_goes_on_from_the_moments_of_the_trainers_own(tmp_path):

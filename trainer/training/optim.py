@@ -209,7 +209,7 @@ class Optimizers:
             part.step()
         tensors = {}
         packed(part.state_dict()["state"], "", tensors)
-        return [(tuple(value.shape), value.element_size()) for value in tensors.values()]
+        return [(tuple(value.shape), value.element_size()) for value in tensors.values() if value.ndim]  # no counts
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything the optimizers remember, flat, for safetensors: part.parameter.name, and part.groupN.name of what
