@@ -27,7 +27,7 @@ from pixstack.models_impl.pixelflow import model as network_file  # noqa: E402
 from pixstack.models_impl.pixelflow import sampling  # noqa: E402
 from pixstack.models_impl.pixelflow.config import PRESETS  # noqa: E402
 from pixstack.models_impl.pixelflow.model import PixelFlow, rope_table  # noqa: E402
-from pixstack.models_impl.pixelflow.schedule import Schedule, guidance_scales  # noqa: E402
+from pixstack.models_impl.pixelflow.schedule import CascadeSchedule, guidance_scales  # noqa: E402
 from pixstack.models_impl.pixelflow.stages import Stages, stage_size  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
@@ -82,7 +82,7 @@ def ours(model, case, size, steps, batch, device, dtype):
     stages = Stages(model.config.num_stages)
     policy = "constant" if model.config.text_conditional else "scaled"
     guidance = guidance_scales(policy, CASES[case][1], stages.num_stages)
-    schedule = Schedule.build(stages, steps, guidance=guidance)
+    schedule = CascadeSchedule.build(stages, steps, guidance=guidance)
     rng = torch.Generator().manual_seed(0)
     small = stage_size(size, size, 0, stages.num_stages)
     noise = torch.randn(batch, 3, *small, generator=rng).to(device)

@@ -27,7 +27,7 @@ from pixstack.kernels.rope import rotate  # noqa: E402
 from pixstack.models_impl.flux.model import norm, pack, positions, unpack  # noqa: E402
 from pixstack.models_impl.pixelponder.config import PRESETS, TYPES, SelectConfig  # noqa: E402
 from pixstack.models_impl.pixelponder.model import PixelPonder  # noqa: E402
-from pixstack.models_impl.pixelponder.patch_select import Guide, Released, Selection  # noqa: E402
+from pixstack.models_impl.pixelponder.patch_select import Released, Selection, SelectionInputs  # noqa: E402
 from pixstack.models_impl.pixelponder.select_net import AsRun, pick  # noqa: E402
 
 SMALL = dict(hidden=384, heads=3, mlp_hidden=1536)  # heads as wide as the release's
@@ -62,7 +62,7 @@ def inputs(net: PixelPonder, args, conditions: int) -> tuple[dict, list]:
     return step, hints
 
 
-def block_in_full(block, x, guide: Guide):
+def block_in_full(block, x, guide: SelectionInputs):
     """An attention block of the selection network as released: text enters with queries whose result is dropped."""
     L = guide.txt.shape[1]
     mods, (shift, scale, *_) = block.img_mod(guide.vec), block.txt_mod(guide.vec)
@@ -72,7 +72,7 @@ def block_in_full(block, x, guide: Guide):
     return block.finish(x, guide.attention(rotate(q, guide.rope), rotate(k, guide.rope), v)[:, :, L:], mods)
 
 
-def released_loop(net, conditions, guide: Guide, replay=None):
+def released_loop(net, conditions, guide: SelectionInputs, replay=None):
     """The selection as released. Yields (features, pick) of each round, then the Selection. replay: picks to follow."""
     select, (rows, columns) = net.select_net, conditions.grid()
     H, W = conditions.embeds.shape[-2:]

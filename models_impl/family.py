@@ -1,12 +1,12 @@
 """What a family is to nodes and trainer alike: how noise goes onto a clean sample, what the network is to predict of
 it, and the way back. No network, no ComfyUI.
 
-| class, in the family's `sampling` | time                                | plan                              |
-| --------------------------------- | ----------------------------------- | --------------------------------- |
-| `pixart.PixArtDiffusion`          | timestep, fractional when it draws  | list of timesteps                 |
-| `flux.RectifiedFlow`              | sigma in [0, 1]                     | list of sigmas                    |
-| `ultrapixel.CosineDiffusion`      | t in [0, 1]                         | logsnr of each step, a tensor     |
-| `pixelflow.CascadeFlow`           | a stage, and t in [0, 1] inside it  | `Schedule`, its stages one by one |
+| class, in the family's `sampling` | time                               | plan                                     |
+| --------------------------------- | ---------------------------------- | ---------------------------------------- |
+| `pixart.PixArtDiffusion`          | timestep, fractional when it draws | list of timesteps                        |
+| `flux.RectifiedFlow`              | sigma in [0, 1]                    | list of sigmas                           |
+| `ultrapixel.CosineDiffusion`      | t in [0, 1]                        | logsnr of each step, a tensor            |
+| `pixelflow.CascadeFlow`           | a stage, and t in [0, 1] inside it | `CascadeSchedule`, its stages one by one |
 
 Where a family does not fit, its class says how: PixArt's `sample` is given eps whatever the network predicts,
 PixelFlow's pictures have the sizes of their stages, UltraPixel draws in two passes of which `sample` is one.

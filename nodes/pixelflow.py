@@ -6,7 +6,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..models_impl.pixelflow.schedule import Schedule
+from ..models_impl.pixelflow.schedule import CascadeSchedule
 from ..models_impl.pixelflow.stages import Stages
 from .checks import first_problem, known_file, one_of
 from .host.common.load import DTYPES, FAST, MODEL_DTYPES
@@ -278,14 +278,14 @@ def per_stage(text: str, name: str, num_stages: int, kind: type = float) -> list
     return values if len(values) > 1 else values * num_stages
 
 
-def schedule(model, steps: list[int], shift: list[float], start_stage: int, end_stage: int) -> Schedule:
+def schedule(model, steps: list[int], shift: list[float], start_stage: int, end_stage: int) -> CascadeSchedule:
     stages = Stages(cascade.config_of(model).num_stages)
     last = stages.num_stages - 1
     end_stage = last if end_stage < 0 else end_stage
     if not start_stage <= end_stage <= last:
         raise ValueError(f"start_stage {start_stage} and end_stage {end_stage} do not go together: this model has the "
                          f"stages 0 to {last}, and ends with the one it starts with or a later one.")
-    return Schedule.build(stages, steps, shift, start_stage=start_stage, end_stage=end_stage)
+    return CascadeSchedule.build(stages, steps, shift, start_stage=start_stage, end_stage=end_stage)
 
 
 class PixelFlowSigmas(io.ComfyNode):

@@ -171,6 +171,18 @@ def test_the_ways_of_opening_folders_download_nothing_and_run_nothing():
     assert libraries.LOCAL == depth.LOCAL == wanted
 
 
+SHARED_NAMES = {"Recipe", "Model", "ModelConfig"}  # each a contract: of every recipe, of [model], of core's models
+
+
+def test_a_class_name_has_one_meaning():
+    files: dict[str, list[str]] = {}
+    for path in python_files(*MAY_IMPORT):
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                files.setdefault(node.name, []).append(path)
+    assert not {name: paths for name, paths in files.items() if len(paths) > 1 and name not in SHARED_NAMES}
+
+
 def test_the_root_imports_nothing_until_comfyui_asks():
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     at_once = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]

@@ -36,7 +36,7 @@ class HEDConfig:
             raise ValueError(f"HED needs as many channels as layers, got {len(self.channels)} and {len(self.layers)}.")
 
 
-class Block(nn.Module):
+class HedBlock(nn.Module):
     def __init__(self, before: int, width: int, layers: int, operations, to: dict):
         super().__init__()
         widths = (before, *[width] * layers)
@@ -61,7 +61,7 @@ class HED(nn.Module):
         self.norm = nn.Parameter(torch.zeros(1, 3, 1, 1, **to))
         before = 3
         for n, (width, layers) in enumerate(zip(config.channels, config.layers, strict=True), start=1):
-            setattr(self, f"block{n}", Block(before, width, layers, operations, to))
+            setattr(self, f"block{n}", HedBlock(before, width, layers, operations, to))
             before = width
         if config.fused:
             self.fuse = operations.Conv2d(len(config.channels), 1, 1, **to)

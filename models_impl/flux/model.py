@@ -90,7 +90,7 @@ class QKNorm(nn.Module):
         self.key_norm = RMSNorm(head_dim, to)
 
 
-class Modulation(nn.Module):
+class FluxModulation(nn.Module):
     """`chunks` tensors (B, 1, D): one or two times (shift, scale, gate)."""
 
     def __init__(self, hidden: int, chunks: int, operations, to: dict):
@@ -102,7 +102,7 @@ class Modulation(nn.Module):
         return self.lin(F.silu(vec))[:, None].chunk(self.chunks, dim=-1)
 
 
-class SelfAttention(nn.Module):
+class FluxSelfAttention(nn.Module):
     """The weights of one stream; the block joins the streams and attends."""
 
     def __init__(self, hidden: int, heads: int, qkv_bias: bool, operations, to: dict):
@@ -132,8 +132,8 @@ class DoubleStreamBlock(nn.Module):
         super().__init__()
         D = config.hidden
         for stream in ("img", "txt"):
-            self.add_module(f"{stream}_mod", Modulation(D, 6, operations, to))
-            self.add_module(f"{stream}_attn", SelfAttention(D, config.heads, config.qkv_bias, operations, to))
+            self.add_module(f"{stream}_mod", FluxModulation(D, 6, operations, to))
+            self.add_module(f"{stream}_attn", FluxSelfAttention(D, config.heads, config.qkv_bias, operations, to))
             self.add_module(f"{stream}_mlp", mlp(D, config.mlp_hidden, operations, to))
 
     def forward(
@@ -167,7 +167,7 @@ class SingleStreamBlock(nn.Module):
         self.linear1 = operations.Linear(D, sum(self.widths), **to)
         self.linear2 = operations.Linear(D + config.mlp_hidden, D, **to)
         self.norm = QKNorm(config.head_dim, to)
-        self.modulation = Modulation(D, 3, operations, to)
+        self.modulation = FluxModulation(D, 3, operations, to)
 
     def forward(self, x: Tensor, vec: Tensor, rope: Tensor, attention: Callable) -> Tensor:
         # x: (B, L+N, D)
@@ -179,7 +179,7 @@ class SingleStreamBlock(nn.Module):
         return torch.addcmul(x, gate, self.linear2(torch.cat((attended, F.gelu(h, approximate="tanh")), dim=-1)))
 
 
-class FinalLayer(nn.Module):
+class FluxFinalLayer(nn.Module):
     def __init__(self, config: FluxConfig, operations, to: dict):
         super().__init__()
         D = config.hidden
@@ -254,7 +254,7 @@ class Flux(FluxTrunk):
     def __init__(self, config: FluxConfig, operations=nn, dtype=None, device=None):
         super().__init__(config, operations, dtype, device)
         self.config = config
-        self.final_layer = FinalLayer(config, operations, dict(dtype=dtype, device=device))
+        self.final_layer = FluxFinalLayer(config, operations, dict(dtype=dtype, device=device))
 
     def forward(
         self,

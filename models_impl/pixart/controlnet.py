@@ -11,7 +11,7 @@ from copy import deepcopy
 from torch import Tensor, nn
 
 from .config import PixArtConfig
-from .model import Block, PixArt, SharedInputs
+from .model import PixArt, PixArtBlock, SharedInputs
 
 RELEASED_BLOCKS = 13
 
@@ -20,7 +20,7 @@ class ControlBlock(nn.Module):
     def __init__(self, config: PixArtConfig, index: int, operations, to: dict):
         super().__init__()
         D = config.hidden
-        self.copied_block = Block(config, index, operations, to)
+        self.copied_block = PixArtBlock(config, index, operations, to)
         if index == 0:
             self.before_proj = operations.Linear(D, D, **to)
         self.after_proj = operations.Linear(D, D, **to)

@@ -107,7 +107,7 @@ class Embedder(nn.Module):
         return self.mlp(sinusoid(value).to(dtype))
 
 
-class MLP(nn.Module):
+class PixArtMLP(nn.Module):
     def __init__(self, width: int, hidden: int, out: int, operations, to: dict):
         super().__init__()
         self.fc1 = operations.Linear(width, hidden, **to)
@@ -122,7 +122,7 @@ class CaptionEmbedder(nn.Module):
 
     def __init__(self, config: PixArtConfig, operations, to: dict):
         super().__init__()
-        self.y_proj = MLP(config.context_dim, config.hidden, config.hidden, operations, to)
+        self.y_proj = PixArtMLP(config.context_dim, config.hidden, config.hidden, operations, to)
         if config.null_caption:
             self.register_buffer("y_embedding", torch.empty(config.token_limit, config.context_dim, **to))
 
@@ -145,7 +145,7 @@ class CaptionEmbedder(nn.Module):
         return torch.where(dropped[:, None, None], null[:L].to(context), context)
 
 
-class PatchEmbed(nn.Module):
+class PixArtPatchEmbed(nn.Module):
     def __init__(self, config: PixArtConfig, operations, to: dict):
         super().__init__()
         p = config.patch_size
@@ -157,7 +157,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
-class SelfAttention(nn.Module):
+class PixArtSelfAttention(nn.Module):
     """Norms are over all heads together, before the split, and before keys and values are compressed."""
 
     def __init__(self, config: PixArtConfig, compression: KVCompression | None, operations, to: dict):
@@ -219,17 +219,17 @@ class CrossAttention(nn.Module):
         return self.proj(shared.attention(q, k, v, mask=shared.keep).transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class PixArtBlock(nn.Module):
     """adaLN-single (arXiv 2310.00426, section 2.3): one modulation for all blocks plus a table of the block's own."""
 
     def __init__(self, config: PixArtConfig, index: int, operations, to: dict):
         super().__init__()
         D, compression = config.hidden, config.kv_compression
-        self.attn = SelfAttention(
+        self.attn = PixArtSelfAttention(
             config, compression if compression and index in compression.layers else None, operations, to
         )
         self.cross_attn = CrossAttention(config, operations, to)
-        self.mlp = MLP(D, config.mlp_hidden, D, operations, to)
+        self.mlp = PixArtMLP(D, config.mlp_hidden, D, operations, to)
         self.scale_shift_table = nn.Parameter(torch.empty(6, D, **to))
 
     def forward(self, x: Tensor, shared: SharedInputs, keys_values: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -244,7 +244,7 @@ class Block(nn.Module):
         return torch.addcmul(x, gate2, self.mlp(modulated_norm(x, shift2, scale2)))
 
 
-class FinalLayer(nn.Module):
+class PixArtFinalLayer(nn.Module):
     def __init__(self, config: PixArtConfig, operations, to: dict):
         super().__init__()
         self.linear = operations.Linear(config.hidden, config.patch_size**2 * config.out_channels, **to)
@@ -276,15 +276,15 @@ class PixArt(nn.Module):
         D = config.hidden
         self.config, self.dtype = config, dtype
         self.gradient_checkpointing = False
-        self.x_embedder = PatchEmbed(config, operations, to)
+        self.x_embedder = PixArtPatchEmbed(config, operations, to)
         self.t_embedder = Embedder(D, operations, to)
         if config.micro_conditions:
             self.csize_embedder = Embedder(D // 3, operations, to)
             self.ar_embedder = Embedder(D // 3, operations, to)
         self.t_block = nn.Sequential(nn.SiLU(), operations.Linear(D, 6 * D, **to))
         self.y_embedder = CaptionEmbedder(config, operations, to)
-        self.blocks = nn.ModuleList(Block(config, i, operations, to) for i in range(config.depth))
-        self.final_layer = FinalLayer(config, operations, to)
+        self.blocks = nn.ModuleList(PixArtBlock(config, i, operations, to) for i in range(config.depth))
+        self.final_layer = PixArtFinalLayer(config, operations, to)
         self._axes: dict[tuple, Tensor] = {}
 
     def initialise(self) -> PixArt:
@@ -378,7 +378,7 @@ class PixArt(nn.Module):
         h = self.final_layer(h, t.to(h.dtype)).unflatten(1, grid).unflatten(-1, (p, p, -1))  # (B, h, w, p, q, C)
         return h.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, h*p, w*q)
 
-    def _run(self, block: Block, *inputs) -> Tensor:
+    def _run(self, block: PixArtBlock, *inputs) -> Tensor:
         return checkpointing.run(block, *inputs, checkpointed=self.gradient_checkpointing)
 
     def _embed(self, x: Tensor) -> Tensor:

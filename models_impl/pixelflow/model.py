@@ -65,7 +65,7 @@ class ClassEmbedder(nn.Module):
         return self.embedding_table(labels).to(dtype)
 
 
-class PatchEmbed(nn.Module):
+class PixelFlowPatchEmbed(nn.Module):
     def __init__(self, config: PixelFlowConfig, operations, to: dict):
         super().__init__()
         p = config.patch_size
@@ -79,7 +79,7 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class Modulation(nn.Module):
+class PixelFlowModulation(nn.Module):
     """adaLN-Zero (arXiv 2212.09748, section 3.2): `chunks` tensors of (..., D) from the conditioning."""
 
     def __init__(self, hidden: int, chunks: int, operations, to: dict):
@@ -91,7 +91,7 @@ class Modulation(nn.Module):
         return self.linear(F.silu(condition)).chunk(self.chunks, dim=-1)
 
 
-class Attention(nn.Module):
+class PixelFlowAttention(nn.Module):
     """Attention whose queries and keys are normalised over all heads together, before the split. Only self attention
     turns its keys."""
 
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v).flatten(-2))
 
 
-class MLP(nn.Module):
+class PixelFlowMLP(nn.Module):
     def __init__(self, hidden: int, operations, to: dict):
         super().__init__()
         self.fc1 = operations.Linear(hidden, 4 * hidden, **to)
@@ -128,19 +128,19 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class Block(nn.Module):
+class PixelFlowBlock(nn.Module):
     def __init__(self, config: PixelFlowConfig, operations, to: dict):
         super().__init__()
         D = config.hidden
-        self.norm1 = Modulation(D, 6, operations, to)
-        self.attn1 = Attention(config, D, operations, to)
+        self.norm1 = PixelFlowModulation(D, 6, operations, to)
+        self.attn1 = PixelFlowAttention(config, D, operations, to)
         if config.text_conditional:
             self.norm2 = operations.RMSNorm(D, eps=EPS, **to)
-            self.attn2 = Attention(config, config.context_dim, operations, to)
+            self.attn2 = PixelFlowAttention(config, config.context_dim, operations, to)
         self.norm3 = operations.RMSNorm(D, eps=EPS, **to)
-        self.mlp = MLP(D, operations, to)
+        self.mlp = PixelFlowMLP(D, operations, to)
 
-    def forward(self, x: Tensor, condition: Tensor, context: Tensor | None, flow: Flow) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, context: Tensor | None, flow: TokenLayout) -> Tensor:
         # x: (..., N, D); condition: (B, D), spread over the tokens of its picture
         shift1, scale1, gate1, shift2, scale2, gate2 = (flow.spread(m) for m in self.norm1(condition))
         h = modulated_norm(x, shift1, scale1)
@@ -151,7 +151,7 @@ class Block(nn.Module):
 
 
 @dataclass(frozen=True)
-class Flow:
+class TokenLayout:
     """Layout of the tokens of one forward pass: dense (B, N, D), or packed (N, D)."""
 
     rope: Tensor
@@ -181,12 +181,12 @@ class PixelFlow(nn.Module):
         D, p = config.hidden, config.patch_size
         self.config, self.dtype = config, dtype
         self.gradient_checkpointing = False
-        self.patch_embed = PatchEmbed(config, operations, to)
+        self.patch_embed = PixelFlowPatchEmbed(config, operations, to)
         self.timestep_embedder = SinusoidEmbedder(D, operations, to)
         self.latent_size_embedder = SinusoidEmbedder(D, operations, to)
         if config.num_classes:
             self.class_embedder = ClassEmbedder(config.num_classes, D, operations, to)
-        self.transformer_blocks = nn.ModuleList(Block(config, operations, to) for _ in range(config.depth))
+        self.transformer_blocks = nn.ModuleList(PixelFlowBlock(config, operations, to) for _ in range(config.depth))
         self.proj_out_1 = operations.Linear(D, 2 * D, **to)
         self.proj_out_2 = operations.Linear(D, p * p * config.out_channels, **to)
         self._ropes: dict[tuple, Tensor] = {}
@@ -243,7 +243,7 @@ class PixelFlow(nn.Module):
         def attend(q, k, v, mask=None):  # (B, N, H, D/H), as the blocks split heads
             return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask).transpose(1, 2)
 
-        flow = Flow(
+        flow = TokenLayout(
             rope=(self._rope(*grid, x.device) if rope is None else rope)[None],
             spread=lambda m: m[:, None],
             attend_self=attend,
@@ -272,7 +272,7 @@ class PixelFlow(nn.Module):
         lengths = layout.lengths
         item = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(x.device)  # (N,)
         latent_size = torch.tensor([math.sqrt(h * w) for h, w in layout.grids], device=x.device)
-        flow = Flow(
+        flow = TokenLayout(
             rope=torch.cat([self._rope(*grid, x.device) for grid in layout.grids]),
             spread=lambda m: m[item],
             attend_self=lambda q, k, v: attention(q, k, v, lengths, lengths),
@@ -281,7 +281,7 @@ class PixelFlow(nn.Module):
         h = self._transform(self.patch_embed.rows(x), timestep, latent_size, context, class_labels, flow)
         return h.unflatten(-1, (-1, self.config.out_channels)).transpose(-1, -2).flatten(-2)  # (p q c) -> (c p q)
 
-    def _transform(self, h, timestep, latent_size, context, class_labels, flow: Flow,
+    def _transform(self, h, timestep, latent_size, context, class_labels, flow: TokenLayout,
                    before_block: Callable = lambda block: None) -> Tensor:
         condition = self.timestep_embedder(timestep, h.dtype)  # (B, D)
         if class_labels is not None:

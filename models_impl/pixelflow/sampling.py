@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..family import Callback, Noise
-from .schedule import Schedule
+from .schedule import CascadeSchedule
 from .solvers import SOLVERS, Predict
 from .stages import GAMMA, Stages
 
@@ -171,12 +171,12 @@ class CascadeFlow:
     def loss(self, velocity: Tensor, clean: Tensor, noise: Tensor, time: StageTime) -> Tensor:
         return (velocity.float() - self.target(clean, noise, time)).square().mean(dim=(1, 2, 3))
 
-    def sample(self, predict: Predict, x: Tensor, schedule: Schedule, noise: Noise,
+    def sample(self, predict: Predict, x: Tensor, schedule: CascadeSchedule, noise: Noise,
                callback: Callback | None = None) -> Tensor:
         """Run the schedule from x, the state at its first point; white noise when that is the start of stage 0.
 
         noise(stage, shape) gives the noise of the jump into a stage. Returns the final state: the sample at the end of
-        the cascade, the clean estimate for a schedule that ends early (`Schedule.clean`), or the state to hand over.
+        the cascade, the clean estimate for a schedule that ends early (`clean`), or the state to hand over.
         """
         solve, done, clean = SOLVERS[schedule.solver], 0, x
         for n, plan in enumerate(schedule.plans):

@@ -14,7 +14,7 @@ CLASS_GUIDANCE = (0, 1 / 6, 2 / 3, 1)  # share of (cfg - 1) in each stage, class
 
 
 @dataclass(frozen=True)
-class Schedule:
+class CascadeSchedule:
     stages: Stages
     plans: tuple[StagePlan, ...]
     solver: str = "euler"
@@ -45,7 +45,7 @@ class Schedule:
         solver: str = "euler",
         start_stage: int = 0,
         end_stage: int | None = None,
-    ) -> Schedule:
+    ) -> CascadeSchedule:
         """Schedule of whole stages, start_stage to end_stage (default: the last). Lists have one entry per stage."""
         last = stages.num_stages - 1
         end_stage = last if end_stage is None else end_stage
@@ -68,7 +68,7 @@ class Schedule:
     @classmethod
     def from_sigmas(
         cls, stages: Stages, sigmas: Tensor, guidance: Sequence[float] | float = 1.0, solver: str = "euler"
-    ) -> Schedule:
+    ) -> CascadeSchedule:
         """The schedule that `sigmas` stand for, which may be a part of one cut off anywhere.
 
         A final 0 finishes the last stage (and the sample, cleanly, if that stage is not the last of the cascade); any

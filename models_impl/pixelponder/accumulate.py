@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..flux.model import norm, pack, unpack
 from .config import PixelPonderConfig
-from .patch_select import FREE, Conditions, Guide, Selection, check_forced
+from .patch_select import FREE, Conditions, Selection, SelectionInputs, check_forced
 from .select_net import ImageStreamBlock
 
 
@@ -41,7 +41,7 @@ class Selector(nn.Module):
         kinds = self.type_embedding(torch.tensor(types, device=hints.device)).to(hints.dtype)  # (K, width)
         return self.cond_in(hints) + kinds[:, None]
 
-    def prepare(self, guide: Guide, conditions: int) -> SelectorStep:
+    def prepare(self, guide: SelectionInputs, conditions: int) -> SelectorStep:
         """The text's keys and values, which all rounds of a step share, each for every condition."""
         L = guide.txt.shape[1]
         txt, vec = self.txt_in(norm(guide.txt)), self.vec_in(F.silu(guide.vec))
@@ -93,7 +93,7 @@ class Accumulate:
             raise ValueError(f"rounds={rounds} must be at least 1.")
         self.selector, self.rounds = selector, rounds
 
-    def begin(self, conditions: Conditions, forced: Tensor | None = None) -> Callable[[Guide], Selection]:
+    def begin(self, conditions: Conditions, forced: Tensor | None = None) -> Callable[[SelectionInputs], Selection]:
         check_forced(forced, conditions)
         B, K, _, H, W = conditions.embeds.shape
         hints = pack(conditions.embeds.flatten(0, 1)).unflatten(0, (B, K))  # (B, K, N, C*4)
@@ -101,13 +101,13 @@ class Accumulate:
         if forced is not None:
             forced = forced.to(hints.device).flatten(1)  # (1 or B, N)
 
-        def choose(guide: Guide) -> Selection:
+        def choose(guide: SelectionInputs) -> Selection:
             share = self._share(x, hints, guide, forced)  # (B, N, K)
             return Selection(unpack(_mix(share, hints), H, W), share.transpose(1, 2).unflatten(2, conditions.grid()))
 
         return choose
 
-    def _share(self, x: Tensor, hints: Tensor, guide: Guide, forced: Tensor | None) -> Tensor:
+    def _share(self, x: Tensor, hints: Tensor, guide: SelectionInputs, forced: Tensor | None) -> Tensor:
         B, (K, N) = guide.vec.shape[0], hints.shape[1:3]
         if hints.shape[0] not in (1, B):
             raise ValueError(f"There are hints for {hints.shape[0]} pictures, the batch has {B}.")

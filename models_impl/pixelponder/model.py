@@ -16,7 +16,7 @@ from ...kernels.attention import attention as dense_attention
 from ..flux.model import FluxTrunk, Residuals, pack
 from .accumulate import Selector
 from .config import HINT_CHANNELS, PixelPonderConfig
-from .patch_select import Conditions, Guide, Selection
+from .patch_select import Conditions, Selection, SelectionInputs
 from .select_net import SelectNet
 
 HINT_CELL = 8  # pixels along one side of an embedded cell
@@ -59,7 +59,7 @@ class HintEncoders(nn.Module):
 
 
 @dataclass(frozen=True)
-class Control:
+class ControlOutput:
     """The residuals of one pass of the ControlNet."""
 
     double: tuple[Tensor, ...]
@@ -141,12 +141,12 @@ class PixelPonder(FluxTrunk):
         pooled: Tensor,
         guidance: Tensor | None = None,
         *,
-        select: Callable[[Guide], Selection],
+        select: Callable[[SelectionInputs], Selection],
         img_ids: Tensor,
         txt_ids: Tensor | None = None,
         attention: Callable = dense_attention,
         before_block: Callable[[nn.Module | None], None] = lambda block: None,
-    ) -> Control:
+    ) -> ControlOutput:
         """Residuals for one step of FLUX; the inputs are those of `flux.model.Flux`.
 
         select: what `strategy.begin(conditions)` of `patch_select` returned, so that all that the step does not change
@@ -154,7 +154,7 @@ class PixelPonder(FluxTrunk):
         runs, so that a host can fetch its weights, and with None after the last.
         """
         img, txt, vec, rope = self.embed(img, timestep, context, pooled, guidance, img_ids, txt_ids)
-        selection = select(Guide(txt, vec, rope, attention))
+        selection = select(SelectionInputs(txt, vec, rope, attention))
         hint = pack(selection.map)
         if hint.shape[1] != img.shape[1]:
             H, W = selection.map.shape[-2:]
@@ -174,4 +174,4 @@ class PixelPonder(FluxTrunk):
             x = self.run(block, x, vec, rope, attention)
             single.append(x)
         before_block(None)
-        return Control(tuple(double), tuple(single), selection)
+        return ControlOutput(tuple(double), tuple(single), selection)

@@ -55,7 +55,7 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Guide:
+class SelectionInputs:
     """Inputs of a selection network in one step, all from inside the ControlNet's trunk."""
 
     txt: Tensor
@@ -132,7 +132,7 @@ class Released:
 
     stepwise = False
 
-    def begin(self, conditions: Conditions, forced: Tensor | None = None) -> Callable[[Guide], Selection]:
+    def begin(self, conditions: Conditions, forced: Tensor | None = None) -> Callable[[SelectionInputs], Selection]:
         check_forced(forced, conditions)
         winner = torch.zeros((1, *conditions.grid()), dtype=torch.int64, device=conditions.embeds.device)
         if forced is not None:
@@ -153,7 +153,7 @@ class Blend:
     def __init__(self, weights: Sequence[float | Tensor]):
         self.weights = tuple(weights)
 
-    def begin(self, conditions: Conditions, forced: Tensor | None = None) -> Callable[[Guide], Selection]:
+    def begin(self, conditions: Conditions, forced: Tensor | None = None) -> Callable[[SelectionInputs], Selection]:
         check_forced(forced, conditions)
         if len(self.weights) != conditions.count:
             raise ValueError(f"{len(self.weights)} weights for {conditions.count} conditions.")

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from ...kernels.modulated_norm import modulate, modulated_norm
 from ...kernels.rope import rotate
-from ..flux.model import Modulation, SelfAttention, mlp, norm, pack
+from ..flux.model import FluxModulation, FluxSelfAttention, mlp, norm, pack
 from .config import SelectConfig
-from .patch_select import FREE, Conditions, Guide, Released, Selection, check_forced, gather
+from .patch_select import FREE, Conditions, Released, Selection, SelectionInputs, check_forced, gather
 
 
 class ImageStreamBlock(nn.Module):
@@ -21,11 +21,12 @@ class ImageStreamBlock(nn.Module):
 
     def __init__(self, hidden: int, heads: int, mlp_hidden: int, qkv_bias: bool, operations, to: dict):
         super().__init__()
-        self.img_mod = Modulation(hidden, 6, operations, to)
-        self.img_attn = SelfAttention(hidden, heads, qkv_bias, operations, to)
+        self.img_mod = FluxModulation(hidden, 6, operations, to)
+        self.img_attn = FluxSelfAttention(hidden, heads, qkv_bias, operations, to)
         self.img_mlp = mlp(hidden, mlp_hidden, operations, to)
-        self.txt_mod = Modulation(hidden, 6, operations, to)
-        self.txt_attn = SelfAttention(hidden, heads, qkv_bias, operations, to)  # its proj is released but never used
+        self.txt_mod = FluxModulation(hidden, 6, operations, to)
+        # Its proj is released but never used.
+        self.txt_attn = FluxSelfAttention(hidden, heads, qkv_bias, operations, to)
 
     def text(self, txt: Tensor, vec: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Keys, turned, and values of the text, (B, heads, L, D/heads) each."""
@@ -76,7 +77,7 @@ class SelectNet(nn.Module):
         zero = self.pos_embed_input(torch.zeros_like(hints[:1, 0, :1]))  # a patch that was taken
         return SelectTokens(conditions.types, x, norm(x), zero, norm(zero), index.transpose(1, 2).reshape(-1, side**2))
 
-    def step(self, tokens: SelectTokens, guide: Guide) -> SelectStep:
+    def step(self, tokens: SelectTokens, guide: SelectionInputs) -> SelectStep:
         """Keys and values that all rounds of one step share: every one that a round may need.
 
         In a round only patches that were taken change, and they become one constant token; so queries, keys and values
@@ -183,7 +184,7 @@ class _StreamState:
     zero_v: Tensor
 
     @classmethod
-    def of(cls, block, normed, tokens: SelectTokens, guide: Guide, text_rope, rope) -> _StreamState:
+    def of(cls, block, normed, tokens: SelectTokens, guide: SelectionInputs, text_rope, rope) -> _StreamState:
         mods = block.img_mod(guide.vec)
         _, zero_k, zero_v = _zero_heads(block, tokens, mods, rope)
         text = block.text(guide.txt, guide.vec, text_rope)
@@ -194,7 +195,7 @@ class _StreamState:
 @dataclass(frozen=True)
 class SelectStep:
     tokens: SelectTokens
-    guide: Guide
+    guide: SelectionInputs
     rope: Tensor
     states: tuple[_StreamState, ...]
     mods: tuple[Tensor, ...]
@@ -275,20 +276,20 @@ class AsRun:
         self.patch_size = patch_size if net is None else net.config.patch_size
         self.select_num = select_num if net is None else net.config.select_num
 
-    def begin(self, conditions: Conditions, forced: Tensor | None = None) -> Callable[[Guide], Selection]:
+    def begin(self, conditions: Conditions, forced: Tensor | None = None) -> Callable[[SelectionInputs], Selection]:
         check_forced(forced, conditions, self.patch_size)
         if conditions.count == 1:
             return Released().begin(conditions)
         tokens = None if self.net is None else self.net.tokens(conditions)
 
-        def choose(guide: Guide) -> Selection:
+        def choose(guide: SelectionInputs) -> Selection:
             *_, last = self.rounds(conditions, guide, tokens)
             return self.result(conditions, last, forced)
 
         return choose
 
     def rounds(
-        self, conditions: Conditions, guide: Guide | None = None, tokens: SelectTokens | None = None
+        self, conditions: Conditions, guide: SelectionInputs | None = None, tokens: SelectTokens | None = None
     ) -> Iterator[Picked]:
         """The picks of every round. tokens: `net.tokens(conditions)`, if there is a network."""
         rows, columns = conditions.grid(self.patch_size)

@@ -125,7 +125,7 @@ class TimestepBlock(nn.Module):
         return modulate(x, shift[:, :, None, None], scale[:, :, None, None])
 
 
-class Attention(nn.Module):
+class CascadeAttention(nn.Module):
     """torch's MultiheadAttention; keys and values are the tokens themselves, if so configured, and the context."""
 
     def __init__(self, channels: int, heads: int, self_attention: bool, dropout: float, operations, to: dict):
@@ -152,7 +152,8 @@ class Attention(nn.Module):
 class AttentionBlock(nn.Module):
     def __init__(self, channels, context_dim, heads, self_attention, dropout, operations, to: dict):
         super().__init__()
-        self.attention = nn.ModuleDict({"attn": Attention(channels, heads, self_attention, dropout, operations, to)})
+        attention = CascadeAttention(channels, heads, self_attention, dropout, operations, to)
+        self.attention = nn.ModuleDict({"attn": attention})
         self.kv_mapper = nn.Sequential(nn.SiLU(), operations.Linear(context_dim, channels, **to))
 
     def forward(self, x: Tensor, context: Tensor, attention: Callable) -> Tensor:

@@ -22,7 +22,7 @@ from .config import StageAConfig
 STRIP = 16384  # positions of a strip: 50 MB of float32 in the widest tensor of the released decoder
 
 
-class Block(nn.Module):
+class StageABlock(nn.Module):
     def __init__(self, channels: int, operations, to: dict):
         super().__init__()
         self.depthwise = nn.Sequential(
@@ -106,13 +106,13 @@ class StageA(nn.Module):
         for i, width in enumerate(widths):
             if i:
                 down.append(operations.Conv2d(widths[i - 1], width, kernel_size=4, stride=2, padding=1, **to))
-            down.append(Block(width, operations, to))
+            down.append(StageABlock(width, operations, to))
         down.append(nn.Sequential(operations.Conv2d(widths[-1], C, kernel_size=1, bias=False, **to),
                                   nn.BatchNorm2d(C, **to)))
         self.down_blocks = nn.Sequential(*down)
         up = [nn.Sequential(operations.Conv2d(C, widths[-1], kernel_size=1, **to))]
         for i, width in enumerate(reversed(widths)):
-            up += [Block(width, operations, to) for _ in range(1 if i else config.bottleneck_blocks)]
+            up += [StageABlock(width, operations, to) for _ in range(1 if i else config.bottleneck_blocks)]
             if i < len(widths) - 1:
                 up.append(operations.ConvTranspose2d(width, width // 2, kernel_size=4, stride=2, padding=1, **to))
         self.up_blocks = nn.Sequential(*up)
@@ -145,7 +145,7 @@ class StageA(nn.Module):
         cut = strip is not None and not torch.is_grad_enabled()
         for done, part in enumerate(parts, 1):
             rows = max(1, strip // (x.shape[0] * x.shape[3])) if cut else x.shape[2]
-            if cut and isinstance(part, Block):
+            if cut and isinstance(part, StageABlock):
                 x = part.in_strips(x, rows)
             elif rows < x.shape[2] and isinstance(part, nn.ConvTranspose2d):
                 x = double_in_strips(part, x, rows)

@@ -11,7 +11,7 @@ from pixstack.models_impl import family
 from pixstack.models_impl.flux.sampling import RectifiedFlow
 from pixstack.models_impl.pixart.sampling import NoiseSchedule, PixArtDiffusion
 from pixstack.models_impl.pixelflow.sampling import CascadeFlow, StageTime, double, shrink
-from pixstack.models_impl.pixelflow.schedule import Schedule
+from pixstack.models_impl.pixelflow.schedule import CascadeSchedule
 from pixstack.models_impl.pixelflow.stages import Stages
 from pixstack.models_impl.ultrapixel.sampling import CosineDiffusion
 
@@ -83,7 +83,7 @@ def pixelflow():
         _, t, _ = stages.locate(stages.sigma(timestep))
         return stages.velocity(x, shrink(whole, stage, 3), stage, t)
 
-    return Cascade(CascadeFlow(stages), Schedule.build(stages, 3), velocity)
+    return Cascade(CascadeFlow(stages), CascadeSchedule.build(stages, 3), velocity)
 
 
 CASES = {"pixart": partial(pixart, "eps"), "pixart, velocity": partial(pixart, "v"), "flux": flux,
@@ -150,7 +150,7 @@ def test_a_network_that_knows_the_sample_draws_it(case):
     x = case.diffusion.sample(case.knows, normal(3, size), case.plan, any_noise,
                               lambda index, x, denoised: heard.append((index, x, denoised)))
     torch.testing.assert_close(x, wanted, rtol=0, atol=5e-3)
-    steps = case.plan.steps if isinstance(case.plan, Schedule) else len(case.plan) - 1
+    steps = case.plan.steps if isinstance(case.plan, CascadeSchedule) else len(case.plan) - 1
     assert [index for index, _, _ in heard] == list(range(steps))
     assert torch.equal(heard[0][1], normal(3, size)), "the state that the first estimate was made from"
     assert math.isfinite(heard[-1][2].sum())

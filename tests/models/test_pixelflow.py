@@ -12,7 +12,7 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint, packing, sampling
 from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PackedLayout, PixelFlow
-from pixstack.models_impl.pixelflow.schedule import Schedule, guidance_scales
+from pixstack.models_impl.pixelflow.schedule import CascadeSchedule, guidance_scales
 from pixstack.models_impl.pixelflow.stages import Stages, stage_size
 
 TEXT = PixelFlowConfig(heads=2, head_dim=8, depth=2, context_dim=12, num_stages=3, resolution=32)
@@ -244,8 +244,8 @@ def test_the_noise_after_a_jump_is_white_again_at_the_right_level(num_stages):
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 def test_a_schedule_survives_the_way_through_sigmas(num_stages, shift):
     stages = Stages(num_stages)
-    schedule = Schedule.build(stages, 5, shift, guidance=2.0)
-    back = Schedule.from_sigmas(stages, schedule.sigmas(), 2.0)
+    schedule = CascadeSchedule.build(stages, 5, shift, guidance=2.0)
+    back = CascadeSchedule.from_sigmas(stages, schedule.sigmas(), 2.0)
     assert [p.stage for p in back.plans] == list(range(num_stages))
     for a, b in zip(schedule.plans, back.plans, strict=True):
         assert b.timesteps == pytest.approx(a.timesteps, abs=1e-3)
@@ -253,7 +253,7 @@ def test_a_schedule_survives_the_way_through_sigmas(num_stages, shift):
 
 
 def test_sigmas_fall_strictly_from_one_to_zero():
-    sigmas = Schedule.build(Stages(4), 10).sigmas()
+    sigmas = CascadeSchedule.build(Stages(4), 10).sigmas()
     assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
 
 
@@ -268,10 +268,10 @@ def noise_of(stage, shape):
 @pytest.mark.parametrize("cut", [1, 3, 4, 6, 8, 11])
 def test_two_samplers_one_after_another_repeat_one(cut):
     stages, x = Stages(3), torch.randn(1, 3, 8, 8)
-    whole = Schedule.build(stages, 4)
+    whole = CascadeSchedule.build(stages, 4)
     sigmas = whole.sigmas()
-    first = Schedule.from_sigmas(stages, sigmas[: cut + 1])
-    second = Schedule.from_sigmas(stages, sigmas[cut:])
+    first = CascadeSchedule.from_sigmas(stages, sigmas[: cut + 1])
+    second = CascadeSchedule.from_sigmas(stages, sigmas[cut:])
     flow = sampling.CascadeFlow(stages)
     between = flow.sample(field, x, first, noise_of)
     torch.testing.assert_close(
@@ -288,17 +288,17 @@ def test_a_cascade_that_ends_early_gives_the_clean_estimate():
     def exact(x, timestep, stage, cfg):
         return (stages.end[0] - stages.start[0]) * (smooth - noise)
 
-    draft = sampling.CascadeFlow(stages).sample(exact, noise, Schedule.build(stages, 3, end_stage=0), noise_of)
+    draft = sampling.CascadeFlow(stages).sample(exact, noise, CascadeSchedule.build(stages, 3, end_stage=0), noise_of)
     torch.testing.assert_close(draft, smooth)
 
 
 def test_an_adaptive_draft_is_estimated_at_the_end_of_its_stage():
     stages, progress = Stages(2), []
     x = torch.randn(1, 3, 4, 4)
-    schedule = Schedule.build(stages, 4, solver="dopri5", end_stage=0)
+    schedule = CascadeSchedule.build(stages, 4, solver="dopri5", end_stage=0)
     flow = sampling.CascadeFlow(stages)
     draft = flow.sample(field, x, schedule, noise_of, lambda *said: progress.append(said))
-    state = sampling.CascadeFlow(stages).sample(field, x, Schedule(stages, schedule.plans, "dopri5"), noise_of)
+    state = sampling.CascadeFlow(stages).sample(field, x, CascadeSchedule(stages, schedule.plans, "dopri5"), noise_of)
     velocity = field(state, stages.last_timestep[0], 0, 1.0)
     torch.testing.assert_close(draft, stages.denoised(state, velocity, 0, 1.0))
     assert progress[-1][0] == schedule.steps - 1
@@ -353,7 +353,7 @@ def test_the_adaptive_solver_is_as_accurate_as_it_promises(solver, tolerance):
         return 2 * x * math.cos(timestep / 999 * 6)
 
     x = torch.tensor([[[[1.0, -2.0]]]])
-    end = sampling.CascadeFlow(stages).sample(growth, x, Schedule.build(stages, 4, solver=solver), noise_of)
+    end = sampling.CascadeFlow(stages).sample(growth, x, CascadeSchedule.build(stages, 4, solver=solver), noise_of)
     torch.testing.assert_close(end, x * math.exp(2 * math.sin(6) / 6), rtol=tolerance, atol=0)
 
 
@@ -372,7 +372,7 @@ def test_guidance_policies():
 ])
 def test_sigmas_that_are_not_a_cascade_are_explained(sigmas, message):
     with pytest.raises(ValueError, match=message):
-        Schedule.from_sigmas(Stages(4), torch.tensor(sigmas))
+        CascadeSchedule.from_sigmas(Stages(4), torch.tensor(sigmas))
 
 
 # --- Training

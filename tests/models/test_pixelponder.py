@@ -23,7 +23,7 @@ from pixstack.models_impl.pixelponder import sampling as released_sampling
 from pixstack.models_impl.pixelponder.accumulate import Accumulate, Selector
 from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectConfig, SelectorConfig
 from pixstack.models_impl.pixelponder.model import PixelPonder
-from pixstack.models_impl.pixelponder.patch_select import Blend, Conditions, Guide, Released, forced_map
+from pixstack.models_impl.pixelponder.patch_select import Blend, Conditions, Released, SelectionInputs, forced_map
 from pixstack.models_impl.pixelponder.select_net import AsRun, SelectNet, pick
 
 FLOW = RectifiedFlow()
@@ -65,11 +65,11 @@ def conditions(K=3, rows=3, columns=4, B=2, dtype=torch.float32) -> Conditions:
     return Conditions(torch.randn(B, K, 16, 2 * rows, 2 * columns, dtype=dtype), tuple(range(K)))
 
 
-def guide(rows=3, columns=4, B=2, L=5, D=16, dtype=torch.float32) -> Guide:
+def guide(rows=3, columns=4, B=2, L=5, D=16, dtype=torch.float32) -> SelectionInputs:
     torch.manual_seed(4)
     ids = torch.cat((torch.zeros(L, 3), positions(rows, columns)))
     rope = rope_table(ids, BASE.axes)
-    return Guide(torch.randn(B, L, D, dtype=dtype), torch.randn(B, D, dtype=dtype), rope, attention)
+    return SelectionInputs(torch.randn(B, L, D, dtype=dtype), torch.randn(B, D, dtype=dtype), rope, attention)
 
 
 def patches_of(picture):

@@ -10,7 +10,7 @@ from pixstack.models_impl.flux.sampling import RectifiedFlow
 from pixstack.models_impl.pixart import sampling as pixart
 from pixstack.models_impl.pixelflow import packing
 from pixstack.models_impl.pixelflow import sampling as pixelflow
-from pixstack.models_impl.pixelflow.schedule import Schedule
+from pixstack.models_impl.pixelflow.schedule import CascadeSchedule
 from pixstack.models_impl.pixelflow.stages import Stages
 from pixstack.models_impl.ultrapixel import sampling as ultrapixel
 from virtual_gpu import GPU, in_steps
@@ -72,13 +72,13 @@ def stage_noise(draw, generator):
 
 def pixelflow_loop(noise, dtype, side=32, **settings):
     return lambda steps: FLOW_OF_STAGES.sample(same, latent(2, 3, side, side, dtype=dtype),
-                                               Schedule.build(STAGES, steps, **settings), noise)
+                                               CascadeSchedule.build(STAGES, steps, **settings), noise)
 
 
 def of_sigmas(dtype):
     def loop(steps):
-        sigmas = Schedule.build(STAGES, steps).sigmas()
-        return FLOW_OF_STAGES.sample(same, latent(2, 3, 32, 32, dtype=dtype), Schedule.from_sigmas(STAGES, sigmas),
+        schedule = CascadeSchedule.from_sigmas(STAGES, CascadeSchedule.build(STAGES, steps).sigmas())
+        return FLOW_OF_STAGES.sample(same, latent(2, 3, 32, 32, dtype=dtype), schedule,
                                      stage_noise(pixelflow.block_noise, torch.Generator))
 
     return loop

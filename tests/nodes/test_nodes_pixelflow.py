@@ -12,7 +12,7 @@ import pytest
 import torch
 from parity_cases import cases
 from pixstack.models_impl.pixelflow import sampling
-from pixstack.models_impl.pixelflow.schedule import Schedule, guidance_scales
+from pixstack.models_impl.pixelflow.schedule import CascadeSchedule, guidance_scales
 from pixstack.models_impl.state_dict import read_file, write_file
 from safetensors import safe_open
 from torch.nn import functional as F
@@ -152,7 +152,7 @@ def test_the_sampler_draws_what_the_library_draws(flow, kind, policy, solver):
     model = getattr(flow, kind)
     stages = model.model.model_sampling.stages
     scales = guidance_scales(policy, 3.0, stages.num_stages)
-    schedule = Schedule.build(stages, 2, 1.5, scales, solver)
+    schedule = CascadeSchedule.build(stages, 2, 1.5, scales, solver)
     noise, small = noise_like(torch.zeros(1, 3, 64, 64)), 64 // 2 ** (stages.num_stages - 1)
     with torch.inference_mode():
         expected = sampling.CascadeFlow(stages).sample(
@@ -246,7 +246,7 @@ def test_reference_noise_is_the_stream_of_the_reference(flow):
     predict = unguided(flow, flow.text, conditions(flow, flow.text))
     with torch.inference_mode():
         expected = sampling.CascadeFlow(stages).sample(
-            predict, noise[0], Schedule.build(stages, 2, 1.0, 3.0), lambda stage, shape: noise[stage]
+            predict, noise[0], CascadeSchedule.build(stages, 2, 1.0, 3.0), lambda stage, shape: noise[stage]
         )
     how = sampler(flow, reference_noise=True)
     assert (draw(flow, flow.text, how=how, seed=5) - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -492,7 +492,7 @@ def test_prompts_padded_to_share_a_batch_equal_separate_ones(flow):
     noise = noise_like(torch.zeros(1, 3, 64, 64))
     with torch.inference_mode():
         apart = sampling.CascadeFlow(stages).sample(
-            predict, noise[..., :16, :16], Schedule.build(stages, 2, 1.0, 3.0), flow.cascade.StageNoise(1))
+            predict, noise[..., :16, :16], CascadeSchedule.build(stages, 2, 1.0, 3.0), flow.cascade.StageNoise(1))
     assert (together - apart).abs().max() < 1e-4 * apart.abs().max()
 
 

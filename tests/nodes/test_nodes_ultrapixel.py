@@ -263,7 +263,7 @@ def test_another_seed_is_another_picture_though_its_first_noise_is_the_same(ultr
 
 def test_reference_noise_is_one_stream_in_the_order_of_the_original(ultra):
     shape, low, steps = (2, 16, *HIGH), (2, 16, *LOW), 4
-    draw = ultra.sampling.ReferenceNoise(noise_of(2), 11, torch.Size(low))
+    draw = ultra.sampling.ReferencePassNoise(noise_of(2), 11, torch.Size(low))
     ours = [draw.high_start, draw.low_start, *(draw.low(i, low) for i in range(3))]
     draw.end_low(3, steps)
     ours += [draw.high(i, shape) for i in range(steps)]
@@ -276,14 +276,14 @@ def test_reference_noise_is_one_stream_in_the_order_of_the_original(ultra):
 
 def test_reference_draws_its_first_noise_as_core_does(ultra):
     noise = ultra.comfy.sample.prepare_noise(torch.zeros(1, 16, *HIGH), 11)
-    assert torch.equal(ultra.sampling.ReferenceNoise(noise, 11, torch.Size((1, 16, *LOW))).high_start, noise)
+    assert torch.equal(ultra.sampling.ReferencePassNoise(noise, 11, torch.Size((1, 16, *LOW))).high_start, noise)
 
 
 def test_reference_rescales_over_the_batch_and_leaves_steps_after_20_unguided(ultra, monkeypatch):
     model, noise = guided(ultra), noise_of(2)
     runs = []
-    real = ultra.sampling.Model.__call__
-    monkeypatch.setattr(ultra.sampling.Model, "__call__", lambda self, x, t, run=None: runs.append(
+    real = ultra.sampling.GuiderPrediction.__call__
+    monkeypatch.setattr(ultra.sampling.GuiderPrediction, "__call__", lambda self, x, t, run=None: runs.append(
         (x.shape[-1], type(run).__name__)) or real(self, x, t, run))
     batch = draw(ultra, model, noise=noise, steps=22, reference=True)
     assert [name for _, name in runs] == ["NoneType"] * 21 + ["Kept"] + ["Guided"] * 20 + ["NoneType"] * 2

@@ -236,5 +236,5 @@ def test_the_classes_are_those_of_the_libraries():
     for library, module in ((optimizers.TORCH, torch.optim), (optimizers.MORE, pytorch_optimizer.optimizer)):
         for name in optimizers.classes(library):
             assert issubclass(getattr(module, name), torch.optim.Optimizer)
-            assert optimizers.arguments(optimizers.Kind(library, name)), name
+            assert optimizers.arguments(optimizers.OptimizerKind(library, name)), name
     assert all(hasattr(torch.optim, n) or hasattr(pytorch_optimizer.optimizer, n) for n in optimizers.REFUSED)

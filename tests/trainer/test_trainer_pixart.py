@@ -12,7 +12,7 @@ from pixstack.models_impl.pixart import checkpoint, sampling
 from pixstack.trainer.config import schema
 from pixstack.trainer.export import cards, exporting
 from pixstack.trainer.features import taesd
-from pixstack.trainer.recipes.pixart.task import Noising
+from pixstack.trainer.recipes.noised import NoisedBatch
 from pixstack.trainer.training import checkpoints, optim
 from pixstack.trainer.training.groups import Group
 from pixstack.trainer.training.noise import batch_noise
@@ -64,7 +64,7 @@ def test_the_loss_of_a_parity_case_is_the_references(made, name):
     config, i, outputs = tiny_pixart.case(name)
     d = recipe.denoising
     noisy = d.schedule.add_noise(i["x_start"], i["noise"], i["timestep"])
-    step = Noising(i["x_start"], i["noise"], noisy, i["timestep"], {})
+    step = NoisedBatch(i["x_start"], i["noise"], noisy, i["timestep"], {})
     loss = sum(d.losses(lambda x, t: i["model_output"], step, snr_switch=config.get("snr", False)))
     torch.testing.assert_close(loss, outputs["loss"], rtol=1e-4, atol=1e-4)
 
@@ -92,7 +92,7 @@ def test_a_v_prediction_network_learns_the_velocity(made):
     batch = batches(0, range(6))
     d = recipe.denoising
     step = d.noising(batch, d.drawn(batch, 0)[0], None, 0)
-    perfect = d.schedule.velocity(step.latent, step.noise, step.timestep)
+    perfect = d.schedule.velocity(step.latent, step.noise, step.time)
     error, bound = d.losses(lambda x, t, **_: torch.cat([perfect, perfect], 1), step, variance=0.0)
     assert error.abs().max() < 1e-9 and not bound.any()
     assert recipe(batch).isfinite().all()

@@ -22,7 +22,7 @@ from pixstack.trainer.data.pictures import shown, tensor
 from pixstack.trainer.export import exporting
 from pixstack.trainer.features import cache
 from pixstack.trainer.training import build, checkpoints, optim
-from pixstack.trainer.training.ema import Ema
+from pixstack.trainer.training.ema import EmaWeights
 from tiny_pixart import recipe_of
 from weights import tiny_hed
 
@@ -71,7 +71,7 @@ def test_the_lcm_loss_of_a_parity_case_is_the_references(made, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_target_is_the_ema(made, precision):
     recipe, batches = recipe_of(made("pixart_lcm", "recipe.lora=false", "ema.decay=0.95", f"precision={precision}"))
-    recipe.ema = Ema(recipe, 0.95)
+    recipe.ema = EmaWeights(recipe, 0.95)
     other = deepcopy(recipe.net)
     with torch.no_grad():
         for name, p in recipe.net.named_parameters():

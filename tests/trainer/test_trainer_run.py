@@ -9,7 +9,7 @@ import torch
 from pixstack.trainer.export import exporting
 from pixstack.trainer.features import tokenizer
 from pixstack.trainer.training import checkpoints
-from pixstack.trainer.training.ema import Ema
+from pixstack.trainer.training.ema import EmaWeights
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_advice(path, tmp_path)
 
 def test_the_average_is_the_papers_formula():
     module = torch.nn.Linear(2, 2)
-    ema = Ema(module, 0.9)
+    ema = EmaWeights(module, 0.9)
     start = module.weight.detach().clone()
     with torch.no_grad():
         module.weight += 1
@@ -168,7 +168,7 @@ def test_the_average_is_the_papers_formula():
 
 def test_the_average_is_worn_only_inside():
     module = torch.nn.Linear(2, 2)
-    ema = Ema(module, 0.9)
+    ema = EmaWeights(module, 0.9)
     start = module.weight.detach().clone()
     with torch.no_grad():
         module.weight += 1

@@ -15,7 +15,7 @@ LIST = {TORCH: "__all__", MORE: "OPTIMIZER_LIST"}
 
 
 @dataclass(frozen=True)
-class Kind:
+class OptimizerKind:
     library: str
     cls: str
     defaults: dict = field(default_factory=dict)
@@ -38,17 +38,18 @@ class Kind:
 
 
 NAMED = {
-    "adamw": Kind(TORCH, "AdamW"),
-    "adamw8bit": Kind(BITSANDBYTES, "AdamW8bit"),
-    "muon": Kind(TORCH, "AdamW"),  # of what is no matrix
-    "came": Kind(MORE, "CAME"),
+    "adamw": OptimizerKind(TORCH, "AdamW"),
+    "adamw8bit": OptimizerKind(BITSANDBYTES, "AdamW8bit"),
+    "muon": OptimizerKind(TORCH, "AdamW"),  # of what is no matrix
+    "came": OptimizerKind(MORE, "CAME"),
     # d's estimate leaves the learning rate out, which is small during warm-up.
-    "prodigy": Kind(MORE, "Prodigy", {"safeguard_warmup": True}),
+    "prodigy": OptimizerKind(MORE, "Prodigy", {"safeguard_warmup": True}),
     # The learning rate is ours, and there is no first moment (arXiv 1804.04235, algorithm 4) unless betas ask for one.
-    "adafactor": Kind(MORE, "AdaFactor", {"betas": (None, 0.999), "relative_step": False, "scale_parameter": False}),
-    "lion": Kind(MORE, "Lion"),
-    "schedule_free_adamw": Kind(MORE, "ScheduleFreeAdamW"),
-    "stable_adamw": Kind(MORE, "StableAdamW"),
+    "adafactor": OptimizerKind(MORE, "AdaFactor", {"betas": (None, 0.999), "relative_step": False,
+                                                   "scale_parameter": False}),
+    "lion": OptimizerKind(MORE, "Lion"),
+    "schedule_free_adamw": OptimizerKind(MORE, "ScheduleFreeAdamW"),
+    "stable_adamw": OptimizerKind(MORE, "StableAdamW"),
 }
 
 REFUSED = {
@@ -71,12 +72,12 @@ OURS = {"lr": "optimizer.learning_rate", "betas": "optimizer.betas", "eps": "opt
 """Argument -> what decides it, so that it is none of optimizer.arguments."""
 
 
-def kind(name: str) -> Kind | None:
+def kind(name: str) -> OptimizerKind | None:
     """What a name stands for, one of ours or a class of torch.optim or pytorch_optimizer; None where it is unknown."""
     if name in NAMED:
         return NAMED[name]
     library = next((one for one in (TORCH, MORE) if name in classes(one)), None)
-    return None if library is None else Kind(library, name)
+    return None if library is None else OptimizerKind(library, name)
 
 
 # --- Source
@@ -107,7 +108,7 @@ def classes(library: str) -> tuple[str, ...]:
     return tuple(sorted(n for n in names if n[0].isupper() and n != "Optimizer" and n not in REFUSED))
 
 
-def arguments(chosen: Kind) -> dict[str, object]:
+def arguments(chosen: OptimizerKind) -> dict[str, object]:
     """Argument of a class -> its default as far as it is a plain value; empty where the source does not show them."""
     folder = place(chosen.library)
     found = folder and definition(folder / "__init__.py", chosen.cls)

@@ -149,8 +149,8 @@ class Batches:
         mixed, groups = priors(self.group, self.share), batch_size // self.group
         shown = in_buckets([items[i] for i in own], settings)
         self.buckets = {size: [own[i] for i in some] for size, some in shown.items()}
-        self.schedule = schedule.Schedule(self.buckets, seed, batch_size - groups * mixed, self.group - mixed)
-        self.prior = schedule.Schedule({(0, 0): prior}, seed + 1, groups * mixed, mixed) if mixed else None
+        self.schedule = schedule.BucketSchedule(self.buckets, seed, batch_size - groups * mixed, self.group - mixed)
+        self.prior = schedule.BucketSchedule({(0, 0): prior}, seed + 1, groups * mixed, mixed) if mixed else None
         self.pending: dict[tuple, list] = {}
 
     def at(self, step: int, position: int) -> tuple[int, Size]:

@@ -9,7 +9,7 @@ import torch
 from .buckets import Size
 
 
-class Schedule:
+class BucketSchedule:
     """Which pictures make up which batch: a function only of (seed, step, position).
 
     A bucket shows its pictures in an endless row, all of them in one order, then all of them in another, and so on. The

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config.schema import Config
 from ..data.layouts import Item
 from ..data.loader import Batch
-from ..training.ema import Ema
+from ..training.ema import EmaWeights
 from ..training.groups import Group
 from .settings import Settings
 
@@ -43,7 +43,7 @@ class Recipe(Protocol):
     """What `make_encoders` made."""
     teacher: Sequence[nn.Module]
     """Frozen networks that are no part of the run folder, and are counted as memory."""
-    ema: Ema | None
+    ema: EmaWeights | None
     """The moving average of the weights, which the loop sets."""
     whole: Sequence[str]
     """Modules that are called part by part, which FSDP2 must leave whole in each process."""
@@ -103,7 +103,7 @@ class Base(nn.Module):
 
     encoders: Sequence[Encoder] = ()
     teacher: Sequence[nn.Module] = ()
-    ema: Ema | None = None
+    ema: EmaWeights | None = None
     whole: Sequence[str] = ()
     previews = False
     of_pictures = False

@@ -97,7 +97,7 @@ class Clock(TorchDispatchMode):
     def __init__(self, rates: Rates):
         super().__init__()
         self.rates, self.fake, self.cost = rates, FakeTensorMode(allow_non_fake_inputs=True), Cost()
-        self.blocks: dict[tuple, Block] = {}
+        self.blocks: dict[tuple, BlockCost] = {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         # What was made on the meta device, a schedule's table for instance, is with everything else.
@@ -128,7 +128,7 @@ class Clock(TorchDispatchMode):
 
 
 @dataclass
-class Block:
+class BlockCost:
     """The cost of a block, and its outputs: what they are without their memory, and how they are put together."""
 
     forward: Cost
@@ -141,7 +141,7 @@ class StandIn(torch.autograd.Function):
     """A block that is known already."""
 
     @staticmethod
-    def forward(ctx, clock: Clock, block: Block, anchor: Tensor | None, *given: Tensor):
+    def forward(ctx, clock: Clock, block: BlockCost, anchor: Tensor | None, *given: Tensor):
         """anchor: a weight that learns, if the block has one."""
         ctx.clock, ctx.block = clock, block
         ctx.save_for_backward(anchor, *given)
@@ -174,7 +174,7 @@ def shorten(module: nn.Module, clock: Clock):
     module.forward = forward
 
 
-def look_at(whole, args, kwargs, weights: list[Tensor], clock: Clock) -> Block:
+def look_at(whole, args, kwargs, weights: list[Tensor], clock: Clock) -> BlockCost:
     args, kwargs = tree_map(lambda x: x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x,
                             (args, kwargs))
     inputs = [x for x in (*tree_leaves((args, kwargs)), *weights) if isinstance(x, Tensor) and x.requires_grad]
@@ -184,7 +184,7 @@ def look_at(whole, args, kwargs, weights: list[Tensor], clock: Clock) -> Block:
         if learns := [one for one in outputs if isinstance(one, Tensor) and one.requires_grad]:
             torch.autograd.grad(learns, inputs, [torch.empty_like(one) for one in learns], retain_graph=True,
                                 allow_unused=True)
-    return Block(forward, backward, [one.detach() if isinstance(one, Tensor) else one for one in outputs], spec)
+    return BlockCost(forward, backward, [one.detach() if isinstance(one, Tensor) else one for one in outputs], spec)
 
 
 class Blank:

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..distributed import sharded
 
 
-class Ema:
+class EmaWeights:
     def __init__(self, module: nn.Module, decay: float, warm_up: bool = False):
         self.decay, self.warm_up = decay, warm_up
         self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}

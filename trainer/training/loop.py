@@ -5,14 +5,14 @@ import torch
 
 from ..config.schema import Config
 from ..distributed import strategy
-from .ema import Ema
+from .ema import EmaWeights
 from .optim import Optimizers
 
 
 def train(recipe, batches, config: Config, run, accelerator):
     together = strategy.of(recipe, config, accelerator)
     optimizer = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
-    ema = recipe.ema = Ema(recipe, config.ema.decay, config.ema.warm_up)  # LCM's target is made of it
+    ema = recipe.ema = EmaWeights(recipe, config.ema.decay, config.ema.warm_up)  # LCM's target is made of it
     step = run.restore(recipe, ema, optimizer)
     parts = parts_of(config, accelerator.process_index, accelerator.num_processes)
     together.start(optimizer, len(parts), len(parts[0]))

@@ -16,7 +16,7 @@ def one_pass_is_faster(tokens: int, device: torch.device) -> bool:
     return device.type != "cpu" or tokens <= FEW
 
 
-class Text(comfy.conds.CONDRegular):
+class TextCond(comfy.conds.CONDRegular):
     """Text tokens (B, L, C). Prompts of different lengths share a batch, if they may: the shorter one is padded with
     zeros."""
 
@@ -39,7 +39,7 @@ class Text(comfy.conds.CONDRegular):
         return torch.cat([F.pad(row, (*padding, 0, longest - row.shape[1])) for row in rows])
 
 
-class TextMask(Text):
+class TextMask(TextCond):
     """1 = keep, (B, L), padded like the tokens; None where all are kept, because a mask rules out flash attention."""
 
     def concat(self, others) -> Tensor | None:
@@ -54,7 +54,7 @@ class Exact(comfy.conds.CONDRegular):
         return (super().concat(others),)
 
 
-class Prompt:
+class PromptCache:
     """One prompt of one sampling run; what a network computes only from it can be kept here for as long."""
 
     def __init__(self):
@@ -64,7 +64,7 @@ class Prompt:
 class PromptKey(comfy.conds.CONDRegular):
     """Whose tokens the rows of a batch are: a tuple of (Prompt, how many rows)."""
 
-    def __init__(self, prompt: Prompt, rows: int = 1):
+    def __init__(self, prompt: PromptCache, rows: int = 1):
         super().__init__(prompt)
         self.rows = rows
 

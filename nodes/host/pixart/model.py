@@ -17,7 +17,7 @@ from ....models_impl.pixart.model import PixArt, TextTokens
 from ....models_impl.pixart.sampling import PixArtDiffusion
 from ....models_impl.state_dict import config_tensor
 from ..common.attention import host_attention
-from ..common.conds import Exact, Prompt, PromptKey, Text, TextMask, one_pass_is_faster
+from ..common.conds import Exact, PromptCache, PromptKey, TextCond, TextMask, one_pass_is_faster
 from ..common.control import AREA, Area
 from ..common.prefetch import host_prefetch
 from ..common.text import check_type
@@ -65,7 +65,7 @@ class VelocitySampling(DiffusionSampling, comfy.model_sampling.V_PREDICTION):
     predicts = comfy.model_sampling.V_PREDICTION
 
 
-class Network(PixArt):
+class PixArtNetwork(PixArt):
     """The transformer under the calling convention of ComfyUI's diffusion models."""
 
     def __init__(self, image_model=None, dtype=None, device=None, operations=None, **config):
@@ -145,7 +145,7 @@ class PixArtModel(comfy.model_base.PixArt):
         config = model_config.pixart
         velocity = config.prediction == "v"
         kind = comfy.model_base.ModelType.V_PREDICTION if velocity else comfy.model_base.ModelType.EPS
-        comfy.model_base.BaseModel.__init__(self, model_config, kind, device=device, unet_model=Network)
+        comfy.model_base.BaseModel.__init__(self, model_config, kind, device=device, unet_model=PixArtNetwork)
         self.model_sampling = (VelocitySampling if velocity else EpsSampling)(PixArtDiffusion.of(config))
 
     @property
@@ -158,9 +158,9 @@ class PixArtModel(comfy.model_base.PixArt):
         check_type(entries, padded=False, model="PixArt")
         context, mask = self._trim(self._context(cross_attn), attention_mask)
         fill = noise is None or one_pass_is_faster(self._patches(noise), noise.device)
-        conds = {"c_crossattn": Text(context, fill), "mask": TextMask(mask, fill)}
+        conds = {"c_crossattn": TextCond(context, fill), "mask": TextMask(mask, fill)}
         if hooks is None:  # hooks may change the weights during the run
-            conds["prompts"] = PromptKey(Prompt())
+            conds["prompts"] = PromptKey(PromptCache())
         if "control" in entries and noise is not None:
             conds[AREA] = Area(tuple(noise.shape[-2:]))
         if self.config.micro_conditions:

@@ -15,7 +15,7 @@ from ....models_impl.pixelflow.model import PixelFlow
 from ....models_impl.pixelflow.stages import TRAIN_TIMESTEPS, Stages
 from ....models_impl.state_dict import config_tensor
 from ..common.attention import host_attention
-from ..common.conds import Text, TextMask
+from ..common.conds import TextCond, TextMask
 from ..common.prefetch import host_prefetch
 from ..common.text import check_type
 
@@ -72,7 +72,7 @@ class CascadeSampling(torch.nn.Module):
         return latent
 
 
-class Network(PixelFlow):
+class PixelFlowNetwork(PixelFlow):
     """The transformer under the calling convention of ComfyUI's diffusion models."""
 
     def __init__(self, image_model=None, dtype=None, device=None, operations=None, **config):
@@ -115,7 +115,7 @@ class ModelConfig(comfy.supported_models_base.BASE):
 
 class PixelFlowModel(comfy.model_base.BaseModel):
     def __init__(self, model_config: ModelConfig, device=None):
-        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=Network)
+        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=PixelFlowNetwork)
         self.model_sampling = CascadeSampling(Stages(self.config.num_stages))
 
     @property
@@ -129,7 +129,7 @@ class PixelFlowModel(comfy.model_base.BaseModel):
             context = self._text(cross_attn, labels)
             check_type(entries, padded=False, model="PixelFlow")
             mask = torch.ones(context.shape[:2]) if attention_mask is None else attention_mask
-            conds["c_crossattn"] = Text(context)
+            conds["c_crossattn"] = TextCond(context)
             conds["mask"] = TextMask(mask.to(context.device, torch.long))  # ComfyUI would make a bool one floats
         if self.config.num_classes:
             conds["class_labels"] = comfy.conds.CONDRegular(self._classes(labels))

@@ -25,7 +25,7 @@ from ....models_impl.pixelflow.sampling import (
     block_noise_reference,
     shrink,
 )
-from ....models_impl.pixelflow.schedule import GUIDANCE, Schedule, guidance_scales
+from ....models_impl.pixelflow.schedule import GUIDANCE, CascadeSchedule, guidance_scales
 from ....models_impl.pixelflow.stages import Stages, stage_size
 from ..common import step_cache
 from .model import CascadeSampling, PixelFlowModel
@@ -77,12 +77,12 @@ class CascadeSampler(comfy.samplers.Sampler):
         if denoise_mask is not None:
             raise ValueError("PixelFlow cannot inpaint: take the noise mask off the latent.")
         stages = cascade.stages
-        schedule = Schedule.from_sigmas(stages, sigmas.cpu(), self._scales(model_wrap, config), self.solver)
+        schedule = CascadeSchedule.from_sigmas(stages, sigmas.cpu(), self._scales(model_wrap, config), self.solver)
         first = schedule.plans[0]
         is_state = self._is_state(first, noise)
         full = _full_size(latent_image if is_state else noise, first.stage if is_state else None, config)
         seed = extra_args.get("seed") or 0
-        draw = ReferenceNoise(seed, full, stages, noise.device) if self.reference_noise else StageNoise(seed)
+        draw = ReferenceStageNoise(seed, full, stages, noise.device) if self.reference_noise else StageNoise(seed)
         x = latent_image if is_state else self._noisy(noise, latent_image, first, draw, stages)
         options = extra_args.get("model_options", {})
 
@@ -156,7 +156,7 @@ class StageNoise:
         return block_noise(shape, torch.Generator().manual_seed((self.seed * 1000 + stage) % 2**63))
 
 
-class ReferenceNoise:
+class ReferenceStageNoise:
     """The global streams of the reference: white noise from the device for stage 0, then from the CPU block after block
     for every jump."""
 

@@ -47,17 +47,18 @@ class GuidedSampler(comfy.samplers.Sampler):
         low = self._low(latent_image, noise, sigmas, model_wrap)
         if strengths:
             _check_tokens(low, guide.config.max_tokens)
-        source = ReferenceNoise if self.reference else SeededNoise
+        source = ReferencePassNoise if self.reference else SeededNoise
         draw = source(noise, extra_args.get("seed") or 0, low.shape)
         total = steps + (keep + 1 if strengths else 0)
 
         with _two_passes(model_wrap) as conditions, tqdm(total=total, disable=disable_pbar) as bar:
-            report = Report(callback, bar, total)
+            report = PassProgress(callback, bar, total)
             image = None
             if strengths:
                 mask = None if denoise_mask is None else F.interpolate(denoise_mask, low.shape[-2:], mode="area")
                 conditions.low(low.shape[-2:])
-                model = Model(model_wrap, sigmas, extra_args, draw.low_start, low, mask, report, self.reference)
+                model = GuiderPrediction(model_wrap, sigmas, extra_args, draw.low_start, low, mask, report,
+                                         self.reference)
                 kept = Kept(conditions.positive(), self.reference)
 
                 def features(x, timestep):
@@ -71,8 +72,8 @@ class GuidedSampler(comfy.samplers.Sampler):
                 conditions.high()
             draw.end_low(keep if strengths else 0, steps)
             step_cache.restart(extra_args["model_options"])
-            model = Model(model_wrap, sigmas, extra_args, draw.high_start, latent_image, denoise_mask, report,
-                          self.reference)
+            model = GuiderPrediction(model_wrap, sigmas, extra_args, draw.high_start, latent_image, denoise_mask,
+                                     report, self.reference)
 
             def predict(x, timestep):
                 ends = self.reference and model.step >= REFERENCE_GUIDED_STEPS
@@ -134,11 +135,11 @@ def _check_tokens(low: Tensor, most: int):
                          f"{most}: connect the output 'low' of 'UltraPixel Canvas' to low_latent, not 'stage_c'.")
 
 
-class Model:
+class GuiderPrediction:
     """A guider as `sampling` wants it: the noise in a variance-preserving x, one level after the other."""
 
     def __init__(self, guider, sigmas: Tensor, extra_args: dict, noise: Tensor, latent: Tensor, mask: Tensor | None,
-                 report: Report, whole_batch: bool):
+                 report: PassProgress, whole_batch: bool):
         self.guider, self.sigmas, self.extra_args, self.report = guider, sigmas, extra_args, report
         self.noise, self.latent, self.mask, self.whole_batch = noise, latent, mask, whole_batch
         self.step = 0
@@ -165,7 +166,7 @@ class Model:
         return (noisy - denoised) / sigma
 
 
-class Report:
+class PassProgress:
     """Steps and previews of both passes in one count."""
 
     def __init__(self, callback, bar, total: int):
@@ -203,7 +204,7 @@ class SeededNoise:
         pass
 
 
-class ReferenceNoise:
+class ReferencePassNoise:
     """One global stream: the noise of the picture and of the low-resolution pass from the CPU, then that of every step
     from the device. So the picture's noise moves with the number of steps and the size of the low-resolution pass."""
 
@@ -235,12 +236,12 @@ def _two_passes(guider):
         raise ValueError("UltraPixel draws at two sizes, so conditioning areas cannot be followed. Use masks: "
                          "Conditioning (Set Mask) with set_cond_area 'default'.")
     try:
-        yield Conditions(guider, conds)
+        yield PassConditions(guider, conds)
     finally:
         guider.conds = conds
 
 
-class Conditions:
+class PassConditions:
     def __init__(self, guider, conds: dict):
         self.guider, self.conds = guider, conds
 

@@ -7,7 +7,7 @@ import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.pixelflow import checkpoint, packing, sampling
 from pixstack.models_impl.pixelflow.model import PackedLayout, PixelFlow, rope_table
-from pixstack.models_impl.pixelflow.schedule import Schedule, guidance_scales
+from pixstack.models_impl.pixelflow.schedule import CascadeSchedule, guidance_scales
 from pixstack.models_impl.pixelflow.stages import Stages
 
 from .registry import TOLERANCE, adapter
@@ -161,7 +161,7 @@ def sampler(case):
     policy = "constant" if config.text_conditional else "scaled"
     guidance = guidance_scales(policy, c["guidance"], num_stages)
     solver = {"dopri5": "dopri5_reference"}.get(c["solver"], c["solver"])
-    schedule = Schedule.build(stages, c["steps"], c["shift"], guidance, solver)
+    schedule = CascadeSchedule.build(stages, c["steps"], c["shift"], guidance, solver)
     if config.text_conditional:  # rows are [uncond, cond]
         uncond, cond = ({"context": x, "mask": m} for x, m in zip(i["context"].chunk(2), i["context_mask"].chunk(2),
                                                                   strict=True))
@@ -190,7 +190,7 @@ def sampler(case):
     for k, plan in enumerate(schedule.plans):
         if k:
             x = sampling.jump(x, k, noise(k, None), stages)
-        x = flow.sample(predict, x, Schedule(stages, (plan,), solver), noise)
+        x = flow.sample(predict, x, CascadeSchedule(stages, (plan,), solver), noise)
         results[f"latent_stage{k}"] = x[:B]
     whole = flow.sample(predict, start, schedule, noise)
     assert torch.equal(whole, x), "the stages one by one do not repeat the whole cascade"

@@ -9,7 +9,7 @@ from pixstack.models_impl.flux.model import Flux, rope_table
 from pixstack.models_impl.flux.sampling import RectifiedFlow
 from pixstack.models_impl.pixelponder import checkpoint
 from pixstack.models_impl.pixelponder.model import HintEncoders, PixelPonder
-from pixstack.models_impl.pixelponder.patch_select import Conditions, Guide, Released
+from pixstack.models_impl.pixelponder.patch_select import Conditions, Released, SelectionInputs
 from pixstack.models_impl.pixelponder.select_net import AsRun, Picked, SelectNet
 
 from .registry import TOLERANCE, adapter
@@ -112,7 +112,7 @@ def patch_select(case):
     state_dict.load_into(net, weights, "the selection network")
     conditions = conditions_of(case)
     ids = torch.cat((i["txt_ids"], i["img_ids"]), dim=1)
-    guide = Guide(i["txt"], i["vec"], rope_table(ids, c["axes_dim"], c.get("theta", 10000)), attention)
+    guide = SelectionInputs(i["txt"], i["vec"], rope_table(ids, c["axes_dim"], c.get("theta", 10000)), attention)
     everywhere = torch.arange(recorded["type"].shape[-1]).expand(i["vec"].shape[0], -1)
     features = net.features(net.step(net.tokens(conditions), guide), everywhere, None)
     last = Picked(recorded["type"][-1], recorded["top"][-1])

@@ -24,7 +24,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Autoencoder(Settings):
+class AutoencoderSettings(Settings):
     name: ClassVar[str] = "autoencoder"
     module: ClassVar[str] = "autoencoder.recipe"
     Model: ClassVar[type] = Model
@@ -60,4 +60,4 @@ class Autoencoder(Settings):
         return problems
 
 
-RECIPES = {Autoencoder.name: Autoencoder}
+RECIPES = {AutoencoderSettings.name: AutoencoderSettings}

@@ -18,6 +18,7 @@ from ...features import text_encoders
 from ...memory.activations import casts
 from ...training.groups import Group, groups
 from ..contract import Base, Files
+from ..noised import NoisedBatch
 from . import task
 from .settings import new_shape
 
@@ -62,8 +63,8 @@ class Recipe(Base):
             step = self.flow.noising(batch, sigma[own], self.device, self.config.seed, dropped[own])
             return self.losses(batch, step)
 
-    def losses(self, batch, step: task.Noising) -> Tensor:
-        return self.flow.loss(self.predict(step.noisy, step.sigma, step.condition), step)
+    def losses(self, batch, step: NoisedBatch) -> Tensor:
+        return self.flow.loss(self.predict(step.noisy, step.time, step.condition), step)
 
     def predict(self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Velocity of latents (B, C, h, w)."""

@@ -32,7 +32,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Flux(Settings):
+class FluxSettings(Settings):
     name: ClassVar[str] = "flux"
     module: ClassVar[str] = "flux.recipe"
     Model: ClassVar[type] = Model
@@ -53,7 +53,7 @@ class Flux(Settings):
         return problems + of_family(config) + (of_shape(config, shape) if shape else [])
 
 
-RECIPES = {Flux.name: Flux}
+RECIPES = {FluxSettings.name: FluxSettings}
 
 
 def new_shape(config: Config, text_width: int) -> FluxConfig:

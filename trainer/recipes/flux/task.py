@@ -3,7 +3,7 @@ flow that is learned, and the way back to pictures. (black-forest-labs/flux; tra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from ...features import text_encoders, vaes
 from ...memory.activations import fused, kept_bytes, of_stack
 from ...training.noise import VALIDATION, batch_noise, generator, spread
 from ...training.validation import quarters
+from ..noised import NoisedBatch
 from .settings import CELL, of_shape
 
 LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159  # FLUX reads (latent - shift) * scale
@@ -56,25 +57,6 @@ def shape_problems(config: Config, shape: FluxConfig) -> list[str]:
     return vaes.vae_problems(config.vae.path, shape.in_channels // 4, "this FLUX") + of_shape(config, shape)
 
 
-@dataclass(frozen=True)
-class Noising:
-    """What one training step asks the network about a batch."""
-
-    latent: Tensor
-    """(B, C, h, w) as FLUX reads it"""
-    noise: Tensor
-    noisy: Tensor
-    sigma: Tensor
-    """(B,) in (0, 1)"""
-    condition: dict[str, Tensor]
-    """context (B, L, D), pooled (B, P), guidance (B,)."""
-
-    def rows(self, index: list[int]) -> Noising:
-        """Some pictures of the batch."""
-        return Noising(*(t[index] for t in (self.latent, self.noise, self.noisy, self.sigma)),
-                       {name: value[index] for name, value in self.condition.items()})
-
-
 class FluxFlow:
     """Everything about a FLUX but its weights: latents, captions, noise, the loss, samples."""
 
@@ -106,7 +88,7 @@ class FluxFlow:
         scale = torch.full((len(captions),), self.guidance if guidance is None else guidance, device=device)
         return {"context": context, "pooled": pooled, "guidance": scale}
 
-    def noising(self, batch, sigma: Tensor, device, seed: int, dropped: Tensor | None = None) -> Noising:
+    def noising(self, batch, sigma: Tensor, device, seed: int, dropped: Tensor | None = None) -> NoisedBatch:
         """dropped: (B,) bool, captions that are replaced by the empty one."""
         latent = (self.vae.latents(batch, device, seed) - LATENT_SHIFT) * LATENT_SCALE
         noise = batch_noise(seed, batch.step, batch.positions, latent.shape[1:], device)
@@ -114,11 +96,11 @@ class FluxFlow:
         captions = ["" if d else c for c, d in zip(batch.captions, drop, strict=True)]
         sigma = sigma.to(device)
         noisy = self.diffusion.add_noise(latent, noise, sigma)
-        return Noising(latent, noise, noisy, sigma, self.condition(captions, device))
+        return NoisedBatch(latent, noise, noisy, sigma, self.condition(captions, device))
 
-    def loss(self, velocity: Tensor, step: Noising) -> Tensor:
+    def loss(self, velocity: Tensor, step: NoisedBatch) -> Tensor:
         """(B,), of what a network predicts."""
-        return self.diffusion.loss(velocity, step.latent, step.noise, step.sigma)
+        return self.diffusion.loss(velocity, step.latent, step.noise, step.time)
 
     def fixed_sigma(self, positions: range) -> Tensor:
         """Noise levels that never change, spread over their distribution in training: (B,)."""
@@ -126,7 +108,7 @@ class FluxFlow:
         return sampling.training_sigma(torch.special.ndtri(quantile.double()).float())
 
     @torch.no_grad()
-    def validate(self, batches: list, device, losses: Callable[[object, Noising], Tensor]) -> dict[str, float]:
+    def validate(self, batches: list, device, losses: Callable[[object, NoisedBatch], Tensor]) -> dict[str, float]:
         """Mean loss of the held-out pictures, whole and by quarters of the noise level. losses: (batch, noising) ->
         (B,)."""
         found, levels = [], []

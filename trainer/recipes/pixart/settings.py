@@ -59,7 +59,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Full(Settings):
+class PixArtSettings(Settings):
     name: ClassVar[str] = "pixart"
     module: ClassVar[str] = "pixart.full"
     Model: ClassVar[type] = Model
@@ -78,7 +78,7 @@ class Full(Settings):
 
 
 @dataclass(frozen=True)
-class Lora(Settings):
+class PixArtLoraSettings(Settings):
     name: ClassVar[str] = "pixart_lora"
     module: ClassVar[str] = "pixart.lora"
     Model: ClassVar[type] = Model
@@ -96,7 +96,7 @@ class Lora(Settings):
 
 
 @dataclass(frozen=True)
-class ControlNet(Settings):
+class PixArtControlNetSettings(Settings):
     name: ClassVar[str] = "pixart_controlnet"
     module: ClassVar[str] = "pixart.controlnet"
     Model: ClassVar[type] = Model
@@ -142,7 +142,7 @@ class ControlNet(Settings):
 
 
 @dataclass(frozen=True)
-class DreamBooth(Settings):
+class PixArtDreamBoothSettings(Settings):
     name: ClassVar[str] = "pixart_dreambooth"
     module: ClassVar[str] = "pixart.dreambooth"
     Model: ClassVar[type] = Model
@@ -165,7 +165,7 @@ class DreamBooth(Settings):
 
 
 @dataclass(frozen=True)
-class Lcm(Settings):
+class PixArtLcmSettings(Settings):
     name: ClassVar[str] = "pixart_lcm"
     module: ClassVar[str] = "pixart.lcm"
     Model: ClassVar[type] = Model
@@ -190,7 +190,7 @@ class Lcm(Settings):
 
 
 @dataclass(frozen=True)
-class Dmd(Settings):
+class PixArtDmdSettings(Settings):
     name: ClassVar[str] = "pixart_dmd"
     module: ClassVar[str] = "pixart.dmd"
     Model: ClassVar[type] = Model
@@ -248,7 +248,8 @@ class Dmd(Settings):
         return problems
 
 
-RECIPES = {kind.name: kind for kind in (Full, Lora, ControlNet, DreamBooth, Lcm, Dmd)}
+RECIPES = {kind.name: kind for kind in (PixArtSettings, PixArtLoraSettings, PixArtControlNetSettings,
+                                        PixArtDreamBoothSettings, PixArtLcmSettings, PixArtDmdSettings)}
 
 
 def requested(model: Model) -> dict:

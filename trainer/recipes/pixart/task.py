@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,11 @@ from ...training.noise import VALIDATION, batch_noise, generator, spread
 from ...training.validation import quarters
 from .. import adapters
 from ..contract import Base, Files
+from ..noised import NoisedBatch
 from .start import file_problems, frozen, opened
 
 Predict = Callable[..., Tensor]
 """(x, timestep, context=, mask=, size=, aspect_ratio=) -> what a PixArt network says, (B, out_channels, h, w)."""
-
-
-@dataclass(frozen=True)
-class Noising:
-    """What one training step asks the network about a batch."""
-
-    latent: Tensor
-    """(B, C, h, w) times latent_scale"""
-    noise: Tensor
-    noisy: Tensor
-    timestep: Tensor
-    """(B,) whole, int64, on the CPU, where the schedule computes"""
-    condition: dict[str, Tensor]
-    """context, mask, and for a micro-conditioned network size and aspect_ratio."""
 
 
 class PixArtDenoising:
@@ -99,18 +86,18 @@ class PixArtDenoising:
             found["aspect_ratio"] = torch.full((len(captions), 1), label(*pixels), device=device)
         return found
 
-    def noising(self, batch, timestep: Tensor, dropped: Tensor | None, seed: int) -> Noising:
+    def noising(self, batch, timestep: Tensor, dropped: Tensor | None, seed: int) -> NoisedBatch:
         latent = self.latents(batch, seed)
         noise = batch_noise(seed, batch.step, batch.positions, latent.shape[1:], self.device)
         condition = self.condition(batch.captions, dropped, batch.size, batch.sizes)
-        return Noising(latent, noise, self.diffusion.add_noise(latent, noise, timestep), timestep, condition)
+        return NoisedBatch(latent, noise, self.diffusion.add_noise(latent, noise, timestep), timestep, condition)
 
-    def losses(self, predict: Predict, step: Noising, **settings) -> tuple[Tensor, Tensor]:
+    def losses(self, predict: Predict, step: NoisedBatch, **settings) -> tuple[Tensor, Tensor]:
         """(squared error, variational bound of the variance), (B,) each, weighted; a picture's loss is the sum.
         settings: of `PixArtDiffusion.losses`."""
-        timestep = self.diffusion.network_timestep(step.timestep).to(step.noisy.device)
+        timestep = self.diffusion.network_timestep(step.time).to(step.noisy.device)
         prediction = predict(step.noisy, timestep, **step.condition)
-        loss = self.diffusion.losses(prediction, step.latent, step.noise, step.timestep, **settings)
+        loss = self.diffusion.losses(prediction, step.latent, step.noise, step.time, **settings)
         return loss.mse, loss.vb
 
     def prediction(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:

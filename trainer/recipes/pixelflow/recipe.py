@@ -18,7 +18,7 @@ from ....models_impl.guard import reading
 from ....models_impl.pixelflow import checkpoint, packing, sampling
 from ....models_impl.pixelflow.config import PixelFlowConfig
 from ....models_impl.pixelflow.model import PixelFlow
-from ....models_impl.pixelflow.schedule import Schedule, guidance_scales
+from ....models_impl.pixelflow.schedule import CascadeSchedule, guidance_scales
 from ....models_impl.pixelflow.stages import TRAIN_TIMESTEPS, Stages, stage_size
 from ...config.schema import Config
 from ...data.loader import Batch
@@ -188,7 +188,7 @@ class Recipe(Base):
         last = self.stages.num_stages - 1
         policy = "scaled" if self.text is None else "constant"
         guidance = guidance_scales(policy, cfg, self.stages.num_stages)
-        schedule = Schedule.build(self.stages, steps, shift, guidance)
+        schedule = CascadeSchedule.build(self.stages, steps, shift, guidance)
         rng = torch.Generator().manual_seed(seed)
         small = stage_size(height, width, 0, last + 1)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):

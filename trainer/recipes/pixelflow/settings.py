@@ -24,7 +24,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class PixelFlow(Settings):
+class PixelFlowSettings(Settings):
     name: ClassVar[str] = "pixelflow"
     module: ClassVar[str] = "pixelflow.recipe"
     Model: ClassVar[type] = Model
@@ -64,7 +64,7 @@ class PixelFlow(Settings):
         return problems
 
 
-RECIPES = {PixelFlow.name: PixelFlow}
+RECIPES = {PixelFlowSettings.name: PixelFlowSettings}
 
 
 def requested(model: Model) -> dict:

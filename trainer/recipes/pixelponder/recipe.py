@@ -18,7 +18,7 @@ from ....models_impl.guard import reading
 from ....models_impl.pixelponder import checkpoint
 from ....models_impl.pixelponder.accumulate import Accumulate
 from ....models_impl.pixelponder.config import PixelPonderConfig, SelectorConfig
-from ....models_impl.pixelponder.model import Control, PixelPonder
+from ....models_impl.pixelponder.model import ControlOutput, PixelPonder
 from ....models_impl.pixelponder.patch_select import Released
 from ...config.problems import Problems
 from ...config.schema import Config
@@ -29,6 +29,7 @@ from ...memory.activations import casts
 from ...training.groups import Group, groups
 from ..contract import Base, Files
 from ..flux import task
+from ..noised import NoisedBatch
 
 
 def start(config: Config) -> tuple[PixelPonderConfig, dict[str, Tensor], dict[str, Tensor]]:
@@ -136,7 +137,7 @@ class Recipe(Base):
     def device(self) -> torch.device:
         return self.net.img_in.weight.device
 
-    def losses(self, batch, step: task.Noising, sets: list[tuple[int, ...]]) -> Tensor:
+    def losses(self, batch, step: NoisedBatch, sets: list[tuple[int, ...]]) -> Tensor:
         hints, losses, order = {}, [], []
         for some in dict.fromkeys(sets):
             rows = [i for i, s in enumerate(sets) if s == some]
@@ -144,7 +145,7 @@ class Recipe(Base):
                 if i not in hints:
                     hints[i] = self.hints[i].pictures(batch, self.device)
             part = step.rows(rows)
-            said, _ = self.predict(part.noisy, part.sigma, part.condition,
+            said, _ = self.predict(part.noisy, part.time, part.condition,
                                    self.select([(self.kinds[i], hints[i][rows]) for i in some]))
             losses.append(self.flow.loss(said, part))
             order += rows
@@ -158,12 +159,13 @@ class Recipe(Base):
         with self.flow.autocast(self.device):
             return strategy.begin(self.net.conditions(hints))
 
-    def control(self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor], select) -> Control:
+    def control(self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor], select) -> ControlOutput:
         """What the ControlNet adds to FLUX for latents (B, C, h, w)."""
         with self.flow.autocast(self.device):
             return self.net(pack(x), sigma, **condition, select=select, img_ids=task.ids_of(x))
 
-    def predict(self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor], select) -> tuple[Tensor, Control | None]:
+    def predict(self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor],
+                select) -> tuple[Tensor, ControlOutput | None]:
         """Velocity of latents (B, C, h, w), and what the ControlNet did; without `select` it does nothing."""
         control = self.control(x, sigma, condition, select) if select else None
         residuals = control.residuals(1.0, self.base.img_in.weight.dtype) if control else None
@@ -192,7 +194,7 @@ class Recipe(Base):
 
         def losses(batch, step):
             hints = [(kind, h.pictures(batch, self.device)) for kind, h in zip(self.kinds, self.hints, strict=True)]
-            said, control = self.predict(step.noisy, step.sigma, step.condition, self.select(hints))
+            said, control = self.predict(step.noisy, step.time, step.condition, self.select(hints))
             share = control.selection.share.float().flatten(2).mean(-1)  # (1 or B, K)
             shares.append(share.expand(len(said), -1))
             return self.flow.loss(said, step)

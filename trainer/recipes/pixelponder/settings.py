@@ -28,7 +28,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class PixelPonder(Settings):
+class PixelPonderSettings(Settings):
     name: ClassVar[str] = "pixelponder"
     module: ClassVar[str] = "pixelponder.recipe"
     Model: ClassVar[type] = Model
@@ -101,4 +101,4 @@ class PixelPonder(Settings):
         return [self.base]
 
 
-RECIPES = {PixelPonder.name: PixelPonder}
+RECIPES = {PixelPonderSettings.name: PixelPonderSettings}

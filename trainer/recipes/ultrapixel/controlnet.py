@@ -30,12 +30,12 @@ from .settings import CANNY, PIXELS
 from .task import StageCRecipe, file_problems, in_transformer
 
 
-class Hints:
+class HintPictures:
     """The hint of every picture, as `cache` takes it: part "image", (B, channels, H, W) uint8."""
 
     name = "hint"
 
-    def __init__(self, settings: settings.ControlNet, cache: str = "", writer: int = 0):
+    def __init__(self, settings: settings.UltraPixelControlNetSettings, cache: str = "", writer: int = 0):
         self.hint, self.channels = settings.hint, settings.channels
         self.of = "" if self.hint == CANNY else self.hint
         identity = {"hint": self.hint, "channels": self.channels, **({"resize": RESIZE} if not self.of else {})}
@@ -99,7 +99,7 @@ class Recipe(StageCRecipe):
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:
-        return [*make_encoders(config, None, writer), Hints(config.recipe, config.cache.folder, writer)]
+        return [*make_encoders(config, None, writer), HintPictures(config.recipe, config.cache.folder, writer)]
 
     @staticmethod
     def file_problems(config: Config) -> list[str]:

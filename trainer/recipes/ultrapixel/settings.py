@@ -41,7 +41,7 @@ FILES = ("stage_c", "guide", "previewer", "stage_b", "stage_a")  # of Model
 
 
 @dataclass(frozen=True)
-class Guide(Settings):
+class UltraPixelGuideSettings(Settings):
     name: ClassVar[str] = "ultrapixel_guide"
     module: ClassVar[str] = "ultrapixel.guide"
     Model: ClassVar[type] = Model
@@ -76,7 +76,7 @@ class Guide(Settings):
 
 
 @dataclass(frozen=True)
-class Lora(Settings):
+class UltraPixelLoraSettings(Settings):
     name: ClassVar[str] = "ultrapixel_lora"
     module: ClassVar[str] = "ultrapixel.lora"
     Model: ClassVar[type] = Model
@@ -121,7 +121,7 @@ class Lora(Settings):
 
 
 @dataclass(frozen=True)
-class ControlNet(Settings):
+class UltraPixelControlNetSettings(Settings):
     name: ClassVar[str] = "ultrapixel_controlnet"
     module: ClassVar[str] = "ultrapixel.controlnet"
     Model: ClassVar[type] = Model
@@ -162,7 +162,7 @@ class ControlNet(Settings):
         return [config.model.stage_c, config.model.guide]
 
 
-RECIPES = {kind.name: kind for kind in (Guide, Lora, ControlNet)}
+RECIPES = {kind.name: kind for kind in (UltraPixelGuideSettings, UltraPixelLoraSettings, UltraPixelControlNetSettings)}
 
 
 def of_family(config: Config) -> list[str]:
