@@ -178,7 +178,7 @@ def test_prompts_of_different_lengths_run_in_one_pass_and_do_not_mix(art, length
 
 
 def test_on_a_cpu_prompts_of_different_lengths_share_only_a_small_pass(art, monkeypatch):
-    conds = sys.modules[sys.modules[type(art.sigma.model).__module__].Text.__module__]
+    conds = sys.modules[sys.modules[type(art.sigma.model).__module__].TextCond.__module__]
     calls, pictures = [], []
     model = art.sigma.clone()
     model.set_model_unet_function_wrapper(
