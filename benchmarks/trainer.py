@@ -65,6 +65,7 @@ def ours(args, case: str):
     from pixstack.models_impl.pixart.sampling import NoiseSchedule
     from pixstack.trainer.config.schema import Adapter
     from pixstack.trainer.recipes import adapters
+    from pixstack.trainer.recipes.noised import NoisedBatch
     from pixstack.trainer.recipes.pixart import task
 
     config, net = weights(args)
@@ -81,7 +82,7 @@ def ours(args, case: str):
         latent, noise, timestep, text = (t.to(args.device) for t in batch_of(args, step))
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=args.device)
         noisy = schedule.add_noise(latent, noise, timestep)
-        given = task.Noising(latent, noise, noisy, timestep, {"context": text, "mask": mask})
+        given = NoisedBatch(latent, noise, noisy, timestep, {"context": text, "mask": mask})
         with torch.autocast(args.device, torch.bfloat16, args.precision == "bf16"):
             return sum(task.losses(net, given, config, schedule, 0.0)).mean()
 
