@@ -158,7 +158,7 @@ def _check_table(table: Mapping, path: Path):
     their names have no dot, or nothing beside them is a tensor."""
     if not any(isinstance(value, Tensor) for value in table.values()):
         return
-    size = 0
+    size, largest = 0, (-1, "")
     for key, value in table.items():
         if not isinstance(key, str):
             raise ValueError(f"{path.name} holds a weight under {key!r:.50}, which is no name: it is not a model.")
@@ -169,10 +169,12 @@ def _check_table(table: Mapping, path: Path):
             raise ValueError(f"{path.name}: {key[:200]} holds no plain values ({value.layout}, {dtype_name(value)}, "
                              f"{value.device}). Get the model as safetensors.")
         else:
-            size += value.numel() * value.element_size()
+            size += value.nbytes
+            largest = max(largest, (value.nbytes, key))
     if size > MOST_UNPACKED * path.stat().st_size:
-        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, and its weights would take {size:,}: they "
-                         "repeat few values. Get the original file.")
+        raise ValueError(f"{path.name}: {largest[1][:200]} has the shape {list(table[largest[1]].shape)}, "
+                         f"{largest[0]:,} bytes. All weights would take {size:,}, and the file has "
+                         f"{path.stat().st_size:,}: they repeat few values. Get the original file.")
 
 
 def _cut(path: Path, error: BaseException) -> str:

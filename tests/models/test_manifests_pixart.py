@@ -47,6 +47,8 @@ def test_a_released_checkpoint_fits_its_network(name):
     config, weights = checkpoint.read(tensors)
     assert shapes(PixArt(config, device="meta").state_dict()) == shapes(weights)
     entries = PixArtConfig.entries_of(stated)
+    if stated.get("class") == "ControlPixArtHalf":
+        entries["micro_conditions"] = False  # its forward leaves the embedders of sizes that a base may have aside
     names = ("depth", "hidden", "heads", "micro_conditions", "kv_compression", "out_channels", "mlp_ratio")
     shared = [name for name in names if name in entries]
     assert {n: getattr(config, n) for n in shared} == {n: entries[n] for n in shared}

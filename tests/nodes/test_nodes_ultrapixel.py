@@ -149,7 +149,7 @@ def test_both_passes_through_cores_stage_c_are_those_of_the_reference(ultra, req
     guide = ultra.comfy.model_patcher.ModelPatcher(guide_model(given.weights, c["inr"]), torch.device("cpu"),
                                                 torch.device("cpu"))
     model = guided(ultra, core_stage_c(ultra, given.weights, c), guide, rescale=c["cfg_rho"], shift=c["shift"])
-    for name in ("SeededNoise", "ReferenceNoise"):
+    for name in ("SeededNoise", "ReferencePassNoise"):
         monkeypatch.setattr(ultra.sampling, name, partial(GivenNoise, i))
     seen = []
     final = draw(
@@ -287,7 +287,7 @@ def test_reference_rescales_over_the_batch_and_leaves_steps_after_20_unguided(ul
         (x.shape[-1], type(run).__name__)) or real(self, x, t, run))
     batch = draw(ultra, model, noise=noise, steps=22, reference=True)
     assert [name for _, name in runs] == ["NoneType"] * 21 + ["Kept"] + ["Guided"] * 20 + ["NoneType"] * 2
-    monkeypatch.setattr(ultra.sampling, "ReferenceNoise", lambda noise, seed, low: ultra.sampling.SeededNoise(
+    monkeypatch.setattr(ultra.sampling, "ReferencePassNoise", lambda noise, seed, low: ultra.sampling.SeededNoise(
         noise, seed, low))
     batch = draw(ultra, model, noise=noise, reference=True)
     assert (batch[:1] - draw(ultra, model, noise=noise[:1], reference=True)).abs().max() > 1e-3
