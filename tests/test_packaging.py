@@ -20,8 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMES_AS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless"}  # module -> what pip calls it
 STANDARD = set(sys.stdlib_module_names) | {"tomllib"}  # Python 3.10 has none, and files import tomli there
 # Used where they are installed.
-OPTIONAL = {"triton", "flash_attn", "xformers", "ftfy", "bs4", "h5py", "diffusers", "datasets", "ai_edge_litert",
-            "kornia", "bitsandbytes", "wandb", "deepspeed"}
+OPTIONAL = {"triton", "flash_attn", "xformers", "ftfy", "bs4", "h5py", "diffusers", "datasets", "pyarrow",
+            "ai_edge_litert", "kornia", "bitsandbytes", "wandb", "deepspeed"}
 
 
 def requirements(lines) -> set[str]:

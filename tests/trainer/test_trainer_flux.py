@@ -61,13 +61,14 @@ def test_the_loss_is_that_of_rectified_flow(path, vae, tmp_path):
     assert not dropped.any()
     latent = (recipe.flow.vae.latents(batch, "cpu", 0) - 0.1159) * 0.3611
     noise = task.batch_noise(0, 0, range(6), latent.shape[1:], "cpu")
-    noisy = sampling.add_noise(latent, noise, sigma)
+    flow = sampling.RectifiedFlow()
+    noisy = flow.add_noise(latent, noise, sigma)
     ids, mask = recipe.text.tokenize(batch.captions)
     whole = torch.zeros(6, 16, dtype=torch.int64)
     whole[:, :ids.shape[1]] = ids
     context = recipe.text(whole, torch.ones(6, 16, dtype=torch.bool))
     prediction = recipe.net(pack(noisy), sigma, context, torch.zeros(6, 8), img_ids=task.ids_of(noisy))
-    torch.testing.assert_close(recipe(batch), sampling.loss(unpack(prediction, 4, 4), latent, noise))
+    torch.testing.assert_close(recipe(batch), flow.loss(unpack(prediction, 4, 4), latent, noise, sigma))
 
 
 def test_a_dropped_caption_is_the_empty_one(path, vae, tmp_path):
@@ -168,4 +169,5 @@ def test_core_flux_predicts_with_an_export_what_the_trainer_predicts(trained, ho
     text = [[condition["context"], {"pooled_output": condition["pooled"], "guidance": 3.5}]]
     noise = torch.randn(1, 16, 4, 4)
     theirs = node.draw(there, text, text, noise=noise)
-    node.close(theirs, sampling.sample(lambda x, t: recipe.predict(x, t, condition), noise, node.sigmas(there)))
+    ours = sampling.RectifiedFlow().sample(lambda x, t: recipe.predict(x, t, condition), noise, node.sigmas(there))
+    node.close(theirs, ours)
