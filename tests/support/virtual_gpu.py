@@ -365,6 +365,7 @@ def place(frames=None) -> str:
     theirs = "?"
     for frame, line in frames or traceback.walk_stack(None):
         ours, file = named(frame.f_code.co_filename)
+        ours = ours and (theirs == "?" or frame.f_code.co_varnames[:1] != ("executor",))  # a wrapper passes calls on
         if file and (ours or theirs == "?"):
             found = f"{file}:{line} ({frame.f_code.co_name})"
             if ours:
