@@ -41,6 +41,8 @@ from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.models_impl.ultrapixel.stage_b import StageB
 from virtual_gpu import GPU, Waits, one_pass
 
+pytestmark = pytest.mark.long
+
 BF16, FP16 = torch.bfloat16, torch.float16
 
 

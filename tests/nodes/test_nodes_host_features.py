@@ -18,6 +18,8 @@ from pixstack.models_impl.pixelflow.config import PixelFlowConfig
 from pixstack.models_impl.pixelflow.model import PixelFlow
 from pixstack.models_impl.state_dict import write_file
 
+pytestmark = pytest.mark.long
+
 CLOSE = dict(rtol=1e-4, atol=1e-4)  # of a compiled network, whose operations torch may regroup
 FAMILIES = ("pixart", "pixelflow", "pixelponder", "ultrapixel")
 

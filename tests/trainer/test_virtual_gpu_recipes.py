@@ -18,6 +18,8 @@ from pixstack.trainer.training import build, loop
 from pixstack.trainer.training.run import Run
 from virtual_gpu import VirtualGPU, Waits
 
+pytestmark = pytest.mark.long
+
 FOLDER = tempfile.TemporaryDirectory()
 
 

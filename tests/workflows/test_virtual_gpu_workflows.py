@@ -20,6 +20,8 @@ from pixstack.tools.comfyui import make_base
 from pixstack.tools.host import Host
 from virtual_gpu import VirtualGPU, Waits
 
+pytestmark = pytest.mark.long
+
 FOLDER = tempfile.TemporaryDirectory()
 STEPS, SMALLER = 3, 4
 IN_FP16 = ("pixart_controlnet", "pixart_emoji_controlnet", "pixelflow_text_to_image", "pixelponder_emoji",
