@@ -24,7 +24,7 @@ def from_json(text: str | bytes, what: str) -> Any:
     except RecursionError:
         raise ValueError(f"{what} is not valid JSON: {TOO_DEEP}.") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, and a number of more digits than Python reads
-        raise ValueError(f"{what} is not valid JSON: {error}") from error
+        raise ValueError(f"{what} is not valid JSON: {error}.") from error
 
 
 def from_yaml(text: str | bytes, what: str) -> Any:
@@ -45,15 +45,14 @@ def from_yaml(text: str | bytes, what: str) -> Any:
 
     if len(text) > LONGEST:
         raise ValueError(f"{what} has {len(text):,} characters; a configuration has a few thousand.")
-    if is_deep(text) or any(len(re.match(r"(?:[-?]\s+)*", line.lstrip())[0]) > 2 * DEEPEST
-                            for line in text.splitlines()):
+    if is_deep(text) or is_deeply_indented(text):
         raise ValueError(f"{what} is not valid YAML: {TOO_DEEP}.")
     try:
         return yaml.load(text, Loader)
     except RecursionError:
         raise ValueError(f"{what} is not valid YAML: {TOO_DEEP}.") from None
     except (yaml.YAMLError, ValueError) as error:  # the latter of a date that is none
-        raise ValueError(f"{what} is not valid YAML: {error}") from error
+        raise ValueError(f"{what} is not valid YAML: {error}.") from error
 
 
 def without_surrogates(text: str) -> str:
@@ -72,5 +71,19 @@ def is_deep(text: str) -> bool:
     for bracket in re.findall(r"[][{}]", text):
         depth += 1 if bracket in "[{" else -1
         if depth > DEEPEST:
+            return True
+    return False
+
+
+def is_deeply_indented(text: str) -> bool:
+    """The same for what YAML nests without brackets: by the beginnings of lines, and by several signs in one line."""
+    levels = []
+    for line in filter(str.strip, text.splitlines()):
+        rest = line.lstrip()
+        indent = len(line) - len(rest)
+        while levels and levels[-1] >= indent:
+            levels.pop()
+        levels.append(indent)
+        if len(levels) > DEEPEST or len(re.match(r"(?:[-?]\s+)*", rest)[0]) > 2 * DEEPEST:
             return True
     return False
