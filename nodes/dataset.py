@@ -3,14 +3,16 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..models_impl.folders import refuse_unportable
 from ..models_impl.pixelponder.entries import CONDITIONS, IMAGE, PICTURES, TEXT
+from .checks import CheckedNode
 from .host.pixelponder import dataset
 
 CATEGORY = "pixstack/data set"
 WHAT = {"canny": "Thin edges", "depth": "Depth, near is bright", "openpose": "Drawn poses", "hed": "Soft edges"}
 
 
-class LoadEntry(io.ComfyNode):
+class LoadEntry(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -57,7 +59,7 @@ class LoadEntry(io.ComfyNode):
                              ui=ui.PreviewText(f"{index + 1} of {count}: {name}"))
 
 
-class SaveEntry(io.ComfyNode):
+class SaveEntry(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -81,10 +83,12 @@ class SaveEntry(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder=None):
+    def validate_inputs(cls, folder=None, name=None):
         try:
             if folder is not None:
                 dataset.target(folder)
+            if name is not None:
+                refuse_unportable(name)
         except ValueError as error:
             return str(error)
         return True

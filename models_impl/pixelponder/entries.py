@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
-from ..parsing import from_json
+from ..folders import portable, refuse_unportable
+from ..parsing import from_json, without_surrogates
 
 LIST = "data.jsonl"
 IMAGE, TEXT = "image", "text"
@@ -62,14 +63,15 @@ def names(listed: Sequence[dict]) -> list[str]:
     """A file name without extension for each entry, unique even where case is ignored.
 
     The stem of its image; where others have the same, its path with "_" for each "/", then with the ending too, and at
-    last with the entry's number.
+    last with the entry's number; signs that a file name cannot have on every system are "_".
     """
     choices = []
     for index, entry in enumerate(listed):
         parts = [part for part in re.split(r"[/\\:]+", entry.get(IMAGE, "")) if part not in ("", ".", "..")]
         parts = parts or [f"{index:06}"]
         whole, last = "_".join(parts), Path(parts[-1])
-        choices.append((last.stem, whole.removesuffix(last.suffix), whole, f"{whole}_{index:06}"))
+        short = tuple(map(portable, (last.stem, whole.removesuffix(last.suffix), whole)))
+        choices.append((*short, f"{portable(whole[-100:])}_{index:06}"))
     taken = [0] * len(choices)
     while True:
         names = [choice[i] for choice, i in zip(choices, taken, strict=True)]
@@ -118,12 +120,12 @@ def save(folder: str | os.PathLike, name: str, text: str, pictures: Mapping[str,
     A line is only written after its pictures. An entry of the same name keeps what is not given anew, so that
     conditions can be added in several runs; an image that is listed at another path is kept too. One process may write
     to a folder at a time.
-    Raises ValueError for a name that is not a plain file name or could be several entries, or a new entry that has no
-    image.
+    Raises ValueError for a name that no file can have on some system or that could be several entries, or a new entry
+    that has no image.
     """
     folder = Path(folder)
-    if not name or name != Path(name).name or "\\" in name or name.startswith("."):
-        raise ValueError(f"{name!r} cannot be the name of an entry: use a plain file name without folders.")
+    refuse_unportable(name)
+    text = without_surrogates(text)
     unknown = set(pictures) - set(PICTURES)
     assert not unknown, unknown
     with _ONE_WRITER:

@@ -63,12 +63,6 @@ def test_a_picture_that_cannot_be_written_leaves_no_entry(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a\\b"])
-def test_a_name_that_is_a_path_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="cannot be the name"):
-        entries.save(tmp_path, name, "t", {"image": b"i"})
-
-
 def test_a_new_entry_needs_an_image(tmp_path):
     with pytest.raises(ValueError, match="new entry a has no image"):
         entries.save(tmp_path, "a", "t", {"canny": b"c"})
@@ -112,3 +106,25 @@ def test_an_entry_with_its_image_elsewhere_is_completed_and_keeps_it(tmp_path):
     assert not (tmp_path / "image").exists()
     with pytest.raises(ValueError, match="1 could be cats/1.png or dogs/1.png: call the entry cats_1 or dogs_1"):
         entries.save(tmp_path, "1", "", {"image": b"i"})
+
+
+@pytest.mark.parametrize("name", [
+    "", ".", "..", ".hidden", "a/b", "a\\b", "CON", "nul.txt", "com1", "a:b", "a?", "a.", " a", "a\n",
+    "\ud83d", "a" * 201,
+])  # fmt: skip
+def test_a_name_that_some_system_cannot_have_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="cannot be the name of a file on every system"):
+        entries.save(tmp_path, name, "t", {"image": b"i"})
+    assert not [*tmp_path.rglob("*.png")]
+
+
+@pytest.mark.parametrize("listed", ["a?b.png", "nul.png", ".hidden.png", "x" * 300 + ".png", "a\n.png", "\ud83d.png"])
+def test_an_entry_of_a_strange_file_can_be_saved_under_the_name_that_it_is_given(tmp_path, listed):
+    (name,) = entries.names([{"image": listed}])
+    entries.save(tmp_path, name, "t", {"image": b"i"})
+    assert len([*tmp_path.rglob("*.png")]) == 1
+
+
+def test_a_caption_with_half_a_sign_is_written_with_a_mark_in_its_place(tmp_path):
+    entries.save(tmp_path, "a", "a \ud83d cat", {"image": b"i"})
+    assert entries.read(tmp_path / "data.jsonl")[0]["text"] == "a \ufffd cat"

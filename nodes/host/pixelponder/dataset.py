@@ -12,6 +12,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ....models_impl.folders import refuse_unportable
 from ....models_impl.pictures import levels, readable, remedy
 from ....models_impl.pixelponder import entries
 from ..common.pictures import colours
@@ -36,6 +37,8 @@ def target(folder: str) -> Path:
     path = Path(os.path.abspath(os.path.join(root, folder)))
     if not folder.strip() or path == Path(root) or not _within(path, [root]):
         raise ValueError(f"{folder!r} is not a folder inside of ComfyUI's output folder. Use a name like pixelponder.")
+    for part in path.relative_to(os.path.abspath(root)).parts:
+        refuse_unportable(part, "folder")
     return path
 
 
