@@ -164,7 +164,8 @@ def _check_table(table: Mapping, path: Path):
             raise ValueError(f"{path.name} holds a weight under {key!r:.50}, which is no name: it is not a model.")
         if not isinstance(value, Tensor):
             if "." in key:
-                raise ValueError(f"{path.name}: {key[:200]} is a {type(value).__name__}, where a weight belongs.")
+                kind = "nothing" if value is None else f"a {type(value).__name__}"
+                raise ValueError(f"{path.name}: {key[:200]} is {kind}, where a weight belongs.")
         elif value.layout is not torch.strided or value.is_meta or value.is_quantized:
             raise ValueError(f"{path.name}: {key[:200]} holds no plain values ({value.layout}, {dtype_name(value)}, "
                              f"{value.device}). Get the model as safetensors.")

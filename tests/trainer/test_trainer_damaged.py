@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import tiny_run
 import torch
 from pixstack.models_impl.state_dict import write_file
 from pixstack.trainer.cli.main import main
@@ -57,3 +58,14 @@ def test_converting_a_damaged_file_ends_in_one_sentence(tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors")])
     assert str(ended.value).startswith("error: a.pth")
+
+
+def test_a_damaged_log_does_not_stop_a_run_from_going_on(tmp_path):
+    path = tiny_run.pictures(tmp_path / "set")
+    settings = tiny_run.settings(path, tmp_path / "out", steps=3, save_every=3)
+    tiny_run.train(settings)
+    log = tmp_path / "out/log.jsonl"
+    first, *rest = log.read_text().splitlines()
+    log.write_bytes(b"\0" * 30 + b"\n" + first.encode() + b"\n[1]\n\xff\n" + "\n".join(rest).encode() + b"\n")
+    tiny_run.train(tiny_run.settings(path, tmp_path / "out", steps=4, save_every=3, resume="changed"))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]

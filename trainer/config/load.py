@@ -45,7 +45,7 @@ def read_toml(path) -> dict:
     try:
         return from_toml(found.read_text(encoding="utf-8-sig"))  # Windows' editors put a mark first
     except ValueError as error:
-        raise ValueError(f"{found} is not valid TOML: {error}") from None
+        raise ValueError(f"{found} is not valid TOML: {error}.") from None
 
 
 def from_toml(text: str) -> dict:

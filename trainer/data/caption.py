@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from ...models_impl import state_dict
+from ...models_impl.parsing import from_json
 from ..files import write_whole
 from .layouts import Found, Item, listed
 from .pictures import decode
@@ -148,7 +149,16 @@ def written(out: Path, overwrite: bool) -> set[str]:
     *lines, cut = out.read_text(encoding="utf-8").split("\n")
     if cut:
         write_whole(out, "".join(line + "\n" for line in lines))
-    return {os.path.normpath(out.parent / json.loads(line)["file"]) for line in lines if line.strip()}
+    return {os.path.normpath(out.parent / picture_of(out, line)) for line in lines if line.strip()}
+
+
+def picture_of(out: Path, line: str) -> str:
+    """The picture of a line. Raises ValueError for one that no caption command wrote."""
+    entry = from_json(line, str(out))
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+        raise ValueError(f"{out} has a line that names no file: {line[:100]}. Take it out, or write the list anew: "
+                         "--overwrite.")
+    return entry["file"]
 
 
 def append(out: Path, line: dict):

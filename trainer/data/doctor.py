@@ -191,11 +191,15 @@ def tokens_of(path: Path) -> Tokens:
     return Tokens(lambda caption: len(reader(caption, verbose=False).input_ids), True)
 
 
-def tokens_of_recipe(config: Config) -> Tokens:
+def tokens_of_recipe(config: Config) -> Tokens | None:
+    """None for a text encoder whose vocabulary the captions make, where there are none."""
     from ..features import text_encoders
 
     collection = loader.read(config.data, need="", strict=False)
-    text = text_encoders.make(config, [t for i in collection.train for t in (*i.texts, *i.tags)], None)
+    captions = [t for i in collection.train for t in (*i.texts, *i.tags)]
+    if not captions and config.text.encoder == "small":
+        return None
+    text = text_encoders.make(config, captions, None)
     limits = (text.places if isinstance(text, text_encoders.FrozenClip) else config.text.max_length,)
     if isinstance(text, text_encoders.FROZEN):
         read = clean_caption if isinstance(text, text_encoders.FrozenT5) and text.clean else str

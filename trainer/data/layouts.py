@@ -129,9 +129,13 @@ def tags_of(entry) -> tuple[str, ...]:
 
 
 def item_of(entry: dict, place: Callable[[str], Path], conditions: list[str]) -> Item:
-    """An object of a jsonl or a label file. place: where a file lies that it names. Raises ValueError, KeyError,
-    TypeError, AttributeError for what is none."""
-    key = next((key for key in FILE_KEYS if key in entry), FILE_KEYS[0])
+    """An object of a jsonl or a label file. place: where a file lies that it names. Raises ValueError, TypeError,
+    AttributeError, OverflowError for what is none."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{repr(entry)[:60]} is no object")
+    key = next((key for key in FILE_KEYS if key in entry), None)
+    if key is None or not isinstance(entry[key], str):
+        raise ValueError(f"{repr(entry.get(key))[:60]} names no file" if key else "it names no file")
     named = {**{name.removesuffix("_file_name"): value for name, value in entry.items()},  # as Hugging Face has several
              **entry, **(entry.get("conditions") or {})}
     size, label = None, entry.get("class", -1)
@@ -343,10 +347,12 @@ def read_labels(path: Path, settings: Data, classes: list[str] | None = None) ->
     entries = read_json(path)
     if isinstance(entries, dict):
         return read_kohya(path, entries)
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} holds {repr(entries)[:60]}, where a list or a table of pictures belongs.")
     try:
         homes = [path.parent.parent / "InternImgs", path.parent / "InternImgs", path.parent]
-        first = next((e[k] for e in entries[:1] for k in FILE_KEYS if k in e), "")
-        home = next((h for h in homes if (h / first).is_file()), path.parent)
+        first = next((e[k] for e in entries[:1] if isinstance(e, dict) for k in FILE_KEYS if k in e), "")
+        home = next((h for h in homes if (h / str(first)).is_file()), path.parent)
         numbers = {name: i for i, name in enumerate(classes or ())}
         items = [item_of(entry, lambda name: home / name, settings.conditions) for entry in entries]
         return Found(numbered(items, numbers), classes=list(numbers))

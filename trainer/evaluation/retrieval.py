@@ -13,13 +13,13 @@ user names; see trainer/evaluation/metrics.py for each.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from ...models_impl.parsing import from_json
 from ..config.schema import Config
 from ..data import layouts, loader
 from . import metrics
@@ -33,7 +33,7 @@ def evaluate(recipe, config: Config, path: Path, seen: int = 256, steps: int = 1
     data_set, side, results, rows = layouts.read(path, "jsonl", config.data), config.data.resolution, {}, []
     items, names = data_set.train + data_set.held_out, config.data.conditions
     loader.complain(path, items, config.data, "captions")
-    entries = [json.loads(line) for line in layouts.read_text(path).split("\n") if line.strip()]
+    entries = [from_json(line, path.name) for line in layouts.read_text(path).split("\n") if line.strip()]
     entries = sorted(entries, key=lambda e: e.get("split", "train") != "train")  # as `items` are
     files = [next(e[key] for key in layouts.FILE_KEYS if key in e) for e in entries]
     kinds = [e.get("subcategory", "") for e in entries]

@@ -161,8 +161,8 @@ class Digests:
             for line in self.file.read_text(encoding="utf-8").splitlines():
                 try:
                     name, *rest = json.loads(line)
-                except ValueError:
-                    continue  # what a killed process was writing
+                except (ValueError, TypeError):
+                    continue  # what a killed process was writing, or a disk lost
                 self.known[name] = tuple(rest)
 
     def of(self, file) -> tuple[str, bool]:

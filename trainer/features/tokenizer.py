@@ -12,14 +12,19 @@ PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2 as in T5
 
 
 def train(captions: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Lower-cases, splits on spaces, ends every text with </s>, as ComfyUI's T5 tokenizer will read it."""
+    """Lower-cases, splits on spaces, ends every text with </s>, as ComfyUI's T5 tokenizer will read it. Raises
+    ValueError where the captions have no words."""
+    captions = sorted(captions)
+    if not any(map(str.strip, captions)):
+        raise ValueError("there are no captions to make the text encoder's vocabulary from: write captions beside the "
+                         "pictures, or let a model write them (`python -m trainer caption`).")
     tokenizer = Tokenizer(Unigram())
     tokenizer.normalizer = normalizers.Sequence([
         normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " "),
     ])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(sorted(captions), UnigramTrainer(
+    tokenizer.train_from_iterator(captions, UnigramTrainer(
         vocab_size=vocabulary, special_tokens=[PAD, EOS, UNKNOWN], unk_token=UNKNOWN, show_progress=False,
     ))
     tokenizer.model = Unigram(in_order(json.loads(tokenizer.to_str())["model"]["vocab"]), unk_id=2)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ...models_impl.parsing import from_json
 from ..config import rules
 from ..config.load import as_dict, differences, stored
 from ..config.schema import Config
@@ -88,11 +89,13 @@ class Run:
         return step
 
     def forget_after(self, step: int):
-        """The log keeps only what led to this step."""
+        """The log keeps only what led to this step, without lines that a disk has damaged."""
         path = self.folder / "log.jsonl"
         if path.exists():
-            *lines, cut = path.read_text().split("\n")  # what a killed process was writing has no end of line
-            path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+            # What a killed process was writing has no end of line.
+            *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            kept = (line for line in lines if -1 < _step_of(line) <= step)
+            write_whole(path, "".join(line + "\n" for line in kept))
 
     def start(self, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -238,3 +241,11 @@ class Run:
         for one in (self.bar, self.writer):
             if one is not None:
                 one.close()
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of the log, -1 for one that is damaged."""
+    try:
+        return int(from_json(line, "log.jsonl")["step"])
+    except (ValueError, TypeError, LookupError):
+        return -1
