@@ -22,7 +22,7 @@ READY := $(VENV)/ready
 HOST := $(VENV)/host
 FRONTEND := tests/frontend/node_modules/ready
 
-.PHONY: demo serve test bench clean always
+.PHONY: demo serve test soak bench clean always
 
 demo: $(READY)
 	$(RUN) -m pixstack.tools.demo $(ARGS)
@@ -34,6 +34,10 @@ serve: $(READY)
 # they share is made once per process. Eight processes are enough: each holds a ComfyUI of its own.
 test: $(READY) $(FRONTEND)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Thousands of broken files, wrong inputs and faults, and a table of what became of them: 40 minutes on two cores.
+soak: $(READY)
+	$(RUN) tests/soak/soak.py $(ARGS)
 
 bench: $(READY)
 	$(RUN) benchmarks/pixelflow.py $(ARGS)

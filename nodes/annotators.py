@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..models_impl.annotators import canny, openpose
 from ..models_impl.annotators.resize import MOST
 from ..models_impl.folders import below
-from .checks import first_problem, known_file, one_of
+from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.annotators import networks as annotators
 from .host.annotators import pose as annotators_pose
 from .host.annotators.pose import BODIES, FOLDER
@@ -43,7 +43,7 @@ def resolution_input() -> io.Int.Input:
     )
 
 
-class HEDEdges(io.ComfyNode):
+class HEDEdges(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -76,7 +76,7 @@ class HEDEdges(io.ComfyNode):
         return io.NodeOutput(annotators.hed_edges(path, image, strength, resolution))
 
 
-class CannyEdges(io.ComfyNode):
+class CannyEdges(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -112,7 +112,7 @@ class CannyEdges(io.ComfyNode):
         return io.NodeOutput(annotators.canny_edges(image, detector, low, high, resolution))
 
 
-class DepthMap(io.ComfyNode):
+class DepthMap(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -152,7 +152,7 @@ class DepthMap(io.ComfyNode):
         return io.NodeOutput(annotators.depth_map(depth_folders()[model_name], image, numbers, resolution))
 
 
-class FindPoses(io.ComfyNode):
+class FindPoses(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -202,7 +202,7 @@ class FindPoses(io.ComfyNode):
         return io.NodeOutput(drawn, frames, json.dumps(frames), ui=ui.PreviewText(f"{count} people"))
 
 
-class DrawPoses(io.ComfyNode):
+class DrawPoses(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -242,7 +242,7 @@ class DrawPoses(io.ComfyNode):
         return io.NodeOutput(annotators_pose.draw(frames, height, width, resolution, **how))
 
 
-class ExamplePicture(io.ComfyNode):
+class ExamplePicture(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

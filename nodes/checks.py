@@ -1,14 +1,139 @@
-"""Checks of `validate_inputs` before anything runs: ComfyUI 0.3.75 does not check the menus of V3 nodes itself."""
+"""Checks of what comes in at our nodes: before anything runs, and again when it does, for what other nodes give.
+
+ComfyUI 0.3.75 checks neither the menus of V3 nodes nor the values of links.
+"""
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 
 import folder_paths
+import numpy
+from comfy_api.latest import io
+from torch import Tensor
+
+from .host.common.pictures import check, check_mask
+
+
+class CheckedNode(io.ComfyNode):
+    """A node whose `execute` gets only what its schema and its `validate_inputs` let pass, links included, and whose
+    `validate_inputs` gets only values of its widgets' kinds: null, a number in a menu or a list in place of a picture
+    end in a sentence."""
+
+    CHECKED: tuple[str, ...] = ()
+    """The inputs that `validate_inputs` looks at."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name, wrap in (("execute", _executing), ("validate_inputs", _validating)):
+            method = cls.__dict__.get(name)
+            if isinstance(method, classmethod) and not hasattr(method.__func__, "__wrapped__"):  # ComfyUI makes copies
+                setattr(cls, name, classmethod(wrap(method.__func__)))
+                if name == "validate_inputs":
+                    cls.CHECKED = tuple(inspect.signature(cls.validate_inputs).parameters)
+
+
+def _executing(execute: Callable) -> Callable:
+    @functools.wraps(execute)
+    def run(cls, *args, **inputs):
+        schema = {} if args or not inputs else {one.id: one for one in cls.define_schema().inputs}
+        for name, value in inputs.items():
+            spec = schema.get(name)
+            if spec and not (value is None and spec.optional and spec.io_type not in _WIDGETS):
+                refuse(name, value, spec)
+        looked_at = {name: inputs[name] for name in cls.CHECKED if name in inputs}
+        if looked_at and isinstance(answer := cls.validate_inputs(**looked_at), str):
+            raise ValueError(answer)
+        return execute(cls, *args, **inputs)
+
+    return run
+
+
+def _validating(validate: Callable) -> Callable:
+    signature = inspect.signature(validate)
+
+    @functools.wraps(validate)
+    def run(cls, *args, **inputs):
+        kinds = {one.id: _WIDGETS.get(one.io_type) for one in cls.define_schema().inputs}
+        for name, value in inputs.items():
+            if kinds.get(name) and value is not None and not isinstance(value, kinds[name]):
+                return f"{name}={value!r:.100} is not {_NAMES[kinds[name]]}."
+        return validate(cls, *args, **inputs)
+
+    run.__signature__ = signature  # ComfyUI gives what the arguments name, and looks without following wrappers
+    return run
+
+
+_WIDGETS = {"COMBO": str, "STRING": str, "INT": Integral, "FLOAT": Real, "BOOLEAN": bool}
+_NAMES = {str: "text", Integral: "a whole number", Real: "a number", bool: "true or false"}
+_OBJECTS = {"MODEL", "CLIP", "VAE", "CONTROL_NET", "SAMPLER", "GUIDER", "NOISE"}
+_PLAIN = (str, Real, Sequence, Mapping, Tensor, numpy.ndarray)
+"""What none of those is; whether an object is the right one, the node itself says."""
+
+
+def refuse(name: str, value, spec):
+    """Raise ValueError for a value that its input cannot take. spec: the input's schema."""
+    kind = spec.io_type
+    if kind == "IMAGE" and isinstance(value, Tensor):
+        check(value, name)
+    elif kind == "MASK" and isinstance(value, Tensor):
+        check_mask(value, name)
+    elif problem := _problem(kind, value):
+        wanted = _NAMES.get(_WIDGETS.get(kind), kind) if kind != "COMBO" else "one of its menu's words"
+        raise ValueError(f"{name} {problem}, and the node needs {wanted} there. See what is linked to it.")
+
+
+def _problem(kind: str, value) -> str:
+    """What is wrong with a value for an input of this kind; empty when nothing is."""
+    if value is None:
+        return "is empty (None)"
+    if kind in _WIDGETS:
+        return "" if isinstance(value, _WIDGETS[kind]) else f"is {_type(value)}"
+    if kind in ("IMAGE", "MASK") or kind == "SIGMAS" and not isinstance(value, Tensor):
+        return f"is {_type(value)}"
+    if kind == "SIGMAS":
+        if value.ndim != 1 or not value.is_floating_point() or not value.isfinite().all():
+            return f"is no list of finite numbers ({list(value.shape)}, {str(value.dtype).removeprefix('torch.')})"
+    elif kind == "LATENT":
+        return _latent_problem(value)
+    elif kind == "CONDITIONING":
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return f"is {_type(value)}"
+        return next(filter(None, map(_prompt_problem, value)), "")
+    elif kind in _OBJECTS and isinstance(value, _PLAIN):
+        return f"is {_type(value)}"
+    return ""
+
+
+def _prompt_problem(entry) -> str:
+    if not isinstance(entry, Sequence) or len(entry) != 2 or not isinstance(entry[1], Mapping):
+        return "holds an entry that is no prompt"
+    tensors = [value for value in (entry[0], entry[1].get("pooled_output")) if isinstance(value, Tensor)]
+    if any(not one.numel() for one in tensors):
+        return f"holds a prompt of no tokens ({list(tensors[0].shape)})"
+    return "" if all(one.isfinite().all() for one in tensors) else "holds a prompt with values that are no numbers"
+
+
+def _latent_problem(value) -> str:
+    if not isinstance(value, Mapping):
+        return f"is {_type(value)}"
+    samples = value.get("samples")
+    if not isinstance(samples, Tensor):
+        return f"holds samples that are {_type(samples)}"
+    if samples.ndim < 4 or not samples.numel():
+        return f"has samples of the shape {list(samples.shape)}"
+    return "" if samples.is_floating_point() and samples.isfinite().all() else "has samples that are no finite numbers"
+
+
+def _type(value) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def first_problem(*answers: bool | str) -> bool | str:
     """True when every check is, else the sentence of the first that is not."""
-    return next((answer for answer in answers if answer is not True), True)
+    return next((answer for answer in answers if isinstance(answer, str)), True)
 
 
 def known_file(folder: str, name: str | None) -> bool | str:

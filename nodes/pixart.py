@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..models_impl.pixart import buckets
 from ..models_impl.pixart.prompts import STYLES, apply_style, parse
 from ..models_impl.text.captions import clean_caption, cleaning_needs
-from .checks import first_problem, known_file, one_of
+from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.common.load import FAST, MODEL_DTYPES
 from .host.common.pictures import check
 from .host.pixart import lora as pixart_lora
@@ -40,7 +40,7 @@ NEAREST, EXACT = "nearest to width x height", "exactly width x height"
 RESOLUTIONS = [AUTO, *map(str, buckets.TABLES)]
 
 
-class PixArtLoader(io.ComfyNode):
+class PixArtLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -103,7 +103,7 @@ class PixArtLoader(io.ComfyNode):
         return io.NodeOutput(load_pixart(path, weights, MODEL_DTYPES[dtype], settings, fast=dtype == FAST))
 
 
-class PixArtTextEncode(io.ComfyNode):
+class PixArtTextEncode(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -151,7 +151,7 @@ def cleaned(text: str) -> str:
     return clean_caption(text)
 
 
-class PixArtNullCaption(io.ComfyNode):
+class PixArtNullCaption(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -181,7 +181,7 @@ class PixArtNullCaption(io.ComfyNode):
         return io.NodeOutput(pixart_text.null_caption(model, positive, mask))
 
 
-class PixArtSizeCondition(io.ComfyNode):
+class PixArtSizeCondition(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -209,7 +209,7 @@ class PixArtSizeCondition(io.ComfyNode):
         return io.NodeOutput([[tokens, {**known, **entries}] for tokens, known in conditioning])
 
 
-class PixArtPrompt(io.ComfyNode):
+class PixArtPrompt(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -252,7 +252,7 @@ class PixArtPrompt(io.ComfyNode):
         return io.NodeOutput(positive, negative, parsed.ratio or 0.0, final_width, final_height)
 
 
-class PixArtCanvas(io.ComfyNode):
+class PixArtCanvas(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -317,7 +317,7 @@ class PixArtCanvas(io.ComfyNode):
         return io.NodeOutput({"samples": latent}, width, height, about, ui=ui.PreviewText(about))
 
 
-class PixArtLoraLoader(io.ComfyNode):
+class PixArtLoraLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

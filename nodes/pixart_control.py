@@ -4,7 +4,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from .checks import first_problem, known_file, one_of, part_of_sampling
+from .checks import CheckedNode, first_problem, known_file, one_of, part_of_sampling
 from .host.common.control import apply_control
 from .host.common.load import DTYPES
 from .host.common.pictures import check_mask, colours
@@ -14,7 +14,7 @@ from .host.pixart.load import load_pixart_controlnet
 CATEGORY = "pixstack/pixart"
 
 
-class PixArtControlNetLoader(io.ComfyNode):
+class PixArtControlNetLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -46,7 +46,7 @@ class PixArtControlNetLoader(io.ComfyNode):
         return io.NodeOutput(load_pixart_controlnet(path, DTYPES[dtype]))
 
 
-class PixArtControlNetApply(io.ComfyNode):
+class PixArtControlNetApply(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

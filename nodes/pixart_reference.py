@@ -4,7 +4,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from .checks import first_problem, known_file, one_of
+from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.common.pictures import check
 from .host.pixart import consistency_decoder as consistency
 from .host.pixart import reference as pixart_reference
@@ -15,7 +15,7 @@ from .pixart import AUTO, CATEGORY, RESOLUTIONS, SHAPES
 AS_IMAGE = "as the reference"
 
 
-class PixArtReferenceCanvas(io.ComfyNode):
+class PixArtReferenceCanvas(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -55,7 +55,7 @@ class PixArtReferenceCanvas(io.ComfyNode):
         return io.NodeOutput(pixart_reference.canvas(image, vae, side, height, width, fit))
 
 
-class PixArtRightHalf(io.ComfyNode):
+class PixArtRightHalf(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -72,7 +72,7 @@ class PixArtRightHalf(io.ComfyNode):
         return io.NodeOutput(pixart_reference.right_half(image))
 
 
-class ConsistencyDecoderLoader(io.ComfyNode):
+class ConsistencyDecoderLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

@@ -4,7 +4,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..models_impl.pixart.sampling import ALGORITHMS, SCHEDULES
-from .checks import first_problem, one_of
+from .checks import CheckedNode, first_problem, one_of
 from .host.pixart import sampling as pixart_sampling
 from .host.pixart.sampling import ReferenceSampler
 
@@ -13,7 +13,7 @@ INPAINT = ["core", "reference"]
 ONE_STEP = "dmd (one step)"
 
 
-class PixArtSampler(io.ComfyNode):
+class PixArtSampler(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -53,7 +53,7 @@ class PixArtSampler(io.ComfyNode):
         return io.NodeOutput(ReferenceSampler(algorithm, order, eta, inpaint))
 
 
-class PixArtSigmas(io.ComfyNode):
+class PixArtSigmas(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..models_impl.pixelflow.schedule import CascadeSchedule
 from ..models_impl.pixelflow.stages import Stages
-from .checks import first_problem, known_file, one_of
+from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.common.load import DTYPES, FAST, MODEL_DTYPES
 from .host.common.text import load_t5
 from .host.pixelflow import imagenet
@@ -32,7 +32,7 @@ SHAPES = {  # width : height
 CUSTOM = "custom (width, height)"
 
 
-class PixelFlowLoader(io.ComfyNode):
+class PixelFlowLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -79,7 +79,7 @@ class PixelFlowLoader(io.ComfyNode):
         return io.NodeOutput(load_pixelflow(path, weights, MODEL_DTYPES[dtype], fast=dtype == FAST))
 
 
-class PixelFlowTextEncoderLoader(io.ComfyNode):
+class PixelFlowTextEncoderLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -130,7 +130,7 @@ class PixelFlowTextEncoderLoader(io.ComfyNode):
         return io.NodeOutput(load_t5(path, DTYPES[dtype], where, padded=TEXT_TYPES[type]))
 
 
-class PixelFlowClass(io.ComfyNode):
+class PixelFlowClass(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -183,7 +183,7 @@ def class_conditioning(labels: list[int]) -> list:
     return [[torch.zeros(1, 1, 1), {CLASS_LABELS: torch.tensor(labels)}]]
 
 
-class PixelFlowCanvas(io.ComfyNode):
+class PixelFlowCanvas(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -288,7 +288,7 @@ def schedule(model, steps: list[int], shift: list[float], start_stage: int, end_
     return CascadeSchedule.build(stages, steps, shift, start_stage=start_stage, end_stage=end_stage)
 
 
-class PixelFlowSigmas(io.ComfyNode):
+class PixelFlowSigmas(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -330,7 +330,7 @@ class PixelFlowSigmas(io.ComfyNode):
         return io.NodeOutput(schedule(model, steps, shift, start_stage, end_stage).sigmas())
 
 
-class PixelFlowSampler(io.ComfyNode):
+class PixelFlowSampler(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -385,7 +385,7 @@ class PixelFlowSampler(io.ComfyNode):
         return io.NodeOutput(cascade.CascadeSampler(solver, guidance, scales, reference_noise, latent))
 
 
-class PixelFlowSample(io.ComfyNode):
+class PixelFlowSample(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..models_impl.pixelponder.sampling import STRENGTH
-from .checks import first_problem, known_file, one_of, part_of_sampling
+from .checks import CheckedNode, first_problem, known_file, one_of, part_of_sampling
 from .host.common.control import apply_control
 from .host.common.load import DTYPES
 from .host.common.pictures import check_mask, colours
@@ -27,7 +27,7 @@ def _part(name: str, default: float, what: str):
                           tooltip=f"Fraction of the sampling after which {what}.")
 
 
-class FluxLoader(io.ComfyNode):
+class FluxLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -56,7 +56,7 @@ class FluxLoader(io.ComfyNode):
         return io.NodeOutput(load_flux(path, DTYPES[dtype]))
 
 
-class PixelPonderLoader(io.ComfyNode):
+class PixelPonderLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -93,7 +93,7 @@ class PixelPonderLoader(io.ComfyNode):
         return io.NodeOutput(load_pixelponder(path, selection_network == "keep", DTYPES[dtype]))
 
 
-class PixelPonderCondition(io.ComfyNode):
+class PixelPonderCondition(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -137,7 +137,7 @@ class PixelPonderCondition(io.ComfyNode):
         return io.NodeOutput((*conditions, condition))
 
 
-class PixelPonderApply(io.ComfyNode):
+class PixelPonderApply(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -193,7 +193,7 @@ class PixelPonderApply(io.ComfyNode):
         return io.NodeOutput(*apply_control(ready, positive, negative))
 
 
-class PixelPonderMap(io.ComfyNode):
+class PixelPonderMap(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

@@ -4,7 +4,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from .checks import first_problem, known_file, one_of
+from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.common.pictures import check
 from .host.ultrapixel import guide as ultrapixel
 from .host.ultrapixel import sizes as ultrapixel_sizes
@@ -30,7 +30,7 @@ SHAPES = {  # width : height
 }
 
 
-class UltraPixelGuideLoader(io.ComfyNode):
+class UltraPixelGuideLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -55,7 +55,7 @@ class UltraPixelGuideLoader(io.ComfyNode):
         return io.NodeOutput(ultrapixel.load_guide(folder_paths.get_full_path_or_raise(FOLDER, guide_name)))
 
 
-class UltraPixelGuide(io.ComfyNode):
+class UltraPixelGuide(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -105,7 +105,7 @@ class UltraPixelGuide(io.ComfyNode):
         return io.NodeOutput(ultrapixel.patch(model, guide, strengths, rescale, shift))
 
 
-class UltraPixelSampler(io.ComfyNode):
+class UltraPixelSampler(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -135,7 +135,7 @@ class UltraPixelSampler(io.ComfyNode):
         return io.NodeOutput(GuidedSampler(None if low_latent is None else low_latent["samples"], reference))
 
 
-class UltraPixelCanvas(io.ComfyNode):
+class UltraPixelCanvas(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

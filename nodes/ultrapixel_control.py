@@ -3,14 +3,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .checks import one_of
+from .checks import CheckedNode, one_of
 from .host.ultrapixel import control_hints as ultrapixel_control
 from .host.ultrapixel.control_hints import FILTERS
 
 CATEGORY = "pixstack/ultrapixel"
 
 
-class UltraPixelCanny(io.ComfyNode):
+class UltraPixelCanny(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -44,7 +44,7 @@ class UltraPixelCanny(io.ComfyNode):
         return io.NodeOutput(ultrapixel_control.canny_hint(image, filter, low, high))
 
 
-class UltraPixelInpaintHint(io.ComfyNode):
+class UltraPixelInpaintHint(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

@@ -4,7 +4,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from .checks import first_problem, known_file, one_of
+from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.common.load import DTYPES
 from .host.ultrapixel import stage_a as ultrapixel_stage_a
 from .host.ultrapixel import stage_b as ultrapixel_stage_b
@@ -13,7 +13,7 @@ CATEGORY = "pixstack/ultrapixel"
 DECODER_DTYPES = {name: DTYPES[name] for name in ("default", "bf16", "fp32", "fp16")}
 
 
-class UltraPixelStageALoader(io.ComfyNode):
+class UltraPixelStageALoader(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -43,7 +43,7 @@ class UltraPixelStageALoader(io.ComfyNode):
         return io.NodeOutput(ultrapixel_stage_a.load(path, DECODER_DTYPES[dtype]))
 
 
-class UltraPixelStageB(io.ComfyNode):
+class UltraPixelStageB(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -68,7 +68,7 @@ class UltraPixelStageB(io.ComfyNode):
         return io.NodeOutput(ultrapixel_stage_b.within_bounds(model, rescale))
 
 
-class UltraPixelStageBTiles(io.ComfyNode):
+class UltraPixelStageBTiles(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

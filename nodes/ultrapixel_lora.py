@@ -4,13 +4,13 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from .checks import known_file
+from .checks import CheckedNode, known_file
 from .host.ultrapixel import personalise as ultrapixel_lora
 
 CATEGORY = "pixstack/ultrapixel"
 
 
-class UltraPixelPersonalise(io.ComfyNode):
+class UltraPixelPersonalise(CheckedNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
