@@ -12,7 +12,7 @@ from .host.common.load import DTYPES
 from .host.common.pictures import check_mask, colours
 from .host.flux.load import load_flux
 from .host.pixelponder import control as pixelponder
-from .host.pixelponder.hints import Condition
+from .host.pixelponder.hints import Condition, chain
 from .host.pixelponder.load import load_pixelponder
 from .host.pixelponder.strategies import STRATEGIES
 
@@ -134,7 +134,7 @@ class PixelPonderCondition(CheckedNode):
     ) -> io.NodeOutput:
         check_mask(mask)
         condition = Condition(colours(image), KINDS[kind], strength, mask, start_percent, end_percent, priority)
-        return io.NodeOutput((*conditions, condition))
+        return io.NodeOutput((*chain(conditions), condition))
 
 
 class PixelPonderApply(CheckedNode):
@@ -188,7 +188,7 @@ class PixelPonderApply(CheckedNode):
         pixelponder.warn_of_length(positive, control_net)
         node_id = None if cls.hidden is None else cls.hidden.unique_id
         ready = pixelponder.with_conditions(
-            control_net, conditions, strength, start_percent, end_percent, strategy, rounds, node_id
+            control_net, chain(conditions), strength, start_percent, end_percent, strategy, rounds, node_id
         )
         return io.NodeOutput(*apply_control(ready, positive, negative))
 

@@ -29,6 +29,14 @@ class Condition:
     priority: int = 0
 
 
+def chain(conditions) -> tuple[Condition, ...]:
+    """The conditions that a node is given. Raises ValueError for anything else, which another pack may give."""
+    if not isinstance(conditions, tuple) or not all(isinstance(one, Condition) for one in conditions):
+        raise ValueError(f"conditions is of type {type(conditions).__name__}, not what 'PixelPonder Condition' gives: "
+                         "connect it.")
+    return conditions
+
+
 def spread(rows: Tensor, B: int, batched_number: int) -> Tensor:
     """Rows of a hint for a batch of prompts times pictures; a single row serves all as it is."""
     return rows if len(rows) == 1 else comfy.controlnet.broadcast_image_to(rows, B, batched_number)

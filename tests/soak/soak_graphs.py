@@ -1,0 +1,100 @@
+"""The shipped workflows as small graphs: few steps, small sizes, and their pictures."""
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import torch
+import weights
+from pixstack.tools import workflow as conversion
+from soak_loaders import Taken, register
+
+FEW = {"steps": 2}  # of every sampler and schedule
+STEP_TEXTS = {"PixStack_PixelFlowSigmas": "2"}  # whose steps are a list per stage
+
+
+def place_files(base: Path, workflows: list[Path]):
+    """Something behind every file that a shipped workflow names."""
+    for path in workflows:
+        weights.place(base / "models", json.loads(path.read_text(encoding="utf-8")))
+
+
+def short(graph: dict) -> dict:
+    """The same with few steps."""
+    graph = {i: {**node, "inputs": dict(node["inputs"])} for i, node in graph.items()}
+    for node in graph.values():
+        for name, few in FEW.items():
+            value = node["inputs"].get(name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                node["inputs"][name] = min(value, few)
+            elif isinstance(value, str) and node["class_type"] in STEP_TEXTS:
+                node["inputs"][name] = STEP_TEXTS[node["class_type"]]
+    return graph
+
+
+def read(path: Path, info: dict) -> dict:
+    return short(conversion.read(path, info))
+
+
+def above(graph: dict, node: str) -> dict:
+    """A node and everything that it needs."""
+    found, todo = {}, [node]
+    while todo:
+        if (name := todo.pop()) not in found:
+            found[name] = graph[name]
+            todo += [v[0] for v in graph[name]["inputs"].values() if isinstance(v, list) and len(v) == 2
+                     and isinstance(v[0], str) and v[0] in graph]
+    return found
+
+
+def kept(graph: dict, node: str, info: dict) -> dict:
+    """The part of a graph above a node, whose outputs are kept in Taken."""
+    part = above(graph, node)
+    described = info[graph[node]["class_type"]]
+    for slot, _ in enumerate(described["output"]):
+        part[f"end{slot}"] = {"class_type": "Soak_Taken", "inputs": {"value": [node, slot], "name": f"{slot}"}}
+    return part
+
+
+def pictures_of(run) -> str:
+    """A digest of the pixels that a run drew."""
+    from PIL import Image
+
+    digest = hashlib.sha256()
+    for path in run.images:
+        with Image.open(path) as picture:
+            digest.update(picture.tobytes())
+    return digest.hexdigest()
+
+
+def by_cost(host, paths: list[Path], longest: float = 20.0) -> list[tuple[str, dict]]:
+    """(name, graph) of the workflows that run in that many seconds, the quickest first."""
+    register(host)
+    info, found = host.object_info(), []
+    for path in paths:
+        graph = read(path, info)
+        started = time.perf_counter()
+        run = host.run(graph)
+        if run.error:
+            raise RuntimeError(f"{path.name}: {run.error}")
+        seconds = time.perf_counter() - started
+        if seconds < longest:
+            found.append((seconds, path.stem, graph))
+    return [(name, graph) for _, name, graph in sorted(found, key=lambda entry: entry[:2])]
+
+
+def finite(value) -> bool:
+    """Whether everything in a node's output that is a tensor of numbers is finite."""
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(map(finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(finite, value))
+    return True
+
+
+def outputs_are_finite() -> bool:
+    return all(map(finite, Taken.kept.values()))
