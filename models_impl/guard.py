@@ -20,6 +20,8 @@ FAULTS = (
 )  # fmt: skip
 """What Python and its libraries raise over contents that nobody expected."""
 LONGEST = 500  # characters of a cause
+LONGEST_WORD = 300  # of a key or value that a sentence names
+LONG = re.compile(rf"\S{{{LONGEST_WORD},}}")
 
 
 @contextmanager
@@ -39,6 +41,7 @@ def sentence(name: str, error: BaseException) -> str:
     """What is wrong with the file of this name, and what to do."""
     said = str(error)
     if isinstance(error, ValueError) and said.endswith((".", "?")):  # ours say everything
+        said = LONG.sub(lambda word: f"{word[0][:LONGEST_WORD // 2]}...", said)
         return said if name in said else f"{name}: {said}"
     if isinstance(error, MemoryError):
         cause = "what it holds needs more memory than there is"

@@ -302,7 +302,7 @@ def refuse_contradictions(shapes: Mapping, stated: Mapping):
     """Raise ValueError where entries of a configuration are not what the shapes of the weights say."""
     for name in shapes.keys() & stated.keys():
         if stated[name] != shapes[name]:
-            raise ValueError(f"The configuration says {name}={stated[name]}, the weights say {shapes[name]}.")
+            raise ValueError(f"The configuration says {name}={str(stated[name])[:60]}, the weights say {shapes[name]}.")
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], what: str):
@@ -417,12 +417,13 @@ def config_tensor(family: str, entries: Mapping) -> dict[str, Tensor]:
     return {CONFIG_KEY: torch.tensor(list(text), dtype=torch.uint8)}
 
 
-def metadata_config(metadata: Mapping[str, str], family: str) -> dict | None:
-    """The configuration that our own files carry in their metadata; None in anybody else's file. Raises ValueError for
-    a text that is no configuration."""
+def metadata_config(metadata: Mapping[str, str], family: str, kind: type | None = None) -> dict | None:
+    """The configuration that our own files carry in their metadata; None in anybody else's file. kind: the dataclass
+    whose entries they are. Raises ValueError for a text that is no configuration, or none of that kind."""
     if metadata.get("pixstack.family") != family:
         return None
     entries = from_json(metadata.get("pixstack.config", ""), "The configuration in this file's metadata")
     if not isinstance(entries, dict):
         raise ValueError("The configuration in this file's metadata is no table of entries: the file is damaged.")
-    return typed.plain(entries, "The configuration in this file's metadata")
+    entries = typed.plain(entries, "The configuration in this file's metadata")
+    return typed.entries(kind, entries, "The configuration in this file's metadata") if kind else entries

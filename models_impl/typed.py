@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from functools import lru_cache
 from math import isfinite
 from types import UnionType
@@ -24,6 +25,26 @@ def check(config: Any, what: str):
                 if (expected := _unfit(value := getattr(config, name), kind))]
     if problems:
         raise ValueError(f"This {what} configuration cannot work:\n  " + "\n  ".join(problems))
+
+
+def entries(cls: type, stated: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Some entries of a dataclass, as they are. Raises ValueError for a name that is no field of it, and for a value of
+    another kind than its field; tables of fields that are configurations themselves are left to those."""
+    kinds, problems = _kinds(cls), []
+    for name, value in stated.items():
+        if name not in kinds:
+            problems.append(f"{str(name)[:60]!r} is no entry of a {cls.__name__}.")
+        elif not (isinstance(value, Mapping) and _of_entries(kinds[name])) and (
+                expected := _unfit(as_tuple(value), kinds[name])):
+            problems.append(f"{name}={str(value)[:60]!r} must be {expected}.")
+    if problems:
+        raise ValueError(f"{what} cannot be used:\n  " + "\n  ".join(problems))
+    return dict(stated)
+
+
+def _of_entries(kind: Any) -> bool:
+    """Whether a field is a configuration of its own, or may be one."""
+    return any(dataclasses.is_dataclass(one) for one in (kind, *typing.get_args(kind)))
 
 
 def as_tuple(value: Any) -> Any:

@@ -80,7 +80,7 @@ def refuse(name: str, value, spec):
         check(value, name)
     elif kind == "MASK" and isinstance(value, Tensor):
         check_mask(value, name)
-    elif problem := _problem(kind, value):
+    elif problem := _problem(kind, value) or _beyond(value, spec):
         wanted = _NAMES.get(_WIDGETS.get(kind), kind) if kind != "COMBO" else "one of its menu's words"
         raise ValueError(f"{name} {problem}, and the node needs {wanted} there. See what is linked to it.")
 
@@ -116,6 +116,16 @@ def _prompt_problem(entry) -> str:
     return "" if all(one.isfinite().all() for one in tensors) else "holds a prompt with values that are no numbers"
 
 
+def _beyond(value, spec) -> str:
+    """The same for a number beyond the bounds of its widget, or none at all."""
+    if spec.io_type not in ("INT", "FLOAT"):
+        return ""
+    least, most = getattr(spec, "min", None), getattr(spec, "max", None)
+    if value != value or least is not None and value < least or most is not None and value > most:
+        return f"is {value}, not in {least} to {most}"
+    return ""
+
+
 def _latent_problem(value) -> str:
     if not isinstance(value, Mapping):
         return f"is {_type(value)}"
@@ -146,7 +156,7 @@ def known_file(folder: str, name: str | None) -> bool | str:
 def one_of(name: str, value: str | None, options: Iterable[str]) -> bool | str:
     """Whether a menu has the value; None stands for one that another node will give."""
     options = list(options)
-    return value is None or value in options or f"{name}={value!r} is not one of {', '.join(options)}."
+    return value is None or value in options or f"{name}={value!r:.100} is not one of {', '.join(options)}."
 
 
 def part_of_sampling(start_percent: float | None, end_percent: float | None) -> bool | str:

@@ -134,7 +134,7 @@ class PixelPonderCondition(CheckedNode):
     ) -> io.NodeOutput:
         check_mask(mask)
         condition = Condition(colours(image), KINDS[kind], strength, mask, start_percent, end_percent, priority)
-        return io.NodeOutput((*chain(conditions), condition))
+        return io.NodeOutput((*chain(conditions or ()), condition))
 
 
 class PixelPonderApply(CheckedNode):

@@ -112,7 +112,7 @@ def load(path: str | os.PathLike, operations=nn, dtype=None, device=None) -> HED
 
 def read(tensors: Mapping[str, Tensor]) -> tuple[HEDConfig, dict[str, Tensor]]:
     """Configuration and weights of ControlNetHED.pth, or of our own file. Raises ValueError for anything else."""
-    tensors = state_dict.without_prefix(tensors)
+    tensors = state_dict.unwrapped(tensors, ("state_dict",))
     channels, layers = [], []
     while f"block{len(layers) + 1}.convs.0.weight" in tensors:
         block = f"block{len(layers) + 1}.convs."

@@ -64,7 +64,8 @@ def read(
     if out != shapes["in_channels"]:
         raise ValueError(f"This FLUX takes tokens of {shapes['in_channels']} values and gives {out}: it wants a second "
                          "picture as input (Fill, Canny, Depth). Only the plain base is supported.")
-    stated = {**(metadata_config(metadata or {}, FAMILY) or {}), **FluxConfig.entries_of(config or {})}
+    own = metadata_config(metadata or {}, FAMILY, FluxConfig) or {}
+    stated = {**own, **FluxConfig.entries_of(config or {})}
     return FluxConfig(**complete(shapes, stated)), tensors
 
 

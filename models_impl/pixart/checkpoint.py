@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .. import typed
 from ..known_files import family_of, whose
 from ..parsing import from_json
 from ..state_dict import (
@@ -78,7 +79,7 @@ def read(
     refuse_incomplete(tensors, NEEDED, "PixArt checkpoint")
 
     own = metadata_config(metadata or {}, FAMILY)
-    stated = {**PixArtConfig.entries_of(own or {}), **PixArtConfig.entries_of(config or {})}
+    stated = {**_own(own), **PixArtConfig.entries_of(config or {})}
     stated.pop("null_caption", None)  # the weights say it
     near = {} if own or not beside else if_it_fits(PixArtConfig.entries_of(beside), tensors)
     near |= {} if own else signs
@@ -114,7 +115,7 @@ def read_controlnet(
     refuse_incomplete(net, needed, f"PixArt ControlNet of {blocks} blocks")
     if any(key.startswith("base_model.") for key in tensors):
         return read(tensors, weights=weights, beside=config)[0], blocks, net
-    stated = {**PixArtConfig.entries_of(own or {}), **PixArtConfig.entries_of(config or {})}
+    stated = {**_own(own), **PixArtConfig.entries_of(config or {})}
     shapes = from_block_shapes(net, "{}.copied_block.", blocks, stated)
     known = {"depth": max(PixArtConfig.depth, blocks + 1), **shapes, **stated}
     return completed(known), blocks, net
@@ -156,6 +157,12 @@ def metadata(config: PixArtConfig) -> dict[str, str]:
 def metadata_controlnet(config: PixArtConfig) -> dict[str, str]:
     """Metadata of an exported ControlNet; config: of the model that it controls."""
     return config_metadata(CONTROLNET_FAMILY, config.as_dict())
+
+def _own(entries: Mapping | None) -> dict:
+    """The entries of a file's own metadata, by kind."""
+    named = PixArtConfig.entries_of(entries or {})
+    return typed.entries(PixArtConfig, named, "The configuration in this file's metadata")
+
 
 def _unwrap(tensors: Mapping, weights: str) -> dict:
     if weights not in ("ema", "model"):

@@ -197,6 +197,8 @@ def _kv_compression(entries: KVCompression | Mapping | None) -> KVCompression | 
     """Ours, or the `kv_compress_config` of a training configuration, which may say that there is none."""
     if entries is None or isinstance(entries, KVCompression):
         return entries
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"kv_compression={str(entries)[:60]!r} must be a table of sampling, factor and layers.")
     entries = {{"scale_factor": "factor", "kv_compress_layer": "layers"}.get(k, k): v for k, v in entries.items()}
     if entries.get("sampling") is None or entries.get("factor", 1) == 1 or not entries.get("layers"):
         return None

@@ -46,7 +46,8 @@ def read(
     if family_of(tensors) != "PixelFlow":
         raise ValueError(f"This is not a PixelFlow checkpoint. {whose(tensors)}")
     refuse_incomplete(tensors, NEEDED, "PixelFlow checkpoint")
-    stated = {**(metadata_config(metadata or {}, FAMILY) or {}), **PixelFlowConfig.entries_of(config or {})}
+    own = metadata_config(metadata or {}, FAMILY, PixelFlowConfig) or {}
+    stated = {**own, **PixelFlowConfig.entries_of(config or {})}
     if not stated and beside is not None:
         stated = _if_it_fits(PixelFlowConfig.entries_of(beside), tensors)
     shapes = _from_shapes(tensors, stated.get("head_dim", RELEASED_HEAD_DIM))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from .. import typed
 from ..flux.checkpoint import NEEDED, complete, from_shapes
 from ..flux.config import FluxConfig
 from ..known_files import family_of, whose
@@ -43,7 +44,9 @@ def read(
         raise ValueError(f"This is not a PixelPonder checkpoint. {whose(tensors)}")
     refuse_incomplete(tensors, (f"{STEMS}.0.0.weight", "pos_embed_input.weight", *NEEDED, f"{TOWER}.8.weight"),
                       "PixelPonder checkpoint")
-    ours = metadata_config(metadata or {}, FAMILY) or {}
+    ours = metadata_config(metadata or {}, FAMILY, PixelPonderConfig) or {}
+    for name, kind in (("trunk", FluxConfig), ("selector", SelectorConfig)):
+        typed.entries(kind, ours.get(name) or {}, f"The configuration of the {name} in this file's metadata")
     given = PixelPonderConfig.entries_of(config or {})
     stated = {**ours, **given, "trunk": {**ours.get("trunk", {}), **given["trunk"]}}
     stated["trunk"].pop("single_depth", None)  # a pruned file has fewer

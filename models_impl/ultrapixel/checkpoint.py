@@ -48,7 +48,7 @@ def metadata(config) -> dict[str, str]:
 
 
 def _stated(cls: type, file: Metadata, config: Mapping | None) -> dict:
-    return {**cls.entries_of(metadata_config(file or {}, f"{FAMILY}.{PARTS[cls]}") or {}),
+    return {**cls.entries_of(metadata_config(file or {}, f"{FAMILY}.{PARTS[cls]}", cls) or {}),
             **cls.entries_of(config or {})}
 
 
@@ -215,7 +215,7 @@ def read_guide(tensors: Mapping, metadata: Metadata = None, config: Mapping | No
     Also from a live model's weights, where the guide is among Stage C's. The unused third of the released file is
     dropped. config: entries that the shapes do not determine, above all `heads`.
     """
-    rows, numbers = [], set()
+    rows, numbers, tensors = [], set(), unwrap(tensors)
     for key, tensor in tensors.items():
         match = GUIDE.match(key)
         if match and not DEAD["guide"].match(match[3]):

@@ -108,6 +108,7 @@ def read(
     order of the numbers, where others than the attentions were trained. alpha: the change is alpha / rank * up @ down.
     """
     metadata = metadata or {}
+    tensors = next((one for name in ("state_dict", "module") if isinstance(one := tensors.get(name), Mapping)), tensors)
     if any(key.startswith(KOHYA) for key in tensors):
         tensors = {KOHYA_NAME.sub(rf"{CORE}\1_blocks.\2.\3.attention.attn.\4.\5", k): v for k, v in tensors.items()}
         if odd := [k for k in tensors if k.startswith(KOHYA)]:

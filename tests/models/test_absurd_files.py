@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pixstack.models_impl import quantised_files, state_dict
+from pixstack.models_impl import guard, quantised_files, state_dict
 from pixstack.models_impl.flux import checkpoint as flux
 from pixstack.models_impl.flux.config import FluxConfig
 from pixstack.models_impl.flux.model import Flux
@@ -25,6 +25,7 @@ from pixstack.models_impl.ultrapixel.guidance import Guide
 from pixstack.models_impl.ultrapixel.model import StageC
 from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.models_impl.ultrapixel.stage_b import StageB
+from weights import tiny_pixelflow
 
 FLOW = PixelFlowConfig(heads=2, head_dim=8, depth=2, num_classes=5, num_stages=3, resolution=32)
 FLUX = FluxConfig(hidden=16, heads=2, axes=(2, 2, 4), mlp_hidden=32, depth=2, single_depth=2, pooled_dim=6,
@@ -261,3 +262,20 @@ def test_a_list_of_blocks_is_counted():
     keys = [f"blocks.{i}.{name}" for i in (1, 0, 2) for name in ("a.weight", "b")]
     keys += ["blocks.x.a", "other.0.a", "blocks."]
     assert state_dict.count(keys, "blocks") == 3 and state_dict.count(keys, "none") == 0
+
+
+@pytest.mark.parametrize("entry, value, words", [
+    ("head_dim", "x", "head_dim='x' must be a whole number"), ("num_stages", [None], "num_stages="),
+    ("unknown", 1, "'unknown' is no entry of a PixelFlowConfig"),
+])
+def test_a_configuration_in_the_metadata_is_read_by_the_kinds_of_its_entries(tmp_path, entry, value, words):
+    config = tiny_pixelflow(tmp_path / "a.safetensors")
+    tensors, metadata = state_dict.read_file(tmp_path / "a.safetensors")
+    stated = json.dumps({**config.as_dict(), entry: value})
+    with pytest.raises(ValueError, match=words):
+        pixelflow.read(tensors, {**metadata, "pixstack.config": stated})
+
+
+def test_a_sentence_does_not_repeat_a_key_of_any_length():
+    said = guard.sentence("a.pth", ValueError(f"There is no place for {'x.' * 5000}weight."))
+    assert len(said) < 300 and said.startswith("a.pth: There is no place for x.x.")

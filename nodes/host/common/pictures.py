@@ -19,6 +19,8 @@ def colours(image: Tensor, name: str = "image") -> Tensor:
 
 def check(image: Tensor, name: str = "image"):
     """Raise ValueError for an IMAGE without pixels, of a strange shape or dtype, or with values that are no numbers."""
+    if image.layout is not torch.strided:
+        raise ValueError(f"{name} is stored as {image.layout}, which is no picture. See what the node before it did.")
     if image.ndim != 4 or not 1 <= image.shape[-1] <= 4:
         raise ValueError(f"{name} has the shape {list(image.shape)}. A picture is (batch, height, width, channels), of "
                          "1 to 4 channels.")
@@ -33,6 +35,8 @@ def check(image: Tensor, name: str = "image"):
 
 def check_mask(mask: Tensor | None, name: str = "mask"):
     """The same for a MASK, (B, H, W) or (H, W); None is no mask."""
+    if mask is not None and mask.layout is not torch.strided:
+        raise ValueError(f"{name} is stored as {mask.layout}, which is no mask. See what the node before it did.")
     if mask is not None and not mask.numel():
         raise ValueError(f"{name} has no pixels: its shape is {list(mask.shape)}. See what the node before it cut out.")
     if mask is not None and not mask.isfinite().all():

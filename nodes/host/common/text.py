@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 
 from ....models_impl.guard import reading
 from ....models_impl.known_files import whose
-from ....models_impl.state_dict import expected_shapes, read_file, without_prefix
+from ....models_impl.state_dict import check_values, expected_shapes, read_file, without_prefix
 from ....models_impl.text import MAX_LENGTH, shapes
 from . import quantised
 from .patcher import reloadable, to_own_dtypes
@@ -51,6 +51,8 @@ def _clip(file: Path, dtype: torch.dtype | None, device: torch.device | None, pa
           ) -> comfy.sd.CLIP:
     tensors, metadata = read_file(file, quantised.runnable())
     tensors = encoder_weights(tensors, file.name)
+    check_values({key: value for key, value in tensors.items() if torch.is_tensor(value) and value.is_floating_point()},
+                 f"this T5 ({file.name})")
     config = shapes.configuration(tensors, metadata)
     if config["dense_act_fn"] not in ACTIVATIONS:
         raise ValueError(f"ComfyUI's T5 knows the activations {', '.join(ACTIVATIONS)}, this file was trained with "

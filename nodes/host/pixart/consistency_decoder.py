@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ....models_impl.guard import reading
 from ....models_impl.known_files import whose
-from ....models_impl.state_dict import load_into, read_file
+from ....models_impl.state_dict import load_into, read_file, unwrapped
 from ..common.patcher import patcher, reloadable
 
 # 16 GB at 1024 x 1024 in float16 (huggingface/diffusers#5761), 1.3 GB of which are weights
@@ -48,7 +48,7 @@ def load(path: str, disable_dynamic: bool = False) -> comfy.sd.VAE:
                          ) from error
     file = Path(path)
     with reading(file):
-        tensors, _ = read_file(file)
+        tensors = unwrapped(read_file(file)[0], ("state_dict",))
         if not any(key.startswith("decoder_unet.") for key in tensors):
             raise ValueError(f"{file.name} is not the consistency decoder in diffusers' format. {whose(tensors)}")
         net = ConsistencyDecoderVAE(**sizes(tensors))

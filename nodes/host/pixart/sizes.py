@@ -6,6 +6,7 @@ from math import sqrt
 from ....models_impl.pixart.buckets import TABLES, nearest
 from ....models_impl.pixart.config import VAE_FACTOR, PixArtConfig
 
+LONGEST = 4.0  # times the short side
 MULTIPLE = 16  # pixels: eight to a latent cell, two cells to a token
 
 
@@ -16,10 +17,11 @@ def small_side(config: PixArtConfig | None) -> int | None:
 
 
 def size(side: int, height: float, width: float) -> tuple[int, int]:
-    """(height, width) of about side**2 pixels nearest to this shape: of the table, where the releases have one."""
+    """(height, width) of about side**2 pixels nearest to this shape: of the table, where the releases have one, whose
+    shapes end at 1:4 as they do for other models."""
     if side in TABLES:
         return nearest(TABLES[side], height, width)[1:]
-    ratio = sqrt(height / width)
+    ratio = sqrt(min(max(height / width, 1 / LONGEST), LONGEST))
     return tuple(max(1, round(edge / MULTIPLE)) * MULTIPLE for edge in (side * ratio, side / ratio))
 
 

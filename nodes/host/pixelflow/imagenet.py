@@ -38,4 +38,4 @@ def _index(entry: str) -> int:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     near = near or [known for known in names if name in known.split()][:3]
     hint = f" Near it are {', '.join(f'{names[n]}: {n}' for n in near)}." if near else ""
-    raise ValueError(f"{entry!r} is neither a class index nor one of ImageNet's names.{hint}")
+    raise ValueError(f"{entry!r:.100} is neither a class index nor one of ImageNet's names.{hint}")

@@ -99,7 +99,7 @@ def patch(model, guide, strengths: Strengths, rescale: float, shift: float):
     """A clone of a Stage C MODEL with the guide. The model given stays as it was. Raises ValueError for a guide that is
     none."""
     if not isinstance(getattr(guide, "model", None), Guide):
-        raise ValueError(f"guide is of type {type(guide).__name__}, not what 'Load UltraPixel Guide' gives: connect it.")
+        raise ValueError(f"guide is of type {type(guide).__name__}, not what 'Load UltraPixel Guide' gives.")
     check_base(model, guide.model.config)
     patched = model.clone()
     patched.set_attachments(KEY, strengths)
