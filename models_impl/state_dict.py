@@ -413,8 +413,12 @@ def config_metadata(family: str, entries: Mapping) -> dict[str, str]:
 
 def config_tensor(family: str, entries: Mapping) -> dict[str, Tensor]:
     """`config_metadata` as a tensor, which `read_file` takes for it."""
-    text = json.dumps(config_metadata(family, entries)).encode()
-    return {CONFIG_KEY: torch.tensor(list(text), dtype=torch.uint8)}
+    return metadata_tensor(config_metadata(family, entries))
+
+
+def metadata_tensor(metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Metadata as a tensor among the weights."""
+    return {CONFIG_KEY: torch.tensor(list(json.dumps(dict(metadata)).encode()), dtype=torch.uint8)}
 
 
 def metadata_config(metadata: Mapping[str, str], family: str, kind: type | None = None) -> dict | None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 
 from ....models_impl.guard import reading
 from ....models_impl.known_files import whose
-from ....models_impl.state_dict import check_values, expected_shapes, read_file, without_prefix
+from ....models_impl.state_dict import check_values, expected_shapes, metadata_tensor, read_file, without_prefix
 from ....models_impl.text import MAX_LENGTH, shapes
 from . import quantised
 from .patcher import reloadable, to_own_dtypes
@@ -32,6 +32,8 @@ from .patcher import reloadable, to_own_dtypes
 STANDARD_TOKENIZER = Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_tokenizer"  # T5 v1.1's and flan-T5's
 ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 FILLED = "pixstack_filled"  # entry of a conditioning: whether its text is; core's encoders leave none
+SAVED = "t5.transformer."  # how core's nodes name the weights of our CLIP in a file
+BESIDE_SAVED = ("t5.logit_scale",)
 FIXED_IN_COMFYUI = {"relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6}
 
 
@@ -82,6 +84,7 @@ def _clip(file: Path, dtype: torch.dtype | None, device: torch.device | None, pa
             "t5_max_length": config["max_length"],
             "t5_width": config["d_model"],
             "t5_filled": padded,
+            "t5_metadata": {name: text for name, text in metadata.items() if name.startswith("pixstack.")},
         },
         model_options=options,
         **{name: value for name, value in later.items() if name in taken},
@@ -98,7 +101,8 @@ def load_t5_patcher(path: str, *how, disable_dynamic: bool = False):
 
 def encoder_weights(tensors: dict, name: str) -> dict:
     """The encoder of a T5 file under Hugging Face's names; a whole T5 may come along, its decoder is left out."""
-    tensors = without_prefix(tensors)
+    tensors = without_prefix({key: value for key, value in tensors.items() if key not in BESIDE_SAVED})
+    tensors = {key.removeprefix(SAVED): value for key, value in tensors.items()}
     if "encoder.block.0.layer.0.SelfAttention.q.weight" not in tensors:
         raise ValueError(f"{name} is not a T5 text encoder. {whose(tensors)}")
     if "encoder.embed_tokens.weight" in tensors:  # shared.weight under another name
@@ -160,6 +164,11 @@ class FromText:
 class Tokenize(comfy.sd1_clip.SD1Tokenizer):
     def __init__(self, embedding_directory=None, tokenizer_data=None):
         super().__init__(embedding_directory, tokenizer_data or {}, name="t5", tokenizer=T5Tokenizer)
+        self.metadata = (tokenizer_data or {}).get("t5_metadata") or {}
+
+    def state_dict(self) -> dict:
+        """What core saves beside the weights: the tokenizer and configuration that the file carried."""
+        return metadata_tensor(self.metadata) if self.metadata else {}
 
 
 class T5Model(comfy.sd1_clip.SDClipModel):
