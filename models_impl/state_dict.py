@@ -36,11 +36,12 @@ CONFIG_KEY = "pixstack.config"
 """A tensor whose bytes are our metadata, in files of a program that writes only tensors."""
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 MOST_SHARDS = 200
+INDEX = ".index.json"
 
 
 def read_file(path: str | os.PathLike, runnable: Collection[str] = ()) -> tuple[dict, dict[str, str]]:
     """Tensors (nested as the file has them) and text metadata of a safetensors or torch file, or of all parts of one
-    (model-00001-of-00002.safetensors), of which `path` is any.
+    (model-00001-of-00002.safetensors), of which `path` is any, or their index (model.safetensors.index.json).
 
     The weights of a quantised file are `quantised_files.Quantised`, dequantised where they are used; runnable:
     formats that the caller takes as they are (`quantised_files.gathered`). Nothing in the file is executed: torch files
@@ -59,7 +60,7 @@ def read_file(path: str | os.PathLike, runnable: Collection[str] = ()) -> tuple[
             "with PixArt. For every other model, and for training, get the safetensors file."
         )
     with reading(path):
-        tensors, metadata = _read_shards(path)
+        tensors, metadata = _read_shards(_first_of_index(path) if path.name.endswith(INDEX) else path)
         _refuse_unreal(tensors)
         if isinstance(stored := tensors.pop(CONFIG_KEY, None), Tensor):
             metadata = {**from_json(bytes(stored.flatten().tolist()), CONFIG_KEY), **metadata}
@@ -83,6 +84,18 @@ def _refuse_unreal(tensors: Mapping):
             if value.nbytes > max(MOST_REPEATED, held):
                 raise ValueError(f"{key} has the shape {list(value.shape)}, {value.nbytes:,} bytes, of which the file "
                                  f"holds {held:,}: it is damaged, or made to fill the memory.")
+
+
+def _first_of_index(path: Path) -> Path:
+    """One of the parts that an index of transformers or diffusers lists, beside it."""
+    entries = from_json(path.read_bytes(), path.name)
+    listed = entries.get("weight_map") if isinstance(entries, dict) else None
+    name = next(iter(listed.values()), None) if isinstance(listed, dict) else None
+    if not isinstance(name, str) or Path(name).name != name or name.endswith(INDEX):
+        raise ValueError(f"{path.name} is no index of a model's parts: it has no weight_map of file names.")
+    if not path.with_name(name).is_file():
+        raise ValueError(f"{path.name} lists {name[:200]}, which is not beside it: put all parts into one folder.")
+    return path.with_name(name)
 
 
 def _read_shards(path: Path) -> tuple[dict, dict[str, str]]:

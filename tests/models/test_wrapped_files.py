@@ -72,6 +72,27 @@ def test_the_parts_of_a_model_are_read_together(tmp_path):
         same(read_file(part)[0], DIFFUSERS)
 
 
+def test_the_index_of_a_model_in_parts_stands_for_the_model(tmp_path):
+    keys = sorted(WEIGHTS)
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name, part in zip(names, (keys[::2], keys[1::2]), strict=True):
+        write_file(tmp_path / name, {key: WEIGHTS[key] for key in part})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: names[keys.index(key) % 2] for key in keys}}))
+    same(read_file(index)[0])
+
+
+@pytest.mark.parametrize("content, words", [
+    ("{}", "it has no weight_map"), ("[]", "it has no weight_map"), ("{", "is not valid JSON"),
+    ('{"weight_map": {"a": "../../a.safetensors"}}', "it has no weight_map of file names"),
+    ('{"weight_map": {"a": "a.safetensors"}}', "lists a.safetensors, which is not beside it"),
+])
+def test_an_index_that_leads_nowhere_is_refused(tmp_path, content, words):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_file(tmp_path / "model.safetensors.index.json")
+
+
 def test_a_pixelflow_in_diffusers_wrapper_is_read():
     config = PixelFlowConfig(heads=2, head_dim=72, depth=1, context_dim=32, resolution=64)
     weights = random_state(PixelFlow(config))
