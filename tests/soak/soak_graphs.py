@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -69,19 +70,20 @@ def pictures_of(run) -> str:
     return digest.hexdigest()
 
 
-def by_cost(host, paths: list[Path], longest: float = 20.0) -> list[tuple[str, dict]]:
+def by_cost(host, paths: list[Path], longest: float = 8.0) -> list[tuple[str, dict]]:
     """(name, graph) of the workflows that run in that many seconds, the quickest first."""
     register(host)
     info, found = host.object_info(), []
     for path in paths:
         graph = read(path, info)
-        started = time.perf_counter()
+        timer, started = threading.Timer(longest, host.interrupt), time.perf_counter()
+        timer.start()
         run = host.run(graph)
-        if run.error:
+        timer.cancel()
+        if run.error and run.error.message != "interrupted":
             raise RuntimeError(f"{path.name}: {run.error}")
-        seconds = time.perf_counter() - started
-        if seconds < longest:
-            found.append((seconds, path.stem, graph))
+        if not run.error:
+            found.append((time.perf_counter() - started, path.stem, graph))
     return [(name, graph) for _, name, graph in sorted(found, key=lambda entry: entry[:2])]
 
 
