@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -23,5 +24,15 @@ def entries(path: Path) -> dict:
 
 
 def flush(path: Path):
-    with open(path, "rb") as file:
+    """Have the system write a file's contents to the disk."""
+    with open(path, "r+b") as file:  # Windows flushes only what may be written
         os.fsync(file.fileno())
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**22):
+            found.update(part)
+    return found.hexdigest()

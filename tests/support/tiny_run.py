@@ -51,16 +51,15 @@ def train(settings, interrupt=None):
     """Runs to the end, or until `interrupt(run, step)` says so. Returns (recipe, run)."""
     accelerator = Accelerator(cpu=True)
     items = build.collection(settings)
-    run = Run(settings, accelerator, items.held_out)
-    with accelerator.main_process_first():
-        run.open()
-        recipe = build.recipe(settings, items, run.folder)
-    if accelerator.is_main_process:
-        build.write_facts(run.folder, recipe, items)
-    if interrupt:
-        log = run.log
-        run.log = lambda step, **values: (log(step, **values), interrupt(run, step))
-    with closing(run):
+    with closing(Run(settings, accelerator, items.held_out)) as run:
+        with accelerator.main_process_first():
+            run.open()
+            recipe = build.recipe(settings, items, run.folder)
+        if accelerator.is_main_process:
+            build.write_facts(run.folder, recipe, items)
+        if interrupt:
+            log = run.log
+            run.log = lambda step, **values: (log(step, **values), interrupt(run, step))
         batches = loader.Batches(items.train, settings.data, settings.seed, settings.batch_size)
         loop.train(recipe, batches, settings, run, accelerator)
     return recipe, run

@@ -196,7 +196,7 @@ DEEP = {"lists": "x = " + "[" * N + "]" * N, "tables": "x = " + "{a = " * N + "1
 def test_a_recipe_file_that_is_nested_too_deeply_is_refused_before_it_is_parsed(tmp_path, text, monkeypatch):
     monkeypatch.setattr(load.tomllib, "loads", lambda text: pytest.fail("parsed"))
     (tmp_path / "deep.toml").write_text(text)
-    with pytest.raises(ValueError, match="deep.toml is not valid TOML: it is nested too deeply$"):
+    with pytest.raises(ValueError, match="deep.toml is not valid TOML: it is nested too deeply.$"):
         load.read_toml(tmp_path / "deep.toml")
 
 

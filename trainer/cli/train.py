@@ -1,6 +1,7 @@
 """`python -m trainer train`."""
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 
 from .options import accelerator_of, with_recipe
@@ -20,9 +21,6 @@ def run(args):
     import torch
 
     from ..data import loader
-    from ..distributed import strategy
-    from ..features import cache, text_encoders
-    from ..memory import offload
     from ..training import build, loop
     from ..training.run import Run
 
@@ -39,7 +37,27 @@ def run(args):
         lines = plan.describe(config, collection, recipe, batches, parts, accelerator.num_processes, accelerator.device)
         return accelerator.print("\n".join(lines))
 
-    run = Run(config, accelerator, collection.held_out)
+    with closing(Run(config, accelerator, collection.held_out)) as run:
+        recipe, batches = prepared(run, config, collection, accelerator)
+        step = loop.train(recipe, batches, config, run, accelerator)
+    if accelerator.is_main_process:
+        print(f"step {step} of {config.steps}: {config.folder}")
+    accelerator.end_training()
+    if run.stopped_by and step < config.steps:
+        if accelerator.is_main_process:
+            print("stopped; the same command goes on from there.", file=sys.stderr)
+        if accelerator.num_processes == 1:  # a launcher would take it for a crash
+            sys.exit(128 + run.stopped_by)
+
+
+def prepared(run, config, collection, accelerator) -> tuple:
+    """(recipe, batches) of a run, whose folder is opened."""
+    from ..data import loader
+    from ..distributed import strategy
+    from ..features import cache, text_encoders
+    from ..memory import offload
+    from ..training import build
+
     with accelerator.main_process_first():  # it clears the folder and makes the tokenizer that the others read
         run.open()
         recipe = build.recipe(config, collection, run.folder)
@@ -61,8 +79,4 @@ def run(args):
         print(f"{config.folder}: {loader.summary(collection)}; {count:,} parameters")
         if accelerator.num_processes > 1:
             print(f"{accelerator.num_processes} processes, {strategy.IN_WORDS[strategy.way(config)]}")
-    with closing(run):
-        step = loop.train(recipe, batches, config, run, accelerator)
-    if accelerator.is_main_process:
-        print(f"step {step} of {config.steps}: {config.folder}")
-    accelerator.end_training()
+    return recipe, batches

@@ -276,6 +276,8 @@ class Config:
     resume: str = "auto"
     """auto: go on from the newest checkpoint if the settings that shape the result are the same. changed: go on with
     other settings. never: refuse a folder that holds a run."""
+    resume_from: int = 0
+    """Step of the checkpoint to go on from, in place of the newest; later ones are renamed and stay. 0 = the newest."""
     init_from: str = ""
     """A checkpoint (released or ours) whose weights the network starts from."""
     seed: int = 0

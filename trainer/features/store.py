@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...models_impl import state_dict
 from ...models_impl.folders import below
-from ..files import entries, write_whole
+from ..files import entries, flush, write_whole
 
 SHARD_BYTES = 2**28
 OPEN_SHARDS = 128
@@ -130,8 +130,7 @@ class Store:
         unfinished = shard.with_suffix(".unfinished")
         state_dict.save({f"{key}/{part}": value for key, parts in self.new.items() for part, value in parts.items()},
                         unfinished)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
+        flush(unfinished)
         os.replace(unfinished, shard)
         self.new, self.new_bytes = {}, 0
         self.index(shard)

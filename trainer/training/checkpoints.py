@@ -14,14 +14,16 @@ from ...models_impl import state_dict
 from ...models_impl.guard import reading
 from ...models_impl.parsing import from_json
 from ..distributed import sharded
-from ..files import entries
+from ..files import digest, entries
+
+STATE = "state.json"
 
 
 @cache
 def is_whole(folder: Path) -> bool:
     """Whether the files of a checkpoint can be read. One that was cut, by a full disk for example, is named."""
     try:
-        int(entries(folder / "state.json")["step"])
+        int(entries(folder / STATE)["step"])
         for file in folder.glob("*.safetensors"):
             with safe_open(file, framework="pt"):  # looks at its header and its length
                 pass
@@ -32,18 +34,38 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
+def damage(folder: Path) -> str:
+    """What is wrong with the bytes of a checkpoint, by the digests that were written with it; empty where nothing is.
+    Reads all of it."""
+    for name, written in entries(folder / STATE).get("sha256", {}).items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if digest(file) != written:
+            return f"{name} has other bytes than were written"
+    return ""
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Those of a run that are whole, oldest first."""
     there = (folder / "checkpoints").glob("*")
-    return sorted(p for p in there if p.name.isdigit() and (p / "state.json").exists() and is_whole(p))
+    return sorted(p for p in there if p.name.isdigit() and (p / STATE).exists() and is_whole(p))
 
 
 def read_log(folder: Path) -> list[dict]:
     """The lines of a run's log.jsonl; a run shorter than log_every has none."""
     path = folder / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    whole = (line for line in lines if line.endswith("}"))  # a killed process may have cut the last one
-    return [from_json(line, f"A line of {path}") for line in whole]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [entry for entry in map(line_of_log, lines) if entry]
+
+
+def line_of_log(line: str) -> dict | None:
+    """What a line of a log says; None for one that a killed process or a disk has damaged."""
+    try:
+        entry = from_json(line, "log.jsonl")
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
 def module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

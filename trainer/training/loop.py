@@ -21,11 +21,13 @@ def train(recipe, batches, config: Config, run, accelerator):
         # Random draws depend only on (seed, step), so a resumed run repeats the unbroken one.
         torch.manual_seed(config.seed * 1_000_003 + step)
         total = torch.zeros((), device=accelerator.device)
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            batch = batches(step, part, following=(step + 1, parts[0]) if last else (step, parts[i + 1]))
-            total += together.backward(batch, len(parts), last)
-        norm, share = together.update(optimizer, step)
+        with run.rescuing(step, recipe, ema, optimizer, Exception):
+            for i, part in enumerate(parts):
+                last = i == len(parts) - 1
+                batch = batches(step, part, following=(step + 1, parts[0]) if last else (step, parts[i + 1]))
+                total += together.backward(batch, len(parts), last)
+        with run.rescuing(step, recipe, ema, optimizer, FloatingPointError):  # comes before anything has changed
+            norm, share = together.update(optimizer, step)
         ema.update(step)
         step += 1
         run.log(step, loss=total, grad_norm=norm, learning_rate=share * optimizer.learning_rate * optimizer.estimate)

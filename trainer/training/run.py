@@ -12,27 +12,39 @@ import signal
 import sys
 import time
 import uuid
+from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-from ...models_impl.parsing import from_json
 from ..config import rules
 from ..config.load import as_dict, differences, stored
 from ..config.schema import Config
 from ..data import loader
 from ..data.pictures import Pictures
 from ..data.sheets import sheet
-from ..files import entries, flush, write_whole
-from .checkpoints import checkpoints, module_tensors, read_tensors, restore_module, write_tensors
+from ..files import digest, entries, flush, write_whole
+from .checkpoints import (
+    STATE,
+    checkpoints,
+    damage,
+    line_of_log,
+    module_tensors,
+    read_tensors,
+    restore_module,
+    write_tensors,
+)
 
-MAY_CHANGE = {"name", "out", "resume", "init_from", "device", "threads", "compile", "checkpoint_activations",
-              "micro_batch_size", "save_every", "keep", "log_every", "log", "samples", "validation",
-              "data.path", "data.held_out_path", "data.prior_path", "data.cache", "data.workers", "text.cache",
-              "text.tokenizer", "cache", "memory.swap_blocks", "memory.shard", "model.previewer", "model.stage_a",
-              "model.stage_b"}
+LOCK = "in_use.lock"
+MAY_CHANGE = {"name", "out", "resume", "resume_from", "init_from", "device", "threads", "compile",
+              "checkpoint_activations", "micro_batch_size", "save_every", "keep", "log_every", "log", "samples",
+              "validation", "data.path", "data.held_out_path", "data.prior_path", "data.cache", "data.workers",
+              "text.cache", "text.tokenizer", "cache", "memory.swap_blocks", "memory.shard", "model.previewer",
+              "model.stage_a", "model.stage_b"}
 """Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
 
 
@@ -44,6 +56,9 @@ class Run:
         self.measures = self.main or rules.way(config) != rules.DDP
         self.items, self.load = list(held_out)[: config.validation.items], Pictures
         self.stop, self.saved_at, self.writer, self.bar, self.wandb = False, None, None, None, None
+        self.stopped_by: int | None = None
+        """The signal by which a person or the system ended the run."""
+        self.lock: FileLock | None = None
         self.losses, self.clock = [], None
 
     @cached_property
@@ -54,9 +69,15 @@ class Run:
         return loader.fixed(self.items, self.config.data, self.config.micro_batch_size or 64, self.load)
 
     def open(self):
-        """Makes the folder, or checks that the run in it is this one."""
+        """Makes the folder, or checks that the run in it is this one, which no other process may be doing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.main:
+            self.lock = FileLock(self.folder / LOCK)
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(f"Another process trains in {self.folder}. Wait until it has ended, or choose another "
+                                 "folder: out=...") from None
             for leftover in (self.folder / "checkpoints").glob("*.unfinished"):
                 shutil.rmtree(leftover)
         path, settings = self.folder / "config.json", as_dict(self.config)
@@ -72,18 +93,36 @@ class Run:
                 (self.folder / "tokenizer.json").unlink(missing_ok=True)
             write_whole(path, json.dumps(settings, indent=2))
 
+    def newest(self) -> Path | None:
+        """The checkpoint to go on from: the one of resume_from, else the newest whose bytes are those written."""
+        saved, wanted = checkpoints(self.folder), self.config.resume_from
+        if wanted and not any(int(one.name) == wanted for one in saved):
+            there = ", ".join(str(int(one.name)) for one in saved) or "none"
+            raise ValueError(f"resume_from={wanted}: {self.folder} has no whole checkpoint of that step. There are: "
+                             f"{there}.")
+        for one in reversed(saved):
+            if wanted and int(one.name) != wanted:
+                continue
+            if not (why := damage(one)):
+                return one
+            if wanted:
+                raise ValueError(f"{one} is damaged ({why}). Choose another step: resume_from=...")
+            print(f"{one} is damaged ({why}): it is passed over, and the run goes on from the one before, if there is "
+                  "one.", file=sys.stderr)
+        return None
+
     def restore(self, recipe: nn.Module, ema, optimizer) -> int:
-        saved = checkpoints(self.folder)
-        step = 0
-        if saved:
-            newest = saved[-1]
+        newest, step = self.newest(), 0
+        if newest:
             restore_module(recipe, read_tensors(newest / "model.safetensors"))
             if ema.weights:
                 ema.load_state_dict(read_tensors(newest / "ema.safetensors"))
             optimizer.load(read_tensors(newest / "optimizer.safetensors"))
-            step = self.saved_at = entries(newest / "state.json")["step"]
+            step = self.saved_at = entries(newest / STATE)["step"]
         if self.main:
             self.forget_after(step)
+            if self.config.resume_from:
+                self.put_aside_after(step)
             self.start(step)
         self.listen()
         return step
@@ -94,8 +133,15 @@ class Run:
         if path.exists():
             # What a killed process was writing has no end of line.
             *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
-            kept = (line for line in lines if -1 < _step_of(line) <= step)
+            kept = (line for line in lines if (entry := line_of_log(line)) and entry["step"] <= step)
             write_whole(path, "".join(line + "\n" for line in kept))
+
+    def put_aside_after(self, step: int):
+        """Checkpoints of later steps than this get names that no run goes on from."""
+        for one in (self.folder / "checkpoints").glob("*"):
+            if one.name.isdigit() and int(one.name) > step:
+                places = (one.with_name(f"{one.name}.before{n or ''}") for n in range(1000))
+                one.rename(next(place for place in places if not place.exists()))
 
     def start(self, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -129,7 +175,7 @@ class Run:
             now = time.monotonic()
             if number == signal.SIGINT and asked and now > asked + 1:  # launchers send each signal several times
                 raise KeyboardInterrupt
-            asked, self.stop = asked or now, True
+            asked, self.stop, self.stopped_by = asked or now, True, number
             if self.main:
                 self.bar.write("Stopping after this step; a checkpoint will be written. Once more to stop at once.")
 
@@ -219,7 +265,8 @@ class Run:
             unfinished.mkdir(parents=True, exist_ok=True)
             for name, some in tensors.items():
                 write_tensors(unfinished / f"{name}.safetensors", some)
-            (unfinished / "state.json").write_text(json.dumps({"step": step}))
+            written = {file.name: digest(file) for file in sorted(unfinished.glob("*.safetensors"))}
+            (unfinished / STATE).write_text(json.dumps({"step": step, "sha256": written}))
             for file in unfinished.iterdir():
                 flush(file)
             if final.exists():
@@ -227,6 +274,21 @@ class Run:
             os.replace(unfinished, final)
             for old in checkpoints(self.folder)[: -self.config.keep] if self.config.keep else ():
                 shutil.rmtree(old)
+
+    @contextmanager
+    def rescuing(self, step: int, recipe, ema, optimizer, *errors: type[Exception]):
+        """Block in which nothing of the run changes: where it ends in one of these errors, the step is saved first. Of
+        several processes the others would wait for a save that they do not know of, so then there is none."""
+        try:
+            yield
+        except errors:
+            if step and self.saved_at != step and self.accelerator.num_processes == 1:
+                try:
+                    self.save(step, recipe, ema, optimizer)
+                    print(f"\nStep {step} was saved before the run ends by an error.", file=sys.stderr)
+                except OSError as error:
+                    print(f"\nStep {step} could not be saved: {error}", file=sys.stderr)
+            raise
 
     def finish(self, step: int, recipe, ema, optimizer):
         if self.saved_at != step:
@@ -237,15 +299,11 @@ class Run:
             self.wandb.finish()
 
     def close(self):
-        """Ends the line of the progress bar, so that what is said next, an error perhaps, has its own."""
+        """Ends the line of the progress bar, so that what is said next, an error perhaps, has its own, and lets other
+        processes into the folder."""
         for one in (self.bar, self.writer):
             if one is not None:
                 one.close()
-
-
-def _step_of(line: str) -> int:
-    """The step of a line of the log, -1 for one that is damaged."""
-    try:
-        return int(from_json(line, "log.jsonl")["step"])
-    except (ValueError, TypeError, LookupError):
-        return -1
+        if self.lock is not None:
+            self.lock.release()
+            (self.folder / LOCK).unlink(missing_ok=True)

@@ -1,0 +1,171 @@
+"""What happens to a run that something goes wrong with: damaged checkpoints, errors between steps, two processes in one
+folder, signals."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from accelerate import Accelerator
+from pixstack.trainer import files
+from pixstack.trainer.data import loader
+from pixstack.trainer.training import checkpoints
+from pixstack.trainer.training.run import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny_run.pictures(tmp_path_factory.mktemp("data") / "set")
+
+
+def weights(folder: Path, step: int) -> dict:
+    read = checkpoints.read_tensors(folder / f"checkpoints/{step:08d}/model.safetensors")
+    return {key: value.clone() for key, value in read.items()}  # what is read stays the file's
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(one.name) for one in checkpoints.checkpoints(folder)]
+
+
+def spoil(file: Path):
+    """Other values, in a file that can be read as before."""
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 0x40
+    file.write_bytes(content)
+
+
+def test_a_checkpoint_with_other_bytes_is_named_and_the_one_before_it_taken(path, tmp_path, capsys):
+    settings = tiny_run.settings(path, tmp_path / "run", "save_every=2", steps=6)
+    tiny_run.train(settings)
+    right = weights(tmp_path / "run", 6)
+    spoil(tmp_path / "run/checkpoints/00000006/model.safetensors")
+    assert steps(tmp_path / "run") == [2, 4, 6]  # by its header it is whole
+    tiny_run.train(settings)
+    assert "00000006 is damaged (model.safetensors has other bytes than were written)" in capsys.readouterr().err
+    again = weights(tmp_path / "run", 6)
+    assert all(torch.equal(again[key], value) for key, value in right.items())
+
+
+def test_a_run_goes_on_from_the_step_that_is_asked_for(path, tmp_path):
+    settings = tiny_run.settings(path, tmp_path / "run", "save_every=2")
+    tiny_run.train(settings)
+    right = weights(tmp_path / "run", 6)
+    seen = []
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "save_every=2", "resume_from=2"),
+                   lambda run, step: seen.append(step))
+    assert seen == [3, 4, 5, 6] and steps(tmp_path / "run") == [2, 4, 6]
+    kept = sorted(one.name for one in (tmp_path / "run/checkpoints").glob("*.before"))
+    assert kept == ["00000004.before", "00000006.before"]
+    assert all(torch.equal(weights(tmp_path / "run", 6)[key], value) for key, value in right.items())
+
+
+@pytest.mark.parametrize("wanted, words", [
+    (3, "no whole checkpoint of that step. There are: 2, 4, 6"), (4, "is damaged"),
+])
+def test_a_step_that_cannot_be_gone_on_from_is_refused(path, tmp_path, wanted, words):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "save_every=2"))
+    spoil(tmp_path / "run/checkpoints/00000004/model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        tiny_run.train(tiny_run.settings(path, tmp_path / "run", "save_every=2", f"resume_from={wanted}"))
+    assert steps(tmp_path / "run") == [2, 4, 6]
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digests_and_is_taken(path, tmp_path):
+    settings = tiny_run.settings(path, tmp_path / "run", steps=3)
+    tiny_run.train(settings)
+    state = tmp_path / "run/checkpoints/00000003/state.json"
+    state.write_text(json.dumps({"step": json.loads(state.read_text())["step"]}))
+    seen = []
+    longer = tiny_run.settings(path, tmp_path / "run", steps=4, resume="changed")
+    tiny_run.train(longer, lambda run, step: seen.append(step))
+    assert seen == [4]
+
+
+class Failing:
+    """Batches of which one cannot be loaded."""
+
+    def __init__(self, batches, at: int, error: Exception):
+        self.batches, self.at, self.error = batches, at, error
+
+    def __call__(self, step, *given, **more):
+        if step == self.at:
+            raise self.error
+        return self.batches(step, *given, **more)
+
+
+@pytest.mark.parametrize("error", [ValueError("a.png is broken."), OSError(28, "No space left on device")])
+def test_a_run_that_ends_by_an_error_saves_its_step_first(path, tmp_path, monkeypatch, error, capsys):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "unbroken"))
+    made = loader.Batches
+    with monkeypatch.context() as patched:
+        patched.setattr(loader, "Batches", lambda *given: Failing(made(*given), 4, error))
+        with pytest.raises(type(error), match="broken|No space"):
+            tiny_run.train(tiny_run.settings(path, tmp_path / "run"))
+    assert steps(tmp_path / "run") == [3, 4] and "Step 4 was saved before the run ends" in capsys.readouterr().err
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run"))
+    right, found = weights(tmp_path / "unbroken", 6), weights(tmp_path / "run", 6)
+    assert all(torch.equal(found[key], value) for key, value in right.items())
+
+
+def test_a_run_whose_gradients_are_no_numbers_keeps_its_last_good_step(path, tmp_path):
+    def spoil_weights(run, step):
+        if step == 4:
+            next(p for p in spoilt[0].parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
+
+    spoilt = []
+    build = tiny_run.build.recipe
+    settings = tiny_run.settings(path, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tiny_run.build, "recipe", lambda *given: spoilt.append(build(*given)) or spoilt[0])
+        with pytest.raises(FloatingPointError, match="gradient norm is nan"):
+            tiny_run.train(settings, spoil_weights)
+    assert steps(tmp_path / "run") == [3, 4]
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run", 4).values())
+
+
+def test_a_second_process_in_a_run_folder_is_refused(path, tmp_path):
+    settings = tiny_run.settings(path, tmp_path / "run")
+    with closing(Run(settings, Accelerator(cpu=True))) as first:
+        first.open()
+        with pytest.raises(ValueError, match="Another process trains in .*run"):
+            tiny_run.train(settings)
+    tiny_run.train(settings)
+    assert not [*(tmp_path / "run").glob("*.lock")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_with_its_number_and_the_same_command_goes_on(path, tmp_path, number):
+    recipe = tiny_run.toml(tmp_path, path, tmp_path / "run")
+    command = [sys.executable, "-m", "trainer", "train", str(recipe), "steps=4000", "save_every=4000"]
+    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/log.jsonl").exists():
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.05)
+    started.send_signal(number)
+    _, said = started.communicate(timeout=120)
+    assert started.returncode == 128 + number, said
+    assert "stopped; the same command goes on from there." in said
+    (stopped,) = steps(tmp_path / "run")
+    done = subprocess.run([*command[:-2], f"steps={stopped + 1}", "save_every=4000", "resume=changed"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert steps(tmp_path / "run") == [stopped, stopped + 1]
+
+
+def test_what_is_flushed_may_be_written_as_windows_wants_it(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    seen = []
+    mode = lambda number: fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE  # noqa: E731
+    monkeypatch.setattr(files.os, "fsync", lambda number: seen.append(mode(number)))
+    (tmp_path / "a").write_text("a")
+    files.flush(tmp_path / "a")
+    assert seen == [os.O_RDWR] and (tmp_path / "a").read_text() == "a"
