@@ -112,3 +112,51 @@ def test_a_cache_put_on_before_the_guide_does_the_same(ultra):  # noqa: F811
     after = cached(ultra.nodes, "LazyCache", guided(ultra), 0.05, 0.0, 1.0)
     before = guided(ultra, model=cached(ultra.nodes, "LazyCache", ultra.base, 0.05, 0.0, 1.0))
     assert torch.equal(draw_guided(ultra, before, steps=8), draw_guided(ultra, after, steps=8))
+
+
+class Reusing:
+    """What packs such as TeaCache do: around a network's call, its last output again while its input hardly changes."""
+
+    def __init__(self, threshold: float):
+        self.threshold, self.kept, self.skipped = threshold, {}, 0
+
+    def __call__(self, apply_model, args):
+        x, kind = args["input"], tuple(args["cond_or_uncond"])
+        before, output, changed = self.kept.get(kind, (None, None, 0.0))
+        if before is not None and before.shape == x.shape:
+            changed += float((x - before).abs().mean() / before.abs().mean())
+            if changed < self.threshold:
+                self.skipped += 1
+                self.kept[kind] = x, output, changed
+                return output
+        output = apply_model(x, args["timestep"], **args["c"])
+        self.kept[kind] = x, output, 0.0
+        return output
+
+    def around(self, model):
+        patched = model.clone()
+        patched.set_model_unet_function_wrapper(self)
+        return patched
+
+
+@pytest.mark.parametrize("family", ["pixelflow", "pixart"])
+def test_a_pack_that_repeats_outputs_leaves_the_picture(request, family):
+    model, draw = request.getfixturevalue(family)
+    exact, reusing = draw(model), Reusing(0.1)
+    shortened = draw(reusing.around(model))
+    assert reusing.skipped > 2
+    assert psnr(shortened, exact) > LEAST
+    assert torch.equal(draw(model), exact)
+
+
+def test_a_pack_that_repeats_outputs_gives_the_guide_features_or_says_why_not(ultra):  # noqa: F811
+    model, reusing = guided(ultra), Reusing(0.3)
+    exact = draw_guided(ultra, model, steps=8)
+    try:
+        shortened = draw_guided(ultra, reusing.around(model), steps=8)
+    except ValueError as error:
+        assert "features" in str(error) and str(error).endswith(".")
+    else:
+        assert (shortened - exact).square().mean().sqrt() < 0.2 * exact.std()
+    assert reusing.skipped
+    assert torch.equal(draw_guided(ultra, model, steps=8), exact)

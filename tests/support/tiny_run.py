@@ -56,7 +56,7 @@ def train(settings, interrupt=None):
             run.open()
             recipe = build.recipe(settings, items, run.folder)
         if accelerator.is_main_process:
-            build.write_facts(run.folder, recipe, items)
+            build.write_facts(run.folder, recipe, items, settings)
         if interrupt:
             log = run.log
             run.log = lambda step, **values: (log(step, **values), interrupt(run, step))

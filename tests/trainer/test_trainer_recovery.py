@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_recipes
 import tiny_run
 import torch
 from accelerate import Accelerator
+from PIL import Image
+from pixstack.models_impl import state_dict
 from pixstack.trainer import files
 from pixstack.trainer.data import loader
 from pixstack.trainer.training import checkpoints
@@ -169,3 +173,36 @@ def test_what_is_flushed_may_be_written_as_windows_wants_it(tmp_path, monkeypatc
     (tmp_path / "a").write_text("a")
     files.flush(tmp_path / "a")
     assert seen == [os.O_RDWR] and (tmp_path / "a").read_text() == "a"
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """Settings of a LoRA over a base, which stands in a file."""
+    folder = tmp_path_factory.mktemp("lora")
+    return lambda out: tiny_recipes.every(folder / f"files_{out.name}", out)["pixart_lora"]
+
+
+def test_a_lora_does_not_go_on_over_another_base(tmp_path, lora):
+    settings = replace(lora(tmp_path / "out"), save_every=1)
+    tiny_run.train(settings)
+    base = Path(settings.init_from)
+    moved = base.rename(tmp_path / "moved.safetensors")
+    tiny_run.train(replace(settings, init_from=str(moved)))  # the same weights, elsewhere
+    tensors, metadata = state_dict.read_file(moved)
+    tensors = {key: value.clone() for key, value in tensors.items()}
+    next(value for key, value in sorted(tensors.items()) if value.ndim == 2).view(-1)[:100] += 1
+    state_dict.write_file(base, tensors, metadata)
+    with pytest.raises(ValueError, match="a run over other weights than those of init_from.*resume=changed"):
+        tiny_run.train(settings)
+    tiny_run.train(replace(settings, resume="changed"))
+
+
+def test_changed_pixels_under_the_same_names_are_noticed(tmp_path):
+    path = tiny_run.pictures(tmp_path / "set")
+    settings = tiny_run.settings(path, tmp_path / "run")
+    _, run = tiny_run.train(settings)
+    items = tiny_run.build.collection(settings)
+    assert tiny_run.build.other_data(run.folder, items) == ""
+    first = items.train[0].file
+    Image.new("RGB", Image.open(first).size, "pink").save(first)
+    assert "other captions or pixels" in tiny_run.build.other_data(run.folder, items)

@@ -44,7 +44,7 @@ def trained(name: str, precision: str) -> Waits:
             recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
         load = features.loader(config, recipe.encoders, found.train, config.data, accelerator.print)
         batches = loader.Batches(found.train, config.data, config.seed, config.batch_size, load)
-        build.write_facts(run.folder, recipe, found)
+        build.write_facts(run.folder, recipe, found, config)
         run.save = lambda *_: None  # which reads every weight
         run.log = lambda step, **_: marks.append(dict(gpu.waits))
         with closing(run):

@@ -74,7 +74,7 @@ def prepared(run, config, collection, accelerator) -> tuple:
     if accelerator.is_main_process:
         if said := build.other_data(run.folder, collection):
             print(said)
-        build.write_facts(run.folder, recipe, collection)
+        build.write_facts(run.folder, recipe, collection, config)
         count = sum(p.numel() for p in recipe.parameters())
         print(f"{config.folder}: {loader.summary(collection)}; {count:,} parameters")
         if accelerator.num_processes > 1:

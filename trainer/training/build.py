@@ -12,6 +12,7 @@ from ..data import loader
 from ..features import text_encoders
 from ..files import entries, write_whole
 from ..recipes import find
+from . import frozen
 from .checkpoints import checkpoints
 
 TOKENIZER, FACTS = "tokenizer.json", "facts.json"
@@ -35,9 +36,17 @@ def recipe(config: Config, collection: loader.Collection, folder: Path | None = 
     return made
 
 
-def write_facts(folder: Path, recipe: nn.Module, collection: loader.Collection):
-    """What a run must know to be opened without its data, and of those whether they are still the same."""
-    facts = {"network": recipe.network(), "classes": collection.classes, "data": loader.identity(collection)}
+def write_facts(folder: Path, recipe: nn.Module, collection: loader.Collection, config: Config):
+    """What a run must know to be opened without its data, of those whether they are still the same, and of the frozen
+    weights under it too. Raises ValueError where these are others than the run had, but for resume=changed."""
+    under = frozen.files(config, recipe)
+    if config.resume != "changed" and checkpoints(folder) and (folder / FACTS).is_file():
+        if others := frozen.others(entries(folder / FACTS).get("frozen") or {}, under):
+            raise ValueError(f"{folder} holds a run over other weights than those of {' and '.join(others)}: what it "
+                             "learned belongs to those that it began with. Put them back, choose another folder "
+                             "(out=...), or go on with these: resume=changed.")
+    facts = {"network": recipe.network(), "classes": collection.classes, "data": loader.identity(collection),
+             "frozen": under}
     if recipe.text is not None and not isinstance(recipe.text, text_encoders.FROZEN):
         facts["text"] = {**recipe.text.config, "max_length": recipe.text.max_length}
         write_whole(folder / TOKENIZER, recipe.text.tokenizer.to_str(pretty=True))
@@ -48,10 +57,10 @@ def other_data(folder: Path, collection: loader.Collection) -> str:
     """What to say where a run goes on with other pictures or captions than it had, else nothing."""
     if not checkpoints(folder):
         return ""
-    old, now = entries(folder / FACTS).get("data"), loader.identity(collection)
-    return "" if old in (None, now) else (
+    old, now = entries(folder / FACTS).get("data") or {}, loader.identity(collection)
+    return "" if all(now[name] == value for name, value in old.items() if name in now) else (
         f"the data are not those that this run had: {old['pictures']:,} training pictures then, {now['pictures']:,} "
-        "now, or other captions. It goes on with these, and is no repetition of an unbroken run.")
+        "now, or other captions or pixels. It goes on with these, and is no repetition of an unbroken run.")
 
 
 def reopened(config: Config, folder: Path) -> nn.Module:
