@@ -206,3 +206,30 @@ def test_changed_pixels_under_the_same_names_are_noticed(tmp_path):
     first = items.train[0].file
     Image.new("RGB", Image.open(first).size, "pink").save(first)
     assert "other captions or pixels" in tiny_run.build.other_data(run.folder, items)
+
+
+@pytest.mark.parametrize("words", [(), ("data.buckets=area", "data.bucket_multiple=8", "data.crop=centre")])
+def test_a_broken_picture_is_left_out_where_that_is_allowed(tmp_path, capsys, words):
+    path = tiny_run.pictures(tmp_path / "set")
+    words = (*words, "validation.every=2", "save_every=3")
+    first = tiny_run.build.collection(tiny_run.settings(path, tmp_path / "run", *words)).train[0].file
+    first.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=first.name):
+        tiny_run.train(tiny_run.settings(path, tmp_path / "strict", *words, "steps=30"))
+    allowed = (*words, "data.skip_broken=true")
+    tiny_run.train(tiny_run.settings(path, tmp_path / "unbroken", *allowed))
+    said = capsys.readouterr().err
+    assert first.name in said and "left out" in said
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", *allowed), lambda run, step: step == 4 and os.kill(
+        os.getpid(), signal.SIGINT))
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", *allowed))
+    right, found = weights(tmp_path / "unbroken", 6), weights(tmp_path / "run", 6)
+    assert all(torch.equal(found[key], value) for key, value in right.items())
+
+
+def test_a_data_set_of_broken_pictures_is_refused(tmp_path):
+    path = tiny_run.pictures(tmp_path / "set")
+    for file in (tmp_path / "set/images").iterdir():
+        file.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="None of the .* pictures .*can be read"):
+        tiny_run.train(tiny_run.settings(path, tmp_path / "run", "data.skip_broken=true"))

@@ -68,6 +68,9 @@ class Data:
     """Keep decoded pictures in memory as uint8, where the crop is fixed (none or centre) and all fit into 2 GiB."""
     workers: int = 4
     """Threads that decode pictures."""
+    skip_broken: bool = False
+    """Leave out pictures that cannot be read, named and counted, and train on the next ones of their size; else a run
+    ends at the first of them, its step saved."""
     described_share: float = 0.5
     """How often a caption that a model wrote (sharegpt4v) stands for the picture's own, where it has both."""
     tag_share: float = 0.0

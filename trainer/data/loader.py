@@ -9,7 +9,9 @@ import logging
 import math
 import os
 import random
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from ...models_impl.pictures import readable, remedy
 from ..config.schema import Data
 from . import buckets, layouts, schedule
 from .layouts import Item, listed
-from .pictures import Pictures, measured
+from .pictures import Picture, Pictures, measured, measured_or_none
 
 Size = tuple[int, int]  # (height, width) in pixels
 LOOKED_INTO, STARTS = 256, 2**18  # pictures that identify a data set by their bytes, and bytes of each
@@ -142,7 +144,14 @@ def in_buckets(items: list[Item], settings: Data) -> dict[Size, list[int]]:
     known = buckets.sizes(settings)
     if len(known) == 1:
         return {known[0]: list(range(len(items)))}
-    return buckets.grouped(measured(items, settings.workers), settings)
+    if not settings.skip_broken:
+        return buckets.grouped(measured(items, settings.workers), settings)
+    sizes = measured_or_none(items, settings.workers)
+    whole = [i for i, size in enumerate(sizes) if size]
+    if not whole:
+        raise ValueError(f"None of the {len(items):,} pictures can be read.")
+    shown = buckets.grouped([sizes[i] for i in whole], settings)
+    return {size: [whole[i] for i in some] for size, some in shown.items()}
 
 
 def priors(position: int, share: float) -> int:
@@ -169,6 +178,7 @@ class Batches:
         self.buckets = {size: [own[i] for i in some] for size, some in shown.items()}
         self.schedule = schedule.BucketSchedule(self.buckets, seed, batch_size - groups * mixed, self.group - mixed)
         self.prior = schedule.BucketSchedule({(0, 0): prior}, seed + 1, groups * mixed, mixed) if mixed else None
+        self.of_prior, self.broken = prior, set()
         self.pending: dict[tuple, list] = {}
 
     def at(self, step: int, position: int) -> tuple[int, Size]:
@@ -190,9 +200,34 @@ class Batches:
         loads = self.pending.pop((step, part), None) or self.submit(step, part)
         if following:
             self.pending[following] = self.submit(*following)
-        items = [self.items[self.index(step, p)] for p in part]
+        items, loaded = zip(*(self.loaded(step, p, load) for p, load in zip(part, loads, strict=True)), strict=True)
         captions = [self.caption(i, self.rng(step, p, "caption")) for p, i in zip(part, items, strict=True)]
-        return collate(items, loads, captions, part, step)
+        return collate(items, loaded, captions, part, step)
+
+    def loaded(self, step: int, position: int, load) -> tuple[Item, Picture]:
+        """The item of a position and its picture. With data.skip_broken, in place of one that cannot be read the next
+        one of its size that can, whatever was found broken before: a run that resumes gets the same."""
+        index, size = self.at(step, position)
+        try:
+            return self.items[index], load.result()
+        except ValueError as error:
+            if not self.settings.skip_broken:
+                raise
+            self.leave_out(index, error)
+        others = self.of_prior if self.items[index].prior else self.buckets[size]
+        place = others.index(index)
+        for following in (*others[place + 1:], *others[:place]):
+            again = self.pictures.submit(following, size, self.rng(step, position, "picture"))
+            try:
+                return self.items[following], again.result()
+            except ValueError as error:
+                self.leave_out(following, error)
+        raise ValueError(f"None of the {len(others):,} pictures of this size can be read.")
+
+    def leave_out(self, index: int, error: ValueError):
+        if index not in self.broken:
+            self.broken.add(index)
+            print(f"{error} It is left out ({len(self.broken):,} so far).", file=sys.stderr)
 
     def submit(self, step: int, part: range):
         shown = [self.at(step, p) for p in part]
@@ -216,8 +251,7 @@ class Batches:
         return text
 
 
-def collate(items: list[Item], loads: list, captions: list[str], part: range, step: int) -> Batch:
-    loaded = [load.result() for load in loads]
+def collate(items: Sequence[Item], loaded: Sequence[Picture], captions: list[str], part: range, step: int) -> Batch:
     names = loaded[0].conditions
     return Batch(
         pictures=None if loaded[0].pixels is None else torch.stack([one.pixels for one in loaded]),
@@ -225,7 +259,7 @@ def collate(items: list[Item], loads: list, captions: list[str], part: range, st
         labels=torch.tensor([i.label for i in items]),
         positions=part,
         step=step,
-        items=items,
+        items=list(items),
         conditions={name: torch.stack([one.conditions[name] for one in loaded]) for name in names},
         sizes=torch.tensor([one.original for one in loaded]),
         boxes=torch.tensor([one.box for one in loaded], dtype=torch.float32),
@@ -248,8 +282,13 @@ def fixed(items: list[Item], settings: Data, at_once: int = 64, load=Pictures) -
                     min(start + at_once, len(shown)))
         some, part = ordered[start:stop], range(start, stop)
         loads = [pictures.submit(p, size, random.Random(0)) for p in part]
-        batches.append(collate(some, loads, [(i.texts or ("",))[0] for i in some], part, 0))
         start = stop
+        if settings.skip_broken:
+            whole = [n for n, load in enumerate(loads) if not isinstance(load.exception(), ValueError)]
+            some, loads = [some[n] for n in whole], [loads[n] for n in whole]
+        if some:
+            captions = [(i.texts or ("",))[0] for i in some]
+            batches.append(collate(some, [load.result() for load in loads], captions, part[:len(some)], 0))
     return batches
 
 

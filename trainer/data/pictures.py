@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import random
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,19 @@ def measured(items: list[Item], workers: int) -> list[Size]:
     """The size of every picture; what the data set says itself is believed."""
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda item: item.size or measure(item.file), items))
+
+
+def measured_or_none(items: list[Item], workers: int) -> list[Size | None]:
+    """The same, and None for a picture that cannot be read, which is named on stderr."""
+    def size_of(item: Item) -> Size | None:
+        try:
+            return item.size or measure(item.file)
+        except ValueError as error:
+            print(f"{error} It is left out.", file=sys.stderr)
+            return None
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(size_of, items))
 
 
 @dataclass(frozen=True)

@@ -239,8 +239,9 @@ class Kept(Plain):
         """(B, D, h, w) of every level; where several positive prompts are combined their mean by weight, and the plain
         mean where none of them weighs."""
         if not self.parts:
-            raise ValueError("No positive prompt is active at the end of the low-resolution pass, from which the guide "
-                             "is made: give one an end_percent of 1.")
+            raise ValueError("No positive prompt is active at the end of the low-resolution pass, from whose features "
+                             "the guide is made: give one an end_percent of 1, and take away a pack that repeats a "
+                             "network's outputs (TeaCache and the like): it may not skip that step.")
         weights, features = zip(*self.parts, strict=True)
         total = sum(weights)
         shares = [torch.where(total > 0, weight / total, 1 / len(weights)) for weight in weights]
