@@ -17,6 +17,8 @@ from PIL import Image
 from pixstack.trainer import recipes
 from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data import loader
+from pixstack.trainer.data.layouts import Item
+from pixstack.trainer.data.pictures import Picture
 from pixstack.trainer.features import cache, released, text_encoders, vaes
 from pixstack.trainer.features import store as stores
 from pixstack.trainer.training import build
@@ -95,6 +97,13 @@ def test_an_encoder_is_known_by_its_bytes_and_not_by_its_place(tmp_path):
         (tmp_path / name / "model.safetensors").write_bytes(byte * 10)
     here, there, other = (stores.fingerprint(tmp_path / n) for n in ("here", "there", "other"))
     assert here == there != other
+
+
+def test_values_in_the_cache_that_are_no_numbers_are_named_with_their_picture(tmp_path):
+    item = Item(tmp_path / "a.png", ("a",))
+    spoilt = Picture(None, {}, (8, 8), (0, 0, 8, 8), (8, 8), {"vae.mean": torch.tensor([1.0, float("nan")])})
+    with pytest.raises(ValueError, match=r"a.png: what the cache holds of it \(vae.mean\) has values that"):
+        loader.collate([item], [spoilt], ["a"], range(1), 0)
 
 
 def test_training_from_the_cache_is_training_from_the_pictures(made, tmp_path):

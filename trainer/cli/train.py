@@ -75,8 +75,9 @@ def prepared(run, config, collection, accelerator) -> tuple:
         if said := build.other_data(run.folder, collection):
             print(said)
         build.write_facts(run.folder, recipe, collection, config)
-        count = sum(p.numel() for p in recipe.parameters())
-        print(f"{config.folder}: {loader.summary(collection)}; {count:,} parameters")
+        count, learning = (sum(p.numel() for p in recipe.parameters() if p.requires_grad or all_of_them)
+                           for all_of_them in (True, False))
+        print(f"{config.folder}: {loader.summary(collection)}; {learning:,} of {count:,} parameters learn")
         if accelerator.num_processes > 1:
             print(f"{accelerator.num_processes} processes, {strategy.IN_WORDS[strategy.way(config)]}")
     return recipe, batches

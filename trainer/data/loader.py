@@ -252,6 +252,8 @@ class Batches:
 
 
 def collate(items: Sequence[Item], loaded: Sequence[Picture], captions: list[str], part: range, step: int) -> Batch:
+    for item, one in zip(items, loaded, strict=True):
+        refuse_spoilt(item, one)
     names = loaded[0].conditions
     return Batch(
         pictures=None if loaded[0].pixels is None else torch.stack([one.pixels for one in loaded]),
@@ -267,6 +269,15 @@ def collate(items: Sequence[Item], loaded: Sequence[Picture], captions: list[str
         size=loaded[0].size,
         features={name: torch.stack([one.features[name] for one in loaded]) for name in loaded[0].features},
     )
+
+
+def refuse_spoilt(item: Item, loaded: Picture):
+    """Raise ValueError for features that hold something else than numbers: an encoder in float16 that ran over, or a
+    damaged cache."""
+    for name, value in loaded.features.items():
+        if value.dtype.is_floating_point and value.element_size() > 1 and not value.isfinite().all():
+            raise ValueError(f"{item.file}: what the cache holds of it ({name}) has values that are no numbers (NaN or "
+                             "infinite). Take the picture out, or make the cache anew.")
 
 
 def fixed(items: list[Item], settings: Data, at_once: int = 64, load=Pictures) -> list[Batch]:

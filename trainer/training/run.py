@@ -203,9 +203,9 @@ class Run:
             now = time.perf_counter()
             speed = (step - since) * self.config.batch_size / (now - then)
             self.clock = (now, step)
-            self.bar.set_postfix(loss=f"{mean.item():.4f}", images_s=f"{speed:.0f}")
+            self.bar.set_postfix(loss=f"{mean.item():.4f}", images_s=f"{speed:.3g}")
             self.write(step, loss=mean.item(), grad_norm=grad_norm.item(), learning_rate=learning_rate,
-                       images_per_second=round(speed, 1))
+                       images_per_second=float(f"{speed:.3g}"))
 
     def write(self, step: int, **values):
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
