@@ -68,10 +68,10 @@ def test_an_object_that_is_none_is_told_by_its_input(ours, name, value, words):
     ("PixelFlowTextEncoderLoader", ("encoder_name", "dtype", "device", "type")), ("PixArtSampler", ("algorithm",)),
     ("ExamplePicture", ("picture",)), ("CannyEdges", ("detector",)), ("PixArtPrompt", ("style",)),
 ])  # fmt: skip
-def test_null_in_a_menu_is_an_error_with_the_menu_s_name(host: Host, node, menus):
-    from soak_loaders import register, widgets
+def test_null_in_a_menu_is_an_error_with_the_menu_s_name(host: Host, node, menus, monkeypatch):
+    from soak_loaders import Taken, widgets
 
-    register(host)
+    monkeypatch.setitem(import_module("nodes").NODE_CLASS_MAPPINGS, "Soak_Taken", Taken)
     inputs = widgets(host.object_info(), f"PixStack_{node}")
     if node == "CannyEdges":
         inputs["image"] = ["picture", 0]

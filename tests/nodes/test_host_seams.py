@@ -232,6 +232,7 @@ HOOKS = {
     "comfy.sd.VAE.decode_tiled": "samples, tile_x, tile_y, overlap, tile_t, overlap_t",
     "comfy.sd1_clip.SD1ClipModel.encode_token_weights": "token_weight_pairs",
     "comfy.sd1_clip.SD1ClipModel.load_sd": "sd",
+    "comfy.sd1_clip.SD1Tokenizer.state_dict": "",
     "comfy.sd1_clip.SD1Tokenizer.tokenize_with_weights": "text, return_word_ids, **kwargs",
     "comfy.sd1_clip.SDTokenizer.tokenize_with_weights": "text, return_word_ids, tokenizer_options, **kwargs",
     "comfy.supported_models_base.BASE.get_model": "state_dict, prefix, device",

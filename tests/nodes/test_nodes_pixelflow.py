@@ -567,7 +567,7 @@ def test_a_choice_that_a_menu_does_not_offer_is_refused_with_those_it_does(flow,
 @pytest.mark.parametrize("kind", ["text", "classes"])
 def test_every_shape_fits_every_stage(flow, kind, shape):
     model = getattr(flow, kind)
-    picture = run(flow, "Canvas", model=model, shape=shape, width=1, height=1, batch_size=2)["samples"]
+    picture = run(flow, "Canvas", model=model, shape=shape, width=16, height=16, batch_size=2)["samples"]
     assert picture.shape[:2] == (2, 3)
     assert all(side % model.model.config.size_multiple == 0 for side in picture.shape[-2:])
     assert 0.6 < picture[0, 0].numel() / 64**2 < 1.6

@@ -10,7 +10,7 @@ import trials
 
 SOAK = Path(__file__).with_name("soak.py")
 pytestmark = pytest.mark.long
-SHARES = {"files": 0.03, "data": 0.05, "nodes": 0.03, "faults": 0.25, "server": 0.1, "kills": 0.05}
+SHARES = {"files": 0.02, "data": 0.02, "nodes": 0.02, "faults": 0.12, "server": 0.08, "kills": 0.03}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the soak bounds its processes as Linux can")

@@ -484,7 +484,7 @@ def test_comfyui_makes_of_an_export_what_the_trainer_makes(trained, host, path):
                           recipe.base.state_dict())
     there = node.SimpleNamespace(host=host, core=core, comfy=comfy, nodes=core.NODE_CLASS_MAPPINGS)
     there.model = core.UNETLoader().load_unet("tiny_trained_flux.safetensors", "default")[0]
-    there.control = node.load(there, file.name, selection_network="drop")
+    there.control = node.load(there, file.name, selection_network="leave out")
     hints = {kind: recipes.pictures.shown(path.parent / f"{kind}_red_card.png", 32, 32)[None]
              for kind in ("canny", "depth")}
     row = ()

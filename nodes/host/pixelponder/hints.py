@@ -31,7 +31,7 @@ class Condition:
 
 def chain(conditions) -> tuple[Condition, ...]:
     """The conditions that a node is given. Raises ValueError for anything else, which another pack may give."""
-    if not isinstance(conditions, tuple) or not all(isinstance(one, Condition) for one in conditions):
+    if not isinstance(conditions, tuple) or not all(hasattr(one, "kind") for one in conditions):
         raise ValueError(f"conditions is of type {type(conditions).__name__}, not what 'PixelPonder Condition' gives: "
                          "connect it.")
     return conditions

@@ -98,7 +98,7 @@ def check_base(model, config: GuideConfig):
 def patch(model, guide, strengths: Strengths, rescale: float, shift: float):
     """A clone of a Stage C MODEL with the guide. The model given stays as it was. Raises ValueError for a guide that is
     none."""
-    if not isinstance(getattr(guide, "model", None), Guide):
+    if not hasattr(getattr(getattr(guide, "model", None), "config", None), "max_tokens"):
         raise ValueError(f"guide is of type {type(guide).__name__}, not what 'Load UltraPixel Guide' gives.")
     check_base(model, guide.model.config)
     patched = model.clone()
