@@ -72,12 +72,13 @@ class Run:
         """Makes the folder, or checks that the run in it is this one, which no other process may be doing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.main:
-            self.lock = FileLock(self.folder / LOCK)
+            lock = FileLock(self.folder / LOCK)
             try:
-                self.lock.acquire(timeout=0)
+                lock.acquire(timeout=0)
             except Timeout:
                 raise ValueError(f"Another process trains in {self.folder}. Wait until it has ended, or choose another "
                                  "folder: out=...") from None
+            self.lock = lock  # only what this run holds may be taken away when it closes
             for leftover in (self.folder / "checkpoints").glob("*.unfinished"):
                 shutil.rmtree(leftover)
         path, settings = self.folder / "config.json", as_dict(self.config)
