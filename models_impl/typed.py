@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any
 
 LARGEST = 2**20
-"""Of whole numbers: the largest of a release are vocabularies of 32,128 and rows of 49,408."""
+"""The largest whole number: the largest of a release are vocabularies of 32,128 and rows of 49,408."""
 MOST_ENTRIES = 1000  # of a list; the longest of a release has 28
 LONGEST = 10_000  # characters of a string
 DEEPEST = 8  # levels

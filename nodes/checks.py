@@ -70,7 +70,7 @@ _WIDGETS = {"COMBO": str, "STRING": str, "INT": Integral, "FLOAT": Real, "BOOLEA
 _NAMES = {str: "text", Integral: "a whole number", Real: "a number", bool: "true or false"}
 _OBJECTS = {"MODEL", "CLIP", "VAE", "CONTROL_NET", "SAMPLER", "GUIDER", "NOISE"}
 _PLAIN = (str, Real, Sequence, Mapping, Tensor, numpy.ndarray)
-"""What none of those is; whether an object is the right one, the node itself says."""
+"""Plain values, which no such object is; whether an object is the right one, the node itself says."""
 
 
 def refuse(name: str, value, spec):

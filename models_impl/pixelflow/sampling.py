@@ -144,7 +144,7 @@ class CascadeFlow:
         return StageTime(stage, torch.randint(steps, (batch,), generator=rng) / steps)
 
     def network_timestep(self, time: StageTime) -> Tensor:
-        """Of times as they are drawn, float32 on the CPU."""
+        """Times as they are drawn, float32 on the CPU."""
         index = (time.t * self.stages.num_train_timesteps).round().long()
         grid = torch.stack([self.stages.train_timesteps(k) for k in range(self.stages.num_stages)])
         return grid[time.stage, index].float()

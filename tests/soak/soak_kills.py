@@ -50,7 +50,7 @@ def in_child(settings, after: float | None) -> bool:
 
 
 def digest(folder: Path) -> str:
-    """Of every tensor of the last checkpoint."""
+    """A digest of every tensor of the last checkpoint."""
     last, found = max((folder / "checkpoints").iterdir()), hashlib.sha256(b"")
     for path in sorted(last.glob("*.safetensors")):
         for key, value in sorted(read_tensors(path).items()):

@@ -35,7 +35,7 @@ class Loader:
     """Writes a small good file."""
     suffix: str = ".safetensors"
     inputs: tuple[tuple[str, object], ...] = ()
-    """Of the other inputs, those that are no widgets: names of what GIVEN makes."""
+    """The other inputs that are no widgets: names of what GIVEN makes."""
     texts: tuple[tuple[str, str], ...] = ()
     """What stands in other widgets."""
     name: str = "soak"
