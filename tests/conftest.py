@@ -1,10 +1,9 @@
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from pixstack.tools.comfyui import make_base, prepare_torch
+from pixstack.tools.comfyui import prepare_torch
 from pixstack.tools.host import Host
 from pixstack.tools.server import served
 
@@ -96,12 +95,9 @@ def server(tmp_path_factory) -> Server:
 
 def _base(tmp_path_factory) -> Path:
     """A base folder with something behind every file that a shipped workflow names."""
-    import weights  # and with it transformers: only for the tests that need a ComfyUI
+    import bases  # and with it transformers: only for the tests that need a ComfyUI
 
-    base = make_base(tmp_path_factory.mktemp("comfyui"))
-    for path in WORKFLOWS:
-        weights.place(base / "models", json.loads(path.read_text(encoding="utf-8")))
-    return base
+    return bases.filled(tmp_path_factory.mktemp("comfyui"), bases.shared_folder(tmp_path_factory.getbasetemp()))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """`make soak`: thousands of broken files, wrong inputs and faults, and a table of what became of them.
 
-    python tests/soak/soak.py [--minutes 40] [--part NAME] [--share 1.0] [--seed 0]
+    python tests/soak/soak.py [--minutes 40] [--part NAME[=SHARE] ...] [--share 1.0] [--seed 0]
 
 Rows: what was tried. failed clean: refused in a sentence; recovered: it worked, or the next one did; wrong: a wrong
 result, Python's words, or a process that died; frozen: not done in its time. Exits with 1 where one of the last two
@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,17 +30,16 @@ def prepare_path():
     sys.path[:0] = [str(ROOT / name) for name in ("package", "tests", "tests/support", "tests/soak", "tests/parity")]
 
 
-def started_host(folder: Path):
+@cache
+def started_host(folder: Path, stand_ins: Path):
     """A ComfyUI with small files behind every workflow, as the tests have it."""
+    import bases
     import cascade_weights
     import conftest
     import dynamic_vram
-    import soak_graphs
-    from pixstack.tools.comfyui import make_base
     from pixstack.tools.host import Host
 
-    soak_graphs.place_files(make_base(folder / "comfyui"), conftest.WORKFLOWS)
-    host = Host(folder / "comfyui").start()
+    host = Host(bases.filled(folder / "comfyui", stand_ins)).start()
     if way := dynamic_vram.wanted():
         dynamic_vram.begin(way)
     conftest.take_stand_ins()
@@ -54,7 +54,7 @@ def sampled(share: float, seed: int):
     return lambda number: share >= 1 or random.Random(f"{seed} {number}").random() < share
 
 
-def run_part(part: str, folder: Path, share: float, seed: int, until: float):
+def run_part(part: str, folder: Path, stand_ins: Path, share: float, seed: int, until: float):
     import conftest
     import soak_faults
     import soak_graphs
@@ -69,7 +69,7 @@ def run_part(part: str, folder: Path, share: float, seed: int, until: float):
         return soak_server.trials(conftest.WORKFLOWS, seed, max(16, int(200 * share)), until)
     if part == "kills":
         return supervised(lambda: soak_kills.trials(folder, seed, 100, chosen), until)
-    host, table = started_host(folder), Table()
+    host, table = started_host(folder, stand_ins), Table()
     if part == "files":
         table.merge(supervised(lambda: soak_loaders.of_nodes(host, seed, chosen), until))
         table.merge(supervised(lambda: soak_loaders.of_poses(host, folder, seed, 12 if share >= 1 else 3), until))
@@ -88,23 +88,35 @@ def run_part(part: str, folder: Path, share: float, seed: int, until: float):
     return table
 
 
-def one_part(args) -> int:
-    """A part in this process; its table goes to the parent as JSON."""
+def in_this_process(args) -> int:
+    """Some parts, one after the other; the table goes to the parent as JSON."""
     import json
+
+    from trials import Table
 
     faulthandler.enable()
     logging.getLogger().setLevel(logging.CRITICAL + 1)
     if args.verbose:
         logging.getLogger("soak").setLevel(logging.DEBUG)
     warnings.simplefilter("ignore")
-    until = time.monotonic() + 60 * args.minutes
+    until, table = time.monotonic() + 60 * args.minutes, Table()
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
-        table = run_part(args.part, Path(folder), args.share, args.seed, until)
+        stand_ins = Path(args.stand_ins or folder)
+        for part, share in args.part:
+            table.merge(run_part(part, Path(folder), stand_ins, args.share if share is None else share, args.seed,
+                                 until))
     print(f"\n{table}", flush=True)
     print("\n".join(table.complaints), flush=True)
     if args.out:
         Path(args.out).write_text(json.dumps({"counts": table.counts, "complaints": table.complaints}))
     return 0 if table.good else 1
+
+
+def part_and_share(word: str) -> tuple[str, float | None]:
+    name, _, share = word.partition("=")
+    if name not in PARTS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PARTS)}")
+    return name, float(share) if share else None
 
 
 def all_parts(args) -> int:
@@ -124,7 +136,7 @@ def all_parts(args) -> int:
                 minutes = max(0.1, (until - time.monotonic()) / 60)
                 running[part] = subprocess.Popen(
                     [sys.executable, __file__, "--part", part, "--minutes", str(minutes), "--share", str(args.share),
-                     "--seed", str(args.seed), "--out", f"{folder}/{part}.json"],
+                     "--seed", str(args.seed), "--out", f"{folder}/{part}.json", "--stand-ins", folder],
                     env=environment, stdout=subprocess.DEVNULL, stderr=None if args.verbose else subprocess.DEVNULL)
             for part, process in list(running.items()):
                 if process.poll() is None:
@@ -147,10 +159,12 @@ def all_parts(args) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=40, help="no trial is begun later; default 40")
-    parser.add_argument("--part", choices=PARTS, help="only this one")
+    parser.add_argument("--part", nargs="+", type=part_and_share, metavar="NAME[=SHARE]",
+                        help=f"only these: {', '.join(PARTS)}")
     parser.add_argument("--share", type=float, default=1.0, help="of the trials, chosen by the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help=argparse.SUPPRESS)
+    parser.add_argument("--stand-ins", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="name every trial on stderr")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # the threads of a parent are not there in its children, which wait for them
@@ -158,7 +172,7 @@ def main() -> int:
         print("The soak needs os.fork, which this system does not have: run it on Linux.")
         return 1
     prepare_path()
-    return one_part(args) if args.part else all_parts(args)
+    return in_this_process(args) if args.part else all_parts(args)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 import time
 from pathlib import Path
 
 import torch
-import weights
 from pixstack.tools import workflow as conversion
 from soak_loaders import Taken, register
 
 FEW = {"steps": 2}  # of every sampler and schedule
 STEP_TEXTS = {"PixStack_PixelFlowSigmas": "2"}  # whose steps are a list per stage
-
-
-def place_files(base: Path, workflows: list[Path]):
-    """Something behind every file that a shipped workflow names."""
-    for path in workflows:
-        weights.place(base / "models", json.loads(path.read_text(encoding="utf-8")))
 
 
 def short(graph: dict) -> dict:

@@ -511,7 +511,7 @@ def in_child(request, folder: Path) -> dict[str, dict]:
 
     names = dict.fromkeys(item.callspec.params["rehearsal"] for item in request.session.items
                           if item.module is request.module and hasattr(item, "callspec"))
-    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # the child runs in it
     module = request.module.__name__.rpartition(".")[2]
     out = shared / f"{module}.jsonl"
     with FileLock(f"{out}.lock"):

@@ -9,14 +9,13 @@ from collections import defaultdict
 from functools import cache, partial
 from pathlib import Path
 
+import bases
 import cascade_weights
 import conftest
 import pytest
 import torch
 import virtual_gpu
-import weights
 from conftest import ROOT, WORKFLOWS
-from pixstack.tools.comfyui import make_base
 from pixstack.tools.host import Host
 from virtual_gpu import VirtualGPU, Waits
 
@@ -31,10 +30,7 @@ IN_FP16 = ("pixart_controlnet", "pixart_emoji_controlnet", "pixelflow_text_to_im
 @cache
 def host() -> Host:
     """A ComfyUI with the tests' stand-ins, of a card of 24 GB."""
-    base = make_base(Path(FOLDER.name) / "base")
-    for path in WORKFLOWS:
-        weights.place(base / "models", json.loads(path.read_text(encoding="utf-8")))
-    made = Host(base).start()
+    made = Host(bases.filled(Path(FOLDER.name) / "base", Path.cwd())).start()
     conftest.take_stand_ins()
     cascade_weights.shrink_core()
     compute_noise_levels_once()
