@@ -41,8 +41,8 @@ REFUSED = {
 
 def launched(way: str, *words) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "package"), "OMP_NUM_THREADS": "1", **TOLD[way]}
-    done = subprocess.run([sys.executable, "-m", *TWO, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          env=environment)
+    command = [sys.executable, "-m", *TWO, ROOT / "tests/support/launched.py", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, "\n".join(
         line for line in done.stderr.splitlines() if "Error" in line or "/trainer/" in line)
     return done.stdout
