@@ -88,5 +88,6 @@ async function fit(page) {
     canvas.ds.offset = [100 / scale - left, 160 / scale - top]
     canvas.setDirty(true, true)
   })
-  await page.waitForTimeout(800)
+  await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))))
+  await page.waitForTimeout(100) // toasts and dialogs come a moment later
 }
