@@ -8,8 +8,8 @@ from .options import with_run
 
 def add_arguments(one):
     with_run(one)
-    one.add_argument("--out", type=Path, default=Path("assets"), help="gets diffusion_models/, loras/, "
-                     "vae/ ... as ComfyUI's models/ has them (default: %(default)s)")
+    one.add_argument("--out", type=Path, help="gets diffusion_models/, loras/, vae/ ... as ComfyUI's models/ has "
+                     "them: models/ itself, for example (default: export/ in the run folder)")
     one.add_argument("--name", help="of the files; without it, the run's")
     one.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "fp8"], default="bf16",
                      help="fp8: float8_e4m3fn for the matrices of blocks, bf16 for the rest (default: %(default)s)")
@@ -21,8 +21,9 @@ def run(args):
     from ..export import cards, exporting
 
     name = args.name or args.run_folder.resolve().name
-    written = exporting.export(args.run_folder, args.out, name, args.dtype, args.step, args.weights)
+    out = args.out or args.run_folder / "export"
+    written = exporting.export(args.run_folder, out, name, args.dtype, args.step, args.weights)
     if args.card:
-        written += cards.write_card(args.run_folder, args.out, written, args.step)
+        written += cards.write_card(args.run_folder, out, written, args.step)
     for path in written:
         print(f"{path}  {cards.size_of(path)}")
