@@ -19,7 +19,9 @@ from PIL import Image
 from pixstack.models_impl import state_dict
 from pixstack.trainer import files
 from pixstack.trainer.data import loader
+from pixstack.trainer.recipes.pixelflow import recipe as pixelflow
 from pixstack.trainer.training import checkpoints
+from pixstack.trainer.training.divergence import Divergence
 from pixstack.trainer.training.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,3 +236,34 @@ def test_a_data_set_of_broken_pictures_is_refused(tmp_path):
         file.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="None of the .* pictures .*can be read"):
         tiny_run.train(tiny_run.settings(path, tmp_path / "run", "data.skip_broken=true"))
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_checkpoint_from_before(path, tmp_path, monkeypatch):
+    words = ("save_every=5", "keep=1", "log_every=1", "validation.every=0", "samples.every=0", "steps=60")
+    settings, forward = tiny_run.settings(path, tmp_path / "run", *words), pixelflow.Recipe.forward
+    with monkeypatch.context() as patched:
+        patched.setattr(pixelflow.Recipe, "forward", lambda self, batch: forward(self, batch) * (
+            1e4 if batch.step >= 24 else 1))
+        with pytest.raises(FloatingPointError) as raised:
+            tiny_run.train(settings)
+    for part in ("step 29: the loss is", "since step 24 the run diverges", "resume_from=20 resume=changed"):
+        assert part in str(raised.value)
+    assert steps(tmp_path / "run") == [20, 25]
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", *words[:-1], "steps=30", "resume=changed",
+                                     "resume_from=20"))
+    assert steps(tmp_path / "run") == [30]
+
+
+def test_a_loss_diverges_by_several_lines_above_its_own_past():
+    def stopped_at(values, factor=5.0):
+        past = Divergence(factor)
+        return next((i for i, value in enumerate(values) if past.see(i, value, 1.0)), None)
+
+    noisy = [0.1, 0.3, 0.2, 0.05] * 30
+    assert stopped_at(noisy) is None
+    assert stopped_at([*noisy, 3.0, 3.0, 3.0, 3.0, *noisy]) is None  # four hard batches
+    assert stopped_at([*noisy, *[3.0] * 5]) == len(noisy) + 4
+    assert stopped_at([*noisy, *[float("nan")] * 5]) == len(noisy) + 4
+    assert stopped_at([*noisy, *[3.0] * 5], factor=0) is None
+    assert stopped_at([0.1] * 10 + [9.0] * 9) is None  # too little of a past
+    assert stopped_at([100.0 * 0.99**i for i in range(600)]) is None

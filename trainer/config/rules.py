@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 
 from ...models_impl.pixart.buckets import TABLES
@@ -114,6 +115,8 @@ def numbers(config: Config) -> list[str]:
     problems.share("optimizer.decay_to", config.optimizer.decay_to)
     rate = config.optimizer.muon_learning_rate
     problems.need(0 < rate < 1, f"optimizer.muon_learning_rate={rate} is outside (0, 1).")
+    problems.need(config.divergence == 0 or 1 < config.divergence < inf,
+                  f"divergence={config.divergence} must be above 1, how many times its past the loss may be, or 0.")
     problems.need(0 <= config.ema.decay < 1, f"ema.decay={config.ema.decay} is outside [0, 1).")
     problems.need(not (averages(config) and config.ema.decay),
                   f"ema.decay={config.ema.decay}: optimizer.name={config.optimizer.name!r} averages the weights "

@@ -205,8 +205,9 @@ class Optimizer:
 class Ema:
     decay: float = 0.9999
     """0 = no exponential moving average of the weights."""
-    warm_up: bool = False
-    """Use (1 + step) / (10 + step) while that is lower: the EMA forgets the random start sooner."""
+    warm_up: bool = True
+    """Use (1 + step) / (10 + step) while that is lower: the EMA forgets the random start sooner. PixelFlow's and
+    PixArt's own code do without; then samples of the first thousands of steps are noise."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,9 @@ class Config:
     keep: int = 3
     """Newest checkpoints kept; 0 = all."""
     log_every: int = 10
+    divergence: float = 5.0
+    """Stop where the loss of five lines of the log in a row is so many times the median of the lines before, or the
+    gradient norm ten times that. The last checkpoint from before is kept. 0 = never."""
 
     @property
     def folder(self) -> Path:

@@ -34,17 +34,19 @@ from .checkpoints import (
     damage,
     line_of_log,
     module_tensors,
+    read_log,
     read_tensors,
     restore_module,
     write_tensors,
 )
+from .divergence import Divergence
 
 LOCK = "in_use.lock"
 MAY_CHANGE = {"name", "out", "resume", "resume_from", "init_from", "device", "threads", "compile",
-              "checkpoint_activations", "micro_batch_size", "save_every", "keep", "log_every", "log", "samples",
-              "validation", "data.path", "data.held_out_path", "data.prior_path", "data.cache", "data.workers",
-              "text.cache", "text.tokenizer", "cache", "memory.swap_blocks", "memory.shard", "model.previewer",
-              "model.stage_a", "model.stage_b"}
+              "checkpoint_activations", "micro_batch_size", "save_every", "keep", "log_every", "divergence", "log",
+              "samples", "validation", "data.path", "data.held_out_path", "data.prior_path", "data.cache",
+              "data.workers", "text.cache", "text.tokenizer", "cache", "memory.swap_blocks", "memory.shard",
+              "model.previewer", "model.stage_a", "model.stage_b"}
 """Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
 
 
@@ -60,6 +62,7 @@ class Run:
         """The signal by which a person or the system ended the run."""
         self.lock: FileLock | None = None
         self.losses, self.clock = [], None
+        self.past = Divergence(config.divergence)
 
     @cached_property
     def held_out(self) -> list[loader.Batch]:
@@ -120,6 +123,7 @@ class Run:
                 ema.load_state_dict(read_tensors(newest / "ema.safetensors"))
             optimizer.load(read_tensors(newest / "optimizer.safetensors"))
             step = self.saved_at = entries(newest / STATE)["step"]
+        self.past.remember([entry for entry in read_log(self.folder) if entry["step"] <= step])
         if self.main:
             self.forget_after(step)
             if self.config.resume_from:
@@ -207,6 +211,15 @@ class Run:
             self.bar.set_postfix(loss=f"{mean.item():.4f}", images_s=f"{speed:.3g}")
             self.write(step, loss=mean.item(), grad_norm=grad_norm.item(), learning_rate=learning_rate,
                        images_per_second=float(f"{speed:.3g}"))
+        if diverged := self.past.see(step, mean.item(), grad_norm.item()):
+            raise FloatingPointError(self.diverged(step, diverged))
+
+    def diverged(self, step: int, words: str) -> str:
+        before = [int(one.name) for one in checkpoints(self.folder) if int(one.name) <= self.past.calm]
+        how = "with a lower optimizer.learning_rate, or a longer optimizer.warm_up"
+        go_on = f"Go on from step {before[-1]}, {how}: resume_from={before[-1]} resume=changed ..." if before else \
+            f"No checkpoint is from before: begin again {how}."
+        return f"step {step}: {words}; since step {self.past.calm} the run diverges. {go_on} (divergence=0 lets it.)"
 
     def write(self, step: int, **values):
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -273,7 +286,14 @@ class Run:
             if final.exists():
                 shutil.rmtree(final)
             os.replace(unfinished, final)
-            for old in checkpoints(self.folder)[: -self.config.keep] if self.config.keep else ():
+            self.rotate()
+
+    def rotate(self):
+        """Only the newest checkpoints stay, and the last one of a time when the run did not diverge."""
+        saved, keep = checkpoints(self.folder), self.config.keep
+        calm = [one for one in saved if int(one.name) <= self.past.calm] if self.past.far else []
+        for old in saved[:-keep] if keep else ():
+            if old not in calm[-1:]:
                 shutil.rmtree(old)
 
     @contextmanager
