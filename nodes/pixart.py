@@ -12,7 +12,6 @@ from ..models_impl.pixart.prompts import STYLES, apply_style, parse
 from ..models_impl.text.captions import clean_caption, cleaning_needs
 from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.common.load import FAST, MODEL_DTYPES
-from .host.common.pictures import check
 from .host.pixart import lora as pixart_lora
 from .host.pixart import sizes as pixart_sizes
 from .host.pixart import text as pixart_text
@@ -302,7 +301,6 @@ class PixArtCanvas(CheckedNode):
         side = int(resolution) if resolution != AUTO else (
             pixart_sizes.small_side(config) or pixart_sizes.table_side(config))
         if image is not None:
-            check(image)
             height, width = image.shape[1:3]
         elif ratio:
             height, width = ratio, 1.0

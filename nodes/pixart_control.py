@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from .checks import CheckedNode, first_problem, known_file, one_of, part_of_sampling
 from .host.common.control import apply_control
 from .host.common.load import DTYPES
-from .host.common.pictures import check_mask, colours
+from .host.common.pictures import colours
 from .host.pixart import control as pixart_control
 from .host.pixart.load import load_pixart_controlnet
 
@@ -88,7 +88,6 @@ class PixArtControlNetApply(CheckedNode):
         if not isinstance(control_net, pixart_control.PixArtControl):
             raise ValueError("This CONTROL_NET is not one of 'Load PixArt ControlNet': load it there, or use core's "
                              "Apply ControlNet.")
-        check_mask(mask)
         hinted = pixart_control.with_hint(
             control_net, strength, start_percent, end_percent, image=None if image is None else colours(image), vae=vae,
             mask=mask,

@@ -5,7 +5,6 @@ import folder_paths
 from comfy_api.latest import io
 
 from .checks import CheckedNode, first_problem, known_file, one_of
-from .host.common.pictures import check
 from .host.pixart import consistency_decoder as consistency
 from .host.pixart import reference as pixart_reference
 from .host.pixart import sizes as pixart_sizes
@@ -48,7 +47,6 @@ class PixArtReferenceCanvas(CheckedNode):
 
     @classmethod
     def execute(cls, image, vae, resolution, shape, fit, model=None) -> io.NodeOutput:
-        check(image)
         side = int(resolution) if resolution != AUTO else pixart_sizes.table_side(
             None if model is None else config_of(model))
         width, height = SHAPES.get(shape, (image.shape[2], image.shape[1]))

@@ -9,7 +9,7 @@ from ..models_impl.pixelponder.sampling import STRENGTH
 from .checks import CheckedNode, first_problem, known_file, one_of, part_of_sampling
 from .host.common.control import apply_control
 from .host.common.load import DTYPES
-from .host.common.pictures import check_mask, colours
+from .host.common.pictures import colours
 from .host.flux.load import load_flux
 from .host.pixelponder import control as pixelponder
 from .host.pixelponder.hints import Condition, chain
@@ -132,7 +132,6 @@ class PixelPonderCondition(CheckedNode):
     def execute(
         cls, image, kind, strength, priority, start_percent, end_percent, mask=None, conditions=()
     ) -> io.NodeOutput:
-        check_mask(mask)
         condition = Condition(colours(image), KINDS[kind], strength, mask, start_percent, end_percent, priority)
         return io.NodeOutput((*chain(conditions or ()), condition))
 

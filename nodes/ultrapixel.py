@@ -5,7 +5,6 @@ import folder_paths
 from comfy_api.latest import io
 
 from .checks import CheckedNode, first_problem, known_file, one_of
-from .host.common.pictures import check
 from .host.ultrapixel import guide as ultrapixel
 from .host.ultrapixel import sizes as ultrapixel_sizes
 from .host.ultrapixel.sampling import GuidedSampler
@@ -179,8 +178,6 @@ class UltraPixelCanvas(CheckedNode):
             raise ValueError("To change a picture connect both, the image and the VAE (effnet_encoder.safetensors).")
         if shape == AS_IMAGE and image is None:
             raise ValueError(f"The shape {AS_IMAGE!r} needs an image: connect one, or choose another shape.")
-        if image is not None:
-            check(image)
         asked = (height, width)
         if shape != CUSTOM:
             across, down = SHAPES.get(shape) or (image.shape[2], image.shape[1])
