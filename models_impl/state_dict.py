@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import quantised_files, typed
+from .files import put
 from .guard import reading
 from .parsing import from_json
 
@@ -246,7 +247,7 @@ def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata:
         seen.add(value.data_ptr())
     try:
         save(whole, unfinished, metadata)
-        os.replace(unfinished, path)
+        put(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 

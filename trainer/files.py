@@ -1,18 +1,10 @@
-"""Files that are whole or not there."""
+"""What stands in files."""
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from ..models_impl.parsing import from_json
-
-
-def write_whole(path: Path, text: str):
-    """At once or not at all: a process that reads meanwhile, or a killed one, finds no half of it."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def entries(path: Path) -> dict:
@@ -21,12 +13,6 @@ def entries(path: Path) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, not a table of entries.")
     return found
-
-
-def flush(path: Path):
-    """Have the system write a file's contents to the disk."""
-    with open(path, "r+b") as file:  # Windows flushes only what may be written
-        os.fsync(file.fileno())
 
 
 def digest(path: Path) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
+from ..files import write_whole
 from ..folders import portable, refuse_unportable
 from ..parsing import from_json, without_surrogates
 
@@ -146,20 +147,6 @@ def save(folder: str | os.PathLike, name: str, text: str, pictures: Mapping[str,
             entries = [new if i == index else other for i, (other, _) in enumerate(listed)]
             write_whole(folder / LIST, b"".join(_line(entry) for entry in entries))
         return new
-
-
-def write_whole(path: Path, content: bytes):
-    """Write a file under its name at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _line(entry: dict) -> bytes:

@@ -68,12 +68,12 @@ def train(settings, interrupt=None):
 def toml(folder, path, out):
     """The same settings as a file, for the command line."""
     raw = {**SETTINGS, "data": {"path": str(path), **IMAGE}, "out": str(out)}
-    lines = [f"{k} = {json.dumps(v)}" for k, v in raw.items() if not isinstance(v, dict)]
+    lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in raw.items() if not isinstance(v, dict)]
     for section, values in raw.items():
         if isinstance(values, dict):
-            lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
+            lines += [f"[{section}]", *(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items())]
     file = folder / "tiny.toml"
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 
 

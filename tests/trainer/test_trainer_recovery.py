@@ -16,8 +16,7 @@ import tiny_run
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from pixstack.models_impl import state_dict
-from pixstack.trainer import files
+from pixstack.models_impl import files, state_dict
 from pixstack.trainer.data import loader
 from pixstack.trainer.recipes.pixelflow import recipe as pixelflow
 from pixstack.trainer.training import checkpoints

@@ -41,7 +41,7 @@ def run(args):
         judges = measure.Judges(args.hed, args.inception, args.clip, tuple(args.keypoints) if args.keypoints else None)
         report = measure.measure(args.what, args.reference, judges, chosen_device(args.device), tqdm)
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "evaluation.json").write_text(json.dumps(report, indent=2))
+        (args.out / "evaluation.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         return print(json.dumps(report, indent=2))
     recipe, config, step = open_run(args.what, args.step, args.weights, chosen_device(args.device))
     path, how = args.data or Path(config.data.path), sampling(args, config.samples)
@@ -54,7 +54,7 @@ def run(args):
         sheets.contact_sheet([r[0] for r in some], torch.stack([r[2] for r in some]), 8,
                                notes=[f"#{r[3] + 1}" for r in some]).save(args.out / f"{split}.png")
     report = {"step": step, "weights": args.weights, "sampling": how, "results": results}
-    (args.out / "evaluation.json").write_text(json.dumps(report, indent=2))
+    (args.out / "evaluation.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     if log := read_log(args.what):
         sheets.loss_curve(log).save(args.out / "loss.png")
     if prompts := config.samples.prompts:

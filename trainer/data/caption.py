@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from ...models_impl import state_dict
+from ...models_impl.files import write_whole
 from ...models_impl.parsing import from_json
-from ..files import write_whole
 from .layouts import Found, Item, listed
 from .pictures import decode
 

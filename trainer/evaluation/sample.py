@@ -19,13 +19,13 @@ from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
+from ...models_impl.files import write_whole
 from ...models_impl.parsing import from_json
 from ..config.schema import Config
 from ..data import layouts
 from ..data.layouts import Item
 from ..data.pictures import decode, shown
 from ..data.sheets import to_images
-from ..files import write_whole
 
 NOTES = "samples.json"
 

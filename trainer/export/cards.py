@@ -5,9 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
+from ...models_impl.files import write_whole
 from ..config.load import stored
 from ..config.schema import Config, look_up
-from ..files import write_whole
 from ..training.checkpoints import checkpoints, read_log
 from ..training.run import MAY_CHANGE
 

@@ -24,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...models_impl import state_dict
+from ...models_impl.files import flush, put, write_whole
 from ...models_impl.folders import below
-from ..files import entries, flush, write_whole
+from ..files import entries
 
 SHARD_BYTES = 2**28
 OPEN_SHARDS = 128
@@ -131,7 +132,7 @@ class Store:
         state_dict.save({f"{key}/{part}": value for key, parts in self.new.items() for part, value in parts.items()},
                         unfinished)
         flush(unfinished)
-        os.replace(unfinished, shard)
+        put(unfinished, shard)
         self.new, self.new_bytes = {}, 0
         self.index(shard)
 

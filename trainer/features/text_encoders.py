@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ...models_impl import state_dict
+from ...models_impl.files import write_whole
 from ...models_impl.text import captions as cleaning
 from ..config.schema import Config
-from ..files import entries, write_whole
+from ..files import entries
 from ..libraries import LOCAL, hide_broken_torchvision
 from . import tokenizer
 from .precision import DTYPES

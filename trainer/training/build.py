@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...models_impl.files import write_whole
 from ..config.schema import Config
 from ..data import loader
 from ..features import text_encoders
-from ..files import entries, write_whole
+from ..files import entries
 from ..recipes import find
 from . import frozen
 from .checkpoints import checkpoints

@@ -253,8 +253,11 @@ class Optimizers:
                     sharded.local(own[int(where)]).copy_(sharded.local(sharded.part(value, own[int(where)])))
                 else:
                     p = own[int(where)]
+                    if torch.is_tensor(value):
+                        value = sharded.part(value, p)
+                        value = value.clone() if p.device.type == "cpu" else value  # the file stays open for it else
                     state.setdefault(int(where), {})[came_name(name, p.ndim) if self.kind.cls == "CAME" else name] = \
-                        sharded.part(value, p) if torch.is_tensor(value) else value
+                        value
             part.load_state_dict({"state": state, "param_groups": groups})
             for j, known in state.items():  # torch gives them the precision of their parameter
                 for name, value in known.items():

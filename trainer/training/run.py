@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -21,13 +20,14 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
+from ...models_impl.files import flush, put, write_whole
 from ..config import rules
 from ..config.load import as_dict, differences, stored
 from ..config.schema import Config
 from ..data import loader
 from ..data.pictures import Pictures
 from ..data.sheets import sheet
-from ..files import digest, entries, flush, write_whole
+from ..files import digest, entries
 from .checkpoints import (
     STATE,
     checkpoints,
@@ -167,8 +167,9 @@ class Run:
         if not name.exists():
             name.parent.mkdir(parents=True, exist_ok=True)
             write_whole(name, uuid.uuid4().hex[:12])
-        return wandb.init(project=self.config.log.project, name=self.config.name, id=name.read_text(), resume="allow",
-                          dir=str(self.folder), mode=self.config.log.wandb, config=as_dict(self.config),
+        return wandb.init(project=self.config.log.project, name=self.config.name,
+                          id=name.read_text(encoding="utf-8"), resume="allow", dir=str(self.folder),
+                          mode=self.config.log.wandb, config=as_dict(self.config),
                           settings=wandb.Settings(silent=True))
 
     def listen(self):
@@ -280,12 +281,12 @@ class Run:
             for name, some in tensors.items():
                 write_tensors(unfinished / f"{name}.safetensors", some)
             written = {file.name: digest(file) for file in sorted(unfinished.glob("*.safetensors"))}
-            (unfinished / STATE).write_text(json.dumps({"step": step, "sha256": written}))
+            (unfinished / STATE).write_text(json.dumps({"step": step, "sha256": written}), encoding="utf-8")
             for file in unfinished.iterdir():
                 flush(file)
             if final.exists():
                 shutil.rmtree(final)
-            os.replace(unfinished, final)
+            put(unfinished, final)
             self.rotate()
 
     def rotate(self):
@@ -294,7 +295,7 @@ class Run:
         calm = [one for one in saved if int(one.name) <= self.past.calm] if self.past.far else []
         for old in saved[:-keep] if keep else ():
             if old not in calm[-1:]:
-                shutil.rmtree(old)
+                forget(old)
 
     @contextmanager
     def rescuing(self, step: int, recipe, ema, optimizer, *errors: type[Exception]):
@@ -328,3 +329,15 @@ class Run:
         if self.lock is not None:
             self.lock.release()
             (self.folder / LOCK).unlink(missing_ok=True)
+
+
+def forget(checkpoint: Path):
+    """Delete a checkpoint. One that another program reads, a sampling for example, stays on Windows until the next
+    time."""
+    unfinished = checkpoint.with_name(checkpoint.name + ".unfinished")
+    try:
+        checkpoint.rename(unfinished)  # so that no half of it is ever taken for a whole one
+    except PermissionError as error:
+        print(f"{checkpoint} is in use, and stays for now: {error}", file=sys.stderr)
+    else:
+        shutil.rmtree(unfinished)

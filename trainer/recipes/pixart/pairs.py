@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....models_impl.files import put, write_whole
 from ....models_impl.parsing import from_json
 from ....models_impl.pixart.config import VAE_FACTOR
 from ...config.schema import Config, Data
@@ -30,7 +31,6 @@ from ...data.layouts import Item, listed
 from ...features import cache, released, text_encoders
 from ...features.cache import Size
 from ...features.store import fingerprint
-from ...files import write_whole
 from .settings import PAIRS, PAIRS_AGAIN
 from .start import frozen, opened
 from .task import PixArtDenoising, frozen_vae
@@ -178,7 +178,7 @@ def write(file: Path, value: Tensor):
         np.save(opened, value.numpy())
         opened.flush()
         os.fsync(opened.fileno())
-    os.replace(unfinished, file)
+    put(unfinished, file)
 
 
 def notes(config: Config, text, steps: int, cfg: float) -> dict:
