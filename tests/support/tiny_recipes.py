@@ -12,7 +12,7 @@ from weights import tiny_hed
 COMMON = {"precision": "fp32", "steps": 3, "batch_size": 4, "save_every": 3, "log_every": 1, "device": "cpu",
           "threads": 1,
           # with the usual eps the size of gradients does not matter, and one near zero moves as far as any
-          "optimizer": {"learning_rate": 1e-2, "eps": 1e-3, "clip": 0.3}, "ema": {"decay": 0.9}}
+          "optimizer": {"learning_rate": 1e-2, "eps": 1e-3, "clip": 0.3}, "ema": {"decay": 0.9, "warm_up": False}}
 LORA = {"rank": 4}
 NAMES = ("pixelflow", "pixart", "pixart_lora", "pixart_dreambooth", "pixart_controlnet", "pixart_lcm",
          "pixart_lcm lora", "pixart_dmd", "ultrapixel_guide", "ultrapixel_lora", "ultrapixel_lora personal",

@@ -185,7 +185,7 @@ class PixArtLcmSettings(Settings):
         problems.one_of("recipe.distance", self.distance, ("huber", "l2"))
         problems.need(1 <= self.grid <= TIMESTEPS, f"recipe.grid={self.grid} is outside 1 to {TIMESTEPS}.")
         problems.need(self.lora or config.ema.decay,
-                      "ema.decay=0, and the EMA is the target here: the release has 0.95.")
+                      "ema.decay=0, and the EMA is the target here: the release has 0.95, without ema.warm_up.")
         return problems + (rules.adapter(config.adapter) if self.lora else [])
 
 
