@@ -20,6 +20,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .objective.loss import RELEASED, Objective
+from .objective.timesteps import TimestepDraws
+
 Time = TypeVar("Time")
 Plan = TypeVar("Plan", contravariant=True)
 
@@ -32,8 +35,8 @@ Callback = Callable[[int, Tensor, Tensor], None]
 class Diffusion(Protocol[Time, Plan]):
     """Tensors are (B, C, H, W), clean and noise of one shape."""
 
-    def draw(self, batch: int, rng: torch.Generator) -> Time:
-        """A time for each picture of a training batch, as the release draws them."""
+    def draw(self, batch: int, rng: torch.Generator, draws: TimestepDraws | None = None) -> Time:
+        """A time for each picture of a training batch, as the release draws them, or from other noise levels."""
 
     def network_timestep(self, time: Time) -> Tensor:
         """What the network is conditioned on at these times, (B,)."""
@@ -47,8 +50,10 @@ class Diffusion(Protocol[Time, Plan]):
     def denoised(self, x: Tensor, prediction: Tensor, time: Time) -> Tensor:
         """The estimate of the clean sample that a prediction at the state x implies; `target` gives the sample."""
 
-    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Time) -> Tensor:
-        """The error of each picture, (B,) float32; training takes the mean, perhaps with weights."""
+    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Time, objective: Objective = RELEASED,
+             cells: Tensor | None = None) -> Tensor:
+        """The error of each picture, (B,) float32; training takes the mean, perhaps with weights. cells: what each cell
+        counts, (B, 1, h, w), of a mask."""
 
     def sample(self, predict: Callable[..., Tensor], x: Tensor, plan: Plan, noise: Noise,
                callback: Callback | None = None) -> Tensor:

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from ..family import Callback, Noise
+from ..objective import loss
+from ..objective.timesteps import TimestepDraws
 
+LEAST_SIGMA = 1e-6  # that is drawn: at 0 the signal-to-noise ratio is infinite
+DRAWN = "logit_normal"  # the distribution of sigmas in the release of PixelPonder
 BASE_TOKENS, MAX_TOKENS = 256, 4096  # sequence lengths that base_shift and max_shift belong to
 
 
@@ -38,8 +42,10 @@ class RectifiedFlow:
         e = math.exp(slope * tokens + (self.base_shift - slope * BASE_TOKENS))
         return (e / (e + (1 / torch.linspace(1, 0, steps + 1) - 1))).tolist()
 
-    def draw(self, batch: int, rng: torch.Generator) -> Tensor:
-        return training_sigma(torch.randn(batch, generator=rng))
+    def draw(self, batch: int, rng: torch.Generator, draws: TimestepDraws | None = None) -> Tensor:
+        if draws is None:
+            return training_sigma(torch.randn(batch, generator=rng))
+        return draws.draw(batch, rng).clamp(min=LEAST_SIGMA).float()
 
     def network_timestep(self, sigma: Tensor) -> Tensor:
         return sigma
@@ -54,9 +60,15 @@ class RectifiedFlow:
     def denoised(self, noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
         return noisy - velocity * _spread(sigma, noisy)
 
-    def loss(self, velocity: Tensor, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        target = self.target(latent, noise, sigma)
-        return (velocity.float() - target.float()).square().flatten(1).mean(dim=1)
+    def snr(self, sigma: Tensor) -> Tensor:
+        """The signal-to-noise ratio, of squares."""
+        return (1 / sigma - 1).square()
+
+    def loss(self, velocity: Tensor, latent: Tensor, noise: Tensor, sigma: Tensor,
+             objective: loss.Objective = loss.RELEASED, cells: Tensor | None = None) -> Tensor:
+        target, snr = self.target(latent, noise, sigma), self.snr(sigma)
+        errors = objective.errors(velocity.float() - target.float(), sigma, snr)
+        return objective.weighted(loss.mean(errors, cells), snr, "flow")
 
     def sample(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Sequence[float],
                noise: Noise | None = None, callback: Callback | None = None) -> Tensor:

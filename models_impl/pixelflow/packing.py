@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..family import Noise
+from ..objective.loss import RELEASED, Objective
 from .model import PackedLayout
 from .sampling import CascadeFlow, StageTime, shrink
 
@@ -27,6 +28,7 @@ class PackedBatch:
     timestep: Tensor  # (S,)
     layout: PackedLayout
     order: Tensor  # (S,) index of each item in the unpacked batch
+    cells: Tensor | None = None  # (N, p*p) what the pixels count, of masks
 
 
 def pack(
@@ -36,13 +38,15 @@ def pack(
     flow: CascadeFlow,
     patch_size: int,
     context_lengths: Sequence[int] | None = None,
+    cells: Sequence[Tensor] | None = None,
 ) -> PackedBatch:
     """Noise a batch and pack it (data_in1k.py, collate).
 
     images: (B, C, H, W) at full size; times: as `CascadeFlow.draw` gives them; noise(stage, shape) -> noise of the
-    stage's pictures in batch order; context_lengths: text tokens of each picture.
+    stage's pictures in batch order; context_lengths: text tokens of each picture; cells: what the pixels of each count
+    at the size of every stage, (B, 1, h, w) each.
     """
-    rows, targets, timesteps, grids, order = [], [], [], [], []
+    rows, targets, timesteps, grids, order, counts = [], [], [], [], [], []
     for items, time in reversed(list(times.by_stage())):
         small = shrink(images[items], time.stage, flow.stages.num_stages)
         x, target = flow.pair(small, noise(time.stage, small.shape), time)
@@ -51,15 +55,22 @@ def pack(
         timesteps.append(flow.network_timestep(time))
         grids += [(small.shape[-2] // patch_size, small.shape[-1] // patch_size)] * len(items)
         order.append(items)
+        if cells is not None:
+            counts.append(patches(cells[time.stage][items], patch_size))
     order = torch.cat(order)
     lengths = None if context_lengths is None else tuple(int(context_lengths[i]) for i in order)
     return PackedBatch(
         torch.cat(rows), torch.cat(targets), torch.cat(timesteps).to(images.device),
-        PackedLayout(tuple(grids), lengths), order,
+        PackedLayout(tuple(grids), lengths), order, torch.cat(counts) if counts else None,
     )
 
 
-def packed_loss(velocity: Tensor, target: Tensor, layout: PackedLayout) -> Tensor:
-    """Squared error, mean over the tokens of each item: (S,). Every picture weighs the same whatever its stage."""
-    rows = (velocity.float() - target.float()).square().mean(dim=-1)  # (N,)
+def packed_loss(velocity: Tensor, target: Tensor, layout: PackedLayout, objective: Objective = RELEASED,
+                cells: Tensor | None = None) -> Tensor:
+    """The error, mean over the tokens of each item: (S,). Every picture weighs the same whatever its stage. cells: what
+    the pixels of each token count, (N, p*p)."""
+    errors = objective.errors(velocity.float() - target.float())
+    if cells is not None:
+        errors = (errors.unflatten(1, (-1, cells.shape[1])) * cells[:, None]).flatten(1)
+    rows = errors.mean(dim=-1)  # (N,)
     return torch.stack([part.mean() for part in rows.split(layout.lengths)])

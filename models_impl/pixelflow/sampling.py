@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..family import Callback, Noise
+from ..objective import loss
+from ..objective.timesteps import TimestepDraws
 from .schedule import CascadeSchedule
 from .solvers import SOLVERS, Predict
 from .stages import GAMMA, Stages
@@ -137,11 +139,16 @@ class CascadeFlow:
 
     stages: Stages
 
-    def draw(self, batch: int, rng: torch.Generator, weights: Sequence[float] | None = None) -> StageTime:
-        """weights: of the stages, see `assign_stages`. Each t is a whole multiple of 1 / num_train_timesteps."""
+    def draw(self, batch: int, rng: torch.Generator, draws: TimestepDraws | None = None,
+             weights: Sequence[float] | None = None) -> StageTime:
+        """draws: of levels in every stage, which are 1 - t; weights: of the stages, see `assign_stages`. Each t is a
+        whole multiple of 1 / num_train_timesteps."""
         steps = self.stages.num_train_timesteps
         stage = assign_stages(batch, self.stages.num_stages, rng, weights)
-        return StageTime(stage, torch.randint(steps, (batch,), generator=rng) / steps)
+        if draws is None:
+            return StageTime(stage, torch.randint(steps, (batch,), generator=rng) / steps)
+        index = ((1 - draws.draw(batch, rng)) * steps).long().clamp(max=steps - 1)
+        return StageTime(stage, index / steps)
 
     def network_timestep(self, time: StageTime) -> Tensor:
         """Times as they are drawn, float32 on the CPU."""
@@ -168,8 +175,11 @@ class CascadeFlow:
         stage, t = time
         return self.stages.denoised(x, velocity, stage, t.view(-1, 1, 1, 1).to(x) if isinstance(t, Tensor) else t)
 
-    def loss(self, velocity: Tensor, clean: Tensor, noise: Tensor, time: StageTime) -> Tensor:
-        return (velocity.float() - self.target(clean, noise, time)).square().mean(dim=(1, 2, 3))
+    def loss(self, velocity: Tensor, clean: Tensor, noise: Tensor, time: StageTime,
+             objective: loss.Objective = loss.RELEASED, cells: Tensor | None = None) -> Tensor:
+        """objective: only its kind of error; an SNR is none of a stage's, whose ends are of two resolutions."""
+        errors = objective.errors(velocity.float() - self.target(clean, noise, time))
+        return (errors if cells is None else errors * cells).mean(dim=(1, 2, 3))
 
     def sample(self, predict: Predict, x: Tensor, schedule: CascadeSchedule, noise: Noise,
                callback: Callback | None = None) -> Tensor:

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..family import Callback, Noise
+from ..objective import loss
+from ..objective.timesteps import TimestepDraws
 
 KEPT_TIMESTEP = 0.05
 """The noise level of the features that the guide was trained on."""
 RESCALE = 0.7
+DRAWN = "uniform"  # the distribution of t in training
+LEAST_T = 0.001  # that is drawn
 LOGSNR_RANGE = (-10.0, 10.0)  # of the adaptive loss weight's buckets
 WEIGHT_RANGE = (1e-7, 1e7)  # of the adaptive loss weight
 
@@ -73,10 +76,12 @@ class CosineDiffusion:
 
     # --- t: (B,) in [0, 1]
 
-    def draw(self, batch: int, rng: torch.Generator | None = None) -> Tensor:
-        """Uniform in (0, 1], at least 0.001, on the generator's device."""
+    def draw(self, batch: int, rng: torch.Generator | None = None, draws: TimestepDraws | None = None) -> Tensor:
+        """Uniform in (0, 1], at least LEAST_T, on the generator's device; other draws on the CPU."""
+        if draws is not None:
+            return draws.draw(batch, rng).float().clamp(LEAST_T, 1.0)
         device = None if rng is None else rng.device
-        return (1 - torch.rand(batch, generator=rng, device=device)).add(0.001).clamp(0.001, 1.0)
+        return (1 - torch.rand(batch, generator=rng, device=device)).add(LEAST_T).clamp(LEAST_T, 1.0)
 
     def network_timestep(self, t: Tensor) -> Tensor:
         return self.timestep(self.logsnr(t))
@@ -90,8 +95,11 @@ class CosineDiffusion:
     def denoised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return denoised(x, eps, self.logsnr(t))
 
-    def loss(self, eps: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return F.mse_loss(eps.float(), noise, reduction="none").flatten(1).mean(dim=1)
+    def loss(self, eps: Tensor, clean: Tensor, noise: Tensor, t: Tensor, objective: loss.Objective = loss.RELEASED,
+             cells: Tensor | None = None) -> Tensor:
+        snr = self.logsnr(t).exp()
+        errors = objective.errors(eps.float() - noise, t, snr)
+        return objective.weighted(loss.mean(errors, cells), snr, "eps")
 
     def sample(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, logsnrs: Tensor, noise: Noise,
                callback: Callback | None = None, eta: float = 1.0, after_step: AfterStep | None = None) -> Tensor:

@@ -118,13 +118,6 @@ def test_an_unknown_schedule_is_refused():
         NoiseSchedule(beta_start=0.5, beta_end=0.1)
 
 
-def test_min_snr_weights_fall_where_there_is_little_noise():
-    early, late = SCHEDULE.min_snr_weight(torch.tensor([10, 990]))
-    assert late == 1
-    assert early == pytest.approx(5 * SCHEDULE.sigma(10) ** 2, rel=1e-5)
-    assert SCHEDULE.min_snr_weight(torch.tensor([990]), prediction="v") < 1
-
-
 # --- Lists of timesteps
 
 @pytest.mark.parametrize("timesteps, expected", [

@@ -7,6 +7,7 @@ import pytest
 import torch
 import virtual_gpu
 from pixstack.models_impl.flux.sampling import RectifiedFlow
+from pixstack.models_impl.objective.loss import min_snr_weight
 from pixstack.models_impl.pixart import sampling as pixart
 from pixstack.models_impl.pixelflow import packing
 from pixstack.models_impl.pixelflow import sampling as pixelflow
@@ -170,7 +171,7 @@ def flux_step():
 FORMULAS = {
     "PixArt's loss": partial(pixart_step, False),
     "PixArt's loss, timesteps on the GPU": partial(pixart_step, True, on_gpu=True),
-    "PixArt's min-SNR weight": lambda: SCHEDULE.min_snr_weight(whole(4), 5.0, "v"),
+    "PixArt's min-SNR weight": lambda: min_snr_weight(SCHEDULE.snr(whole(4)), 5.0, "v"),
     "PixArt LCM's distillation": lcm_step,
     "PixArt DMD's loss": dmd_step,
     "PixelFlow's packing and loss": pixelflow_step,

@@ -35,7 +35,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(path, tmp_path):
 def test_the_old_name_of_a_setting_is_refused_with_the_new_one(path, tmp_path, old, new):
     section = old.partition(".")[0]
     recipe = "pixelflow" if section != "recipe" else "pixart_dmd" if "follower" in old else "pixelponder"
-    assert f"{old} is called {section}.{new} now." in refusal(path, tmp_path, f"{old}=1", f"recipe.name={recipe}")
+    now = new if "." in new else f"{section}.{new}"
+    assert f"{old} is called {now} now." in refusal(path, tmp_path, f"{old}=1", f"recipe.name={recipe}")
 
 
 def test_a_run_folder_of_before_the_new_names_is_read(path, tmp_path):
@@ -45,6 +46,10 @@ def test_a_run_folder_of_before_the_new_names_is_read(path, tmp_path):
     raw["optimizer"]["muon_rate"] = raw["optimizer"].pop("muon_learning_rate")
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert load.stored(tmp_path) == made
+    del raw["loss"]
+    raw["recipe"] = {"name": "pixart", "snr_gamma": 5.0}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "model": {}}))
+    assert load.stored(tmp_path).loss.snr_gamma == 5
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name(path, tmp_path):

@@ -15,6 +15,7 @@ from pixstack.trainer.data import loader
 from pixstack.trainer.export import exporting
 from pixstack.trainer.recipes.flux import task
 from pixstack.trainer.training import build, checkpoints
+from pixstack.trainer.training.noise import batch_noise
 
 MODEL = {"hidden": 128, "heads": 1, "mlp_hidden": 512, "depth": 1, "single_depth": 1, "pooled_dim": 8}
 
@@ -60,7 +61,7 @@ def test_the_loss_is_that_of_rectified_flow(path, vae, tmp_path):
     sigma, dropped, _ = recipe.flow.draw(0, 0.0)
     assert not dropped.any()
     latent = (recipe.flow.vae.latents(batch, "cpu", 0) - 0.1159) * 0.3611
-    noise = task.batch_noise(0, 0, range(6), latent.shape[1:], "cpu")
+    noise = batch_noise(0, 0, range(6), latent.shape[1:], "cpu")
     flow = sampling.RectifiedFlow()
     noisy = flow.add_noise(latent, noise, sigma)
     ids, mask = recipe.text.tokenize(batch.captions)

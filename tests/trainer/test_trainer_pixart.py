@@ -78,10 +78,11 @@ def test_a_variance_of_weight_zero_is_left_alone(made):
 
 def test_min_snr_weighs_the_error_by_the_timestep(made):
     plain, batches = recipe_of(made("recipe.variance=0.0"))
-    weighed, _ = recipe_of(made("recipe.variance=0.0", "recipe.snr_gamma=5.0"))
+    weighed, _ = recipe_of(made("recipe.variance=0.0", "loss.snr_gamma=5.0"))
     batch = batches(0, range(6))
     timestep, _ = plain.denoising.drawn(batch, 0.1)
-    weight = plain.denoising.schedule.min_snr_weight(timestep, 5.0)
+    snr = plain.denoising.schedule.sigma(timestep) ** -2
+    weight = snr.clamp(max=5) / snr  # arXiv 2303.09556, of eps
     torch.testing.assert_close(weighed(batch), plain(batch) * weight)
     assert weight.min() < 0.5 < weight.max()
 

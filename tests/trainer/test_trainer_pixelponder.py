@@ -32,6 +32,7 @@ from pixstack.trainer.features.hints import chosen
 from pixstack.trainer.recipes.flux import task
 from pixstack.trainer.recipes.pixelponder import recipe as recipes
 from pixstack.trainer.training import build, checkpoints
+from pixstack.trainer.training.noise import batch_noise
 from safetensors import safe_open
 
 FLOW = RectifiedFlow()
@@ -74,7 +75,7 @@ def test_the_loss_is_the_flows_through_the_base_with_residuals_added_whole(made)
     sigma, sets = recipe.draw(0)
     assert len(set(sets)) == 1 and sorted(sets[0]) == [0, 1]
     latent = (recipe.flow.vae.latents(batch, "cpu", 0) - 0.1159) * 0.3611
-    noise = torch.stack([task.batch_noise(0, 0, range(i, i + 1), latent.shape[1:], "cpu")[0] for i in range(6)])
+    noise = torch.stack([batch_noise(0, 0, range(i, i + 1), latent.shape[1:], "cpu")[0] for i in range(6)])
     noisy = FLOW.add_noise(latent, noise, sigma)
     context, mask = recipe.text.lookup(batch.captions, "cpu")
     assert mask.all() and context.shape == (6, 12, 16)

@@ -62,7 +62,8 @@ def test_the_loss_of_the_parity_case_is_the_references_gradients_included(made, 
     recipe, _ = recipe_of(made(f"model.stage_c={tmp_path / 'stage_c.safetensors'}", f"text.encoder={clip}",
                                f"init_from={tmp_path / 'guide.safetensors'}", "batch_size=3"))
     d, condition = recipe.denoising, {"text": i["clip_text"], "pooled": i["clip_text_pooled"], "image": i["clip_img"]}
-    latents = task.Latents(i["latents"], i["epsilon"], i["latents_lr"], i["epsilon_lr"])
+    latents = task.BothLatents(task.Latents(i["latents"], i["epsilon"], i["epsilon"]),
+                               task.Latents(i["latents_lr"], i["epsilon_lr"], i["epsilon_lr"]))
     loss, logsnr = d.guided(recipe.guide, latents, i["t"], condition), d.diffusion.logsnr(i["t"])
     torch.testing.assert_close(loss, outputs["loss"], rtol=1e-4, atol=1e-4)
 
@@ -166,8 +167,8 @@ def test_an_antialiased_low_resolution_is_another_picture(made):
     torch.manual_seed(0)
     batch = replace(batches(0, range(2)), pictures=torch.randint(0, 256, (2, 3, 128, 192), dtype=torch.uint8))
     a, b = (r.denoising.latents(batch, 0) for r in (nearest, smooth))
-    assert torch.equal(a.high, b.high) and a.low.shape == b.low.shape == (2, 16, 1, 2)
-    assert (a.low - b.low).abs().mean() > 0.05 * a.low.std()
+    assert torch.equal(a.high.clean, b.high.clean) and a.low.clean.shape == b.low.clean.shape == (2, 16, 1, 2)
+    assert (a.low.clean - b.low.clean).abs().mean() > 0.05 * a.low.clean.std()
 
 
 def test_validation_says_the_same_twice_and_in_small_batches_and_moves_no_weight(made):

@@ -68,8 +68,8 @@ def test_the_loss_is_that_of_stage_c_with_the_residuals_of_the_edges(made):
     batch, d = batches(0, range(4)), recipe.denoising
     edges = (255 * canny(batch.pictures.float() / 255)).round() / 255
     assert 0 < edges.mean() < 0.5
-    draws, latents = d.draw(0), d.latents(batch, 0)
-    x, timestep = d.noisy(latents.high, latents.noise, draws.t)
+    draws, latents = d.draw(0), d.latents(batch, 0).high
+    x, timestep = d.noisy(latents.clean, latents.noise, draws.t)
     eps = recipe.net(x, timestep, **d.conditioning(batch, draws), control=recipe.controlnet(edges))
     torch.testing.assert_close(recipe(batch), (eps - latents.noise).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
     bare = recipe.net(x, timestep, **d.conditioning(batch, draws))
@@ -80,7 +80,7 @@ def test_a_fresh_controlnet_changes_nothing_and_has_the_encoders_backbone(made, 
     recipe, batches = recipe_of(made("recipe.weight=none", "recipe.dropout=0.0", recipe=REAL))
     batch, d = batches(0, range(2)), recipe.denoising
     latents, draws = d.latents(batch, 0), d.draw(0).part(range(2))
-    expected = d.plain(latents.high, latents.noise, draws.t, d.conditioning(batch, draws))
+    expected = d.plain(latents.high, draws.t, d.conditioning(batch, draws))
     torch.testing.assert_close(recipe(batch), expected)
     known = state_dict.read_file(parts["vae"]["path"])[0]
     own = recipe.controlnet.backbone.state_dict()

@@ -96,8 +96,8 @@ def test_a_lora_begins_as_nothing_and_scales_by_alpha_over_rank(plain):
     recipe, batches = recipe_of(plain("recipe.rank=2", "recipe.alpha=3.0"))
     assert all(not layer.down.any() and layer.up.any() and layer.scale == 1.5 for layer in recipe.layers.values())
     batch, d = batches(0, range(4)), recipe.denoising
-    draws, latents = d.draw(0), d.latents(batch, 0)
-    x, timestep = d.noisy(latents.high, latents.noise, draws.t)
+    draws, latents = d.draw(0), d.latents(batch, 0).high
+    x, timestep = d.noisy(latents.clean, latents.noise, draws.t)
     bare = tiny_ultrapixel.network(StageC, tiny_ultrapixel.C)
     with torch.no_grad():
         torch.testing.assert_close(recipe.net(x, timestep, **d.conditioning(batch, draws)),
@@ -119,7 +119,7 @@ def test_a_personalisation_learns_at_low_resolution_first_and_in_turns_then(pers
     assert turns[:2] == [False, False] and 15 < sum(turns[2:]) < 45
     low, high = turns.index(False), turns.index(True)
     d = recipe.denoising
-    for step, expected in ((low, lambda latents, *a: d.plain(latents.low, latents.noise_low, *a)),
+    for step, expected in ((low, lambda latents, *a: d.plain(latents.low, *a)),
                            (high, lambda latents, *a: d.guided(recipe.guide, latents, *a))):
         batch = batches(step, range(4))
         conditioning = d.conditioning(batch, d.draw(step), recipe.change)

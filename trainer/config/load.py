@@ -30,8 +30,9 @@ RENAMED = {
     "recipe.made": "annotators",
     "recipe.least": "min_conditions",
     "recipe.most": "max_conditions",
+    "recipe.snr_gamma": "loss.snr_gamma",
 }
-"""What settings were called once -> their name in the section now."""
+"""What settings were called once -> their name in the section now, or with another section's."""
 
 
 def read_toml(path) -> dict:
@@ -93,8 +94,9 @@ def stored(folder: Path) -> Config:
     raw = entries(path)
     for old, name in RENAMED.items():  # of a run that is older than the names
         section, _, key = old.partition(".")
-        if key in raw.get(section, {}) and name not in raw[section]:
-            raw[section][name] = raw[section].pop(key)
+        new, _, name = name.rpartition(".")
+        if key in raw.get(section, {}) and name not in raw.get(new or section, {}):
+            raw.setdefault(new or section, {})[name] = raw[section].pop(key)
     config, problems = read(raw)
     if problems:
         raise ValueError(f"{path} cannot work:\n  " + "\n  ".join(problems))
@@ -115,8 +117,9 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
     good = {}
     for key, value in raw.items():
         full = prefix + key
-        if RENAMED.get(full) in names and key not in names:
-            problems.append(f"{full} is called {prefix}{RENAMED[full]} now.")
+        renamed = RENAMED.get(full, "")
+        if key not in names and (renamed in names or "." in renamed):
+            problems.append(f"{full} is called {renamed if '.' in renamed else prefix + renamed} now.")
             continue
         if key not in names:
             problems.append(f"{full} is not a setting{nearest(key, names)}.")

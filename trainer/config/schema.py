@@ -224,6 +224,55 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Noise:
+    timesteps: str = "released"
+    """How the noise levels of the pictures are drawn. Here they are counted from 0, no noise, to 1000 for every family:
+    PixArt's timesteps, and 1000 times FLUX's sigma or Cascade's t; in PixelFlow those of each stage. released: as the
+    family was trained, uniform, but logit_normal for FLUX. uniform. logit_normal: the sigmoid of normal numbers (SD3,
+    arXiv 2403.03206, section 3.1) ..."""
+    mean: float = 0.0
+    """... with this mean, above 0 for more noise, ..."""
+    deviation: float = 1.0
+    """... and this deviation."""
+    shift: float = 1.0
+    """Above 1 for more noise: t in [0, 1] becomes shift t / (1 + (shift - 1) t) (SD3, section 5.3.2; OneTrainer has it
+    for every family)."""
+    min_timestep: float = 0.0
+    """Nothing is drawn below, ..."""
+    max_timestep: float = 1000.0
+    """... and nothing above."""
+    quarters: list[float] = field(default_factory=list)
+    """How many times as often as otherwise each quarter of the 1000 is drawn, as [1, 1, 2, 0.5]: those of which the
+    validation says the loss, the first with the least noise. Empty: as often."""
+    offset: float = 0.0
+    """Offset noise (crosslabs.org/blog/diffusion-with-offset-noise): so many times one more normal number for each
+    channel of a picture, 0.05 to 0.1, for pictures that are dark or light as a whole."""
+    pyramid: float = 0.0
+    """Multi-resolution noise (J. Whitaker's report of that name; kohya's multires_noise_discount, with 6 iterations):
+    what each smaller size counts less, 0.3 for instance; 0 = none."""
+    perturbation: float = 0.0
+    """Input perturbation (arXiv 2301.11706), 0.1 in the paper: so many times another noise in what the network sees,
+    which it is not to predict."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    kind: str = "mse"
+    """mse; mae; huber: quadratic up to huber_delta and linear beyond, twice torch's; pseudo_huber: the smooth one
+    (arXiv 2403.16728), which kohya calls huber."""
+    huber_delta: float = 0.1
+    """Where both become linear ..."""
+    huber_schedule: str = "constant"
+    """... at every timestep; or, as in kohya's scripts, less where there is more noise: exponential, huber_delta to the
+    power of timestep / 1000; snr, (1 - huber_delta) / (1 + sigma)^2 + huber_delta, sigma the noise over the signal."""
+    snr_gamma: float = 0.0
+    """Weigh the error by Min-SNR (arXiv 2303.09556) with this gamma, 5 in the paper; for eps, for v, and for FLUX's
+    velocity by the same derivation. 0 = not."""
+    debiased: bool = False
+    """Weigh it by debiased estimation (arXiv 2310.08442): 1 / sqrt(SNR) for eps, what corresponds for the others."""
+
+
+@dataclass(frozen=True)
 class Log:
     wandb: str = ""
     """Log to Weights & Biases what is logged to tensorboard: online, or offline, into RUN/wandb, which `wandb sync`
@@ -271,6 +320,8 @@ class Config:
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
     memory: Memory = Memory()
+    noise: Noise = Noise()
+    loss: Loss = Loss()
     log: Log = Log()
     samples: Samples = Samples()
     validation: Validation = Validation()

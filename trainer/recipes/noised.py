@@ -19,8 +19,11 @@ class NoisedBatch:
     sigmas in (0, 1)."""
     condition: dict[str, Tensor]
     """What the network is conditioned on: context (B, L, D), and what its family has beside."""
+    cells: Tensor | None = None
+    """What the error of each cell counts, (B, 1, h, w), of a mask."""
 
     def rows(self, index: list[int]) -> NoisedBatch:
         """Some pictures of the batch."""
         return NoisedBatch(*(t[index] for t in (self.latent, self.noise, self.noisy, self.time)),
-                           {name: value[index] for name, value in self.condition.items()})
+                           {name: value[index] for name, value in self.condition.items()},
+                           None if self.cells is None else self.cells[index])

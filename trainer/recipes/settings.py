@@ -8,6 +8,8 @@ from ..config.problems import Problems
 from ..config.schema import Config
 from ..data import buckets
 
+OWN_LOSS = "its loss and what is drawn for it are its own"
+
 
 class Settings:
     """The base of every dataclass of [recipe]: its fields are the settings, and what stands here is the default."""
@@ -20,6 +22,9 @@ class Settings:
     """The dataclass of [model]."""
     sections: ClassVar[tuple[str, ...]] = ()
     """Which of "vae", "adapter", "memory.base" and "text.padded" the recipe reads."""
+    unread: ClassVar[dict[str, str]] = {"noise": OWN_LOSS, "loss": OWN_LOSS}
+    """Which of the sections "noise" and "loss" or of their settings ("noise.shift") the recipe does not read, and
+    why."""
     needs: ClassVar[str] = ""
     """"pictures" where neither captions nor classes are read."""
     lora: ClassVar[bool | None] = None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from .algorithms import ALGORITHMS, Algorithm, guided
 from .ancestral import iddpm
 from .consistency import consistency_weights, lcm
-from .diffusion import PixArtDiffusion
+from .diffusion import DRAWN, PixArtDiffusion
 from .distillation import HUBER_C, LcmGrid, LcmStep, lcm_distillation
 from .distribution_matching import DmdLoss, dmd, dmd_loss
 from .dpm_solver import dpm_diffusers, dpm_solver_pp
@@ -34,7 +34,7 @@ from .timesteps import (
 from .walk import AfterStep, Predict
 
 __all__ = [
-    "ALGORITHMS", "CLEAN", "DMD_TIMESTEP", "HUBER_C", "SCHEDULES", "TRAIN_TIMESTEPS", "AfterStep", "Algorithm",
+    "ALGORITHMS", "CLEAN", "DMD_TIMESTEP", "DRAWN", "HUBER_C", "SCHEDULES", "TRAIN_TIMESTEPS", "AfterStep", "Algorithm",
     "DmdLoss", "IddpmLoss", "LcmGrid", "LcmStep", "NoiseSchedule", "PixArtDiffusion", "Predict",
     "consistency_weights", "dmd", "dmd_loss", "dpm_diffusers", "dpm_solver_pp", "eps_loss", "guided", "iddpm",
     "iddpm_loss", "iddpm_timesteps", "lcm", "lcm_distillation", "lcm_timesteps", "linspace_timesteps", "one_step",

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from ...family import Callback, Noise
+from ...objective import loss as objectives
+from ...objective.timesteps import TimestepDraws
 from ..config import PixArtConfig
 from .algorithms import ALGORITHMS
-from .losses import IddpmLoss, iddpm_loss, variance_bound
+from .losses import IddpmLoss, eps_difference, variance_bound
 from .schedule import NoiseSchedule
 from .walk import AfterStep, Predict
+
+DRAWN = "uniform"  # the distribution of timesteps in training
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,13 @@ class PixArtDiffusion:
     def of(cls, config: PixArtConfig) -> PixArtDiffusion:
         return cls(NoiseSchedule.of(config), config.prediction, config.in_channels)
 
-    def draw(self, batch: int, rng: torch.Generator) -> Tensor:
-        """Whole timesteps, (B,) int64."""
-        return torch.randint(self.schedule.steps, (batch,), generator=rng)
+    def draw(self, batch: int, rng: torch.Generator, draws: TimestepDraws | None = None) -> Tensor:
+        """Whole timesteps, (B,) int64. draws: of levels, which are timesteps over their number."""
+        steps = self.schedule.steps
+        if draws is None:
+            return torch.randint(steps, (batch,), generator=rng)
+        level = draws.draw(batch, rng) * steps
+        return (level + 1e-6).floor().long().clamp(max=steps - 1)  # 0.29 * 1000 is less than 290
 
     def network_timestep(self, timestep: Tensor) -> Tensor:
         return timestep
@@ -56,27 +64,29 @@ class PixArtDiffusion:
         return self.schedule.denoised_from_velocity(x, first, timestep)
 
     def losses(self, prediction: Tensor, sample: Tensor, noise: Tensor, timestep: Tensor, variance: float = 1.0,
-               snr_switch: bool = False, snr_gamma: float = 0.0) -> IddpmLoss:
+               snr_switch: bool = False, objective: objectives.Objective = objectives.RELEASED,
+               cells: Tensor | None = None, noisy: Tensor | None = None) -> IddpmLoss:
         """variance: weight of the variational bound, 0 leaves it out; snr_switch: learn the sample instead of the noise
-        up to timestep 249 (eps only); snr_gamma: weigh the error by Min-SNR with this gamma, 0 = not."""
+        up to timestep 249 (eps only); cells: what each cell counts, (B, 1, h, w); noisy: the state, where it was made
+        with other noise than is predicted."""
         first, logits = prediction.float().tensor_split([self.channels], dim=1)
         learned = variance and logits.shape[1]
+        snr, level = self.schedule.snr(timestep), timestep / self.schedule.steps
+        noisy = self.add_noise(sample, noise, timestep) if noisy is None else noisy
         if self.prediction == "eps":
-            loss = iddpm_loss(first, logits if learned else None, sample, noise, timestep, self.schedule, snr_switch)
-            error, bound = loss.mse, loss.vb
+            difference, eps = eps_difference(first, sample, noise, noisy, timestep, self.schedule, snr_switch), first
         else:
-            error = (first - self.target(sample, noise, timestep)).square().flatten(1).mean(1)
-            bound = torch.zeros_like(error)
-            if learned:
-                noisy = self.add_noise(sample, noise, timestep)
-                eps = self.schedule.eps(noisy, first.detach(), timestep)
-                bound = variance_bound(eps, logits, sample, noisy, timestep, self.schedule)
-        if snr_gamma:
-            error = error * self.schedule.min_snr_weight(timestep, snr_gamma, self.prediction).to(error)
-        return IddpmLoss(error, variance * bound)
+            difference = first - self.target(sample, noise, timestep)
+            eps = self.schedule.eps(noisy, first.detach(), timestep)
+        error = objectives.mean(objective.errors(difference, level, snr), cells)
+        bound = torch.zeros_like(error)
+        if learned:
+            bound = variance_bound(eps.detach(), logits, sample, noisy, timestep, self.schedule, cells)
+        return IddpmLoss(objective.weighted(error, snr, self.prediction), variance * bound)
 
-    def loss(self, prediction: Tensor, sample: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        return self.losses(prediction, sample, noise, timestep).total
+    def loss(self, prediction: Tensor, sample: Tensor, noise: Tensor, timestep: Tensor,
+             objective: objectives.Objective = objectives.RELEASED, cells: Tensor | None = None) -> Tensor:
+        return self.losses(prediction, sample, noise, timestep, objective=objective, cells=cells).total
 
     def timesteps(self, steps: int, algorithm: str = "dpm-solver++") -> list[float]:
         """The list that an algorithm of the table is released with."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...objective.loss import mean
 from .schedule import NoiseSchedule, column, columns, posterior
 
 SNR_LOSS_TIMESTEP = 249
@@ -41,20 +42,25 @@ def iddpm_loss(
     """
     eps, sample, noise = eps.float(), sample.float(), noise.float()
     noisy = schedule.add_noise(sample, noise, timestep)
-    error = noise - eps
-    if snr:
-        late = column(timestep <= SNR_LOSS_TIMESTEP, eps)
-        error = torch.where(late, sample - schedule.denoised(noisy, eps, timestep), error)
-    mse = error.square().flatten(1).mean(1)
+    mse = mean(eps_difference(eps, sample, noise, noisy, timestep, schedule, snr).square())
     if logits is None:
         return IddpmLoss(mse, torch.zeros_like(mse))
     return IddpmLoss(mse, variance_bound(eps.detach(), logits.float(), sample, noisy, timestep, schedule))
 
 
-def variance_bound(
-    eps: Tensor, logits: Tensor, sample: Tensor, noisy: Tensor, timestep: Tensor, schedule: NoiseSchedule
-) -> Tensor:
-    """KL divergence of the true step down from `timestep` and the predicted one, in bits per value: (B,).
+def eps_difference(eps: Tensor, sample: Tensor, noise: Tensor, noisy: Tensor, timestep: Tensor,
+                   schedule: NoiseSchedule, snr: bool = False) -> Tensor:
+    """What eps gets wrong, (B, C, H, W). snr: see `iddpm_loss`."""
+    if not snr:
+        return noise - eps
+    late = column(timestep <= SNR_LOSS_TIMESTEP, eps)
+    return torch.where(late, sample - schedule.denoised(noisy, eps, timestep), noise - eps)
+
+
+def variance_bound(eps: Tensor, logits: Tensor, sample: Tensor, noisy: Tensor, timestep: Tensor,
+                   schedule: NoiseSchedule, cells: Tensor | None = None) -> Tensor:
+    """KL divergence of the true step down from `timestep` and the predicted one, in bits per value: (B,). cells: what
+    each cell counts, (B, 1, H, W).
 
     At timestep 0 the negative log likelihood of the sample, in bins of 1/255 around it with open ends at -1 and 1, as
     if it were pixels: the released weights were trained on that.
@@ -73,7 +79,7 @@ def variance_bound(
     kl = (log_variance - low - 1 + torch.exp(low - log_variance) + off.square() * torch.exp(-log_variance)) / 2
     nll = -_log_likelihood(sample, from_sample * denoised + from_x * noisy, log_variance / 2)
     bound = torch.where(column(timestep == 0, eps), nll, kl)
-    return bound.flatten(1).mean(1) / math.log(2)
+    return mean(bound, cells) / math.log(2)
 
 
 def _log_likelihood(sample: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -142,10 +142,9 @@ class NoiseSchedule:
         """The inverse of `denoised`. Not at CLEAN."""
         return (x - self._like(self.alpha, timestep, x) * denoised) / self._like(self.std, timestep, x)
 
-    def min_snr_weight(self, timestep: Tensor, gamma: float = 5.0, prediction: str = "eps") -> Tensor:
-        """Weight of each squared error, (B,): Min-SNR (arXiv 2303.09556, section 3.4). prediction: "eps" or "v"."""
-        snr = self.sigma(timestep) ** -2
-        return snr.clamp(max=gamma) / (snr if prediction == "eps" else snr + 1)
+    def snr(self, timestep: Tensor) -> Tensor:
+        """The signal-to-noise ratio, of squares, (B,)."""
+        return self.sigma(timestep) ** -2
 
     def _like(self, coefficient, timestep, x: Tensor):
         if not isinstance(timestep, Tensor):

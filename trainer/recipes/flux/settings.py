@@ -37,6 +37,7 @@ class FluxSettings(Settings):
     module: ClassVar[str] = "flux.recipe"
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "text.padded")
+    unread: ClassVar[dict[str, str]] = {}
     dropout: float = 0.1
     """How often a picture's caption is taken away, for classifier-free guidance."""
     guidance: float = 1.0

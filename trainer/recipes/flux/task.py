@@ -17,7 +17,8 @@ from ....models_impl.guard import reading
 from ...config.schema import Config
 from ...features import text_encoders, vaes
 from ...memory.activations import fused, kept_bytes, of_stack
-from ...training.noise import VALIDATION, batch_noise, generator, spread
+from ...training import objective
+from ...training.noise import VALIDATION, generator, spread, state_noise, training_noise
 from ...training.validation import quarters
 from ..noised import NoisedBatch
 from .settings import CELL, of_shape
@@ -64,6 +65,7 @@ class FluxFlow:
         """guidance: what a distilled network is conditioned on while training."""
         self.config, self.shape, self.text, self.vae, self.guidance = config, shape, text, vae, guidance
         self.diffusion = sampling.RectifiedFlow()
+        self.draws, self.objective = objective.draws(config.noise, sampling.DRAWN), objective.objective(config.loss)
         self.bf16 = config.precision == "bf16"
         if text_encoders.width(text) != shape.context_dim:
             raise ValueError(f"text.encoder makes tokens of width {text_encoders.width(text)}, and this FLUX reads "
@@ -76,7 +78,7 @@ class FluxFlow:
         """Random draws for the pictures of a whole batch: sigma (B,), whether the caption is dropped (B,);
         and the generator, for what else is to be drawn."""
         rng = generator(self.config.seed, step)
-        sigma = self.diffusion.draw(self.config.batch_size, rng)
+        sigma = self.diffusion.draw(self.config.batch_size, rng, self.draws)
         return sigma, torch.rand(self.config.batch_size, generator=rng) < dropout, rng
 
     def condition(self, captions: list[str], device, guidance: float | None = None) -> dict[str, Tensor]:
@@ -91,16 +93,17 @@ class FluxFlow:
     def noising(self, batch, sigma: Tensor, device, seed: int, dropped: Tensor | None = None) -> NoisedBatch:
         """dropped: (B,) bool, captions that are replaced by the empty one."""
         latent = (self.vae.latents(batch, device, seed) - LATENT_SHIFT) * LATENT_SCALE
-        noise = batch_noise(seed, batch.step, batch.positions, latent.shape[1:], device)
+        drawn, settings = (seed, batch.step, batch.positions), self.config.noise
+        noise = training_noise(settings, *drawn, latent.shape[1:], device)
         drop = [False] * len(batch.captions) if dropped is None else dropped.tolist()
         captions = ["" if d else c for c, d in zip(batch.captions, drop, strict=True)]
         sigma = sigma.to(device)
-        noisy = self.diffusion.add_noise(latent, noise, sigma)
+        noisy = self.diffusion.add_noise(latent, state_noise(settings, noise, *drawn), sigma)
         return NoisedBatch(latent, noise, noisy, sigma, self.condition(captions, device))
 
     def loss(self, velocity: Tensor, step: NoisedBatch) -> Tensor:
         """(B,), of what a network predicts."""
-        return self.diffusion.loss(velocity, step.latent, step.noise, step.time)
+        return self.diffusion.loss(velocity, step.latent, step.noise, step.time, self.objective, step.cells)
 
     def fixed_sigma(self, positions: range) -> Tensor:
         """Noise levels that never change, spread over their distribution in training: (B,)."""

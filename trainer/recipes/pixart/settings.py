@@ -64,17 +64,16 @@ class PixArtSettings(Settings):
     module: ClassVar[str] = "pixart.full"
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae",)
+    unread: ClassVar[dict[str, str]] = {}
     dropout: float = 0.1
     """How often a picture's caption is taken away, for classifier-free guidance."""
     variance: float = 1.0
     """Weight of the variance's part of the loss, of networks that predict it; 0 leaves their variance as it is."""
     snr_switch: bool = False
     """Learn the picture instead of the noise up to timestep 249 (snr_loss in the release's configurations)."""
-    snr_gamma: float = 0.0
-    """Weigh the error by Min-SNR (arXiv 2303.09556) with this gamma, 5 in the paper; 0 = not."""
 
     def problems(self, config: Config) -> list[str]:
-        return [*of_family(config), *of_loss(self.dropout, variance=self.variance, snr_gamma=self.snr_gamma)]
+        return [*of_family(config), *of_loss(self.dropout, variance=self.variance)]
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,14 @@ class PixArtLoraSettings(Settings):
     module: ClassVar[str] = "pixart.lora"
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "adapter", "memory.base")
+    unread: ClassVar[dict[str, str]] = {}
     dropout: float = 0.1
     """How often a picture's caption is taken away, for classifier-free guidance."""
     variance: float = 0.0
     """Weight of the variance's part of the loss; the release's LoRA scripts leave it out."""
-    snr_gamma: float = 0.0
-    """Weigh the error by Min-SNR (arXiv 2303.09556) with this gamma, 5 in the paper; 0 = not."""
 
     def problems(self, config: Config) -> list[str]:
-        return [*of_family(config), *of_loss(self.dropout, variance=self.variance, snr_gamma=self.snr_gamma),
+        return [*of_family(config), *of_loss(self.dropout, variance=self.variance),
                 *needs_a_start(config), *rules.adapter(config.adapter)]
 
 
@@ -101,6 +99,7 @@ class PixArtControlNetSettings(Settings):
     module: ClassVar[str] = "pixart.controlnet"
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "memory.base")
+    unread: ClassVar[dict[str, str]] = {}
     blocks: int = 13
     """How many blocks are copied."""
     annotator: str = ""
@@ -111,15 +110,13 @@ class PixArtControlNetSettings(Settings):
     """How often a picture's caption is taken away, so that the hint must be read."""
     variance: float = 1.0
     """Weight of the variance's part of the loss."""
-    snr_gamma: float = 0.0
-    """Weigh the error by Min-SNR (arXiv 2303.09556) with this gamma; 0 = not."""
     hints: list[str] = field(default_factory=list)
     """Pictures whose edges the samples follow, one for each of samples.prompts; of a condition, the condition pictures
     themselves. Empty: samples are drawn without the ControlNet."""
 
     def problems(self, config: Config) -> list[str]:
         problems = Problems([*of_family(config), *needs_a_start(config),
-                             *of_loss(self.dropout, variance=self.variance, snr_gamma=self.snr_gamma)])
+                             *of_loss(self.dropout, variance=self.variance)])
         problems.exists("recipe.annotator", self.annotator)
         problems.exists("recipe.control_from", self.control_from)
         for path in self.hints:
@@ -147,6 +144,7 @@ class PixArtDreamBoothSettings(Settings):
     module: ClassVar[str] = "pixart.dreambooth"
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "adapter", "memory.base")
+    unread: ClassVar[dict[str, str]] = {}
     lora: bool = True
     """Train the adapter of [adapter]. false: all weights, as the release's script."""
     prior_weight: float = 1.0
@@ -155,12 +153,10 @@ class PixArtDreamBoothSettings(Settings):
     """How often a picture's caption is taken away."""
     variance: float = 0.0
     """Weight of the variance's part of the loss."""
-    snr_gamma: float = 0.0
-    """Weigh the error by Min-SNR (arXiv 2303.09556) with this gamma; 0 = not."""
 
     def problems(self, config: Config) -> list[str]:
         return [*of_family(config), *needs_a_start(config), *(rules.adapter(config.adapter) if self.lora else ()),
-                *of_loss(self.dropout, variance=self.variance, snr_gamma=self.snr_gamma,
+                *of_loss(self.dropout, variance=self.variance,
                          prior_weight=self.prior_weight)]
 
 

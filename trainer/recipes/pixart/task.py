@@ -16,8 +16,9 @@ from ...config.schema import Config
 from ...features import text_encoders, vaes
 from ...memory import quantization
 from ...memory.activations import casts, fused, kept_bytes, of_network
+from ...training import objective
 from ...training.groups import Group, groups
-from ...training.noise import VALIDATION, batch_noise, generator, spread
+from ...training.noise import VALIDATION, generator, spread, state_noise, training_noise
 from ...training.validation import quarters
 from .. import adapters
 from ..contract import Base, Files
@@ -43,6 +44,7 @@ class PixArtDenoising:
                              f"{self.shape.context_dim}: use the encoder that belongs to it.")
         self.diffusion = sampling.PixArtDiffusion.of(self.shape)
         self.schedule = self.diffusion.schedule
+        self.draws = objective.draws(config.noise, sampling.DRAWN)
         self.bf16 = config.precision == "bf16"
 
     @property
@@ -55,7 +57,7 @@ class PixArtDenoising:
     def draw(self, step: int, dropout: float) -> tuple[Tensor, Tensor]:
         """Random draws for the pictures of a whole batch: timestep (B,) and whether the caption is dropped."""
         rng, B = generator(self.seed, step), self.config.batch_size
-        return self.diffusion.draw(B, rng), torch.rand(B, generator=rng) < dropout
+        return self.diffusion.draw(B, rng, self.draws), torch.rand(B, generator=rng) < dropout
 
     def drawn(self, batch, dropout: float) -> tuple[Tensor, Tensor]:
         """The part of `draw` that is about this batch."""
@@ -88,16 +90,19 @@ class PixArtDenoising:
 
     def noising(self, batch, timestep: Tensor, dropped: Tensor | None, seed: int) -> NoisedBatch:
         latent = self.latents(batch, seed)
-        noise = batch_noise(seed, batch.step, batch.positions, latent.shape[1:], self.device)
+        drawn, settings = (seed, batch.step, batch.positions), self.config.noise
+        noise = training_noise(settings, *drawn, latent.shape[1:], self.device)
+        noisy = self.diffusion.add_noise(latent, state_noise(settings, noise, *drawn), timestep)
         condition = self.condition(batch.captions, dropped, batch.size, batch.sizes)
-        return NoisedBatch(latent, noise, self.diffusion.add_noise(latent, noise, timestep), timestep, condition)
+        return NoisedBatch(latent, noise, noisy, timestep, condition)
 
     def losses(self, predict: Predict, step: NoisedBatch, **settings) -> tuple[Tensor, Tensor]:
         """(squared error, variational bound of the variance), (B,) each, weighted; a picture's loss is the sum.
         settings: of `PixArtDiffusion.losses`."""
         timestep = self.diffusion.network_timestep(step.time).to(step.noisy.device)
         prediction = predict(step.noisy, timestep, **step.condition)
-        loss = self.diffusion.losses(prediction, step.latent, step.noise, step.time, **settings)
+        loss = self.diffusion.losses(prediction, step.latent, step.noise, step.time, cells=step.cells,
+                                     noisy=step.noisy, **settings)
         return loss.mse, loss.vb
 
     def prediction(self, predict: Predict, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -215,7 +220,7 @@ class PixArtRecipe(Base):
 
     def loss_settings(self) -> dict:
         """Settings of `PixArtDiffusion.losses`."""
-        return {"variance": self.settings.variance, "snr_gamma": self.settings.snr_gamma}
+        return {"variance": self.settings.variance, "objective": objective.objective(self.config.loss)}
 
     def losses(self, batch, timestep: Tensor, dropped: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
         """(error, bound of the variance), (B,) each."""

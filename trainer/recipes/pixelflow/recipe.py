@@ -25,6 +25,7 @@ from ...data.loader import Batch
 from ...features import text_encoders
 from ...memory import quantization
 from ...memory.activations import casts, fused, kept_bytes, of_network
+from ...training import objective
 from ...training.groups import Group, groups
 from ...training.noise import generator, picture_noise, spread
 from .. import adapters
@@ -46,6 +47,7 @@ class Recipe(Base):
                             context_dim=text_encoders.width(text) if text else None)
         self.stages = Stages(shape.num_stages)
         self.flow = sampling.CascadeFlow(self.stages)
+        self.draws, self.objective = objective.draws(config.noise, "uniform"), objective.objective(config.loss)
         self.text = text
         self.diffusion = PixelFlow(shape).initialise()
         self.diffusion.gradient_checkpointing = config.checkpoint_activations
@@ -80,7 +82,7 @@ class Recipe(Base):
         """Random draws for the pictures of a whole batch, their times and whether the text or class is dropped (B,);
         they depend only on (seed, step)."""
         rng, B = generator(self.seed, step), self.batch_size
-        times = self.flow.draw(B, rng, self.settings.stage_weights)
+        times = self.flow.draw(B, rng, self.draws, self.settings.stage_weights)
         return times, torch.rand(B, generator=rng) < self.settings.dropout
 
     def losses(self, batch: Batch, times: sampling.StageTime, dropped: Tensor, seed: int) -> Tensor:
@@ -113,7 +115,7 @@ class Recipe(Base):
             given = {name: c[items] for name, c in condition.items()}
             timestep = self.flow.network_timestep(time).to(images.device)
             velocity = self.diffusion(self.flow.add_noise(small, own, time), timestep, **given)
-            losses.append(self.flow.loss(velocity, small, own, time))
+            losses.append(self.flow.loss(velocity, small, own, time, self.objective))
             order.append(items)
         return torch.cat(losses)[torch.cat(order).argsort()]
 
@@ -130,7 +132,7 @@ class Recipe(Base):
             return packed_attention(q.to(v.dtype), k.to(v.dtype), v, lengths_q, lengths_k)
 
         velocity = self.diffusion.forward_packed(batch.x, batch.timestep, batch.layout, **given, attention=attend)
-        return packing.packed_loss(velocity, batch.target, batch.layout)[batch.order.argsort()]
+        return packing.packed_loss(velocity, batch.target, batch.layout, self.objective)[batch.order.argsort()]
 
     def blocks(self) -> list[nn.Module]:
         return list(self.diffusion.transformer_blocks)

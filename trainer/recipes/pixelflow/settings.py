@@ -10,6 +10,15 @@ from ...config.problems import Problems, nearest
 from ...config.schema import Adapter, Config
 from ..settings import Settings, sizes
 
+DIVIDED = "its stages divide the noise levels, and recipe.stage_weights says how often each is drawn"
+WHITE = "the jumps between its stages presume white noise"
+NO_SNR = "the states of a stage mix pictures of two resolutions, for which a signal-to-noise ratio is not defined"
+UNREAD = {
+    **dict.fromkeys(("noise.shift", "noise.min_timestep", "noise.max_timestep", "noise.quarters"), DIVIDED),
+    **dict.fromkeys(("noise.offset", "noise.pyramid", "noise.perturbation"), WHITE),
+    **dict.fromkeys(("loss.snr_gamma", "loss.debiased", "loss.huber_schedule"), NO_SNR),
+}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -29,6 +38,7 @@ class PixelFlowSettings(Settings):
     module: ClassVar[str] = "pixelflow.recipe"
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("adapter", "memory.base")
+    unread: ClassVar[dict[str, str]] = UNREAD
     dropout: float = 0.1
     """How often a picture's class or caption is replaced by none."""
     stage_weights: list[float] | None = None

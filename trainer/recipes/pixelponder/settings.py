@@ -33,6 +33,7 @@ class PixelPonderSettings(Settings):
     module: ClassVar[str] = "pixelponder.recipe"
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "memory.base", "text.padded")
+    unread: ClassVar[dict[str, str]] = {}
     base: str = ""
     """The FLUX that is guided, frozen (flux1-dev.safetensors, or one that the recipe flux exported)."""
     annotators: list[str] = field(default_factory=list)

@@ -123,7 +123,7 @@ class Recipe(StageCRecipe):
     def losses(self, batch, draws, seed: int) -> Tensor:
         d = self.denoising
         latents, hint = d.latents(batch, seed), d.features(batch, "hint.image")
-        return d.plain(latents.high, latents.noise, draws.t, d.conditioning(batch, draws), control=self.residuals(hint))
+        return d.plain(latents.high, draws.t, d.conditioning(batch, draws), control=self.residuals(hint))
 
     def forward(self, batch) -> Tensor:
         return self.weighted(batch, lambda draws: self.losses(batch, draws, self.denoising.seed))

@@ -23,7 +23,7 @@ from ...training.noise import VALIDATION
 from ..contract import Files
 from .encoders import Low, make_encoders
 from .networks import guide_of, read
-from .task import Latents, StageCRecipe, file_problems, in_transformer
+from .task import BothLatents, StageCRecipe, file_problems, in_transformer
 
 
 class LowRank(nn.Module):
@@ -124,12 +124,10 @@ class Recipe(StageCRecipe):
 
         return self.weighted(batch, loss)
 
-    def loss(self, latents: Latents, t: Tensor, condition: dict, high: bool) -> Tensor:
+    def loss(self, latents: BothLatents, t: Tensor, condition: dict, high: bool) -> Tensor:
         if high:
             return self.denoising.guided(self.guide, latents, t, condition)
-        if latents.low is not None:
-            return self.denoising.plain(latents.low, latents.noise_low, t, condition)
-        return self.denoising.plain(latents.high, latents.noise, t, condition)
+        return self.denoising.plain(latents.high if latents.low is None else latents.low, t, condition)
 
     def described(self, step: int) -> list[str]:
         where = "" if self.guide is None else ", guided" if self.high(step) else ", low resolution"

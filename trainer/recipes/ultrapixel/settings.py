@@ -46,6 +46,7 @@ class UltraPixelGuideSettings(Settings):
     module: ClassVar[str] = "ultrapixel.guide"
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "memory.base")
+    unread: ClassVar[dict[str, str]] = {}
     dropout: float = 0.05
     """How often a picture's caption is taken away, for classifier-free guidance."""
     image_share: float = 0.1
@@ -81,6 +82,7 @@ class UltraPixelLoraSettings(Settings):
     module: ClassVar[str] = "ultrapixel.lora"
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "memory.base")
+    unread: ClassVar[dict[str, str]] = {}
     rank: int = 4
     alpha: float = 1.0
     """The change is alpha / rank * up @ down."""
@@ -126,6 +128,7 @@ class UltraPixelControlNetSettings(Settings):
     module: ClassVar[str] = "ultrapixel.controlnet"
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "memory.base")
+    unread: ClassVar[dict[str, str]] = {}
     hint: str = CANNY
     """canny: edges of the pictures themselves, sought at 224 x 224 as the released ControlNet knows them. Else one of
     data.conditions."""
@@ -181,6 +184,10 @@ def of_family(config: Config) -> list[str]:
                   "vae.path is empty: Stage C draws latents of Stable Cascade's semantic encoder. Name "
                   "effnet_encoder.safetensors.")
     problems.need(not samples.classes, "samples.classes is for class-conditional runs: use samples.prompts.")
+    weight = "loss.snr_gamma" if config.loss.snr_gamma else "loss.debiased"
+    problems.need(not (config.loss.snr_gamma or config.loss.debiased) or config.recipe.weight == "none",
+                  f"recipe.weight={config.recipe.weight!r} and {weight} both weigh the loss by its noise level: set "
+                  "recipe.weight=\"none\", or leave the other out.")
     problems.need(bool(model.stage_b) == bool(model.stage_a),
                   "model.stage_b and model.stage_a belong together: name both, or neither.")
     problems.need(not samples.every or model.previewer or model.stage_a,

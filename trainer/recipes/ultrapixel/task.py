@@ -17,7 +17,8 @@ from ...config.schema import Config
 from ...data import buckets
 from ...features import text_encoders
 from ...memory.activations import fused, kept_bytes, of_network
-from ...training.noise import batch_noise, generator, spread
+from ...training import objective
+from ...training.noise import generator, spread, state_noise, training_noise
 from ...training.validation import quarters
 from ..contract import Base
 from .decoder import Decoder
@@ -68,13 +69,24 @@ class Draws:
 
 @dataclass(frozen=True)
 class Latents:
-    """Latents of a batch, with the noise that goes on them."""
+    """Latents of one resolution, with the noise that goes on them."""
 
-    high: Tensor
+    clean: Tensor
     """(B, C, h, w)"""
     noise: Tensor
-    low: Tensor | None = None
-    noise_low: Tensor | None = None
+    """What the network is to predict."""
+    on_state: Tensor
+    """What makes the state that it sees."""
+    cells: Tensor | None = None
+    """What the error of each cell counts, (B, 1, h, w), of a mask."""
+
+
+@dataclass(frozen=True)
+class BothLatents:
+    """The latents of a batch; the low-resolution ones where they are read."""
+
+    high: Latents
+    low: Latents | None = None
 
 
 class StageCDenoising:
@@ -85,6 +97,7 @@ class StageCDenoising:
         """readers: of `make_encoders`."""
         self.config, self.net, self.text, self.readers, self.low = config, net, text, readers, low
         self.seed, self.diffusion, self.decoder = config.seed, sampling.CosineDiffusion(), Decoder(config)
+        self.draws, self.objective = objective.draws(config.noise, sampling.DRAWN), objective.objective(config.loss)
         if net is not None and (text.width, text.pooled_width) != (net.config.text_dim, net.config.pooled_dim):
             raise ValueError(f"text.encoder makes tokens of width {text.width} and vectors of {text.pooled_width}, "
                              f"this Stage C reads {net.config.text_dim} and {net.config.pooled_dim}: use CLIP-G.")
@@ -100,7 +113,7 @@ class StageCDenoising:
     def draw(self, step: int) -> Draws:
         """Draws for a whole batch, which depend only on (seed, step)."""
         rng, B, s = generator(self.seed, step), self.config.batch_size, self.config.recipe
-        t = self.diffusion.draw(B, rng)
+        t = self.diffusion.draw(B, rng, self.draws)
         dropped, shown = (torch.rand(B, generator=rng) < share for share in (s.dropout, s.image_share))
         return Draws(t, dropped, shown & bool(self.config.model.image_encoder), torch.rand((), generator=rng).item())
 
@@ -113,15 +126,15 @@ class StageCDenoising:
         pictures = batch.conditions[reader.of] if reader.of else batch.pictures
         return reader.encode(pictures, self.device)[part].to(self.device).float()
 
-    def latents(self, batch, seed: int, low: bool = True) -> Latents:
-        def noise(like, kind=0):
-            return batch_noise(seed, batch.step, batch.positions, like.shape[1:], self.device, kind)
+    def latents(self, batch, seed: int) -> BothLatents:
+        drawn, settings = (seed, batch.step, batch.positions), self.config.noise
 
-        high = self.features(batch, "effnet.high")
-        if self.low is None or not low:
-            return Latents(high, noise(high))
-        small = self.features(batch, "effnet.low")
-        return Latents(high, noise(high), small, noise(small, LOW_NOISE))
+        def noised(part: str, kind: int = 0) -> Latents:
+            clean = self.features(batch, f"effnet.{part}")
+            noise = training_noise(settings, *drawn, clean.shape[1:], self.device, kind)
+            return Latents(clean, noise, state_noise(settings, noise, *drawn, kind))
+
+        return BothLatents(noised("high"), noised("low", LOW_NOISE) if self.low else None)
 
     def condition(self, captions: list[str], dropped: Tensor | None = None, images: Tensor | None = None,
                   change: Tensor | None = None) -> dict[str, Tensor]:
@@ -148,21 +161,22 @@ class StageCDenoising:
         noisy = self.diffusion.add_noise(clean, noise, t).to(self.dtype)
         return noisy, self.diffusion.network_timestep(t).to(clean.device)
 
-    def plain(self, clean: Tensor, noise: Tensor, t: Tensor, condition: Mapping[str, Tensor], **more) -> Tensor:
+    def plain(self, latents: Latents, t: Tensor, condition: Mapping[str, Tensor], **more) -> Tensor:
         """Loss of each picture without a guide, (B,). more: what StageC.forward takes beside."""
-        x, timestep = self.noisy(clean, noise, t)
-        return self.diffusion.loss(self.net(x, timestep, **condition, **more), clean, noise, t)
+        x, timestep = self.noisy(latents.clean, latents.on_state, t)
+        eps = self.net(x, timestep, **condition, **more)
+        return self.diffusion.loss(eps, latents.clean, latents.noise, t, self.objective, latents.cells)
 
-    def guided(self, guide: Guide, latents: Latents, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    def guided(self, guide: Guide, latents: BothLatents, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Loss of each picture, (B,), as the release computes it: features of the low-resolution latent at one fixed
         noise level, without gradients, guide the prediction of the high-resolution noise at full weight."""
         kept = torch.full_like(t, sampling.KEPT_TIMESTEP)
         with torch.no_grad():
-            x, timestep = self.noisy(latents.low, latents.noise_low, kept)
+            x, timestep = self.noisy(latents.low.clean, latents.low.noise, kept)
             _, features = self.net.features(x, timestep, **condition)
-        _, timestep = self.noisy(latents.high[:, :1], latents.noise[:, :1], t)
+        timestep = self.diffusion.network_timestep(t).to(latents.high.clean.device)
         hook = guide.image(features).hook(timestep, up=1.0)
-        return self.plain(latents.high, latents.noise, t, condition, hook=hook)
+        return self.plain(latents.high, t, condition, hook=hook)
 
     @torch.no_grad()
     def validate(self, batches: list, losses: Callable) -> dict[str, float]:
