@@ -1,6 +1,7 @@
 """[noise] and [loss]: how noise levels and noise are drawn and how errors count, in every family."""
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import tiny_recipes
@@ -90,6 +91,22 @@ def test_perturbed_is_what_the_network_sees_and_not_what_it_predicts():
     other = (state_noise(settings, noise, *drawn) - noise) / 0.1
     assert other.std().item() == pytest.approx(1, abs=0.03)
     assert torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1].abs() < 0.03
+
+
+@pytest.mark.parametrize("name", ["pixart_controlnet", "ultrapixel_guide", "flux", "pixelponder choices"])
+def test_masks_divide_the_loss_of_a_picture_in_every_family(runs, name, tmp_path):
+    more = {"recipe": {"weight": "none"}} if name.startswith("ultrapixel") else {"recipe": {"variance": 0.0}} \
+        if name.startswith("pixart") else {}
+    config = changed(runs[name], tmp_path, **more)
+    items = build.collection(config)
+    recipe = build.recipe(config, items)
+    batch = loader.Batches(items.train, config.data, 0, 4)(0, range(4))
+    left = torch.zeros(4, 1, *batch.size, dtype=torch.uint8)
+    left[..., : batch.size[1] // 2] = 255
+    with torch.no_grad():
+        whole, *halves = (recipe(replace(batch, mask=mask)) for mask in (None, left, 255 - left))
+    torch.testing.assert_close(sum(halves), whole, rtol=1e-4, atol=1e-5)
+    assert min(h.min() for h in halves) > 0.05 * whole.max()
 
 
 def test_the_validation_does_not_depend_on_the_noise_of_training(runs, tmp_path):

@@ -1,4 +1,4 @@
-"""What is wrong with [noise] and [loss], for the recipe that is to read them."""
+"""What is wrong with [noise], [loss] and data.masks, for the recipe that is to read them."""
 from __future__ import annotations
 
 import dataclasses
@@ -10,10 +10,12 @@ TIMESTEPS = 1000
 DISTRIBUTIONS = "released", "uniform", "logit_normal"
 KINDS = "mse", "mae", "huber", "pseudo_huber"
 SCHEDULES = "constant", "exponential", "snr"
+MASKS = "", "alpha", "files"
 
 
 def problems(config: Config) -> list[str]:
-    return [*of_timesteps(config.noise), *of_noise(config.noise), *of_loss(config), *unread(config)]
+    return [*of_timesteps(config.noise), *of_noise(config.noise), *of_loss(config.loss), *of_masks(config),
+            *unread(config)]
 
 
 def of_timesteps(noise: Noise) -> list[str]:
@@ -47,8 +49,8 @@ def of_noise(noise: Noise) -> list[str]:
     return problems
 
 
-def of_loss(config: Config) -> list[str]:
-    problems, loss, plain = Problems(), config.loss, Loss()
+def of_loss(loss: Loss) -> list[str]:
+    problems, plain = Problems(), Loss()
     problems.one_of("loss.kind", loss.kind, KINDS)
     problems.one_of("loss.huber_schedule", loss.huber_schedule, SCHEDULES)
     problems.above_zero("loss.huber_delta", loss.huber_delta)
@@ -66,13 +68,27 @@ def of_loss(config: Config) -> list[str]:
     return problems
 
 
+def of_masks(config: Config) -> list[str]:
+    problems, loss, masks = Problems(), config.loss, config.data.masks
+    problems.share("loss.unmasked", loss.unmasked)
+    problems.one_of("data.masks", masks, MASKS)
+    for name in ("unmasked", "normalise_masks"):
+        value = look_up(loss, name)
+        problems.need(masks or value == look_up(Loss(), name),
+                      f"loss.{name}={str(value).lower()} is read only with data.masks.")
+    problems.need(masks != "files" or "mask" not in config.data.conditions,
+                  "data.masks=\"files\" takes the pictures that are called mask, and data.conditions names them too: "
+                  "give one of them another name.")
+    return problems
+
+
 def unread(config: Config) -> list[str]:
     """What is set and the recipe does not read, with its reason."""
     problems, recipe = [], config.recipe
     plain = {"noise": Noise(), "loss": Loss()}
     changed = [f"{section}.{field.name}" for section, default in plain.items() for field in dataclasses.fields(default)
                if look_up(config, f"{section}.{field.name}") != look_up(default, field.name)]
-    for name in changed:
+    for name in [*changed, *(["data.masks"] if config.data.masks else [])]:
         reason = recipe.unread.get(name) or recipe.unread.get(name.partition(".")[0])
         if reason:
             problems.append(f"{name}={look_up(config, name)!r} is not read by recipe.name={recipe.name!r}: {reason}. "

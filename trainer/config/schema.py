@@ -71,6 +71,10 @@ class Data:
     skip_broken: bool = False
     """Leave out pictures that cannot be read, named and counted, and train on the next ones of their size; else a run
     ends at the first of them, its step saved."""
+    masks: str = ""
+    """Where the loss counts (see [loss]): white in a mask, black not. alpha: the pictures' own transparency. files:
+    beside a.png an a-masklabel.png (OneTrainer), beside a folder DIR/images the folder DIR/masks with pictures of the
+    same names (kohya), or the key, column or KEY.mask.png "mask". A picture without one counts as a whole."""
     described_share: float = 0.5
     """How often a caption that a model wrote (sharegpt4v) stands for the picture's own, where it has both."""
     tag_share: float = 0.0
@@ -80,6 +84,11 @@ class Data:
     """Frames such as "a picture of {}" that a caption is put into ..."""
     template_share: float = 0.0
     """... this often."""
+
+    @property
+    def beside(self) -> list[str]:
+        """What a data set is asked for beside each picture: the conditions, and "mask" where masks are files."""
+        return [*self.conditions, *(["mask"] if self.masks == "files" else [])]
 
     @property
     def sides(self) -> list[int]:
@@ -270,6 +279,10 @@ class Loss:
     velocity by the same derivation. 0 = not."""
     debiased: bool = False
     """Weigh it by debiased estimation (arXiv 2310.08442): 1 / sqrt(SNR) for eps, what corresponds for the others."""
+    unmasked: float = 0.0
+    """With data.masks, what the area outside of a mask counts, 0 to 1."""
+    normalise_masks: bool = False
+    """A small mask counts as much as a large one: divide by the mean of what the area counts."""
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,9 @@ def passed_over(report: Report, settings: Data):
     for how in dict.fromkeys(remedy(file.suffix.lower()) for file in unread):
         report.add(False, [file for file in unread if remedy(file.suffix.lower()) == how],
                    "pictures are of a format that is not read, and are left out", how[0].lower() + how[1:])
-    report.add(False, [file for file in rest if file.suffix.lower() in readable() and layouts.is_mask(file)],
+    read = layouts.BESIDE if settings.masks == "files" else "\0"
+    report.add(False, [file for file in rest if file.suffix.lower() in readable() and layouts.is_mask(file)
+                       and not file.stem.lower().endswith(read)],
                "pictures are masks or conditions of another program by their names, and are left out",
                f"rename them, if they are to be trained on: without {' or '.join(layouts.MASKS)} at the end.")
     known = pictured | {file.with_suffix("") for file in unread}

@@ -18,11 +18,12 @@ from ...models_impl.folders import below
 from ...models_impl.parsing import from_json, without_surrogates
 from ...models_impl.pictures import readable, remedy
 from ..config.schema import Data
+from .mask_files import BESIDE, with_masks
 
 FILE_KEYS = ("file", "file_name", "image", "path")
 CAPTION_KEYS = ("captions", "caption", "text", "prompt")
 CAPTION_FILES = (".txt", ".caption", ".json")  # beside a.png as a.txt or a.png.txt, in any case; the first with words
-MASKS = ("-masklabel", "-condlabel")  # how OneTrainer names what it keeps beside a picture
+MASKS = (BESIDE, "-condlabel")  # how OneTrainer names what it keeps beside a picture
 HELD_OUT = ("validation", "val", "valid", "dev", "test")  # splits of data sets beside train, of which the first counts
 LARGEST = 2**20  # of a side that a data set states
 DEEPEST = 10  # lists of captions in lists
@@ -80,7 +81,7 @@ class Item:
     described: tuple[str, ...] = ()
     """Captions that a model wrote, as Sigma's sharegpt4v; `data.described_share` mixes them with the others."""
     conditions: dict[str, Path | InTar | InRow] = field(default_factory=lambda: NOTHING)
-    """What a ControlNet sees, by name, for the names in `data.conditions`."""
+    """What a ControlNet sees, by name, for the names in `data.conditions`; with data.masks="files" the mask too."""
     size: tuple[int, int] | None = None
     """(height, width) where the data set says it."""
     prior: bool = False
@@ -234,7 +235,7 @@ def of_entries(path: Path, entries: list[tuple[str, Any]], settings: Data, class
     splits, numbers = {"train": [], "held_out": []}, {name: i for i, name in enumerate(classes or ())}
     for where, entry in entries:
         try:
-            item = item_of(entry, lambda name: path.parent / name, settings.conditions)
+            item = item_of(entry, lambda name: path.parent / name, settings.beside)
             split = entry.get("split", "train")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{where}: not an object with a \"file\" ({error}).") from None
@@ -354,7 +355,7 @@ def read_labels(path: Path, settings: Data, classes: list[str] | None = None) ->
         first = next((e[k] for e in entries[:1] if isinstance(e, dict) for k in FILE_KEYS if k in e), "")
         home = next((h for h in homes if (h / str(first)).is_file()), path.parent)
         numbers = {name: i for i, name in enumerate(classes or ())}
-        items = [item_of(entry, lambda name: home / name, settings.conditions) for entry in entries]
+        items = [item_of(entry, lambda name: home / name, settings.beside) for entry in entries]
         return Found(numbered(items, numbers), classes=list(numbers))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not a list of objects with a \"path\" ({error}).") from None
@@ -426,7 +427,7 @@ def in_tar(tar: Path, archive: tarfile.TarFile, sample: dict[str, tarfile.TarInf
     except ValueError as error:
         raise ValueError(f"{tar}: the .txt, .json or .cls of {file.name} cannot be read ({error}).") from None
     described = texts(facts.get("sharegpt4v") or []) if isinstance(facts, dict) else ()
-    conditions = {name: where for name in settings.conditions if (where := picture(f"{name}."))}
+    conditions = {name: where for name in settings.beside if (where := picture(f"{name}."))}
     return Item(file, captions, (), label, described, conditions or NOTHING)
 
 
@@ -465,11 +466,11 @@ def rows_of(path: Path, rows, settings: Data) -> tuple[list[Item], list[str]]:
 
     image = column(lambda name: isinstance(rows.features[name], Image)) or column(
         lambda name: name.lower() in ("image", "img", "picture", "png", "jpg", "webp"))
-    if image is None or any(name not in rows.column_names for name in settings.conditions):
-        wanted = ", ".join(["a picture", *settings.conditions])
+    if image is None or any(name not in rows.column_names for name in settings.beside):
+        wanted = ", ".join(["a picture", *settings.beside])
         raise ValueError(f"{path} has the columns {', '.join(rows.column_names)}; wanted are {wanted}.")
     pictures = {}
-    for name in (image, *settings.conditions):
+    for name in (image, *settings.beside):
         pictures[name] = rows.select_columns([name]).cast_column(name, Image(decode=False))
     text, described = column(lambda name: name.lower() in CAPTION_KEYS), column(lambda name: name == "sharegpt4v")
     label = column(lambda name: isinstance(rows.features[name], ClassLabel))
@@ -477,7 +478,7 @@ def rows_of(path: Path, rows, settings: Data) -> tuple[list[Item], list[str]]:
     items = [Item(
         InRow(path, pictures[image], image, i), texts(captions[i] or []) if captions else (), (),
         labels[i] if labels else -1, texts(longer[i] or []) if longer else (),
-        {name: InRow(path, pictures[name], name, i) for name in settings.conditions} or NOTHING,
+        {name: InRow(path, pictures[name], name, i) for name in settings.beside} or NOTHING,
     ) for i in range(len(rows))]
     return items, rows.features[label].names if label else []
 
@@ -530,4 +531,8 @@ def read(path: Path, kind: str, settings: Data, classes: list[str] | None = None
         raise FileNotFoundError(f"{path}: there is no such file or folder.")
     if kind == "auto":
         kind, path = recognised(path)
-    return READERS[kind](path, settings, classes)
+    found = READERS[kind](path, settings, classes)
+    if settings.masks != "files":
+        return found
+    root = path if path.is_dir() else path.parent
+    return replace(found, train=with_masks(found.train, root), held_out=with_masks(found.held_out, root))

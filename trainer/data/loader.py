@@ -22,7 +22,8 @@ from ...models_impl.pictures import readable, remedy
 from ..config.schema import Data
 from . import buckets, layouts, schedule
 from .layouts import Item, listed
-from .pictures import Picture, Pictures, measured, measured_or_none
+from .mask_files import MASK
+from .pictures import Picture, Pictures, has_alpha, measured, measured_or_none
 
 Size = tuple[int, int]  # (height, width) in pixels
 LOOKED_INTO, STARTS = 256, 2**18  # pictures that identify a data set by their bytes, and bytes of each
@@ -52,6 +53,8 @@ class Batch:
     """(height, width) of every picture in the batch, whether it is there or its features."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """What the cache holds of the pictures, "encoder.part" -> (B, ...)."""
+    mask: Tensor | None = None
+    """(B, 1, H, W) uint8, where the loss counts; None: everywhere."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def complain(path: Path, items: list[Item], settings: Data, need: str):
         there = [i.conditions[name] for i in items if name in i.conditions]
         complaints += listed([c for c in there if isinstance(c, Path) and not c.is_file()],
                              f"conditions {name!r} are named but not there")
+    complaints += of_masks([i for i in items if not i.prior], settings)
     if need == "captions":
         complaints += listed([i.file for i in items if not i.texts], "pictures have no caption",
                              "Put a .txt, .caption or .json beside each, use data.kind = \"jsonl\", or give all one: "
@@ -109,6 +113,20 @@ def complain(path: Path, items: list[Item], settings: Data, need: str):
                              "Use data.kind = \"classes\" (one folder per class), or a jsonl with \"class\".")
     if complaints:
         raise ValueError(f"{path} cannot be trained on:\n  " + "\n  ".join(complaints))
+
+
+def of_masks(items: list[Item], settings: Data) -> list[str]:
+    """What is wrong with the masks of the items, as far as that shows without decoding a picture."""
+    if settings.masks == "alpha" and not any(has_alpha(i.file) for i in items):
+        return ["data.masks=\"alpha\", and no picture has transparency: save them with an alpha channel (PNG, WebP)."]
+    if settings.masks != "files":
+        return []
+    there = [i.conditions[MASK] for i in items if MASK in i.conditions]
+    if not there:
+        return ["data.masks=\"files\", and no picture has a mask: put a-masklabel.png beside each a.png, or masks of "
+                "the same names into a folder masks beside the folder images."]
+    return listed([file for file in there if isinstance(file, Path) and not file.is_file()],
+                  "masks are named but not there")
 
 
 def identity(collection: Collection) -> dict:
@@ -268,7 +286,15 @@ def collate(items: Sequence[Item], loaded: Sequence[Picture], captions: list[str
         prior=torch.tensor([i.prior for i in items]),
         size=loaded[0].size,
         features={name: torch.stack([one.features[name] for one in loaded]) for name in loaded[0].features},
+        mask=masks(loaded),
     )
+
+
+def masks(loaded: Sequence[Picture]) -> Tensor | None:
+    if all(one.mask is None for one in loaded):
+        return None
+    whole = torch.full((1, *loaded[0].size), 255, dtype=torch.uint8)
+    return torch.stack([whole if one.mask is None else one.mask for one in loaded])
 
 
 def refuse_spoilt(item: Item, loaded: Picture):
@@ -311,6 +337,8 @@ def summary(collection: Collection) -> str:
     if collection.classes or any(i.label >= 0 for i in own[:1]):
         counts = Counter(i.label for i in own)
         lines.append(f"{len(counts):,} classes, {min(counts.values())} to {max(counts.values())} pictures each")
+    if masked := sum(MASK in i.conditions for i in own):
+        lines.append(f"{masked:,} of them with a mask")
     if own[0].texts:
         number = sum(len(i.texts) for i in own)
         lines.append(f"{number / len(own):.1f} captions and {sum(len(i.tags) for i in own) / len(own):.1f} tags a "

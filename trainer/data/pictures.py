@@ -16,6 +16,7 @@ from torch import Tensor
 from ...models_impl.pictures import levels, readable, remedy
 from ..config.schema import LARGEST_SIDE, Data
 from .layouts import Item
+from .mask_files import MASK
 
 KEPT_BYTES = 2**31
 MARGIN = 1.125  # of PixelFlow's random crop
@@ -52,11 +53,35 @@ def on_white(picture: Image.Image, format: str | None = None) -> Image.Image:
     gray = levels(picture, sixteen_bits=format in ("PNG", "PPM"))
     if gray is not None:
         return Image.fromarray((gray * 255).round().astype(np.uint8)).convert("RGB")
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
+    if not transparent(picture):
         return picture.convert("RGB")
     page = Image.new("RGBA", picture.size, "white")
     page.alpha_composite(picture.convert("RGBA"))
     return page.convert("RGB")
+
+
+def has_alpha(file) -> bool:
+    """Whether a picture has transparency, from its header; not one that cannot be read."""
+    try:
+        with opened(file) as picture:
+            return transparent(picture)
+    except Exception:  # Pillow's readers raise whatever their formats lead to
+        return False
+
+
+def transparent(picture: Image.Image) -> bool:
+    return "A" in picture.getbands() or "transparency" in picture.info
+
+
+def alpha(file, advice: str = DOCTOR) -> Image.Image | None:
+    """How opaque a picture is, (H, W) in 8 bits; None where all of it is. Raises ValueError with the file's name."""
+    try:
+        with opened(file) as picture:
+            if not transparent(picture):
+                return None
+            return ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
+    except Exception as error:  # as in `decode`
+        raise unreadable(file, error, advice) from error
 
 
 def measure(file, advice: str = DOCTOR) -> Size:
@@ -106,9 +131,9 @@ class Cut:
         y, x = (o / r for o, r in zip(self.original, self.resized, strict=True))
         return self.top * y, self.left * x, (self.top + self.size[0]) * y, (self.left + self.size[1]) * x
 
-    def apply(self, picture: Image.Image) -> Image.Image:
+    def apply(self, picture: Image.Image, resample: int | None = None) -> Image.Image:
         """The cut of a picture: of the one it was planned for, or of a condition that shows the same at another size.
-        Raises ValueError if it has another aspect ratio."""
+        resample: a filter of Pillow in place of bicubic or Lanczos. Raises ValueError for another aspect ratio."""
         height, width = self.resized
         if (picture.height, picture.width) != self.original and not aligned((picture.height, picture.width),
                                                                             self.original):
@@ -118,7 +143,8 @@ class Cut:
             while picture.width >= 2 * width and picture.height >= 2 * height:
                 picture = picture.resize((picture.width // 2, picture.height // 2), Image.BOX)
         if (picture.height, picture.width) != self.resized:
-            picture = picture.resize((width, height), Image.BICUBIC if self.crop == "centre" else Image.LANCZOS)
+            own = Image.BICUBIC if self.crop == "centre" else Image.LANCZOS
+            picture = picture.resize((width, height), own if resample is None else resample)
         return picture.crop((self.left, self.top, self.left + self.size[1], self.top + self.size[0]))
 
 
@@ -162,10 +188,12 @@ class Picture:
     """(height, width) it is shown at."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """What frozen encoders made of it: "encoder.part" -> (...)."""
+    mask: Tensor | None = None
+    """(1, H, W) uint8, where the loss counts; None: everywhere."""
 
     def mirrored(self) -> Picture:
         return Picture(self.pixels.flip(-1), {n: c.flip(-1) for n, c in self.conditions.items()}, self.original,
-                       self.box, self.size)
+                       self.box, self.size, mask=None if self.mask is None else self.mask.flip(-1))
 
 
 class Pictures:
@@ -198,10 +226,23 @@ class Pictures:
                 conditions[name] = tensor(cut.apply(decode(file)))
         except ValueError as error:
             raise error if str(file) in str(error) else ValueError(f"{file}: {error} {DOCTOR}") from error
-        return Picture(pixels, conditions, cut.original, cut.box(), size)
+        return Picture(pixels, conditions, cut.original, cut.box(), size, mask=mask_of(item, self.settings, cut))
 
     def submit(self, index: int, size: Size, rng: random.Random):
         return self.pool.submit(self.load, index, size, rng)
+
+
+def mask_of(item: Item, settings: Data, cut: Cut) -> Tensor | None:
+    """Where the loss of a picture counts, (1, H, W) uint8, cut like it; None: everywhere. Raises ValueError with the
+    file's name."""
+    file = item.file if settings.masks == "alpha" else item.conditions.get(MASK) if settings.masks else None
+    if file is None:
+        return None
+    mask = alpha(file) if settings.masks == "alpha" else decode(file).convert("L")
+    try:  # by means over areas: a filter with negative weights would leave traces outside of the mask
+        return None if mask is None else torch.from_numpy(np.array(cut.apply(mask, Image.BOX)))[None]
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} {DOCTOR}") from error
 
 
 def tensor(picture: Image.Image) -> Tensor:

@@ -10,7 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from ..config.schema import Config, Data
 from ..data import loader as data
 from ..data.layouts import Item, listed
-from ..data.pictures import Picture, Pictures, Size
+from ..data.pictures import KEPT_BYTES, Picture, Pictures, Size, mask_of, plan
 from .store import Digests
 
 AT_ONCE = 8  # pictures decoded and encoded together
@@ -63,12 +63,18 @@ def lacking(items: list[Item], settings: Data, encoders: list, digests: Digests)
 
 
 class Cached:
-    """In place of `pictures.Pictures` where the cache has all features of all pictures: no picture is opened."""
+    """In place of `pictures.Pictures` where the cache has all features of all pictures: no picture is opened, but for
+    masks, which are no part of it."""
 
     def __init__(self, items: list[Item], settings: Data, encoders: list, digests: Digests):
         self.items, self.settings, self.encoders, self.digests = items, settings, encoders, digests
+        self.pool = ThreadPoolExecutor(settings.workers) if settings.masks else None
+        small = max(settings.sides) ** 2 * len(items) <= KEPT_BYTES
+        self.masks: dict | None = {} if settings.cache and small else None
 
     def submit(self, index: int, size: Size, rng: random.Random) -> Future:
+        if self.pool:
+            return self.pool.submit(self.load, index, size, rng)
         found = Future()
         found.set_result(self.load(index, size, rng))
         return found
@@ -81,7 +87,19 @@ class Cached:
             record = e.store.get(key)
             cut = {part: tuple(record.pop(part).tolist()) for part in (ORIGINAL, BOX)}
             features |= {f"{e.name}.{part}": value for part, value in record.items()}
-        return Picture(None, {}, tuple(map(int, cut[ORIGINAL])), cut[BOX], size, features)
+        original = tuple(map(int, cut[ORIGINAL]))
+        mask = self.mask(index, original, size) if self.pool else None
+        return Picture(None, {}, original, cut[BOX], size, features,
+                       mask.flip(-1) if mask is not None and mirrored else mask)
+
+    def mask(self, index: int, original: Size, size: Size) -> torch.Tensor | None:
+        if self.masks is not None and (index, size) in self.masks:
+            return self.masks[index, size]
+        cut = plan(original, size, self.settings.crop, random.Random(0))  # which is fixed, or nothing were cached
+        found = mask_of(self.items[index], self.settings, cut)
+        if self.masks is not None:
+            self.masks[index, size] = found
+        return found
 
 
 def loader(config: Config, encoders: list, items: list[Item], settings: Data, say: Callable[[str], None]) -> Callable:
@@ -137,7 +155,7 @@ def fill(items: list[Item], settings: Data, encoders: list, folder: Path, device
     missing = lacking(items, settings, encoders, digests)[0][share[0]::share[1]]
     if not share[0]:
         digests.write()
-    load = Pictures([item for item, _, _ in missing], replace(settings, flip=False, cache=False))
+    load = Pictures([item for item, _, _ in missing], replace(settings, flip=False, cache=False, masks=""))
     made, order = 0, sorted(range(len(missing)), key=lambda i: missing[i][1])  # one size after another
     groups = [order[i:i + AT_ONCE] for i in range(0, len(order), AT_ONCE)]
     try:

@@ -22,9 +22,9 @@ class Settings:
     """The dataclass of [model]."""
     sections: ClassVar[tuple[str, ...]] = ()
     """Which of "vae", "adapter", "memory.base" and "text.padded" the recipe reads."""
-    unread: ClassVar[dict[str, str]] = {"noise": OWN_LOSS, "loss": OWN_LOSS}
-    """Which of the sections "noise" and "loss" or of their settings ("noise.shift") the recipe does not read, and
-    why."""
+    unread: ClassVar[dict[str, str]] = {"noise": OWN_LOSS, "loss": OWN_LOSS, "data.masks": OWN_LOSS}
+    """Which of the sections "noise" and "loss", of their settings ("noise.shift") and "data.masks" the recipe does not
+    read, and why."""
     needs: ClassVar[str] = ""
     """"pictures" where neither captions nor classes are read."""
     lora: ClassVar[bool | None] = None

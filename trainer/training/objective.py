@@ -1,15 +1,26 @@
 """[noise] and [loss] as the formulas of `models_impl.objective` take them."""
 from __future__ import annotations
 
-from ...models_impl.objective.loss import Objective
+import torch
+from torch import Tensor
+
+from ...models_impl.objective.loss import Objective, cell_weights
 from ...models_impl.objective.timesteps import TimestepDraws
 from ..config.objective import TIMESTEPS
 from ..config.schema import Loss, Noise
+from ..data.loader import Batch
 
 
 def objective(settings: Loss) -> Objective:
     return Objective(settings.kind, settings.huber_delta, settings.huber_schedule, settings.snr_gamma,
                      settings.debiased)
+
+
+def cells(settings: Loss, batch: Batch, size: tuple[int, int], device: torch.device) -> Tensor | None:
+    """What the error of each cell counts, (B, 1, *size) float32; None: all the same. size: of a latent."""
+    if batch.mask is None:
+        return None
+    return cell_weights(batch.mask.to(device).float() / 255, size, settings.unmasked, settings.normalise_masks)
 
 
 def draws(settings: Noise, released: str) -> TimestepDraws | None:

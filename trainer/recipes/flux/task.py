@@ -99,7 +99,8 @@ class FluxFlow:
         captions = ["" if d else c for c, d in zip(batch.captions, drop, strict=True)]
         sigma = sigma.to(device)
         noisy = self.diffusion.add_noise(latent, state_noise(settings, noise, *drawn), sigma)
-        return NoisedBatch(latent, noise, noisy, sigma, self.condition(captions, device))
+        cells = objective.cells(self.config.loss, batch, latent.shape[-2:], device)
+        return NoisedBatch(latent, noise, noisy, sigma, self.condition(captions, device), cells)
 
     def loss(self, velocity: Tensor, step: NoisedBatch) -> Tensor:
         """(B,), of what a network predicts."""

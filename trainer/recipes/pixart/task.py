@@ -94,7 +94,8 @@ class PixArtDenoising:
         noise = training_noise(settings, *drawn, latent.shape[1:], self.device)
         noisy = self.diffusion.add_noise(latent, state_noise(settings, noise, *drawn), timestep)
         condition = self.condition(batch.captions, dropped, batch.size, batch.sizes)
-        return NoisedBatch(latent, noise, noisy, timestep, condition)
+        cells = objective.cells(self.config.loss, batch, latent.shape[-2:], self.device)
+        return NoisedBatch(latent, noise, noisy, timestep, condition, cells)
 
     def losses(self, predict: Predict, step: NoisedBatch, **settings) -> tuple[Tensor, Tensor]:
         """(squared error, variational bound of the variance), (B,) each, weighted; a picture's loss is the sum.

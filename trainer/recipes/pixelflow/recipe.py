@@ -96,7 +96,15 @@ class Recipe(Base):
                 return torch.stack([picture_noise(seed, batch.step, p, shape[1:], device) for p in where])
 
             packed = self.settings.packing == "packed" or (self.settings.packing == "auto" and device.type != "cpu")
-            return (self.packed if packed else self.dense)(images, times, noise, condition)
+            return (self.packed if packed else self.dense)(images, times, noise, condition, self.cells(batch, device))
+
+    def cells(self, batch: Batch, device: torch.device) -> list[Tensor] | None:
+        """What the pixels of each picture count at the size of every stage, (B, 1, h, w) each, of masks."""
+        if batch.mask is None:
+            return None
+        stages = self.stages.num_stages
+        return [objective.cells(self.config.loss, batch, stage_size(*batch.size, k, stages), device)
+                for k in range(stages)]
 
     def condition(self, captions: list[str], labels: Tensor, dropped: list[bool]) -> dict:
         if self.text is None:
@@ -106,7 +114,7 @@ class Recipe(Base):
         context, mask = text_encoders.encode(self.text, given, labels.device)
         return {"context": context, "mask": mask}
 
-    def dense(self, images, times, noise, condition) -> Tensor:
+    def dense(self, images, times, noise, condition, cells: list[Tensor] | None = None) -> Tensor:
         # Equal to `packed` picture by picture: a batch of one stage needs no packing.
         losses, order = [], []
         for items, time in times.by_stage():
@@ -115,14 +123,15 @@ class Recipe(Base):
             given = {name: c[items] for name, c in condition.items()}
             timestep = self.flow.network_timestep(time).to(images.device)
             velocity = self.diffusion(self.flow.add_noise(small, own, time), timestep, **given)
-            losses.append(self.flow.loss(velocity, small, own, time, self.objective))
+            counts = None if cells is None else cells[time.stage][items]
+            losses.append(self.flow.loss(velocity, small, own, time, self.objective, counts))
             order.append(items)
         return torch.cat(losses)[torch.cat(order).argsort()]
 
-    def packed(self, images, times, noise, condition) -> Tensor:
+    def packed(self, images, times, noise, condition, cells: list[Tensor] | None = None) -> Tensor:
         mask = condition.get("mask")
         lengths = None if mask is None else mask.sum(1).tolist()
-        batch = packing.pack(images, times, noise, self.flow, self.diffusion.config.patch_size, lengths)
+        batch = packing.pack(images, times, noise, self.flow, self.diffusion.config.patch_size, lengths, cells)
         if mask is None:
             given = {"class_labels": condition["class_labels"][batch.order]}
         else:
@@ -132,7 +141,8 @@ class Recipe(Base):
             return packed_attention(q.to(v.dtype), k.to(v.dtype), v, lengths_q, lengths_k)
 
         velocity = self.diffusion.forward_packed(batch.x, batch.timestep, batch.layout, **given, attention=attend)
-        return packing.packed_loss(velocity, batch.target, batch.layout, self.objective)[batch.order.argsort()]
+        loss = packing.packed_loss(velocity, batch.target, batch.layout, self.objective, batch.cells)
+        return loss[batch.order.argsort()]
 
     def blocks(self) -> list[nn.Module]:
         return list(self.diffusion.transformer_blocks)

@@ -132,7 +132,8 @@ class StageCDenoising:
         def noised(part: str, kind: int = 0) -> Latents:
             clean = self.features(batch, f"effnet.{part}")
             noise = training_noise(settings, *drawn, clean.shape[1:], self.device, kind)
-            return Latents(clean, noise, state_noise(settings, noise, *drawn, kind))
+            cells = objective.cells(self.config.loss, batch, clean.shape[-2:], self.device)
+            return Latents(clean, noise, state_noise(settings, noise, *drawn, kind), cells)
 
         return BothLatents(noised("high"), noised("low", LOW_NOISE) if self.low else None)
 
