@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..recipes import find
-from . import rules
+from . import objective, rules
 from .load import read, read_toml
 from .schema import Config
 
@@ -24,6 +24,7 @@ def parse(raw: dict, words: list[str] = (), origin: str = "the settings") -> Con
     config, problems = read(raw, words)
     if config:  # what did not fit stands at its default, so that everything else is still looked at
         problems += rules.problems(config)
+        problems += objective.problems(config) if config.recipe else []
     if config and config.recipe and not any(p.startswith("model.") for p in problems):
         problems += config.recipe.problems(config)
     if not problems:

@@ -7,7 +7,7 @@ from math import inf
 from pathlib import Path
 
 from ...models_impl.pixart.buckets import TABLES
-from . import objective, optimizers
+from . import optimizers
 from .problems import Problems, nearest
 from .schema import LARGEST_SIDE, Adapter, Config, Data, Optimizer, Vae, look_up
 
@@ -25,9 +25,7 @@ def problems(config: Config) -> list[str]:
     """Everything that shows without the recipe's own rules (`Settings.problems`)."""
     problems = [*data(config.data, config.batch_size, config.micro_batch_size), *general(config), *numbers(config),
                 *text(config)]
-    if not config.recipe:
-        return problems
-    return problems + [*sections(config), *objective.problems(config), *memory(config), *distributed(config)]
+    return problems + [*sections(config), *memory(config), *distributed(config)] if config.recipe else problems
 
 
 def general(config: Config) -> list[str]:
