@@ -93,7 +93,7 @@ def test_perturbed_is_what_the_network_sees_and_not_what_it_predicts():
     assert torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1].abs() < 0.03
 
 
-@pytest.mark.parametrize("name", ["pixart_controlnet", "ultrapixel_guide", "flux", "pixelponder choices"])
+@pytest.mark.parametrize("name", ["pixart_controlnet", "ultrapixel_lora", "flux", "pixelponder choices"])
 def test_masks_divide_the_loss_of_a_picture_in_every_family(runs, name, tmp_path):
     more = {"recipe": {"weight": "none"}} if name.startswith("ultrapixel") else {"recipe": {"variance": 0.0}} \
         if name.startswith("pixart") else {}
