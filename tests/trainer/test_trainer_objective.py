@@ -7,7 +7,9 @@ import pytest
 import tiny_recipes
 import tiny_run
 import torch
+from pixstack.models_impl.objective import loss, timesteps
 from pixstack.trainer.config import check, load
+from pixstack.trainer.config import objective as rules
 from pixstack.trainer.config.schema import Noise
 from pixstack.trainer.data import loader
 from pixstack.trainer.training import build, checkpoints
@@ -152,3 +154,8 @@ def test_what_cannot_work_is_refused_in_a_sentence(runs, name, sections, sentenc
     with pytest.raises(ValueError) as caught:
         changed(runs[name], tmp_path, **sections)
     assert sentence in str(caught.value)
+
+
+def test_the_names_in_settings_are_those_of_the_formulas():
+    assert rules.KINDS == loss.KINDS and rules.SCHEDULES == loss.SCHEDULES
+    assert rules.DISTRIBUTIONS == ("released", *timesteps.KINDS)
