@@ -11,10 +11,10 @@ spelling a file uses, how it scales, and the weight change that each kind of ada
 """
 from __future__ import annotations
 
-from .adapter import Layer, Lora, Names, Target, names_of
+from .adapter import Layer, Lora, Names, Target, names_of, rank_of
 from .reading import METADATA_KEY, beside, is_lora, read, sizes
 from .weights import delta
 from .writing import FORMATS, write
 
 __all__ = ["FORMATS", "METADATA_KEY", "Layer", "Lora", "Names", "Target", "beside", "delta", "is_lora",
-           "names_of", "read", "sizes", "write"]
+           "names_of", "rank_of", "read", "sizes", "write"]

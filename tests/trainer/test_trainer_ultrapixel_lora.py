@@ -309,6 +309,7 @@ def test_a_run_goes_on_from_an_export(trained, personal, tmp_path):
     for name in old.layers:
         torch.testing.assert_close(new.scale * new.layers[name].up @ new.layers[name].down,
                                    old.scale * old.layers[name].up @ old.layers[name].down)
+    assert old.rank == new.rank == 4
     with pytest.raises(ValueError, match="has rank 4, recipe.rank=8"):
         personal(f"init_from={file}", "recipe.rank=8")
 

@@ -10,6 +10,7 @@ import textwrap
 import typing
 
 from ..recipes import RECIPES, settings_of
+from .load import table_of
 from .schema import Config
 
 
@@ -18,6 +19,9 @@ def describe() -> list[str]:
     for name, kind in typing.get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             lines += ["", f"[{name}]", *section(kind)]
+            for inner, hint in typing.get_type_hints(kind).items():
+                if table := table_of(hint):
+                    lines += ["", f"[[{name}.{inner}]]", *section(table)]
     for name in RECIPES:
         settings = settings_of(name)
         lines += ["", f"[recipe]  with name = {name!r}", *section(settings)]

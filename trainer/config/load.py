@@ -130,6 +130,8 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
                 good[key] = build(kind, value, {}, problems, f"{full}.")
             else:
                 problems.append(f"{full} is a section, [{full}], not a value ({value!r}).")
+        elif (table := table_of(kind)) is not None:
+            good[key] = tables(table, value, full, problems)
         elif kind is Any:
             pass  # a section of an unknown recipe, already reported
         else:
@@ -143,6 +145,20 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
     except (TypeError, ValueError) as error:
         problems.append(f"{prefix or 'settings: '}{error}")
         return None
+
+
+def table_of(kind) -> type | None:
+    """The dataclass of a list of tables, [[section.name]]."""
+    args = typing.get_args(kind)
+    return args[0] if typing.get_origin(kind) is list and dataclasses.is_dataclass(args[0]) else None
+
+
+def tables(kind: type, value, name: str, problems: list[str]) -> list:
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        problems.append(f"{name} are tables, [[{name}]], not a value ({value!r}).")
+        return []
+    made = [build(kind, one, {}, problems, f"{name}[{i}].") for i, one in enumerate(value)]
+    return [one for one in made if one is not None]
 
 
 def convert(value, kind):

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 
+from ...models_impl import patterns
 from ...models_impl.pixart.buckets import TABLES
 from . import optimizers
 from .problems import Problems, nearest
@@ -234,8 +235,11 @@ def memory(config: Config) -> list[str]:
 def adapter(settings: Adapter) -> list[str]:
     """Problems with [adapter], where the recipe trains one."""
     problems = Problems()
-    problems.at_least("adapter.rank", settings.rank, 1)
+    problems.at_least("adapter.rank", 1 if settings.rank is None else settings.rank, 1)
     problems.need(settings.alpha >= 0, f"adapter.alpha={settings.alpha} must not be negative; 0 = the rank.")
+    problems.need(0 <= settings.dropout < 1, f"adapter.dropout={settings.dropout} is outside [0, 1).")
+    problems.exists("adapter.start", settings.start, "file")
+    problems += of_layers(settings)
     problems.one_of("adapter.kind", settings.kind, ADAPTERS)
     own = [name for name in ("dora", "rslora") if look_up(settings, name)]
     problems.need(not own or settings.kind == "lora",
@@ -244,6 +248,25 @@ def adapter(settings: Adapter) -> list[str]:
                   f"adapter.factor={settings.factor} is a number of rows, at least 1 (or -1), and is for "
                   "adapter.kind='lokr'.")
     problems.need(find_spec("peft"), "a LoRA needs peft: pip install peft.")
+    return problems
+
+
+def of_layers(settings: Adapter) -> list[str]:
+    """Problems with [[adapter.layers]] and the dropout."""
+    problems = Problems()
+    for i, table in enumerate(settings.layers):
+        name = f"adapter.layers[{i}]"
+        problems.need(table.pattern, f"{name}.pattern is empty: say in which layers' names it is found.")
+        try:
+            patterns.compiled(table.pattern, f"{name}.pattern")
+        except ValueError as error:
+            problems.append(str(error))
+        problems.at_least(f"{name}.rank", table.rank or 0, 0)
+        problems.need(table.alpha is None or table.alpha > 0, f"{name}.alpha={table.alpha} must be more than 0.")
+        problems.need(0 <= (table.dropout or 0) < 1, f"{name}.dropout={table.dropout} is outside [0, 1).")
+    drops = settings.dropout or any(table.dropout for table in settings.layers)
+    problems.need(not drops or settings.kind == "lora",
+                  f"adapter.dropout is for adapter.kind='lora', not {settings.kind!r}.")
     return problems
 
 

@@ -152,6 +152,20 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class AdapterLayers:
+    pattern: str = ""
+    """A regular expression, found in the names of the layers that it is about, such as "blocks\\\\.3\\\\.attn". The first
+    table of which that is so counts for a layer, whether adapter.targets names the layer or not."""
+    rank: int | None = None
+    """Without it adapter.rank; 0 = these layers get no adapter. A last table of pattern = "." and rank = 0 leaves only
+    the layers of the tables before it."""
+    alpha: float | None = None
+    """Without it adapter.alpha; where that is 0, the rank."""
+    dropout: float | None = None
+    """Without it adapter.dropout."""
+
+
+@dataclass(frozen=True)
 class Adapter:
     kind: str = "lora"
     """lora; loha: the product, place by place, of two of them (arXiv 2108.06098); lokr: a Kronecker product (LyCORIS,
@@ -159,11 +173,22 @@ class Adapter:
     factor: int = -1
     """With lokr, the side of the small one of its two matrices, or what comes nearest to it; -1 = about the root of the
     layer's."""
-    rank: int = 16
+    rank: int | None = None
+    """Without it 16, or the rank that a layer has in `start`."""
     alpha: float = 0.0
-    """The change counts alpha / rank times; 0 = the rank, so once. peft's own scripts for PixArt mean 8 by silence."""
+    """The change counts alpha / rank times; 0 = the rank, so once, or as in `start`. peft's own scripts for PixArt mean
+    8 by silence."""
     targets: list[str] = field(default_factory=list)
-    """How the names of the layers end that get an adapter; empty: what the recipe says, the layers of all blocks."""
+    """How the names of the layers end that get an adapter; empty: those of `start`, or what the recipe says, the layers
+    of all blocks."""
+    layers: list[AdapterLayers] = field(default_factory=list)
+    """Tables [[adapter.layers]]: layers whose adapters are of another rank, alpha or dropout."""
+    dropout: float = 0.0
+    """Share of a layer's inputs that its adapter does not see in a step, of lora. They are the same for all pictures of
+    the step and all their tokens, so that neither passes nor processes change what is learned."""
+    start: str = ""
+    """An adapter file to start from, of any program: its layers, ranks and scales, where nothing else is said. Its
+    kind must be adapter.kind (and adapter.dora)."""
     rslora: bool = False
     """alpha / sqrt(rank) instead (arXiv 2312.03732)."""
     dora: bool = False

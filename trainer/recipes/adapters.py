@@ -3,50 +3,123 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...models_impl import lora
 from .. import libraries
 from ..config.schema import Adapter
 from ..memory.quantization import QuantizedLinear
+from .adapter_plan import NamesOf, Place, planned
 
 NAME = "default"  # of the one adapter, in peft's names
 PARTS = {"loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),  # in peft's and LyCORIS'
          "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")}
 
 
-def attach(net: nn.Module, settings: Adapter, targets: list[str]) -> nn.Module:
-    """Freezes `net` and puts an adapter, whose weights are float32, on every module whose name ends with one of
-    adapter.targets, or without those of `targets`. Returns `net`. Raises ValueError where a name fits no module."""
+class InputDropout(nn.Module):
+    """Takes some of a layer's inputs from its adapter, the same for all pictures of a step and all their tokens, so
+    that neither passes nor processes change what is learned. The loop seeds torch by (seed, step) before every step:
+    which inputs these are depends on that and the layer's number."""
+
+    def __init__(self, share: float, number: int, dim: int):
+        """dim: of the inputs, counted from the end."""
+        super().__init__()
+        self.share, self.number, self.dim = share, number, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # the recipes' modules stay in training mode while they draw and validate
+            return x
+        rng = torch.Generator().manual_seed((torch.initial_seed() * 65_537 + self.number) % 2**63)
+        kept = torch.rand(x.shape[self.dim], generator=rng) >= self.share
+        return x * (kept / (1 - self.share)).to(x).reshape(-1, *[1] * (-self.dim - 1))
+
+
+def attach(net: nn.Module, settings: Adapter, targets: list[str], names: NamesOf = lora.names_of) -> nn.Module:
+    """Freezes `net` and puts an adapter, whose weights are float32, on every layer that [adapter] names, or without
+    that on those whose names end with one of `targets`. Returns `net`. names: the family's. Raises ValueError where a
+    name fits no layer."""
     libraries.hide_broken_torchvision()
     from peft import inject_adapter_in_model
 
-    wanted = settings.targets or targets
-    modules = [name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    odd = [t for t in wanted if not any(m == t or m.endswith(f".{t}") for m in modules)]
-    if odd:
-        raise ValueError(f"adapter.targets: no layer's name ends with {', '.join(odd)}. There are, for instance, "
-                         f"{', '.join(modules[:8])}.")
+    plan = planned(net, settings, targets, names)
+    plain = not settings.layers and not settings.start
     net.requires_grad_(False)
-    inject_adapter_in_model(of_peft(settings, wanted), net, NAME)
+    inject_adapter_in_model(of_peft(settings, settings.targets or targets if plain else list(plan), plan), net, NAME)
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    put = adapted(net)
+    for number, (name, place) in enumerate(plan.items()):
+        if place.dropout:
+            dim = -3 if isinstance(put[name].base_layer, nn.Conv2d) else -1
+            put[name].lora_dropout[NAME] = InputDropout(place.dropout, number, dim)
+        if place.start:
+            begin(put[name], name, place.start)
     return net
 
 
-def of_peft(settings: Adapter, targets: list[str]):
+def problems(make: Callable[[], nn.Module], settings: Adapter, targets: list[str],
+             names: NamesOf = lora.names_of) -> list[str]:
+    """What [adapter] names that a network has no place for. make: the network, which is made without memory."""
+    if not (settings.layers or settings.targets or settings.start):
+        return []
+    try:
+        with torch.device("meta"):
+            net = make()
+        planned(net, settings, targets, names)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []
+
+
+def of_peft(settings: Adapter, targets: list[str], plan: dict[str, Place]):
     from peft import LoHaConfig, LoKrConfig, LoraConfig
 
-    rank, alpha = settings.rank, settings.alpha or settings.rank
+    first = next(iter(plan.values()))
+    patterns = {"rank_pattern": {re.escape(name): p.rank for name, p in plan.items() if p.rank != first.rank},
+                "alpha_pattern": {re.escape(name): p.alpha for name, p in plan.items() if p.alpha != first.alpha}}
     if settings.kind == "loha":
-        return LoHaConfig(r=rank, alpha=alpha, target_modules=targets)
+        return LoHaConfig(r=first.rank, alpha=first.alpha, target_modules=targets, **patterns)
     if settings.kind == "lokr":
-        return LoKrConfig(r=rank, alpha=alpha, target_modules=targets, decompose_factor=settings.factor)
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=settings.dora,
-                      use_rslora=settings.rslora, init_lora_weights="gaussian" if settings.gaussian else True)
+        return LoKrConfig(r=first.rank, alpha=first.alpha, target_modules=targets, decompose_factor=settings.factor,
+                          **patterns)
+    return LoraConfig(r=first.rank, lora_alpha=first.alpha, target_modules=targets, use_dora=settings.dora,
+                      use_rslora=settings.rslora, init_lora_weights="gaussian" if settings.gaussian else True,
+                      **patterns)
+
+
+def parts_of(module: nn.Module) -> tuple[str, dict[str, Tensor]]:
+    """(kind, weights of an adapter by their names in `models_impl.lora`) of one of peft's layers."""
+    kind = next((k for k, parts in PARTS.items() if parts[0] in module.adapter_layer_names), "lora")
+    if kind != "lora":
+        parts = {part: getattr(module, part) for part in PARTS[kind]}
+        return kind, {part: there[NAME] for part, there in parts.items() if NAME in there}
+    own = {"lora_up": module.lora_B[NAME].weight, "lora_down": module.lora_A[NAME].weight}
+    if NAME in module.lora_magnitude_vector:
+        return "dora", {**own, "dora_scale": module.lora_magnitude_vector[NAME].weight}
+    return kind, own
+
+
+@torch.no_grad()
+def begin(module: nn.Module, name: str, start: lora.Layer):
+    """One of peft's layers as a layer of a file has it. Raises ValueError where its weights are of other shapes."""
+    kind, own = parts_of(module)
+    folded = {"lora": "lora_up", "dora": "lora_up", "loha": "hada_w1_a",
+              "lokr": "lokr_w1" if "lokr_w1" in own else "lokr_w1_a"}[kind]
+    shapes = [{part: list(value.squeeze().shape) for part, value in sorted(some.items())}
+              for some in (own, start.tensors)]
+    if shapes[0] != shapes[1]:
+        factor = " Set adapter.factor and adapter.rank as the file was trained with." if kind == "lokr" else ""
+        raise ValueError(f"adapter.start does not fit {name}: it has {shapes[1]} there, the settings make "
+                         f"{shapes[0]}.{factor}")
+    for part, value in own.items():
+        given = start.tensors[part].float()
+        scale = start.scale / module.scaling[NAME] if part == folded else 1.0
+        value.copy_((given if scale == 1 else given * scale).reshape(value.shape))
 
 
 def adapted(net: nn.Module) -> dict[str, nn.Module]:
@@ -73,18 +146,11 @@ def layers(net: nn.Module) -> list[lora.Layer]:
     """What has been learned, by the names of the parameters that it changes."""
     found = []
     for name, module in adapted(net).items():
-        kind = next((k for k, parts in PARTS.items() if parts[0] in module.adapter_layer_names), "lora")
-        if kind != "lora":
-            parts = {part: getattr(module, part) for part in PARTS[kind]}
-            own = {part: there[NAME].detach() for part, there in parts.items() if NAME in there}
-            found.append(lora.Layer(f"{name}.weight", None, kind, own, module.scaling[NAME]))
-            continue
-        own = {"lora_up": module.lora_B[NAME].weight.detach(), "lora_down": module.lora_A[NAME].weight.detach()}
-        magnitude = module.lora_magnitude_vector
-        if NAME in magnitude:
-            own["dora_scale"] = magnitude[NAME].weight.detach().reshape(-1, *[1] * (own["lora_up"].ndim - 1))
-        found.append(lora.Layer(f"{name}.weight", None, "dora" if "dora_scale" in own else "lora", own,
-                                module.scaling[NAME]))
+        kind, parts = parts_of(module)
+        own = {part: value.detach() for part, value in parts.items()}
+        if kind == "dora":
+            own["dora_scale"] = own["dora_scale"].reshape(-1, *[1] * (own["lora_up"].ndim - 1))
+        found.append(lora.Layer(f"{name}.weight", None, kind, own, module.scaling[NAME]))
     return found
 
 

@@ -23,7 +23,7 @@ from ...training.validation import quarters
 from .. import adapters
 from ..contract import Base, Files
 from ..noised import NoisedBatch
-from .start import file_problems, frozen, opened
+from .start import file_problems, frozen, opened, start
 
 Predict = Callable[..., Tensor]
 """(x, timestep, context=, mask=, size=, aspect_ratio=) -> what a PixArt network says, (B, out_channels, h, w)."""
@@ -206,11 +206,15 @@ class PixArtRecipe(Base):
     def adapted(self) -> PixArt:
         """The network of the settings, frozen, with an adapter."""
         base = frozen(opened(self.config, self.text), self.config)
-        return quantization.frozen(adapters.attach(base, self.config.adapter, TARGETS), self.config)
+        adapters.attach(base, self.config.adapter, TARGETS, lora_names)
+        return quantization.frozen(base, self.config)
 
     @staticmethod
     def file_problems(config: Config) -> list[str]:
-        return file_problems(config)
+        problems = file_problems(config)
+        if problems or not config.recipe.has_adapter:
+            return problems
+        return adapters.problems(lambda: PixArt(start(config).config), config.adapter, TARGETS, lora_names)
 
     @staticmethod
     def make_encoders(config: Config, writer: int = 0) -> list:

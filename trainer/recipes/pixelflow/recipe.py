@@ -68,7 +68,10 @@ class Recipe(Base):
             shape = starting_point(config)[0]
         except (ValueError, OSError) as error:
             return [f"init_from={config.init_from}: {error}"]
-        return mismatches(config, shape) + of_shape(config, shape)
+        problems = mismatches(config, shape) + of_shape(config, shape)
+        if problems or not config.recipe.lora:
+            return problems
+        return adapters.problems(lambda: PixelFlow(shape), config.adapter, TARGETS)
 
     def groups(self, config: Config) -> list[Group]:
         return groups([(self.diffusion, 1.0), (self.text, config.text.learning_rate_multiple)])

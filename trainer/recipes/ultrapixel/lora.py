@@ -25,6 +25,8 @@ from .encoders import Low, make_encoders
 from .networks import guide_of, read
 from .task import BothLatents, StageCRecipe, file_problems, in_transformer
 
+RANK = 4  # where neither the settings nor a file say one
+
 
 class LowRank(nn.Module):
     """What is added to the result of a linear layer. It begins as nothing: `down` is zero, as released."""
@@ -50,36 +52,44 @@ def start(config: Config, shape: StageCConfig) -> lora.Personalisation:
     if set(found.layers) != set(lora.attention_keys(shape)):
         raise ValueError(f"{path.name} changes {len(found.layers)} layers, this Stage C has "
                          f"{len(lora.attention_keys(shape))} to change.")
-    if (theirs := next(iter(found.layers.values()))[1].shape[0]) != rank:
-        raise ValueError(f"{path.name} has rank {theirs}, recipe.rank={rank}: make them equal.")
+    if rank not in (None, rank_of(found)):
+        raise ValueError(f"{path.name} has rank {rank_of(found)}, recipe.rank={rank}: make them equal.")
     if bool(found.token_rows) != bool(config.recipe.word):
         raise ValueError(f"{path.name} {'has' if found.token_rows else 'has no'} word {found.token or ''} that was "
                          f"learned, recipe.word={config.recipe.word!r}: make them equal.")
     return found
 
 
+def rank_of(found: lora.Personalisation) -> int:
+    return next(iter(found.layers.values()))[1].shape[0]
+
+
 class Recipe(StageCRecipe):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
         super().__init__(config, text, reopened=bool(network))
         s = self.settings
-        self.shape = StageCConfig.from_dict(network) if network else self.net.config
+        self.shape = StageCConfig.from_dict({k: v for k, v in network.items() if k != "rank"}) if network \
+            else self.net.config
         self.guide = guide_of(config)
-        self.scale = s.alpha / s.rank
+        begun = start(config, self.shape) if config.init_from and not network else None
+        # A run that is opened again knows the rank of the file that it began with.
+        self.rank = (network or {}).get("rank") or s.rank or (rank_of(begun) if begun else RANK)
+        self.scale = s.alpha / self.rank
         with torch.device("meta"):
             layers = dict((self.net or StageC(self.shape)).named_modules())
         self.layers, self.keys = nn.ModuleDict(), {}
         for key in lora.attention_keys(self.shape):
             layer = layers[key.removesuffix(".weight")]
             name = key.removesuffix(".weight").replace(".", "/")
-            self.layers[name] = LowRank(*layer.weight.shape, s.rank, self.scale)
+            self.layers[name] = LowRank(*layer.weight.shape, self.rank, self.scale)
             self.keys[name] = key
             layer.register_forward_hook(partial(add, self.layers[name]))
         self.change = None
         if s.word:
             text.teach(s.word, lora.base_rows(text.tokens.get_vocab(), s.word_base))
             self.change = nn.Parameter(torch.zeros(1, text.width))
-        if config.init_from and not network:
-            self.begin(start(config, self.shape))
+        if begun:
+            self.begin(begun)
         self.prepare(low_of(config))
 
     @torch.no_grad()
@@ -148,7 +158,7 @@ class Recipe(StageCRecipe):
         return self.denoising.sample(what, height, width, steps, shift, cfg, seed, self.guide, self.change)
 
     def network(self) -> dict:
-        return self.shape.as_dict()
+        return {**self.shape.as_dict(), "rank": self.rank}
 
     def personalisation(self) -> lora.Personalisation:
         layers = {key: (self.layers[name].up.detach(), self.layers[name].down.detach())

@@ -83,7 +83,8 @@ class UltraPixelLoraSettings(Settings):
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "memory.base")
     unread: ClassVar[dict[str, str]] = {}
-    rank: int = 4
+    rank: int | None = None
+    """Without it 4, or that of the LoRA in init_from."""
     alpha: float = 1.0
     """The change is alpha / rank * up @ down."""
     word: str = ""
@@ -108,7 +109,7 @@ class UltraPixelLoraSettings(Settings):
     def problems(self, config: Config) -> list[str]:
         problems = Problems([*of_family(config), *of_loss(self.dropout, self.image_share, self.weight),
                              *(of_low(config) if config.model.guide else ())])
-        problems.at_least("recipe.rank", self.rank, 1)
+        problems.at_least("recipe.rank", 1 if self.rank is None else self.rank, 1)
         problems.above_zero("recipe.alpha", self.alpha)
         problems.need(bool(self.word) == bool(self.word_base),
                       f"recipe.word={self.word!r} and recipe.word_base={self.word_base!r} belong together: a new word "
