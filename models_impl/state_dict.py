@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import stat
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -246,7 +247,10 @@ def write_file(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata:
         whole[key] = value.clone() if value.data_ptr() in seen else value  # safetensors refuses shared memory
         seen.add(value.data_ptr())
     try:
+        unfinished.touch()
+        mode = stat.S_IMODE(unfinished.stat().st_mode)  # the umask's; safetensors writes for the owner only
         save(whole, unfinished, metadata)
+        os.chmod(unfinished, mode)
         put(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

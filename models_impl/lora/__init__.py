@@ -11,10 +11,10 @@ spelling a file uses, how it scales, and the weight change that each kind of ada
 """
 from __future__ import annotations
 
-from .adapter import Layer, Lora, Names, Target, names_of, rank_of
-from .reading import METADATA_KEY, beside, is_lora, read, sizes
+from .adapter import Layer, Lora, Names, Target, names_of, rank_of, size_of
+from .reading import METADATA_KEY, bare, beside, family_of, is_lora, own_layers, read, sizes, spelled
 from .weights import delta
-from .writing import FORMATS, write
+from .writing import FORMATS, write, write_own
 
-__all__ = ["FORMATS", "METADATA_KEY", "Layer", "Lora", "Names", "Target", "beside", "delta", "is_lora",
-           "names_of", "rank_of", "read", "sizes", "write"]
+__all__ = ["FORMATS", "METADATA_KEY", "Layer", "Lora", "Names", "Target", "bare", "beside", "delta", "family_of",
+           "is_lora", "names_of", "own_layers", "rank_of", "read", "size_of", "sizes", "spelled", "write", "write_own"]

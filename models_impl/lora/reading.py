@@ -61,7 +61,9 @@ ELSEWHERE = (  # family -> what its modules are called, with "_" for every "."
     ("Wan", ("self_attn_q", "self_attn_to_q")),
     ("a PixArt ControlNet, which the LoRA node of the model does not change",
      ("controlnet_blocks_", "controlnet_0_", "copied_block")),
-    ("PixArt", ("cross_attn_kv_linear", "transformer_blocks_0_attn1_to_q", "t_block_1")),
+    ("PixelFlow", ("attn1_q_proj", "attn1_o_proj", "attn2_q_proj")),
+    ("PixArt", ("cross_attn_kv_linear", "cross_attn_q_linear", "blocks_0_attn_qkv", "transformer_blocks_0_attn1_to_q",
+                "t_block_1")),
 )
 
 
@@ -141,6 +143,49 @@ def read(
         notes.append(f"{len(unmatched)} keys have no place in this network: {', '.join(unmatched[:3])}"
                      f"{' ...' if len(unmatched) > 3 else ''}.")
     return Lora(layers, notes, unmatched, text_encoder)
+
+
+def own_layers(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, adapter_config: Mapping | None = None,
+    alpha: float | None = None,
+) -> tuple[dict[str, list[Layer]], dict[str, Tensor], list[str]]:
+    """A file without the network that it is for: (module as the file spells it -> its layers, whose keys are the
+    module's weight and bias; what belongs to no layer; the spellings). Scales are those of `read`. Raises ValueError
+    for a broken file, not for values that are no numbers."""
+    tensors = spelled(tensors)
+    keys, odd = _modules(tensors)
+    modules = {module: {part: tensors[key] for part, key in parts.items()} for module, parts in keys.items()}
+    if not modules:
+        raise ValueError(_why_nothing(tensors, modules, [], []))
+    inside, _ = _config(_from_metadata(metadata or {}), "its metadata", modules)
+    outside, _ = _config(adapter_config, "adapter_config.json", modules)
+    layers, rest, spellings = {}, {key: tensors[key] for key in odd}, []
+    for module, parts in modules.items():
+        _, spelling = _resolve(module, {}, {})
+        config = inside or (outside if spelling in ("PEFT", "bare") else None)
+        own = [layer for layer, _ in _layers(module, parts, Target(f"{module}.weight"), spelling, config, alpha)]
+        if not own:
+            raise ValueError(f"{module} has {', '.join(parts)}, and the rest of its layer is missing.")
+        for layer in own:
+            if fault := _rank_fault(layer) or (None if math.isfinite(layer.scale) else f"its scale is {layer.scale}"):
+                raise ValueError(f"The layer {module} of this LoRA is broken: {fault}. Get the file again.")
+        layers[module] = own
+        if spelling not in spellings:
+            spellings.append(spelling)
+    return layers, rest, spellings
+
+
+def bare(module: str) -> str:
+    """A module's name without the prefixes of programs, "_" for every "."."""
+    while prefix := next((p for p in PREFIXES if module.startswith(p)), None):
+        module = module[len(prefix):]
+    return module.replace(".", "_")
+
+
+def family_of(modules: Iterable[str]) -> str | None:
+    """Whose modules they are, in words."""
+    joined = " ".join(modules).replace(".", "_")
+    return next((family for family, marks in ELSEWHERE if any(mark in joined for mark in marks)), None)
 
 
 def spelled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -317,8 +362,7 @@ def _why_nothing(tensors, modules, wrong, text_encoder) -> str:
     if all(TEXT_ENCODER.search(m) for m in modules):
         return start + f"all its {len(text_encoder)} keys belong to the text encoder."
     first = next(m for m in modules if not TEXT_ENCODER.search(m))
-    joined = " ".join(modules).replace(".", "_")
-    owner = next((family for family, marks in ELSEWHERE if any(mark in joined for mark in marks)), None)
+    owner = family_of(modules)
     return start + (f"its modules are those of {owner}" if owner else "its modules are unknown here") + f" ({first})."
 
 

@@ -141,11 +141,33 @@ def _spelled(module: str, layer: Layer, bias: bool, format: str) -> dict[str, Te
             own["lora_magnitude_vector"] = vector.flatten() if vector.ndim == 2 else vector.transpose(0, 1)
     elif rank is None:  # a lokr of two whole factors: nobody scales it
         own["lokr_w1"] = _times(own["lokr_w1"], scale)
-    up, down = ("lora_up", "lora_down") if format == "kohya" else ("lora_B", "lora_A")
+    return named(name, replace(layer, tensors=own, scale=scale), rank, kohya=format == "kohya")
+
+
+def named(name: str, layer: Layer, rank: int | None, kohya: bool) -> dict[str, Tensor]:
+    """A layer under the name of a module, its scale in `.alpha` where it has a rank. kohya: lora_up and lora_down
+    instead of lora_B and lora_A."""
+    up, down = ("lora_up", "lora_down") if kohya else ("lora_B", "lora_A")
     file_names = {"lora_up": f"{up}.weight", "lora_down": f"{down}.weight", "lora_mid": "lora_mid.weight"}
-    tensors = {f"{name}.{file_names.get(part, part)}": value for part, value in own.items()}
+    tensors = {f"{name}.{file_names.get(part, part)}": value for part, value in layer.tensors.items()}
     if rank is not None:
-        tensors[f"{name}.alpha"] = torch.tensor(float(scale * rank))
+        tensors[f"{name}.alpha"] = torch.tensor(float(layer.scale * rank))
+    return tensors
+
+
+def write_own(layers: dict[str, list[Layer]], kohya: bool) -> dict[str, Tensor]:
+    """The tensors of a file of layers by their modules' own names (`own_layers`)."""
+    tensors = {}
+    for module, own in layers.items():
+        for layer in own:
+            if layer.kind == "diff":
+                part = "diff_b" if layer.key.endswith(".bias") else "diff"
+                tensors[f"{module}.{part}"] = _times(layer.tensors["diff"], layer.scale)
+            elif (rank := rank_of(layer.tensors)) is None:  # a lokr of two whole factors: nobody scales it
+                whole = {**layer.tensors, "lokr_w1": _times(layer.tensors["lokr_w1"], layer.scale)}
+                tensors |= named(module, replace(layer, tensors=whole), None, kohya)
+            else:
+                tensors |= named(module, layer, rank, kohya)
     return tensors
 
 

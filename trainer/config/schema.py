@@ -154,8 +154,8 @@ class Cache:
 @dataclass(frozen=True)
 class AdapterLayers:
     pattern: str = ""
-    """A regular expression, found in the names of the layers that it is about, such as "blocks\\\\.3\\\\.attn". The first
-    table of which that is so counts for a layer, whether adapter.targets names the layer or not."""
+    """A regular expression, found in the names of the layers that it is about, such as "blocks\\\\.3\\\\.attn". The
+    first table of which that is so counts for a layer, whether adapter.targets names the layer or not."""
     rank: int | None = None
     """Without it adapter.rank; 0 = these layers get no adapter. A last table of pattern = "." and rank = 0 leaves only
     the layers of the tables before it."""
