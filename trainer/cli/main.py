@@ -7,11 +7,11 @@ import os
 import sys
 import warnings
 
-from . import cache, caption, convert, data, doctor, evaluate, export, lora, pairs, sample, settings, train
+from . import cache, caption, convert, data, doctor, evaluate, export, importing, lora, pairs, sample, settings, train
 
 COMMANDS = {"train": train, "cache": cache, "pairs": pairs, "data": data, "doctor": doctor, "caption": caption,
             "settings": settings, "sample": sample, "export": export, "convert": convert, "lora": lora,
-            "evaluate": evaluate}
+            "import": importing, "evaluate": evaluate}
 
 
 def main(words: list[str] | None = None):

@@ -1,0 +1,169 @@
+"""What a setting of another program becomes here: the rows of the programs' tables, and what a table is applied to."""
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config.schema import Config, look_up
+from ..recipes import settings_of
+
+PLAIN = "no counterpart"
+
+
+class Absent(Exception):
+    """A value without counterpart; its argument is the reason."""
+
+
+Value = Callable[[Any], Any]
+"""Their value -> ours. Raises Absent; None = there is nothing to set."""
+
+
+def same(value):
+    return value
+
+
+@dataclass(frozen=True)
+class Row:
+    settings: tuple[str, ...] = ()
+    """The first of these that the recipe has is set; none = there is no counterpart."""
+    value: Value = same
+    changed: str = ""
+    """What is other here than there, as a sentence."""
+    why: str = PLAIN
+    usual: tuple = ()
+    """Values that say what happens here anyway."""
+
+
+def to(*settings: str, value: Value = same, changed: str = "", usual: tuple = ()) -> Row:
+    return Row(settings, value, changed, usual=usual)
+
+
+def none(why: str = PLAIN, usual: tuple = ()) -> Row:
+    return Row(why=why, usual=usual)
+
+
+def chosen(table: Mapping[str, Any], what: str = "") -> Value:
+    """Of a table, in which capitals do not matter."""
+    known = {key.lower(): value for key, value in table.items()}
+
+    def value(given):
+        if str(given).lower() not in known:
+            raise Absent(f"{what or 'it'} is one of {', '.join(table)} where it has a counterpart")
+        return known[str(given).lower()]
+
+    return value
+
+
+def number(given) -> float:
+    """Of a number or a text that is one, as TOML 1.0 and YAML 1.1 leave 1e-4."""
+    if isinstance(given, bool):
+        raise Absent("it is no number")
+    try:
+        found = float(given)
+    except (TypeError, ValueError):
+        raise Absent("it is no number") from None
+    if not math.isfinite(found):
+        raise Absent("it is no number")
+    return found
+
+
+def whole(given) -> int:
+    if (found := number(given)) != int(found):
+        raise Absent("it is no whole number")
+    return int(found)
+
+
+def yes(given) -> bool:
+    return str(given).lower() in ("true", "1", "yes", "on")
+
+
+def is_off(value) -> bool:
+    return value is None or value is False or value in ("", [], {}, 0) or str(value).lower() in ("none", "off", "false")
+
+
+@dataclass
+class Draft:
+    """A recipe that is being made of another program's settings."""
+
+    recipe: str
+    settings: dict = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
+    """What means something else here."""
+    absent: list[tuple[str, Any, str]] = field(default_factory=list)
+    """(key, value, reason) of what has no counterpart."""
+    missing: list[str] = field(default_factory=list)
+    """What a person must still say."""
+    off: int = 0
+    """How many keys are switched off, or are about the program itself."""
+
+    def __post_init__(self):
+        self.kind = settings_of(self.recipe)
+        self.settings.setdefault("recipe", {})["name"] = self.recipe
+
+    def has(self, name: str) -> bool:
+        """Whether a run of this recipe reads a setting."""
+        section, dot, key = name.rpartition(".")
+        if section in ("vae", "adapter") and section not in self.kind.sections:
+            return False
+        if name in ("memory.base", "memory.swap_blocks") and "memory.base" not in self.kind.sections:
+            return False
+        of = {"recipe": self.kind, "model": self.kind.Model}.get(section)
+        try:
+            of = of or (type(look_up(Config(), section)) if dot else Config)
+        except AttributeError:
+            return False
+        return dataclasses.is_dataclass(of) and key in {f.name for f in dataclasses.fields(of)}
+
+    def set(self, name: str, value):
+        *sections, key = name.split(".")
+        place = self.settings
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+
+    def get(self, name: str, otherwise=None):
+        place = self.settings
+        for part in name.split("."):
+            if not isinstance(place, dict) or part not in place:
+                return otherwise
+            place = place[part]
+        return place
+
+    def apply(self, key: str, given, row: Row | None):
+        """One setting of the other program."""
+        if row and given in row.usual:
+            return
+        name = next((name for name in row.settings if self.has(name)), None) if row else None
+        if name is None:
+            if is_off(given):
+                self.off += 1
+            else:
+                why = row.why if row else PLAIN
+                if why == PLAIN and row and row.settings:
+                    why = f"{self.recipe} has no {row.settings[0]}"
+                self.absent.append((key, given, why))
+            return
+        try:
+            value = row.value(given)
+        except Absent as reason:
+            if not is_off(given):
+                self.absent.append((key, given, str(reason)))
+            return
+        if value is not None:
+            self.set(name, value)
+            if row.changed:
+                self.changed.append(f"{key} = {given!r} is {name} = {value!r}: {row.changed}")
+
+
+def flat(raw: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, keys joined by dots."""
+    found = {}
+    for key, value in raw.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
