@@ -16,7 +16,8 @@ Choose = Callable[[Tensor], int]
 
 
 def by_ratio(ratio: float) -> Choose:
-    """Those above the largest, divided by this. (sv_ratio of networks/resize_lora.py, kohya-ss/sd-scripts)"""
+    """Those above the largest, divided by this. (sv_ratio of networks/resize_lora.py,
+    kohya-ss/sd-scripts@063ef10)"""
     return lambda s: int((s > s[0] / ratio).sum())
 
 

@@ -268,7 +268,7 @@ def test_every_row_of_the_tables_is_of_a_setting_that_some_recipe_has(tmp_path):
     ("a.yaml", "config: {process: [1]}", "a.yaml (ai-toolkit): config.process holds no process"),
     ("a.yaml", "config: {process: [{model: {name_or_path: x, arch: wan21}}]}", "model.arch = wan21"),
     ("a.json", json.dumps({**ONETRAINER, "model_type": "STABLE_DIFFUSION_XL_10_BASE"}), "model_type = 'STABLE"),
-    ("a.json", json.dumps({**ONETRAINER, "batch_size": "many"}), "(OneTrainer): it is no number"),
+    ("a.json", json.dumps({**ONETRAINER, "batch_size": "many"}), "(OneTrainer): 'many' is no number"),
     ("a.json", json.dumps({**ONETRAINER, "concepts": [{"path": "x", "image": 3}]}), "has another form than that"),
     ("a.json", json.dumps(BACKENDS), "it holds data sets only: give the config.json too"),
     ("a.toml", KOHYA_DATA, "it holds data sets only: give the TOML of the arguments too"),

@@ -15,6 +15,7 @@ SILENT = ("type", "training_folder", "device", "performance_log_every", "save.pu
           "train.train_unet",
           "train.skip_first_sample", "train.disable_sampling", "sample.neg", "sqlite_db_path", "model.low_vram",
           "sample.sample_start_step", "train.force_first_sample", "save.save_format", "logging.", "datasets")
+SILENT_ENDS = ()
 ROWS: dict[str, Row] = {
     "network.linear": to("adapter.rank", "recipe.rank", value=whole),
     "network.linear_alpha": to("adapter.alpha", "recipe.alpha", value=number),

@@ -98,6 +98,6 @@ def files(draft: Draft, trained: Trained) -> list[str]:
         if path and not Path(path).expanduser().exists():
             of = f", of {trained.base}" if trained.base and setting != "data.path" else ""
             found.append(f"{setting} = {path!r}: there is no such file or folder{of}. Put it there, or name yours.")
-        elif path is None and setting == "data.path":
+        elif path is None and setting == "data.path" and not any(line.startswith(setting) for line in draft.missing):
             found.append("data.path: name the folder of the pictures.")
     return found

@@ -14,6 +14,7 @@ SILENT = ("output_name", "logging_dir", "log_prefix", "log_tracker_", "save_mode
           "skip_cache_check", "training_comment", "metadata_", "dynamo_backend", "cache_info", "console_log",
           "stage_c_checkpoint_path", "cache_text_encoder_outputs", "vae_batch_size", "no_half_vae", "datasets",
           "general.", "network_train_unet_only", "save_last_n_steps_state", "save_state")
+SILENT_ENDS = ()
 ROWS: dict[str, Row] = {
     "learning_rate": to("optimizer.learning_rate", value=number),
     "unet_lr": to("optimizer.learning_rate", value=number),
@@ -146,9 +147,9 @@ def own(draft: Draft, given: dict, raw: dict, read_beside):
 def arguments(draft: Draft, words):
     for word in words if isinstance(words, list) else str(words).split():
         name, _, text = str(word).partition("=")
-        if name in ("weight_decay", "eps"):
+        if name in ("weight_decay", "eps") and draft.has(f"optimizer.{name}"):
             draft.set(f"optimizer.{name}", number(text))
-        elif name == "betas":
+        elif name == "betas" and draft.has("optimizer.betas"):
             draft.set("optimizer.betas", [number(part) for part in text.strip("()[] ").split(",") if part.strip()])
         elif name == "d_coef":
             draft.set("optimizer.arguments.d_coef", number(text))

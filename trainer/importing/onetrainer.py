@@ -14,7 +14,8 @@ METHODS = {"LORA": families.LORA, "FINE_TUNE": families.FULL}
 DEFAULTS = {  # what it means by silence, where that is other than ours
     "learning_rate": 3e-6, "batch_size": 1, "gradient_accumulation_steps": 1, "epochs": 100, "resolution": "512",
     "lora_rank": 16, "lora_alpha": 1.0, "learning_rate_warmup_steps": 200, "clip_grad_norm": 1.0,
-    "learning_rate_scheduler": "CONSTANT", "aspect_ratio_bucketing": True,
+    "learning_rate_scheduler": "CONSTANT", "aspect_ratio_bucketing": True, "vb_loss_strength": 1.0,
+    "transformer.gradient_checkpointing": True,
 }
 SILENT = ("__version", "workspace_dir", "cache_dir", "debug_", "tensorboard", "continue_last_backup", "cloud.",
           "optimizer_defaults.", "optimizer.__version", "secrets.", "train_device", "temp_device",
@@ -24,7 +25,17 @@ SILENT = ("__version", "workspace_dir", "cache_dir", "debug_", "tensorboard", "c
           "save_skip_first", "validate_after", "quantization.", "embedding.", "only_cache", "gradient_reduce",
           "concept_file_name", "sample_definition_file_name", "model_type", "training_method", "base_model_name",
           "learning_rate_cycles", "learning_rate_min_factor_unit", "save_every_unit", "sample_after_unit", "ema_decay",
-          "optimizer.optimizer", "optimizer.beta", "concepts", "samples", "custom_learning_rate_scheduler")
+          "optimizer.optimizer", "optimizer.beta", "concepts", "samples", "custom_learning_rate_scheduler",
+          "unet.", "text_encoder_3", "text_encoder_4", "unconditional_transformer.", "decoder", "embedding_",
+          "additional_embeddings", "oft_", "dora_oft", "lokr_", "lora_weight_dtype", "lora_decompose_",
+          "bundle_additional_embeddings", "preserve_embedding_norm", "frames", "clear_cache", "image_caching",
+          "text_caching", "async_", "fused_gradient", "fallback_train_dtype", "enable_autocast_cache",
+          "attention_mechanism", "prefetch_next_batch", "huber_delta", "unmasked_", "non_ema_sampling",
+          "sample_skip_first", "text_encoder_sequence_length", "ema_update_step_interval",
+          "optimizer.stochastic_rounding")
+SILENT_ENDS = (".stop_training_after", ".stop_training_after_unit", ".train_embedding", ".guidance_scale", ".include",
+               ".offload_fraction", ".activation_offloading", ".attention_mask", ".model_name", ".weight_dtype",
+               ".gradient_checkpointing", ".train")
 ROWS: dict[str, Row] = {
     "learning_rate": to("optimizer.learning_rate", value=number),
     "learning_rate_warmup_steps": to("optimizer.warm_up", value=lambda v: round(number(v))),
@@ -43,6 +54,7 @@ ROWS: dict[str, Row] = {
     "seed": to("seed", value=whole),
     "compile": to("compile", value=yes),
     "gradient_checkpointing": to("checkpoint_activations", value=lambda v: str(v).upper() != "OFF" and v is not False),
+    "prior.gradient_checkpointing": to("checkpoint_activations", value=lambda v: str(v).upper() != "OFF"),
     "transformer.gradient_checkpointing": to("checkpoint_activations", value=lambda v: str(v).upper() != "OFF"),
     "text_encoder.dropout_probability": to("recipe.dropout", value=number),
     "text_encoder.weight_dtype": to("text.precision", value=chosen({"BFLOAT_16": "bf16", "FLOAT_16": "bf16",
@@ -59,9 +71,8 @@ ROWS: dict[str, Row] = {
     "rescale_noise_scheduler_to_zero_terminal_snr": to("model.zero_terminal_snr", value=yes),
     "rolling_backup_count": to("keep", value=whole),
     "offset_noise_weight": to("recipe.offset_noise", value=number),
-    "mse_strength": none(usual=(1, 1.0)),
+    "mse_strength": none(usual=(1, 1.0)), "max_noising_strength": none(usual=(1, 1.0)),
     "timestep_distribution": none("the family's own noise levels are drawn"),
-    "max_noising_strength": none(usual=(1, 1.0)),
     "timestep_shift": none(usual=(1, 1.0)),
     "loss_scaler": none(usual=("NONE",)),
     "text_encoder.train": none("text encoders of this family stay as they are"),
@@ -94,14 +105,17 @@ def own(draft: Draft, given: dict, raw: dict, read_beside):
     """What needs more than a row."""
     common.optimizer(draft, "optimizer.optimizer", given.pop("optimizer.optimizer", "ADAMW"))
     betas = [given.pop(f"optimizer.beta{i}", None) for i in (1, 2)]
-    if all(beta is not None for beta in betas):
+    if all(beta is not None for beta in betas) and draft.has("optimizer.betas"):
         draft.set("optimizer.betas", [number(beta) for beta in betas])
     common.decay(draft, "learning_rate_scheduler", given.pop("learning_rate_scheduler"),
                  given.pop("learning_rate_cycles", None))
     common.precision(draft, "train_dtype", given.pop("train_dtype", "BFLOAT_16"))
     common.batch(draft, given.pop("batch_size"), given.pop("gradient_accumulation_steps"))
     common.sizes(draft, "resolution", common.squared(given.pop("resolution")), given.pop("aspect_ratio_bucketing"))
-    common.ema(draft, str(given.pop("ema", "OFF")).upper() != "OFF", given.pop("ema_decay", None))
+    common.ema(draft, str(given.pop("ema", "OFF")).upper() != "OFF", given.pop("ema_decay", 0.999))
+    if str(given.get("peft_type", "")).upper() == "LOKR":
+        given["lora_rank"] = given.get("lokr_dim", 16)
+        given["lora_decompose"] = given.get("lokr_weight_decompose", False)
     if "peft_type" in given:
         draft.apply("peft_type", given.pop("peft_type"), common.kinds(draft, "peft_type"))
     if given.pop("loss_weight_fn", "CONSTANT") == "MIN_SNR_GAMMA":

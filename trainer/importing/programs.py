@@ -35,9 +35,9 @@ def imported(files: Sequence[Path]) -> tuple[Draft, str]:
         draft = families.begun(trained)
         draft.set("name", file.stem)
         apply(draft, program, contents[file], reader(file, others))
-    except (Absent, ValueError) as error:
+    except (Absent, ValueError, OSError) as error:
         raise ValueError(f"{file.name} ({program.NAME}): {error}") from None
-    except (AttributeError, TypeError, KeyError, OverflowError) as error:
+    except (AttributeError, TypeError, LookupError, OverflowError) as error:
         raise ValueError(f"{file.name} ({program.NAME}): an entry has another form than that program gives it "
                          f"({type(error).__name__}: {error}).") from error
     finish(draft, trained)
@@ -90,14 +90,15 @@ def apply(draft: Draft, program, raw, read_beside):
     """The program's own part, and its table for everything else."""
     plain = program.bare(raw) if program is simpletuner else raw
     plain = kohya.flattened(raw) if program is kohya else aitoolkit.process(raw) if program is aitoolkit else plain
-    given = {**program.DEFAULTS, **flat(plain)}
+    said = flat(plain)
+    given = {**program.DEFAULTS, **said}
     program.own(draft, given, plain if program is not aitoolkit else raw, read_beside)
     for key, value in given.items():
         row = program.ROWS.get(key)
-        if row is None and key.startswith(program.SILENT):
+        if row is None and (key.startswith(program.SILENT) or key.endswith(program.SILENT_ENDS)):
             draft.off += 1
-        elif row is not None or key not in program.DEFAULTS:
-            draft.apply(key, value, row)
+        else:
+            draft.apply(key, value, row, said=key in said or key not in program.DEFAULTS)
 
 
 def finish(draft: Draft, trained: families.Trained):

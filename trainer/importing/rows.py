@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config import optimizers
 from ..config.schema import Config, look_up
 from ..recipes import settings_of
 
@@ -58,21 +59,19 @@ def chosen(table: Mapping[str, Any], what: str = "") -> Value:
 
 
 def number(given) -> float:
-    """Of a number or a text that is one, as TOML 1.0 and YAML 1.1 leave 1e-4."""
-    if isinstance(given, bool):
-        raise Absent("it is no number")
+    """Of a number or a text that is one, as YAML 1.1 leaves 1e-4."""
     try:
-        found = float(given)
-    except (TypeError, ValueError):
-        raise Absent("it is no number") from None
+        found = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
     if not math.isfinite(found):
-        raise Absent("it is no number")
+        raise Absent(f"{str(given)[:60]!r} is no number")
     return found
 
 
 def whole(given) -> int:
     if (found := number(given)) != int(found):
-        raise Absent("it is no whole number")
+        raise Absent(f"{given!r} is no whole number")
     return int(found)
 
 
@@ -110,6 +109,9 @@ class Draft:
             return False
         if name in ("memory.base", "memory.swap_blocks") and "memory.base" not in self.kind.sections:
             return False
+        if section == "optimizer.arguments" or name in ("optimizer.betas", "optimizer.eps", "optimizer.weight_decay"):
+            takes = optimizers.arguments(optimizers.kind(self.get("optimizer.name", "adamw")))
+            return not takes or key in takes
         of = {"recipe": self.kind, "model": self.kind.Model}.get(section)
         try:
             of = of or (type(look_up(Config(), section)) if dot else Config)
@@ -132,18 +134,19 @@ class Draft:
             place = place[part]
         return place
 
-    def apply(self, key: str, given, row: Row | None):
-        """One setting of the other program."""
+    def apply(self, key: str, given, row: Row | None, said: bool = True):
+        """One setting of the other program. said: in its file, not by silence."""
         if row and given in row.usual:
             return
         name = next((name for name in row.settings if self.has(name)), None) if row else None
         if name is None:
-            if is_off(given):
-                self.off += 1
+            if is_off(given) or not said:
+                self.off += said
             else:
                 why = row.why if row else PLAIN
                 if why == PLAIN and row and row.settings:
-                    why = f"{self.recipe} has no {row.settings[0]}"
+                    owner = self.get("optimizer.name") if "optimizer." in row.settings[0] else self.recipe
+                    why = f"{owner} has no {row.settings[0]}"
                 self.absent.append((key, given, why))
             return
         try:

@@ -21,6 +21,7 @@ SILENT = ("output_dir_", "hub_model_id", "push_", "report_to", "model_family", "
           "ignore_", "offload_", "cache_dir", "debug_", "attention_mechanism", "inference_scheduler_", "override_",
           "minimum_image_size", "metadata_", "resolution_type", "configure_", "vae_cache_", "lycoris_config",
           "num_train_epochs", "fuse_qkv_projections", "preserve_data_backend_cache", "keep_vae_loaded", "set_")
+SILENT_ENDS = ()
 ROWS: dict[str, Row] = {
     "learning_rate": to("optimizer.learning_rate", value=number),
     "lr_warmup_steps": to("optimizer.warm_up", value=lambda v: round(number(v))),
@@ -92,6 +93,9 @@ def trained(raw) -> families.Trained:
         raise ValueError(f"model_family = {family!r}: this trainer has {', '.join(FAMILIES)}.")
     if method not in METHODS:
         raise ValueError(f"model_type = {method!r}: this trainer has {' and '.join(METHODS)}.")
+    if yes(raw.get("controlnet", False)):
+        raise ValueError("controlnet = true: settings of ControlNets are not imported; begin with one of the recipes "
+                         "*_controlnet.toml.")
     base = raw.get("pretrained_transformer_model_name_or_path") or raw.get("pretrained_model_name_or_path")
     return families.Trained(FAMILIES[family], METHODS[method], str(base or BASES.get(family, "")))
 
@@ -128,8 +132,9 @@ def own(draft: Draft, given: dict, raw: dict, read_beside):
 
 def lycoris(draft: Draft, config):
     if not isinstance(config, dict):
-        draft.set("adapter.kind", "lokr") if draft.has("adapter.kind") else None
-        draft.missing.append("adapter.kind: it is in the file of lycoris_config, which is not here; lokr was taken.")
+        if draft.has("adapter.kind"):
+            draft.set("adapter.kind", "lokr")
+            draft.missing.append("adapter.kind: it is in the file of lycoris_config, which is not here; lokr is taken.")
         return
     draft.apply("lycoris_config algo", config.get("algo", "lokr"), common.kinds(draft, "algo"))
     for key, row in {"linear_dim": ROWS["lora_rank"], "linear_alpha": ROWS["lora_alpha"],
