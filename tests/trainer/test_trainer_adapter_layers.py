@@ -161,6 +161,14 @@ def test_every_kind_of_adapter_starts_from_its_file(attached, tmp_path, settings
     torch.testing.assert_close(predicted(again), predicted(net), rtol=1e-3, atol=1e-3)
 
 
+def test_a_dry_run_looks_into_the_start(attached, released, tmp_path):
+    start = saved(attached(rank=4, alpha=2.0), tmp_path / "lora.safetensors")
+    with torch.device("meta"):
+        net = adapters.attach(PixArt(released[0]), Adapter(start=start), TARGETS, names)
+    assert {layer.scale for layer in adapters.layers(net)} == {0.5}
+    assert all(p.is_meta for p in net.parameters())
+
+
 @pytest.mark.parametrize("settings, sentence", [
     ({"rank": 8}, "has rank 4 in blocks.0.attn.qkv, and the settings say 8"),
     ({"dora": True}, "is a lora there, and the settings train a dora"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ...models_impl import lora, patterns
@@ -95,7 +96,7 @@ def started(net: nn.Module, settings: Adapter, names: NamesOf) -> dict[str, lora
     """Layer -> what adapter.start has of it, whole where the file has it in parts. Raises ValueError for a file of
     another kind or network."""
     path = Path(settings.start).expanduser()
-    with reading(path):
+    with reading(path), torch.device("cpu"):  # a dry run makes the network without memory, and reads the file
         known = names({key: value.shape for key, value in net.state_dict().items()})
         tensors, metadata = read_file(path)
         found = lora.read(tensors, known, metadata, lora.beside(path))

@@ -47,7 +47,7 @@ def add(low_rank: LowRank, layer: nn.Module, given: tuple, said: Tensor) -> Tens
 def start(config: Config, shape: StageCConfig) -> lora.Personalisation:
     """The LoRA in init_from. Raises ValueError where it is none, or of another rank or net."""
     path, rank = Path(config.init_from).expanduser(), config.recipe.rank
-    with reading(path):
+    with reading(path), torch.device("cpu"):  # a dry run makes networks without memory, and reads the file
         found = lora.read(*read_file(path), shape)
     if set(found.layers) != set(lora.attention_keys(shape)):
         raise ValueError(f"{path.name} changes {len(found.layers)} layers, this Stage C has "
