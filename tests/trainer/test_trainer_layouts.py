@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, features
 from pixstack.models_impl import pictures as formats
 from pixstack.trainer.config.schema import Data
-from pixstack.trainer.data import doctor, layouts, loader, pictures
+from pixstack.trainer.data import doctor, layouts, loader, pictures, wording
 
 
 def picture(path, colour=(200, 30, 30), size=(20, 16)):
@@ -42,7 +42,7 @@ def test_captions_are_mixed_in_the_share_that_is_asked_for(tmp_path):
         settings = Data(path=str(tmp_path), described_share=share, resolution=8)
         made = loader.Batches(loader.read(settings, "captions").train, settings, 0, 1)
         item = made.items[0]
-        captions = [made.caption(item, made.rng(step, 0, "caption")) for step in range(400)]
+        captions = [wording.at(item, settings, 0, made.rng(step, 0, "caption")) for step in range(400)]
         assert captions.count("long") / 400 == pytest.approx(share, abs=0.06)
 
 

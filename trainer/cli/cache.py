@@ -22,6 +22,7 @@ def run(args):
 
     from tqdm import tqdm
 
+    from ..data import wording
     from ..features import cache, released, text_encoders
     from ..recipes import find
     from ..training import build
@@ -34,7 +35,7 @@ def run(args):
     collection, root = build.collection(config), Path(config.cache.folder).expanduser()
     text = text_encoders.frozen(config, config.folder, number) if config.text.frozen else None
     readers = find(config.recipe.name).make_encoders(config, number)
-    parts = ((collection.train, config.data), (collection.held_out, cache.cut_by(config.data)))
+    parts = ((collection.train, config.data), (collection.held_out, config.data.unvaried()))
     taken = {"text": text and text.store if args.captions else None, "captions": args.captions,
              "latent": readers[0].store if readers and args.latents else None, "latents": args.latents}
     if args.captions or args.latents:
@@ -47,8 +48,8 @@ def run(args):
             accelerator.print("\n".join(done))
         return
     if text:
-        captions = list(dict.fromkeys(["", *config.samples.prompts,
-                                       *(c for i in collection.train + collection.held_out for c in i.texts)]))
+        asked = wording.every(collection.train, collection.held_out, config.data, config.seed)
+        captions = list(dict.fromkeys(["", *config.samples.prompts, *asked]))
         text.prepare(captions[number::count], accelerator.device, tqdm)
         accelerator.print(f"{text.store.folder}: {len(text.store):,} captions")
     for items, settings in parts if readers else ():

@@ -39,5 +39,6 @@ def run(args):
     if args.report:
         args.report.write_text(report.as_json(), encoding="utf-8")
     if report.errors:
-        raise ValueError(f"{chosen.path} cannot be trained on before the errors above are mended.")
+        which = ", ".join(one.path for one in chosen.each)
+        raise ValueError(f"{which} cannot be trained on before the errors above are mended.")
     print("\nnothing stands in the way of training.")

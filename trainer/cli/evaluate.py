@@ -44,7 +44,7 @@ def run(args):
         (args.out / "evaluation.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         return print(json.dumps(report, indent=2))
     recipe, config, step = open_run(args.what, args.step, args.weights, chosen_device(args.device))
-    path, how = args.data or Path(config.data.path), sampling(args, config.samples)
+    path, how = args.data or Path(config.data.each[0].path), sampling(args, config.samples)
     if recipe.text is None or not path.is_file():
         raise ValueError("evaluate needs a run with prompts and a jsonl data set (--data).")
     results, rows = retrieval.evaluate(recipe, config, path, args.seen, progress=tqdm, **how)

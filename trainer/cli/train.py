@@ -52,7 +52,7 @@ def run(args):
 
 def prepared(run, config, collection, accelerator) -> tuple:
     """(recipe, batches) of a run, whose folder is opened."""
-    from ..data import loader
+    from ..data import loader, sets, wording
     from ..distributed import strategy
     from ..features import cache, text_encoders
     from ..memory import offload
@@ -63,11 +63,14 @@ def prepared(run, config, collection, accelerator) -> tuple:
         recipe = build.recipe(config, collection, run.folder)
         offload.place(recipe, config, accelerator.device)
     if isinstance(recipe.text, text_encoders.FROZEN):
-        captions = [c for i in collection.train + collection.held_out for c in i.texts]
+        captions = wording.every(collection.train, collection.held_out, config.data, config.seed)
+        if config.data.caption_variants:
+            accelerator.print(f"{len(captions):,} captions of {len(collection.train):,} pictures are embedded "
+                              f"(data.caption_variants={config.data.caption_variants}).")
         with accelerator.main_process_first():
             recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
     load = cache.loader(config, recipe.encoders, collection.train, config.data, accelerator.print)
-    run.load = cache.loader(config, recipe.encoders, run.items, cache.cut_by(config.data), accelerator.print)
+    run.load = cache.loader(config, recipe.encoders, run.items, config.data.unvaried(), accelerator.print)
     batches = loader.Batches(collection.train, config.data, config.seed, config.batch_size, load)
     if config.compile:
         recipe.compile_blocks()
@@ -78,6 +81,8 @@ def prepared(run, config, collection, accelerator) -> tuple:
         count, learning = (sum(p.numel() for p in recipe.parameters() if p.requires_grad or all_of_them)
                            for all_of_them in (True, False))
         print(f"{config.folder}: {loader.summary(collection)}; {learning:,} of {count:,} parameters learn")
+        for line in sets.counted(collection.train, collection.held_out, config.data):
+            print(f"  {line}")
         if accelerator.num_processes > 1:
             print(f"{accelerator.num_processes} processes, {strategy.IN_WORDS[strategy.way(config)]}")
     return recipe, batches

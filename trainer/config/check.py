@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..recipes import find
-from . import objective, rules
+from . import data_sets, objective, rules
 from .load import read, read_toml
 from .schema import Config
 
@@ -23,8 +23,8 @@ def parse(raw: dict, words: list[str] = (), origin: str = "the settings") -> Con
     """The settings of a TOML file's content. Raises ValueError with all problems; origin: its name in that."""
     config, problems = read(raw, words)
     if config:  # what did not fit stands at its default, so that everything else is still looked at
-        problems += rules.problems(config)
-        problems += objective.problems(config) if config.recipe else []
+        problems += [*data_sets.problems(config.data), *rules.problems(config)]
+        problems += [*data_sets.of_run(config), *objective.problems(config)] if config.recipe else []
     if config and config.recipe and not any(p.startswith("model.") for p in problems):
         problems += config.recipe.problems(config)
     if not problems:

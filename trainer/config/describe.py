@@ -10,8 +10,8 @@ import textwrap
 import typing
 
 from ..recipes import RECIPES, settings_of
-from .load import table_of
-from .schema import Config
+from .load import listed_section
+from .schema import Config, Table
 
 
 def describe() -> list[str]:
@@ -19,9 +19,9 @@ def describe() -> list[str]:
     for name, kind in typing.get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             lines += ["", f"[{name}]", *section(kind)]
-            for inner, hint in typing.get_type_hints(kind).items():
-                if table := table_of(hint):
-                    lines += ["", f"[[{name}.{inner}]]", *section(table)]
+            for inner, listed in typing.get_type_hints(kind).items():
+                if one := listed_section(listed):
+                    lines += ["", f"[[{name}.{inner}]]", *section(one)]
     for name in RECIPES:
         settings = settings_of(name)
         lines += ["", f"[recipe]  with name = {name!r}", *section(settings)]
@@ -30,7 +30,9 @@ def describe() -> list[str]:
 
 
 def section(kind) -> list[str]:
-    docs, fields, lines = docs_of(kind), {f.name: f for f in dataclasses.fields(kind)}, []
+    docs, lines = docs_of(kind), []
+    inherited = kind.INHERITED if issubclass(kind, Table) else ()
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in inherited}
     for name, field in fields.items():
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         if dataclasses.is_dataclass(default) or name in ("recipe", "model"):
@@ -43,7 +45,12 @@ def section(kind) -> list[str]:
 
 def docs_of(kind) -> dict[str, str]:
     """Python drops the strings under fields; the source has them."""
-    tree = ast.parse(inspect.getsource(sys.modules[kind.__module__]))
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == kind.__name__).body
-    return {one.target.id: " ".join(below.value.value.split()) for one, below in zip(body, body[1:], strict=False)
-            if isinstance(one, ast.AnnAssign) and isinstance(below, ast.Expr)}
+    docs = {}
+    for one in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(one):
+            tree = ast.parse(inspect.getsource(sys.modules[one.__module__]))
+            body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == one.__name__).body
+            docs |= {field.target.id: " ".join(below.value.value.split())
+                     for field, below in zip(body, body[1:], strict=False)
+                     if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)}
+    return docs

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import typing
 from pathlib import Path
 from types import UnionType
@@ -69,11 +70,7 @@ def read(raw: dict, words: list[str] = ()) -> tuple[Config | None, list[str]]:
         if not equals:
             problems.append(f"{word!r} is not of the form key=value.")
             continue
-        *sections, key = name.strip().split(".")
-        section = raw
-        for one in sections:
-            section = section.setdefault(one, {})
-        section[key] = value_of(text)
+        problems += put(raw, name.strip(), value_of(text))
 
     recipe, kinds = raw.get("recipe", {}), {}
     name = recipe.pop("name", None) if isinstance(recipe, dict) else None
@@ -86,6 +83,31 @@ def read(raw: dict, words: list[str] = ()) -> tuple[Config | None, list[str]]:
     if config and kinds:
         config = dataclasses.replace(config, **{k: look_up(config, k) or kind() for k, kind in kinds.items()})
     return config, problems
+
+
+def put(raw: dict, name: str, value) -> list[str]:
+    """Sets the value of a dotted name, in which a number names a table of an array: data.sets.2.repeats. What is wrong
+    with the name, or nothing."""
+    *sections, key = name.split(".")
+    place: dict | list = raw
+    for number, one in enumerate(sections):
+        within, array = ".".join(sections[:number + 1]), (*sections[number + 1:], key)[0].isdecimal()
+        if isinstance(place, list):
+            if not 1 <= int(one) <= len(place) + 1:
+                return [f"{name}: there is no {within}, the array has {len(place)}."]
+            if int(one) > len(place):
+                place.append({})
+            place = place[int(one) - 1]
+        else:
+            place = place.setdefault(one, [] if array else {})
+        if not isinstance(place, list if array else dict):
+            what = "an array, whose tables have numbers" if isinstance(place, list) else \
+                "a section, no array" if isinstance(place, dict) else "a value, no section"
+            return [f"{name}: {within} is {what}."]
+    if isinstance(place, list):
+        return [f"{name} is a section: name one of its settings."]
+    place[key] = value
+    return []
 
 
 def stored(folder: Path) -> Config:
@@ -114,7 +136,7 @@ def value_of(text: str):
 def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
     hints = typing.get_type_hints(cls)
     names = {f.name for f in dataclasses.fields(cls)}
-    good = {}
+    good, tables = {}, {}
     for key, value in raw.items():
         full = prefix + key
         renamed = RENAMED.get(full, "")
@@ -130,16 +152,18 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
                 good[key] = build(kind, value, {}, problems, f"{full}.")
             else:
                 problems.append(f"{full} is a section, [{full}], not a value ({value!r}).")
-        elif (table := table_of(kind)) is not None:
-            good[key] = tables(table, value, full, problems)
         elif kind is Any:
             pass  # a section of an unknown recipe, already reported
+        elif listed_section(kind):
+            tables[key] = value  # what they take from this section must be known first
         else:
             value, fits = convert(value, kind)
             if fits:
                 good[key] = value
             else:
                 problems.append(f"{full}={value!r} should be {in_words(kind)}.")
+    for key, value in tables.items():
+        good[key] = build_list(listed_section(hints[key]), value, good, problems, prefix + key)
     try:
         return cls(**good)
     except (TypeError, ValueError) as error:
@@ -147,17 +171,19 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
         return None
 
 
-def table_of(kind) -> type | None:
-    """The dataclass of a list of tables, [[section.name]]."""
+def listed_section(kind):
+    """The dataclass that a list holds, if it holds one."""
     args = typing.get_args(kind)
     return args[0] if typing.get_origin(kind) is list and dataclasses.is_dataclass(args[0]) else None
 
 
-def tables(kind: type, value, name: str, problems: list[str]) -> list:
+def build_list(cls, value, outer: dict, problems: list[str], name: str) -> list:
+    """An array of tables, each of which has from the section around it, `outer`, what it does not say itself."""
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        problems.append(f"{name} are tables, [[{name}]], not a value ({value!r}).")
+        problems.append(f"{name} is an array of sections, [[{name}]], not a value ({value!r}).")
         return []
-    made = [build(kind, one, {}, problems, f"{name}[{i}].") for i, one in enumerate(value)]
+    shared = {name: outer[name] for name in cls.INHERITED if name in outer}
+    made = [build(cls, {**shared, **one}, {}, problems, f"{name}.{n}.") for n, one in enumerate(value, 1)]
     return [one for one in made if one is not None]
 
 
@@ -198,14 +224,24 @@ def differences(old: Config, new: Config, free: set[str]) -> list[str]:
 
     def compare(a: dict, b: dict, prefix: str):
         for key in a.keys() | b.keys():
-            name = prefix + key
-            if isinstance(a.get(key), dict) and isinstance(b.get(key), dict) and name not in free:
-                compare(a[key], b[key], name + ".")
-            elif a.get(key) != b.get(key) and name not in free:
-                found.append(f"{name} was {a.get(key)!r}, now {b.get(key)!r}")
+            name, old, new = prefix + key, a.get(key), b.get(key)
+            if re.sub(r"\.\d+\.", ".", name) in free or old == new:
+                continue
+            if isinstance(old, dict) and isinstance(new, dict):
+                compare(old, new, name + ".")
+            elif tables(old) and tables(new) and len(old) == len(new):
+                compare(*({str(n): one for n, one in enumerate(some, 1)} for some in (old, new)), name + ".")
+            elif tables(old) or tables(new):
+                found.append(f"{name} had {len(old or [])} tables, now {len(new or [])}")
+            else:
+                found.append(f"{name} was {old!r}, now {new!r}")
 
     compare(as_dict(old), as_dict(new), "")
     return sorted(found)
+
+
+def tables(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def as_dict(config: Config) -> dict:

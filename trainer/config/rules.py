@@ -12,10 +12,6 @@ from . import optimizers
 from .problems import Problems, nearest
 from .schema import LARGEST_SIDE, Adapter, Config, Data, Optimizer, Vae, look_up
 
-LAYOUTS = {"auto": "either", "jsonl": "a file", "folder": "a folder", "classes": "a folder", "sam": "a folder",
-           "data_info": "a file", "webdataset": "either", "datasets": "either", "csv": "a file", "table": "a file",
-           "splits": "a folder"}
-"""data.kind -> what data.path is then."""
 MOST_WORKERS, MOST_RATIO = 256, 64
 ADAPTERS = "lora", "loha", "lokr"
 BASES = "fp8", "nf4"
@@ -132,12 +128,7 @@ def numbers(config: Config) -> list[str]:
 
 
 def text(config: Config) -> list[str]:
-    problems, changing = Problems(), [f"data.{name}={value}" for name in ("tag_share", "template_share")
-                                      if (value := look_up(config.data, name)) > 0]
-    problems.need(not (config.text.frozen and changing),
-                  f"{', '.join(changing)} makes other captions at every step, and the embeddings of a frozen encoder "
-                  "are made once, before training: set it to 0 and write such captions into the data, or let an "
-                  "encoder learn.")
+    problems = Problems()
     problems.need(not config.text.clip or config.text.frozen,
                   "text.clip goes with a frozen T5: name its folder, text.encoder.")
     problems.need(config.text.width % max(config.text.heads, 1) == 0 or config.text.encoder != "small",
@@ -146,27 +137,14 @@ def text(config: Config) -> list[str]:
 
 
 def data(settings: Data, batch_size: int, micro: int) -> list[str]:
-    """Problems with [data]. micro: micro_batch_size."""
+    """Problems with [data], but for its data sets (`data_sets.problems`). micro: micro_batch_size."""
     problems = Problems()
-    problems.one_of("data.kind", settings.kind, LAYOUTS)
-    problems.one_of("data.crop", settings.crop, ("random", "centre", "none"))
     problems.one_of("data.buckets", settings.buckets, ("", "pixart", "ultrapixel", "area"))
-    for name in ("path", "held_out_path", "prior_path"):
-        problems.exists(f"data.{name}", look_up(settings, name))
-    problems.need(settings.path, "data.path is empty: name the pictures.")
-    path, takes = Path(settings.path).expanduser(), LAYOUTS.get(settings.kind, "either")
-    if settings.path and path.exists() and takes != "either":
-        problems.need(path.is_file() == (takes == "a file"), f"data.path={settings.path!r} is a "
-                      f"{'file' if path.is_file() else 'folder'}, and data.kind={settings.kind!r} takes {takes}.")
     problems.need(1 <= settings.workers <= MOST_WORKERS,
                   f"data.workers={settings.workers} must be 1 to {MOST_WORKERS}: threads that decode pictures.")
     name = "resolutions" if settings.resolutions else "resolution"
     problems.need(1 <= min(settings.sides) <= max(settings.sides) <= LARGEST_SIDE,
                   f"data.{name}={look_up(settings, name)} must be 1 to {LARGEST_SIDE} pixels.")
-    for name in ("tag_share", "template_share", "described_share"):
-        problems.share(f"data.{name}", look_up(settings, name))
-    problems.need(all("{}" in t for t in settings.templates),
-                  "data.templates: each one needs a {} where the caption goes.")
     return problems + of_buckets(settings, batch_size, micro)
 
 
@@ -181,15 +159,13 @@ def of_buckets(settings: Data, batch_size: int, micro: int) -> list[str]:
                       f"not in 1 to {min(sides)}, the resolution.")
         problems.need(1 <= settings.bucket_ratio <= MOST_RATIO,
                       f"data.bucket_ratio={settings.bucket_ratio} must be 1 to {MOST_RATIO}.")
-    problems.need(not (settings.buckets and settings.crop == "none"),
-                  "data.crop='none' takes squares, and data.buckets are of other shapes: use centre or random.")
     problems.at_least("data.bucket_group", group, 0)
     problems.need(group < 1 or batch_size % group == 0,
                   f"batch_size={batch_size} is not a multiple of data.bucket_group={group}.")
     problems.need(group < 1 or micro < 1 or group % micro == 0,
                   f"data.bucket_group={group} is not a multiple of micro_batch_size={micro}, whose pictures have one "
                   "size.")
-    if settings.prior_path:
+    if settings.has_prior:
         group, share = group or batch_size, settings.prior_share
         problems.need(0 < share < 1, f"data.prior_share={share} is outside (0, 1).")
         problems.need(1 <= group * share < group,

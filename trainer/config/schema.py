@@ -6,15 +6,25 @@ settings included, where pydantic stops at those of single fields. The trainer w
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 LARGEST_SIDE = 16384  # of a picture in pixels
 
 
+class Table:
+    """One of an array of tables, [[section.name]]."""
+
+    INHERITED: ClassVar[tuple[str, ...]] = ()
+    """What it has from the section around it where it does not say it itself."""
+
+
 @dataclass(frozen=True)
-class Data:
+class SetSettings:
+    """How the pictures of one data set are found, cut and captioned."""
+
     kind: str = "auto"
     """auto: recognised by what lies there. jsonl: one object a line (file, caption or captions, tags, class, split, and
     a key for each condition). csv, table: a Hugging Face folder's metadata.csv or .parquet (file_name, text). folder:
@@ -31,6 +41,94 @@ class Data:
     With classes, its folders have names that the training folder has too."""
     caption: str = ""
     """What pictures without a caption are called ("a photo of sks dog")."""
+    name_captions: bool = False
+    """Pictures without a caption are called what their file is, without the numbers at its ends: sks_dog_01.png is
+    "sks dog". A name of numbers only says nothing; then `caption` counts."""
+    crop: str = "random"
+    """random: short side to 1.125 x resolution, random crop (the paper); with buckets, resized to cover and cropped
+    anywhere along what is too long. centre: ADM's centre crop. none: the picture is square already, and is only
+    resized when its size differs."""
+    flip: bool = False
+    """Mirror half of the pictures. The paper does; leave it off where captions say left and right, or where conditions
+    do (openpose colours the left arm otherwise than the right)."""
+    brightness: float = 0.0
+    """Change the brightness at random, by a factor of at most so much more or less (0.1: 0.9 to 1.1); and so ..."""
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    """... and turn the colours by at most this part of their circle, up to 0.5 ..."""
+    colour_share: float = 1.0
+    """... in so many of the pictures."""
+    rotation: float = 0.0
+    """Turn pictures by up to so many degrees to either side, with their conditions; the largest rectangle of the same
+    shape that has no empty corners is kept ..."""
+    rotation_share: float = 1.0
+    """... in so many of them."""
+    described_share: float = 0.5
+    """How often a caption that a model wrote (sharegpt4v) stands for the picture's own, where it has both."""
+    tag_share: float = 0.0
+    """How often a caption is followed by some of the item's tags."""
+    tag_count: int = 2
+    templates: list[str] = field(default_factory=list)
+    """Frames such as "a picture of {}" that a caption is put into ..."""
+    template_share: float = 0.0
+    """... this often."""
+    wildcards: bool = False
+    """Of "a {red|blue} car" in a caption or template one alternative is drawn each time. In validation it is the
+    first."""
+    shuffle_tags: bool = False
+    """A caption is a list with commas, whose parts come in another order each time ..."""
+    keep_tags: int = 0
+    """... but for so many at its beginning, which are never left out either."""
+    tag_dropout: float = 0.0
+    """How often each part of such a list is left out. (How often a whole caption is: recipe.dropout.)"""
+
+
+    @property
+    def rewords(self) -> dict[str, Any]:
+        """The settings that make other captions at every step."""
+        names = ("tag_share", "template_share", "shuffle_tags", "tag_dropout", "wildcards")
+        return {name: value for name in names if (value := look_up(self, name))}
+
+    @property
+    def colours(self) -> dict[str, float]:
+        """What changes of the colours, and by how much at most."""
+        names = ("brightness", "contrast", "saturation", "hue")
+        return {name: value for name in names if (value := look_up(self, name))}
+
+    @property
+    def varies(self) -> dict[str, float]:
+        """The settings that make another picture every time, beside crop and flip."""
+        return {**self.colours, **({"rotation": self.rotation} if self.rotation else {})}
+
+
+@dataclass(frozen=True)
+class DataSet(SetSettings, Table):
+    INHERITED: ClassVar[tuple[str, ...]] = tuple(f.name for f in fields(SetSettings)
+                                                 if f.name not in ("path", "held_out_path"))
+
+    name: str = ""
+    """What the log calls it; empty: its number, from 1."""
+    repeats: int = 1
+    """How often an epoch shows each of its pictures."""
+    weight: float = 0.0
+    """Its share of the pictures that are shown, relative to the weights of the others, whatever the number of its
+    pictures; each of them is shown equally often. 0 in all sets: shares follow from pictures and repeats."""
+    loss_weight: float = 1.0
+    """What the loss of its pictures counts."""
+    prior: bool = False
+    """It holds pictures of what the model must not forget (DreamBooth's class pictures, kohya's regularisation): they
+    are data.prior_share of every batch, and brought to the size of the pictures that they stand beside."""
+    prior_count: int = 0
+    """With prior, as data.prior_count."""
+
+
+@dataclass(frozen=True)
+class Data(SetSettings):
+    sets: list[DataSet] = field(default_factory=list)
+    """Several data sets, [[data.sets]] each, in place of data.path. A set takes from [data] what it does not say itself
+    of kind, caption, crop, flip, colours, rotation and captions; on the command line data.sets.2.repeats=3 is a setting
+    of the second."""
     prior_path: str = ""
     """Pictures of what the model must not forget (DreamBooth's class pictures), in any layout; brought to the size of
     the pictures that they stand beside."""
@@ -38,6 +136,15 @@ class Data:
     """What prior pictures without a caption are called ("a photo of a dog")."""
     prior_share: float = 0.5
     """Share of prior pictures in every batch, evenly spread over it."""
+    prior_count: int = 0
+    """Where prior_path holds fewer pictures than this, the others are drawn from prior_caption with the network as it
+    is before the first step, by samples.steps, shift and cfg, and stay there. 0 = none."""
+    balance_classes: bool = False
+    """Show each class equally often, however many pictures it has; where sets have weights, within each set."""
+    caption_variants: int = 0
+    """With a frozen text encoder: where captions change at random, so many wordings of each picture's are drawn by the
+    seed and embedded before the first step, and every step takes one of them. 0 = any number, for an encoder that
+    learns."""
     conditions: list[str] = field(default_factory=list)
     """Condition pictures to load with each picture, cut and mirrored like it: keys of the jsonl or data_info entries
     (PixelPonder's canny, depth, openpose, hed), columns, KEY.NAME.png in shards, or beside a folder DIR/images the
@@ -57,13 +164,6 @@ class Data:
     bucket_group: int = 0
     """So many pictures in a row of a batch have one size; 0 = the whole batch. Lower it to the pictures in a pass where
     a bucket has fewer pictures than a batch. The rest of a bucket is padded with pictures of its own next round."""
-    crop: str = "random"
-    """random: short side to 1.125 x resolution, random crop (the paper); with buckets, resized to cover and cropped
-    anywhere along what is too long. centre: ADM's centre crop. none: the picture is square already, and is only
-    resized when its size differs."""
-    flip: bool = False
-    """Mirror half of the pictures. The paper does; leave it off where captions say left and right, or where conditions
-    do (openpose colours the left arm otherwise than the right)."""
     cache: bool = True
     """Keep decoded pictures in memory as uint8, where the crop is fixed (none or centre) and all fit into 2 GiB."""
     workers: int = 4
@@ -75,15 +175,6 @@ class Data:
     """Where the loss counts (see [loss]): white in a mask, black not. alpha: the pictures' own transparency. files:
     beside a.png an a-masklabel.png (OneTrainer), beside a folder DIR/images the folder DIR/masks with pictures of the
     same names (kohya), or the key, column or KEY.mask.png "mask". A picture without one counts as a whole."""
-    described_share: float = 0.5
-    """How often a caption that a model wrote (sharegpt4v) stands for the picture's own, where it has both."""
-    tag_share: float = 0.0
-    """How often a caption is followed by some of the item's tags."""
-    tag_count: int = 2
-    templates: list[str] = field(default_factory=list)
-    """Frames such as "a picture of {}" that a caption is put into ..."""
-    template_share: float = 0.0
-    """... this often."""
 
     @property
     def beside(self) -> list[str]:
@@ -94,6 +185,33 @@ class Data:
     def sides(self) -> list[int]:
         """The resolutions."""
         return self.resolutions or [self.resolution]
+
+    @cached_property
+    def each(self) -> list[DataSet]:
+        """The data sets: `sets`, or this section as the only one; then that of prior_path."""
+        own = {f.name: look_up(self, f.name) for f in fields(SetSettings)}
+        sets = self.sets or [DataSet(**own)]
+        if not self.prior_path:
+            return sets
+        prior = {**own, "kind": "auto", "path": self.prior_path, "held_out_path": "", "caption": self.prior_caption,
+                 "name_captions": False}
+        return [*sets, DataSet(**prior, prior=True, prior_count=self.prior_count)]
+
+    @property
+    def has_prior(self) -> bool:
+        return any(one.prior for one in self.each)
+
+    def called(self, number: int) -> str:
+        """What a set's settings begin with: "data" or "data.sets.2"."""
+        return f"data.sets.{number + 1}" if number < len(self.sets) else "data"
+
+    def unvaried(self) -> Data:
+        """The same without anything random in a picture, for validation."""
+        def still(one: SetSettings):
+            return replace(one, flip=False, crop="centre" if one.crop == "random" else one.crop, rotation=0.0,
+                           brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+
+        return replace(still(self), sets=[still(one) for one in self.sets])
 
 
 @dataclass(frozen=True)
@@ -152,7 +270,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class AdapterLayers:
+class AdapterLayers(Table):
     pattern: str = ""
     """A regular expression, found in the names of the layers that it is about, such as "blocks\\\\.3\\\\.attn". The
     first table of which that is so counts for a layer, whether adapter.targets names the layer or not."""

@@ -21,10 +21,10 @@ from PIL import Image
 from ...models_impl.folders import below
 from ...models_impl.pictures import readable, remedy
 from ...models_impl.text.captions import clean_caption
-from ..config import rules
-from ..config.load import build, value_of
-from ..config.schema import Config, Data
-from . import buckets, layouts, loader, pictures
+from ..config import data_sets, rules
+from ..config.load import build, put, value_of
+from ..config.schema import Config, Data, DataSet
+from . import buckets, layouts, loader, pictures, sets
 from .layouts import LISTED, Item
 
 LIMITS = (120, 300, 512)  # tokens: PixArt-alpha; PixArt-Sigma; PixelFlow and FLUX
@@ -214,15 +214,16 @@ def settings_of(path: Path, words: list[str]) -> Data:
     """The settings of data that are looked at without a recipe: words are `data.key=value`, and conditions are those
     that a jsonl's entries name. Raises ValueError."""
     problems: list[str] = []
-    raw = {"path": str(path)}
+    raw = {"data": {"path": str(path)}}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name.startswith("data."):
             problems.append(f"{word!r}: without --recipe, settings are written data.key=value.")
         else:
-            raw[name.removeprefix("data.")] = value_of(value)
-    settings = build(Data, raw, {}, problems, "data.")
-    problems += rules.data(settings, settings.bucket_group or 1, 0) if settings else []
+            problems += put(raw, name, value_of(value))
+    settings = build(Data, raw["data"], {}, problems, "data.")
+    if settings:
+        problems += [*data_sets.problems(settings), *rules.data(settings, settings.bucket_group or 1, 0)]
     if problems:
         raise ValueError("these settings cannot work:\n  " + "\n  ".join(problems))
     if not settings.conditions and settings.kind in ("auto", "jsonl"):
@@ -243,9 +244,10 @@ def examine(settings: Data, need: str, tokens: Tokens | None = None, batch_size:
     with ThreadPoolExecutor(settings.workers) as pool:
         there = [i for i in items if id(i) not in missing]
         looked = list(progress(pool.map(look, there), len(there)))
-    report.summary.append(loader.summary(collection))
+    report.summary += [loader.summary(collection), *sets.counted(collection.train, collection.held_out, settings)]
     files(report, settings, items, missing, there, looked)
-    passed_over(report, settings)
+    for one in settings.each:
+        passed_over(report, one)
     doubles(report, there, looked, held)
     conditions(report, settings, items, looked)
     words(report, items, need, tokens or Tokens(estimated, False))
@@ -261,16 +263,15 @@ def files(report: Report, settings: Data, items, missing, there, looked):
                "replace them, or take them out.")
     report.add(False, [one.said for one in looked if one.said], "pictures have another size than the data set says",
                "correct height and width (they choose the bucket), or leave them out.")
-    if settings.crop == "none":
-        report.add(True, [f"{i.file} is {one.size[1]}x{one.size[0]}" for i, one in zip(there, looked, strict=True)
-                          if not one.why and one.size[0] != one.size[1]],
-                   "pictures are not square, and data.crop is none", "crop them, or set data.crop.")
+    report.add(True, [f"{i.file} is {one.size[1]}x{one.size[0]}" for i, one in zip(there, looked, strict=True)
+                      if settings.each[i.set].crop == "none" and not one.why and one.size[0] != one.size[1]],
+               "pictures are not square, and data.crop is none", "crop them, or set data.crop.")
 
 
-def passed_over(report: Report, settings: Data):
+def passed_over(report: Report, one: DataSet):
     """What lies in a folder and is not of the set, though somebody may think so."""
-    path = Path(settings.path).expanduser()
-    kind = layouts.recognised(path)[0] if settings.kind == "auto" else settings.kind
+    path = Path(one.path).expanduser()
+    kind = layouts.recognised(path)[0] if one.kind == "auto" else one.kind
     folders = [path / "train"] if kind == "splits" else [path] if kind in ("folder", "classes") else []
     rest = [file for folder in folders for file in sorted(below(folder))]
     pictured = {file.with_suffix("") for file in rest if file.suffix.lower() in readable()}
@@ -358,7 +359,7 @@ def shapes(report: Report, settings: Data, read: list[tuple[Item, Looked]], held
         if share > 1:
             small.append((share, f"{item.file} is {W}x{H}, shown at {w}x{h}"))
         lost = 1 - h * w / (H * share * W * share)
-        if lost > CROPPED and settings.crop != "none":
+        if lost > CROPPED and settings.each[item.set].crop != "none":
             cropped.append((lost, f"{item.file} is {W}x{H}, shown at {w}x{h}: {lost:.0%} is lost"))
     report.add(False, [words for _, words in sorted(small, key=lambda one: -one[0])],
                f"pictures are smaller than what they are shown at (data.resolution="

@@ -85,7 +85,9 @@ class Item:
     size: tuple[int, int] | None = None
     """(height, width) where the data set says it."""
     prior: bool = False
-    """A picture of `data.prior_path`: what the model must not forget (DreamBooth's class pictures)."""
+    """What the model must not forget (DreamBooth's class pictures)."""
+    set: int = 0
+    """Number of its data set in `Data.each`."""
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ A batch is named by its step, not by an iterator's past, so a run that resumes n
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import os
 import random
@@ -18,12 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...models_impl.pictures import readable, remedy
 from ..config.schema import Data
-from . import buckets, layouts, schedule
+from . import buckets, schedule, sets, wording
 from .layouts import Item, listed
 from .mask_files import MASK
-from .pictures import Picture, Pictures, has_alpha, measured, measured_or_none
+from .pictures import Picture, Pictures, has_alpha, measured, measured_or_none, oblong
 
 Size = tuple[int, int]  # (height, width) in pixels
 LOOKED_INTO, STARTS = 256, 2**18  # pictures that identify a data set by their bytes, and bytes of each
@@ -48,9 +46,11 @@ class Batch:
     boxes: Tensor
     """(B, 4) float32: what was cut out of it, in its own pixels: top, left, bottom, right."""
     prior: Tensor
-    """(B,) bool: pictures of data.prior_path"""
+    """(B,) bool: pictures of prior data sets"""
     size: Size
     """(height, width) of every picture in the batch, whether it is there or its features."""
+    weights: Tensor | None = None
+    """(B,) float32: what the loss of each picture counts; None where all count alike."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """What the cache holds of the pictures, "encoder.part" -> (B, ...)."""
     mask: Tensor | None = None
@@ -66,53 +66,45 @@ class Collection:
 
 
 def read(settings: Data, need: str, strict: bool = True) -> Collection:
-    """The items of a data set. need: "captions" or "classes", which every item must then have; else neither. strict:
-    refuse items whose files are missing."""
-    path = Path(settings.path).expanduser()
-    data_set = layouts.read(path, settings.kind, settings)
-    train, held_out, prior = data_set.train, data_set.held_out, []
-    if settings.held_out_path:
-        other = layouts.read(Path(settings.held_out_path).expanduser(), settings.kind, settings, data_set.classes)
-        held_out = held_out + other.train
-    if settings.prior_path:
-        prior = layouts.read(Path(settings.prior_path).expanduser(), "auto", settings).train
-        prior = [replace(i, prior=True, captions=i.texts or words(settings.prior_caption)) for i in prior]
-    if data_set.left_out:
-        shown = "".join(f"\n    {file}: {remedy(file.suffix.lower())}" for file in data_set.left_out[:layouts.LISTED])
-        logging.getLogger(__name__).warning("%d pictures are of formats that are not read here, and are left out:%s",
-                                            len(data_set.left_out), shown)
-    if not train:
-        raise ValueError(f"{path} holds no training pictures (looked for {settings.kind}: "
-                         f"{', '.join(sorted(readable()))}).")
-    if settings.caption:
-        train, held_out = ([i if i.texts else replace(i, captions=words(settings.caption)) for i in some]
-                           for some in (train, held_out))
-    train = train + prior
+    """The items of all data sets. need: "captions" or "classes", which every item must then have; else neither. strict:
+    refuse items whose files are missing, and pictures that the crop refuses."""
+    found, problems, several = {}, [], len(settings.each) > 1
+    for number, one in enumerate(settings.each):
+        try:
+            of_one = sets.read(one, number, settings)
+            train, held_out = (wording.named(some, one) for some in (of_one.train, of_one.held_out))
+            found[number] = replace(of_one, train=train, held_out=held_out)
+        except (ValueError, OSError) as error:
+            if not several:
+                raise
+            problems.append(f"{sets.label(settings, number)}: {error}")
+    found, classes, wrong = sets.joined(found, settings)
+    problems += wrong
+    for number, one in found.items() if strict else ():
+        where = f"{sets.label(settings, number)}: " * several
+        items = one.train + one.held_out
+        said = sets.complaints(items, settings, need, settings.balance_classes)
+        if settings.each[number].crop == "none":
+            said += listed(oblong(items), "pictures are not square, and data.crop=\"none\" takes squares",
+                           "Set data.crop to centre or random, or crop them.")
+        problems += [where + one for one in said]
     if strict:
-        complain(path, train + held_out, settings, need)
-    return Collection(train, held_out, data_set.classes)
+        problems += of_masks([i for one in found.values() for i in one.train + one.held_out if not i.prior], settings)
+    if problems:
+        raise ValueError(cannot("the data" if several else Path(settings.path).expanduser(), problems))
+    items = [i for one in found.values() for i in one.train]
+    held_out = [i for one in found.values() for i in one.held_out]
+    return Collection([i for i in items if not i.prior] + [i for i in items if i.prior], held_out, classes)
 
 
 def complain(path: Path, items: list[Item], settings: Data, need: str):
     """Raises ValueError for everything that the items lack."""
-    complaints = listed([i.file for i in items if isinstance(i.file, Path) and not i.file.is_file()],
-                        "pictures are named but not there")
-    for name in settings.conditions:
-        complaints += listed([i.file for i in items if not i.prior and name not in i.conditions],
-                             f"pictures have no condition {name!r}", "See `python -m trainer doctor`.")
-        there = [i.conditions[name] for i in items if name in i.conditions]
-        complaints += listed([c for c in there if isinstance(c, Path) and not c.is_file()],
-                             f"conditions {name!r} are named but not there")
-    complaints += of_masks([i for i in items if not i.prior], settings)
-    if need == "captions":
-        complaints += listed([i.file for i in items if not i.texts], "pictures have no caption",
-                             "Put a .txt, .caption or .json beside each, use data.kind = \"jsonl\", or give all one: "
-                             "data.caption.")
-    if need == "classes":
-        complaints += listed([i.file for i in items if i.label < 0], "pictures have no class",
-                             "Use data.kind = \"classes\" (one folder per class), or a jsonl with \"class\".")
-    if complaints:
-        raise ValueError(f"{path} cannot be trained on:\n  " + "\n  ".join(complaints))
+    if said := sets.complaints(items, settings, need):
+        raise ValueError(cannot(path, said))
+
+
+def cannot(what, problems: list[str]) -> str:
+    return f"{what} cannot be trained on:\n  " + "\n  ".join(problems)
 
 
 def of_masks(items: list[Item], settings: Data) -> list[str]:
@@ -153,10 +145,6 @@ def start_of(file) -> bytes:
         return b""
 
 
-def words(caption: str) -> tuple[str, ...]:
-    return (caption,) if caption else ()
-
-
 def in_buckets(items: list[Item], settings: Data) -> dict[Size, list[int]]:
     """The indices of the items that are shown at each (height, width). Looks into files only where sizes differ."""
     known = buckets.sizes(settings)
@@ -194,9 +182,13 @@ class Batches:
         mixed, groups = priors(self.group, self.share), batch_size // self.group
         shown = in_buckets([items[i] for i in own], settings)
         self.buckets = {size: [own[i] for i in some] for size, some in shown.items()}
-        self.schedule = schedule.BucketSchedule(self.buckets, seed, batch_size - groups * mixed, self.group - mixed)
-        self.prior = schedule.BucketSchedule({(0, 0): prior}, seed + 1, groups * mixed, mixed) if mixed else None
+        times = sets.times(items, [i for some in self.buckets.values() for i in some], settings)
+        self.schedule = schedule.BucketSchedule(self.buckets, seed, batch_size - groups * mixed, self.group - mixed,
+                                                times)
+        self.prior = schedule.BucketSchedule({(0, 0): prior}, seed + 1, groups * mixed, mixed,
+                                             sets.times(items, prior, settings)) if mixed else None
         self.of_prior, self.broken = prior, set()
+        self.weights = [one.loss_weight for one in settings.each]
         self.pending: dict[tuple, list] = {}
 
     def at(self, step: int, position: int) -> tuple[int, Size]:
@@ -207,6 +199,12 @@ class Batches:
             return self.schedule.at(step, group * (self.group - mixed) + place - before)
         size = self.schedule.at(step, group * (self.group - mixed))[1]
         return self.prior.at(step, group * mixed + before)[0], size
+
+    @property
+    def an_epoch(self) -> float:
+        """Pictures that are shown until each of the training pictures was as often as it is in an epoch."""
+        mixed = priors(self.group, self.share)
+        return float(self.schedule.pictures * self.group / (self.group - mixed))
 
     def index(self, step: int, position: int) -> int:
         return self.at(step, position)[0]
@@ -219,8 +217,9 @@ class Batches:
         if following:
             self.pending[following] = self.submit(*following)
         items, loaded = zip(*(self.loaded(step, p, load) for p, load in zip(part, loads, strict=True)), strict=True)
-        captions = [self.caption(i, self.rng(step, p, "caption")) for p, i in zip(part, items, strict=True)]
-        return collate(items, loaded, captions, part, step)
+        captions = [wording.at(i, self.settings, self.seed, self.rng(step, p, "caption"))
+                    for p, i in zip(part, items, strict=True)]
+        return collate(items, loaded, captions, part, step, self.weights)
 
     def loaded(self, step: int, position: int, load) -> tuple[Item, Picture]:
         """The item of a position and its picture. With data.skip_broken, in place of one that cannot be read the next
@@ -255,21 +254,10 @@ class Batches:
                              "batch_size over the number of processes).")
         return [self.pictures.submit(*one, self.rng(step, p, "picture")) for p, one in zip(part, shown, strict=True)]
 
-    def caption(self, item: Item, rng: random.Random) -> str:
-        settings, own = self.settings, item.captions
-        if item.described and (not own or rng.random() < settings.described_share):
-            own = item.described
-        if not own:
-            return ""
-        text = rng.choice(own)
-        if item.tags and rng.random() < settings.tag_share:
-            return ", ".join([text, *rng.sample(item.tags, min(settings.tag_count, len(item.tags)))])
-        if settings.templates and rng.random() < settings.template_share:
-            return rng.choice(settings.templates).replace("{}", text)
-        return text
 
-
-def collate(items: Sequence[Item], loaded: Sequence[Picture], captions: list[str], part: range, step: int) -> Batch:
+def collate(items: Sequence[Item], loaded: Sequence[Picture], captions: list[str], part: range, step: int,
+            weights: Sequence[float] = (1.0,)) -> Batch:
+    """weights: what the loss of each data set's pictures counts."""
     for item, one in zip(items, loaded, strict=True):
         refuse_spoilt(item, one)
     names = loaded[0].conditions
@@ -285,6 +273,7 @@ def collate(items: Sequence[Item], loaded: Sequence[Picture], captions: list[str
         boxes=torch.tensor([one.box for one in loaded], dtype=torch.float32),
         prior=torch.tensor([i.prior for i in items]),
         size=loaded[0].size,
+        weights=None if set(weights) == {1.0} else torch.tensor([weights[i.set] for i in items]),
         features={name: torch.stack([one.features[name] for one in loaded]) for name in loaded[0].features},
         mask=masks(loaded),
     )
@@ -306,13 +295,12 @@ def refuse_spoilt(item: Item, loaded: Picture):
                              "infinite). Take the picture out, or make the cache anew.")
 
 
-def fixed(items: list[Item], settings: Data, at_once: int = 64, load=Pictures) -> list[Batch]:
+def fixed(items: list[Item], settings: Data, at_once: int = 64, load=Pictures, first: int = 0) -> list[Batch]:
     """All items with their first caption and nothing random, up to `at_once` of one size a batch, for validation and
-    evaluation."""
-    crop = "centre" if settings.crop == "random" else settings.crop
+    evaluation. first: the position of the first."""
     shown = [(i, size) for size, some in in_buckets(items, settings).items() for i in some] if items else []
     ordered = [items[i] for i, _ in shown]
-    pictures, batches, start = load(ordered, replace(settings, flip=False, crop=crop)), [], 0
+    pictures, batches, start = load(ordered, settings.unvaried()), [], 0
     while start < len(shown):
         size = shown[start][1]
         stop = next((p for p in range(start, min(start + at_once, len(shown))) if shown[p][1] != size),
@@ -324,8 +312,9 @@ def fixed(items: list[Item], settings: Data, at_once: int = 64, load=Pictures) -
             whole = [n for n, load in enumerate(loads) if not isinstance(load.exception(), ValueError)]
             some, loads = [some[n] for n in whole], [loads[n] for n in whole]
         if some:
-            captions = [(i.texts or ("",))[0] for i in some]
-            batches.append(collate(some, [load.result() for load in loads], captions, part[:len(some)], 0))
+            captions = [wording.plain(i, settings.each[i.set]) for i in some]
+            place = range(first + part.start, first + part.start + len(some))
+            batches.append(collate(some, [load.result() for load in loads], captions, place, 0))
     return batches
 
 

@@ -5,7 +5,7 @@ import io
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from ...models_impl.pictures import levels, readable, remedy
 from ..config.schema import LARGEST_SIDE, Data
+from . import augment
 from .layouts import Item
 from .mask_files import MASK
 
 KEPT_BYTES = 2**31
+MEASURED = 10_000  # pictures of a set whose shape is looked at before a run
 MARGIN = 1.125  # of PixelFlow's random crop
 DOCTOR = "`python -m trainer doctor` finds all such pictures before a run does."
 Size = tuple[int, int]  # (height, width) in pixels
@@ -101,6 +103,19 @@ def measured(items: list[Item], workers: int) -> list[Size]:
         return list(pool.map(lambda item: item.size or measure(item.file), items))
 
 
+def oblong(items: list[Item]) -> list[str]:
+    """Of at most MEASURED items, evenly spread, those that are not square. What cannot be read is told later."""
+    found = []
+    for item in items[::-(-len(items) // MEASURED)] if items else ():
+        try:
+            height, width = item.size or measure(item.file, advice="")
+        except ValueError:
+            continue
+        if height != width:
+            found.append(f"{item.file} is {width}x{height}")
+    return found
+
+
 def measured_or_none(items: list[Item], workers: int) -> list[Size | None]:
     """The same, and None for a picture that cannot be read, which is named on stderr."""
     def size_of(item: Item) -> Size | None:
@@ -125,20 +140,27 @@ class Cut:
     size: Size
     """Size of the crop, which begins at (top, left) of the resized picture."""
     crop: str
+    angle: float = 0.0
+    """Degrees that the picture is turned by first, counterclockwise; `original` is then what is left of it."""
+    whole: Size | None = None
+    """With an angle, the size of the picture before."""
 
     def box(self) -> tuple[float, float, float, float]:
-        """The crop in the original's pixels: top, left, bottom, right."""
+        """The crop in the original's pixels: top, left, bottom, right; of a picture that is turned, before it is."""
         y, x = (o / r for o, r in zip(self.original, self.resized, strict=True))
-        return self.top * y, self.left * x, (self.top + self.size[0]) * y, (self.left + self.size[1]) * x
+        down, right = ((w - o) / 2 for w, o in zip(self.whole or self.original, self.original, strict=True))
+        return (down + self.top * y, right + self.left * x, down + (self.top + self.size[0]) * y,
+                right + (self.left + self.size[1]) * x)
 
     def apply(self, picture: Image.Image, resample: int | None = None) -> Image.Image:
         """The cut of a picture: of the one it was planned for, or of a condition that shows the same at another size.
         resample: a filter of Pillow in place of bicubic or Lanczos. Raises ValueError for another aspect ratio."""
-        height, width = self.resized
-        if (picture.height, picture.width) != self.original and not aligned((picture.height, picture.width),
-                                                                            self.original):
+        (height, width), whole = self.resized, self.whole or self.original
+        if (picture.height, picture.width) != whole and not aligned((picture.height, picture.width), whole):
             raise ValueError(f"it is {picture.width}x{picture.height}, which is not the shape of its picture, "
-                             f"{self.original[1]}x{self.original[0]}. Make them match.")
+                             f"{whole[1]}x{whole[0]}. Make them match.")
+        if self.angle:
+            picture = augment.turned(picture, self.angle, Image.BICUBIC if resample is None else Image.BILINEAR)
         if self.crop == "centre":  # ADM: halve with a box filter while that is possible, then bicubic
             while picture.width >= 2 * width and picture.height >= 2 * height:
                 picture = picture.resize((picture.width // 2, picture.height // 2), Image.BOX)
@@ -153,8 +175,11 @@ def aligned(one: Size, other: Size) -> bool:
     return abs(one[1] * other[0] / one[0] - other[1]) <= max(1, 0.01 * other[1])
 
 
-def plan(original: Size, size: Size, crop: str, rng: random.Random, margin: float = 1.0) -> Cut:
-    """margin: how much larger than `size` a picture is made before a random crop."""
+def plan(original: Size, size: Size, crop: str, rng: random.Random, margin: float = 1.0, angle: float = 0.0) -> Cut:
+    """margin: how much larger than `size` a picture is made before a random crop; angle: that it is turned by."""
+    if angle:
+        cut = plan(augment.inner(original, angle), size, crop, rng, margin)
+        return replace(cut, angle=angle, whole=original)
     (H, W), (h, w) = original, size
     if crop == "none":
         if H * w != W * h:
@@ -200,27 +225,30 @@ class Pictures:
     """The pictures of a list of items, decoded in threads and kept where the crop is fixed."""
 
     def __init__(self, items: list[Item], settings: Data):
-        self.items, self.settings = items, settings
+        self.items, self.settings, self.sets = items, settings, settings.each
         self.pool = ThreadPoolExecutor(settings.workers)
         side = max(settings.sides)
         small = 3 * side**2 * len(items) * (1 + len(settings.conditions)) <= KEPT_BYTES
-        self.kept = {} if settings.cache and small and settings.crop != "random" else None
+        self.keeps = [settings.cache and small and one.crop != "random" and not one.varies
+                      for one in self.sets]
+        self.kept: dict[tuple[int, Size], Picture] = {}
         self.margin = 1.0 if settings.buckets else MARGIN
 
     def load(self, index: int, size: Size, rng: random.Random) -> Picture:
-        found = self.kept.get((index, size)) if self.kept is not None else None
+        item = self.items[index]
+        found = self.kept.get((index, size))
         if found is None:
-            found = self.cut(self.items[index], size, rng)
-            if self.kept is not None:
+            found = self.cut(item, size, rng)
+            if self.keeps[item.set]:
                 self.kept[index, size] = found
-        return found.mirrored() if self.settings.flip and rng.random() < 0.5 else found
+        return found.mirrored() if self.sets[item.set].flip and rng.random() < 0.5 else found
 
     def cut(self, item: Item, size: Size, rng: random.Random) -> Picture:
-        file = item.file
+        file, one = item.file, self.sets[item.set]
         try:
             picture = decode(file)
-            cut = plan((picture.height, picture.width), size, self.settings.crop, rng, self.margin)
-            pixels, conditions = tensor(cut.apply(picture)), {}
+            cut = plan((picture.height, picture.width), size, one.crop, rng, self.margin, augment.angle(one, rng))
+            pixels, conditions = tensor(augment.coloured(cut.apply(picture), one, rng)), {}
             for name in self.settings.conditions:
                 file = item.conditions[name]
                 conditions[name] = tensor(cut.apply(decode(file)))

@@ -24,7 +24,7 @@ class Whole:
     def backward(self, batch, rounds: int, last: bool) -> Tensor:
         """The part of the loss that a batch has, whose gradients are added; those of all processes meet in the last."""
         with nullcontext() if last else self.accelerator.no_sync(self.model):
-            loss = self.model(batch).mean() / rounds
+            loss = mean(self.model(batch), batch) / rounds
             self.accelerator.backward(loss)
         return loss.detach()
 
@@ -34,6 +34,11 @@ class Whole:
         norm = optimizer.clip()
         finite(norm, step, self.config)
         return norm, optimizer.step(step)
+
+
+def mean(losses: Tensor, batch) -> Tensor:
+    """The loss of a batch: the mean over its pictures, each as its data set counts. losses: (B,)."""
+    return losses.mean() if batch.weights is None else (losses * batch.weights.to(losses)).mean()
 
 
 def finite(norm: Tensor, step: int, config: Config):

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from .. import libraries
 from ..config.schema import Config
 from ..training.optim import Optimizers
-from .ddp import Whole, finite
+from .ddp import Whole, finite, mean
 
 
 def plugin():
@@ -73,7 +73,7 @@ class Zero(Whole):
 
     def backward(self, batch, rounds: int, last: bool) -> Tensor:
         self.model.set_gradient_accumulation_boundary(last)
-        loss = self.model(batch).mean() / rounds
+        loss = mean(self.model(batch), batch) / rounds
         self.model.backward(loss, scale_wrt_gas=False)
         return loss.detach()
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from ..config.schema import Config
 from ..training.optim import Optimizers
 from . import sharded
-from .ddp import Whole
+from .ddp import Whole, mean
 
 
 def spread(recipe: nn.Module, accelerator):
@@ -51,7 +51,7 @@ class Parts(Whole):
         pass
 
     def backward(self, batch, rounds: int, last: bool) -> Tensor:
-        loss = self.model(batch).mean() / rounds
+        loss = mean(self.model(batch), batch) / rounds
         loss.backward()
         return loss.detach()
 

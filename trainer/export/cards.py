@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from ...models_impl.files import write_whole
 from ..config.load import stored
-from ..config.schema import Config, look_up
+from ..config.schema import Config, DataSet, SetSettings, look_up
 from ..training.checkpoints import checkpoints, read_log
 from ..training.run import MAY_CHANGE
 
@@ -41,7 +42,8 @@ def card(folder: Path, settings: Config, step: int, files: list[Path]) -> str:
         prompts = [f"{i + 1}. {unplaced(prompt)}" for i, prompt in enumerate(s.samples.prompts)]
         lines += ["", "## Samples", "", f"![samples]({files[0].stem}.png)", "", *prompts, "",
                   f"At step {int(sheet.stem)}, {s.samples.steps} steps, cfg {s.samples.cfg:g}, seed {s.samples.seed}."]
-    facts = {"data": f"`{Path(s.data.path).name}`", "resolution": s.data.resolution, "batch size": s.batch_size,
+    pictures = ", ".join(f"`{Path(one.path).name}`" for one in s.data.each if not one.prior)
+    facts = {"data": pictures, "resolution": s.data.resolution, "batch size": s.batch_size,
              "optimizer": s.optimizer.name, "learning rate": s.optimizer.learning_rate, "precision": s.precision,
              "seed": s.seed, "ema": s.ema.decay or "none", **{k: unplaced(v) for k, v in vars(s.recipe).items()}}
     if losses:
@@ -60,10 +62,18 @@ def chosen(settings: Config) -> dict[str, object]:
     found = {}
     for section in ("model", "data", "text", "vae", "optimizer", "ema", "memory"):
         part = look_up(settings, section)
-        plain = vars(type(part)())
-        found |= {name: unplaced(value) for key, value in vars(part).items() if value != plain[key]
-                  and (name := f"{section}.{key}") not in named | MAY_CHANGE}
+        found |= others(part, type(part)(), f"{section}.", named | MAY_CHANGE | {"data.sets"})
+    for number, one in enumerate(settings.data.sets, 1):
+        told = DataSet(**{f.name: look_up(settings.data, f.name) for f in fields(SetSettings)})
+        prefix = f"data.sets.{number}."
+        found |= others(one, told, prefix, {f"{prefix}{key}" for key in ("path", "held_out_path")})
     return found
+
+
+def others(part, plain, prefix: str, without: set[str]) -> dict[str, object]:
+    """Settings of a section that differ from those of another one."""
+    return {name: unplaced(value) for f in fields(part) if (value := look_up(part, f.name)) != look_up(plain, f.name)
+            and (name := prefix + f.name) not in without}
 
 
 def size_of(file: Path) -> str:

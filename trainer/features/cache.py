@@ -45,18 +45,14 @@ def shown(items: list[Item], settings: Data) -> Iterator[tuple[Item, Size]]:
         yield from ((i, size) for i in items if i.prior)
 
 
-def cut_by(settings: Data) -> Data:
-    """The settings under which held-out pictures are shown (`loader.fixed`)."""
-    return replace(settings, flip=False, crop="centre" if settings.crop == "random" else settings.crop)
-
-
 def lacking(items: list[Item], settings: Data, encoders: list, digests: Digests) -> tuple[list, list]:
     """([(item, size, mirrored)] that some encoder has no features of, the files among them that have changed)."""
     missing, changed = [], []
     for item, size in shown(items, settings):
         altered = digests.of(item.file)[1] or any(digests.of(item.conditions[e.of])[1] for e in encoders if e.of)
-        for mirrored in (False, True) if settings.flip else (False,):
-            if any(key_of(item, e.of, size, settings.crop, mirrored, digests) not in e.store for e in encoders):
+        one = settings.each[item.set]
+        for mirrored in (False, True) if one.flip else (False,):
+            if any(key_of(item, e.of, size, one.crop, mirrored, digests) not in e.store for e in encoders):
                 missing.append((item, size, mirrored))
                 changed += [item.file] if altered and item.file not in changed[-1:] else []
     return missing, changed
@@ -80,10 +76,11 @@ class Cached:
         return found
 
     def load(self, index: int, size: Size, rng: random.Random) -> Picture:
-        mirrored = self.settings.flip and rng.random() < 0.5
-        features, cut = {}, {}
+        item, features, cut = self.items[index], {}, {}
+        one = self.settings.each[item.set]
+        mirrored = one.flip and rng.random() < 0.5
         for e in self.encoders:
-            key = key_of(self.items[index], e.of, size, self.settings.crop, mirrored, self.digests)
+            key = key_of(item, e.of, size, one.crop, mirrored, self.digests)
             record = e.store.get(key)
             cut = {part: tuple(record.pop(part).tolist()) for part in (ORIGINAL, BOX)}
             features |= {f"{e.name}.{part}": value for part, value in record.items()}
@@ -110,7 +107,7 @@ def loader(config: Config, encoders: list, items: list[Item], settings: Data, sa
     stores = [e.store for e in encoders]
     if not encoders or None in stores or not items:
         return Pictures
-    if settings.crop == "random":
+    if any(settings.each[number].crop == "random" for number in {i.set for i in items}):
         say(f"data.crop=\"random\" makes another picture every time: pictures are encoded as they are shown, and not "
             f"taken from cache.folder={config.cache.folder!r}.")
         return Pictures
@@ -155,7 +152,7 @@ def fill(items: list[Item], settings: Data, encoders: list, folder: Path, device
     missing = lacking(items, settings, encoders, digests)[0][share[0]::share[1]]
     if not share[0]:
         digests.write()
-    load = Pictures([item for item, _, _ in missing], replace(settings, flip=False, cache=False, masks=""))
+    load = Pictures([item for item, _, _ in missing], replace(settings.unvaried(), cache=False, masks=""))
     made, order = 0, sorted(range(len(missing)), key=lambda i: missing[i][1])  # one size after another
     groups = [order[i:i + AT_ONCE] for i in range(0, len(order), AT_ONCE)]
     try:
@@ -174,7 +171,8 @@ def fill(items: list[Item], settings: Data, encoders: list, folder: Path, device
 
 def _encode(encoder, some: list, settings: Data, digests: Digests, device) -> int:
     """some: [((item, size, mirrored), Picture)] of one size."""
-    keys = [key_of(item, encoder.of, size, settings.crop, mirrored, digests) for (item, size, mirrored), _ in some]
+    keys = [key_of(item, encoder.of, size, settings.each[item.set].crop, mirrored, digests)
+            for (item, size, mirrored), _ in some]
     new = [i for i, key in enumerate(keys) if key not in encoder.store]
     if not new:
         return 0

@@ -26,9 +26,9 @@ def file_names(item: Item, root: Path) -> tuple[str, str]:
     return "_".join(inner.rsplit("/", 1)), name.stem
 
 
-def root_of(settings: Data) -> Path:
-    """What the names of feature files are relative to."""
-    path = Path(settings.path).expanduser()
+def root_of(item: Item, settings: Data) -> Path:
+    """What the names of feature files of a data set are relative to."""
+    path = Path(settings.each[item.set].path).expanduser()
     base = path if path.is_dir() else path.parent
     return next((base / name for name in ("InternImgs", "images") if (base / name).is_dir()), base)
 
@@ -42,11 +42,11 @@ def read_released(items: list[Item], settings: Data, text: Store | None, latent:
     """
     import numpy as np
 
-    root, digests, done, absent, wrong = root_of(settings), None, Counter(), [], []
+    digests, done, absent, wrong = None, Counter(), [], []
     if latent is not None:
         digests = Digests(latent.root)
     for item, size in shown(items, settings):
-        names = file_names(item, root)
+        names, crop = file_names(item, root_of(item, settings)), settings.each[item.set].crop
         if text is not None and item.texts:
             if file := _first(captions, names, ".npz"):
                 with np.load(file) as found:
@@ -66,8 +66,8 @@ def read_released(items: list[Item], settings: Data, text: Store | None, latent:
                 wrong.append(f"{file}: {8 * mean.shape[2]}x{8 * mean.shape[1]}, shown at {size[1]}x{size[0]}")
                 continue
             original = item.size or measure(item.file)
-            cut = plan(original, size, settings.crop, random.Random(0))
-            latent.put(key_of(item, "", size, settings.crop, False, digests), {
+            cut = plan(original, size, crop, random.Random(0))
+            latent.put(key_of(item, "", size, crop, False, digests), {
                 "mean": mean, "std": std, ORIGINAL: torch.tensor(original),
                 BOX: torch.tensor(cut.box(), dtype=torch.float32)})
             done["latents"] += 1
@@ -84,9 +84,9 @@ def write_released(items: list[Item], settings: Data, text: Store | None, latent
     """The other way round. limit: tokens that captions are padded to, by their last token under a mask of 0."""
     import numpy as np
 
-    root, digests, done, absent = root_of(settings), Digests(latent.root) if latent is not None else None, Counter(), []
+    digests, done, absent = Digests(latent.root) if latent is not None else None, Counter(), []
     for item, size in shown(items, settings):
-        name = file_names(item, root)[0]
+        name, crop = file_names(item, root_of(item, settings))[0], settings.each[item.set].crop
         if text is not None and item.texts:
             key = digest(item.texts[0])
             if key in text:
@@ -100,7 +100,7 @@ def write_released(items: list[Item], settings: Data, text: Store | None, latent
             else:
                 absent.append(item.texts[0])
         if latent is not None:
-            key = key_of(item, "", size, settings.crop, False, digests)
+            key = key_of(item, "", size, crop, False, digests)
             if key in latent:
                 record, file = latent.get(key), latents / f"{name}.npy"
                 file.parent.mkdir(parents=True, exist_ok=True)

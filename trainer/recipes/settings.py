@@ -31,6 +31,8 @@ class Settings:
     """Whether an adapter is trained, where that can be chosen."""
     choices: ClassVar[int] = 1
     """Ways through the network in one batch."""
+    draws_class_pictures: ClassVar[bool] = False
+    """Whether the network draws pictures of captions before it has learned (data.prior_count)."""
     hints: ClassVar[list[str] | None] = None
     """Pictures for the samples, one for each prompt, where a recipe has such a setting."""
 

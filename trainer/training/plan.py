@@ -8,7 +8,7 @@ import torch
 from ...models_impl.state_dict import first_line
 from ..config import rules
 from ..config.schema import Config
-from ..data import loader
+from ..data import loader, sets
 from ..distributed import deepspeed, fsdp2
 from ..memory import offload, quantization
 from . import cost
@@ -22,6 +22,7 @@ def describe(config: Config, collection: loader.Collection, recipe, batches: loa
     count = sum(p.numel() for _, p in learns)
     lines = [f"run        {config.folder} ({config.recipe.name}, {config.precision}, seed {config.seed})",
              f"data       {loader.summary(collection)}",
+             *(f"           {line}" for line in sets.counted(collection.train, collection.held_out, config.data)),
              f"parameters {count:,} learn, {quantization.size(recipe) - count:,} frozen"]
     parents: dict[str, int] = {}
     for name, p in learns:
@@ -35,7 +36,7 @@ def describe(config: Config, collection: loader.Collection, recipe, batches: loa
                                         f"warm-up {config.optimizer.warm_up} steps")
     images = config.steps * config.batch_size
     lines.append(f"steps      {config.steps:,} of {config.batch_size} pictures = {images:,} pictures, "
-                 f"{images / len(collection.train):.1f} epochs; {processes} process(es), "
+                 f"{images / batches.an_epoch:.1f} epochs; {processes} process(es), "
                  f"{len(parts)} pass(es) of {len(parts[0])}")
     if len(batches.buckets) > 1:
         lines.append("sizes      " + ", ".join(f"{w}x{h}: {len(some):,}" for (h, w), some in batches.buckets.items()))

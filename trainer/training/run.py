@@ -24,7 +24,7 @@ from ...models_impl.files import flush, put, write_whole
 from ..config import rules
 from ..config.load import as_dict, differences, stored
 from ..config.schema import Config
-from ..data import loader
+from ..data import loader, sets
 from ..data.pictures import Pictures
 from ..data.sheets import sheet
 from ..files import digest, entries
@@ -45,8 +45,9 @@ LOCK = "in_use.lock"
 MAY_CHANGE = {"name", "out", "resume", "resume_from", "init_from", "device", "threads", "compile",
               "checkpoint_activations", "micro_batch_size", "save_every", "keep", "log_every", "divergence", "log",
               "samples", "validation", "data.path", "data.held_out_path", "data.prior_path", "data.cache",
-              "data.workers", "text.cache", "text.tokenizer", "cache", "memory.swap_blocks", "memory.shard",
-              "model.previewer", "model.stage_a", "model.stage_b"}
+              "data.workers", "data.sets.path", "data.sets.held_out_path", "data.sets.name", "text.cache",
+              "text.tokenizer", "cache", "memory.swap_blocks", "memory.shard", "model.previewer", "model.stage_a",
+              "model.stage_b"}
 """Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
 
 
@@ -56,7 +57,7 @@ class Run:
         self.config, self.accelerator, self.folder = config, accelerator, config.folder
         self.main = accelerator.is_main_process
         self.measures = self.main or rules.way(config) != rules.DDP
-        self.items, self.load = list(held_out)[: config.validation.items], Pictures
+        self.items, self.load = sets.taken(held_out, config.validation.items), Pictures
         self.stop, self.saved_at, self.writer, self.bar, self.wandb = False, None, None, None, None
         self.stopped_by: int | None = None
         """The signal by which a person or the system ended the run."""
@@ -65,11 +66,29 @@ class Run:
         self.past = Divergence(config.divergence)
 
     @cached_property
-    def held_out(self) -> list[loader.Batch]:
-        """The batches of a validation: only in the main process, or in all where they need each other for it."""
+    def held_out_sets(self) -> dict[str, list[loader.Batch]]:
+        """The batches of a validation, by the data sets' names: only in the main process, or in all where they need
+        each other for it."""
         if not (self.config.validation.every and self.measures):
-            return []
-        return loader.fixed(self.items, self.config.data, self.config.micro_batch_size or 64, self.load)
+            return {}
+        found, first = {}, 0
+        for number in sorted({item.set for item in self.items}):
+            own = [item for item in self.items if item.set == number]
+            name = self.config.data.each[number].name or f"set{number + 1}"
+            found[name] = loader.fixed(own, self.config.data, self.config.micro_batch_size or 64, self.load, first)
+            first += len(own)
+        return found
+
+    @property
+    def held_out(self) -> list[loader.Batch]:
+        return [batch for some in self.held_out_sets.values() for batch in some]
+
+    def validated(self, recipe) -> dict[str, float]:
+        """What a recipe says of the held-out pictures, and its loss of each data set where there are several."""
+        found = recipe.validate(self.held_out)
+        if len(self.held_out_sets) > 1:
+            found |= {f"loss_{name}": recipe.validate(some)["loss"] for name, some in self.held_out_sets.items()}
+        return found
 
     def open(self):
         """Makes the folder, or checks that the run in it is this one, which no other process may be doing."""
@@ -235,7 +254,7 @@ class Run:
         config, begin = self.config, time.perf_counter()
         if self.held_out and step % config.validation.every == 0:
             with optimizer.averaged(), ema.applied():
-                found = recipe.validate(self.held_out)
+                found = self.validated(recipe)
             if self.main:
                 self.write(step, **{f"validation_{k}": v for k, v in found.items()})
         if self.measures and config.samples.every and step % config.samples.every == 0:

@@ -22,7 +22,7 @@ class Recipe(PixArtRecipe):
         self.net = self.adapted() if self.settings.lora else opened(config, text, network)
         self.prepare()
         group = config.data.bucket_group or config.batch_size
-        self.prior_share = loader.priors(group, config.data.prior_share) / group if config.data.prior_path else 0.0
+        self.prior_share = loader.priors(group, config.data.prior_share) / group if config.data.has_prior else 0.0
 
     def weights(self, prior: Tensor) -> Tensor:
         """What each picture's loss counts, (B,), so that the mean over a batch is the mean over the subject's pictures

@@ -45,11 +45,11 @@ class Pairs:
 
     def __init__(self, folder: Path, items: list[Item], settings: Data, channels: int):
         """Raises ValueError where a picture has no pair, two share one, or the first one is of another size."""
-        self.folder, self.root, self.channels = folder, released.root_of(settings), channels
+        self.folder, self.settings, self.channels = folder, settings, channels
         absent, owners, others, notes = [], {}, [], folder / NOTES
         captions = read_notes(notes)["captions"] if notes.is_file() else {}
         for item in items:
-            names = released.file_names(item, self.root)
+            names = released.file_names(item, released.root_of(item, self.settings))
             if captions.get(names[0], item.texts[0]) != item.texts[0]:
                 others.append(f"{names[0]}: {captions[names[0]]!r:.60}, now {item.texts[0]!r:.60}")
             for kind in PAIRS:
@@ -69,7 +69,7 @@ class Pairs:
 
     def of(self, item: Item, size: Size) -> tuple[Tensor, Tensor]:
         """(noise, latent), (C, h, w) float32 each, of an item that is shown at `size` in pixels."""
-        names, shape = released.file_names(item, self.root), shape_of(size, self.channels)
+        names, shape = released.file_names(item, released.root_of(item, self.settings)), shape_of(size, self.channels)
         return tuple(read(self.file(kind, names) or self.folder / kind / f"{names[0]}.npy", shape) for kind in PAIRS)
 
 
@@ -106,8 +106,7 @@ def make(config: Config, items: list[Item], folder: Path, steps: int, cfg: float
     for name, value in (("--steps", steps), ("--batch", at_once)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-    root = released.root_of(config.data)
-    todo = [(released.file_names(item, root)[0], item.texts[0], size)
+    todo = [(released.file_names(item, released.root_of(item, config.data))[0], item.texts[0], size)
             for item, size in cache.shown([i for i in items if not i.prior], config.data)]
     counts = Counter(name for name, _, _ in todo)
     if twice := listed([f"{name}.npy" for name, count in counts.items() if count > 1],

@@ -239,7 +239,7 @@ class PixArtDmdSettings(Settings):
             problems.exists(f"recipe.{name}", look_up(self, name), "file")
         problems.need(min(config.data.sides) >= LEAST_SEEN,
                       f"recipe.regression sees nothing below {LEAST_SEEN} pixels.")
-        problems.need(not config.data.prior_path,
+        problems.need(not config.data.has_prior,
                       "data.prior_path: prior pictures have no pairs. Set recipe.regression=0, or leave them out.")
         return problems
 

@@ -69,7 +69,7 @@ class PixelFlowSettings(Settings):
                       "encoder: use samples.prompts.")
         problems.need(text or not samples.prompts,
                       "samples.prompts needs a text encoder: set text.encoder, or use samples.classes.")
-        problems.need(text or config.data.kind != "folder",
+        problems.need(text or all(one.kind != "folder" for one in config.data.each),
                       "data.kind=\"folder\" has no classes: use \"classes\", or set text.encoder for captions.")
         return problems
 
