@@ -65,8 +65,7 @@ def prepared(run, config, collection, accelerator) -> tuple:
     if isinstance(recipe.text, text_encoders.FROZEN):
         captions = wording.every(collection.train, collection.held_out, config.data, config.seed)
         if config.data.caption_variants:
-            accelerator.print(f"{len(captions):,} captions of {len(collection.train):,} pictures are embedded "
-                              f"(data.caption_variants={config.data.caption_variants}).")
+            accelerator.print(f"{wording.counted(captions, collection.train, config.data)}: they are embedded first.")
         with accelerator.main_process_first():
             recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
     load = cache.loader(config, recipe.encoders, collection.train, config.data, accelerator.print)

@@ -42,6 +42,7 @@ def inner(size: Size, degrees: float) -> Size:
     height, width = size
     cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
     share = min(width / (width * cos + height * sin), height / (width * sin + height * cos))
+    share *= 1 - 2 / min(size)  # the pixels of an edge mix with the emptiness beyond
     return max(1, math.floor(height * share)), max(1, math.floor(width * share))
 
 

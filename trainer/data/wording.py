@@ -15,6 +15,7 @@ from ..config.schema import Data, SetSettings
 from .layouts import InRow, Item
 
 ALTERNATIVES = re.compile(r"\{([^{}]*\|[^{}]*)\}")  # the innermost
+SIGNS = re.compile(r"[{|}]")
 NUMBERS = re.compile(r"^\(?\d+\)?([\s_.-]+|$)|[\s_.-]+\(?\d+\)?$|\(\d+\)$|[\s_.-]+$")  # at the ends of a name
 
 
@@ -90,8 +91,24 @@ def at(item: Item, settings: Data, seed: int, rng: random.Random) -> str:
     return drawn(item, one, rng)
 
 
+def counted(captions: list[str], train: list[Item], settings: Data) -> str:
+    """How many captions there are to embed, in words."""
+    return (f"{len(captions):,} captions of {len(train):,} pictures can occur "
+            f"(data.caption_variants={settings.caption_variants})")
+
+
 def variant(item: Item, one: SetSettings, seed: int, number: int) -> str:
     return drawn(item, one, random.Random(f"{seed} {item.set} {item.file.name} variant {number}"))
+
+
+def corpus(items: Iterable[Item], settings: Data) -> list[str]:
+    """What a vocabulary is made of: captions, tags and templates, without the signs of alternatives."""
+    found = []
+    for item in items:
+        bare = settings.each[item.set].wildcards
+        found += (SIGNS.sub(" ", text) if bare else text for text in (*item.texts, *item.tags))
+    return found + [SIGNS.sub(" ", template) if one.wildcards else template.replace("{}", "")
+                    for one in settings.sets or [settings] for template in one.templates]
 
 
 def every(train: Iterable[Item], held_out: Iterable[Item], settings: Data, seed: int) -> list[str]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...models_impl.files import write_whole
 from ..config.schema import Config
-from ..data import loader
+from ..data import loader, wording
 from ..features import text_encoders
 from ..files import entries
 from ..recipes import find
@@ -26,8 +26,7 @@ def collection(config: Config) -> loader.Collection:
 def recipe(config: Config, collection: loader.Collection, folder: Path | None = None) -> nn.Module:
     """What is trained, at its start. The weights depend only on the seed."""
     torch.manual_seed(config.seed)
-    words = [text for i in collection.train for text in (*i.texts, *i.tags)]
-    text = text_encoders.make(config, words + [t.replace("{}", "") for t in config.data.templates], folder)
+    text = text_encoders.make(config, wording.corpus(collection.train, config.data), folder)
     classes = len(collection.classes) or 1 + max(i.label for i in collection.train)
     if config.needs == "classes" and (unknown := [c for c in config.samples.classes if not 0 <= c < classes]):
         raise ValueError(f"samples.classes names {', '.join(map(str, unknown))}, and the data have the classes 0 to "

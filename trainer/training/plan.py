@@ -8,7 +8,7 @@ import torch
 from ...models_impl.state_dict import first_line
 from ..config import rules
 from ..config.schema import Config
-from ..data import loader, sets
+from ..data import loader, sets, wording
 from ..distributed import deepspeed, fsdp2
 from ..memory import offload, quantization
 from . import cost
@@ -23,6 +23,7 @@ def describe(config: Config, collection: loader.Collection, recipe, batches: loa
     lines = [f"run        {config.folder} ({config.recipe.name}, {config.precision}, seed {config.seed})",
              f"data       {loader.summary(collection)}",
              *(f"           {line}" for line in sets.counted(collection.train, collection.held_out, config.data)),
+             *wordings(config, collection),
              f"parameters {count:,} learn, {quantization.size(recipe) - count:,} frozen"]
     parents: dict[str, int] = {}
     for name, p in learns:
@@ -59,6 +60,14 @@ def describe(config: Config, collection: loader.Collection, recipe, batches: loa
         lines.append(f"  ... {config.batch_size - 8} more")
     where = next(i for i, line in enumerate(lines) if line.startswith("memory"))
     return lines[:where + 1] + duration(config, collection, recipe, parts, device) + lines[where + 1:]
+
+
+def wordings(config: Config, collection: loader.Collection) -> list[str]:
+    """How many captions a frozen encoder embeds before the first step, where that is more than one each."""
+    if not (config.text.frozen and config.data.caption_variants):
+        return []
+    captions = wording.every(collection.train, collection.held_out, config.data, config.seed)
+    return [f"captions   {wording.counted(captions, collection.train, config.data)}"]
 
 
 def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, processes: int,
