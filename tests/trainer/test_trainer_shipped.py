@@ -66,7 +66,7 @@ def words(root, name):
     if kind == "classes":  # those of ImageNet are not here
         found.append("samples.classes=[0, 5]")
     if "prior_path" in raw["data"]:
-        found += [f"data.path={root}/subject", f"data.prior_path={root}/class"]
+        found += [f"data.path={root}/subject", f"data.prior_path={root}/class", "data.prior_count=0"]
     if "vae" in raw:
         found.append(f"vae.path={root}/vae{'16' if on_flux else ''}")
     encoder = raw.get("text", {}).get("encoder", "small")

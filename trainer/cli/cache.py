@@ -25,13 +25,14 @@ def run(args):
     from ..data import wording
     from ..features import cache, released, text_encoders
     from ..recipes import find
-    from ..training import build
+    from ..training import build, class_pictures
 
     if not config.cache.folder:
         raise ValueError("cache.folder is empty: name where the features are to be kept.")
     cache.stop_once()
     accelerator = accelerator_of(config.device)
     number, count = accelerator.process_index, accelerator.num_processes
+    class_pictures.draw_missing(config, accelerator, tqdm)
     collection, root = build.collection(config), Path(config.cache.folder).expanduser()
     text = text_encoders.frozen(config, config.folder, number) if config.text.frozen else None
     readers = find(config.recipe.name).make_encoders(config, number)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 from .options import accelerator_of, with_recipe
 
@@ -19,24 +20,30 @@ def run(args):
     config = load(args.recipe, args.settings)
 
     import torch
+    from tqdm import tqdm
 
     from ..data import loader
-    from ..training import build, loop
+    from ..training import build, class_pictures, loop
     from ..training.run import Run
 
     if config.threads:
         torch.set_num_threads(config.threads)
     accelerator = accelerator_of(config.device)
     parts = loop.parts_of(config, accelerator.process_index, accelerator.num_processes)
-    collection = build.collection(config)
     if args.dry_run:
         from ..training import plan
 
+        if drawn := class_pictures.planned(config.data):
+            accelerator.print("\n".join([*drawn, "This is the plan without them:"]))
+            config = replace(config, data=class_pictures.without(config.data))
+        collection = build.collection(config)
         batches = loader.Batches(collection.train, config.data, config.seed, config.batch_size)
         recipe = plan.on_meta(lambda: build.recipe(config, collection))
         lines = plan.describe(config, collection, recipe, batches, parts, accelerator.num_processes, accelerator.device)
         return accelerator.print("\n".join(lines))
 
+    class_pictures.draw_missing(config, accelerator, tqdm)
+    collection = build.collection(config)
     with closing(Run(config, accelerator, collection.held_out)) as run:
         recipe, batches = prepared(run, config, collection, accelerator)
         step = loop.train(recipe, batches, config, run, accelerator)

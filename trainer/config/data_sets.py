@@ -105,8 +105,6 @@ def of_drawing(settings: Data) -> list[str]:
     """Problems with class pictures that are to be drawn."""
     found = Problems()
     found.at_least("data.prior_count", settings.prior_count, 0)
-    found.need(not settings.prior_count or settings.prior_path,
-               f"data.prior_count={settings.prior_count}: name the folder for the class pictures, data.prior_path.")
     for number, one in enumerate(settings.each):
         if not (one.prior and one.prior_count):
             continue

@@ -23,6 +23,8 @@ def label(settings: Data, number: int) -> str:
 def read(one: DataSet, number: int, settings: Data) -> Found:
     """The items of one set, with its number. Raises ValueError, FileNotFoundError."""
     path = Path(one.path).expanduser()
+    if one.prior_count and not path.is_dir():
+        raise ValueError(f"{path}: {one.prior_count} class pictures are not drawn yet; `train` and `cache` do that.")
     found = layouts.read(path, one.kind, settings)
     held_out = [] if one.prior else found.held_out
     if one.held_out_path:

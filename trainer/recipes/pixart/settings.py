@@ -83,6 +83,7 @@ class PixArtLoraSettings(Settings):
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "adapter", "memory.base")
     unread: ClassVar[dict[str, str]] = {}
+    draws_class_pictures: ClassVar[bool] = True
     dropout: float = 0.1
     """How often a picture's caption is taken away, for classifier-free guidance."""
     variance: float = 0.0
@@ -145,6 +146,7 @@ class PixArtDreamBoothSettings(Settings):
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "adapter", "memory.base")
     unread: ClassVar[dict[str, str]] = {}
+    draws_class_pictures: ClassVar[bool] = True
     lora: bool = True
     """Train the adapter of [adapter]. false: all weights, as the release's script."""
     prior_weight: float = 1.0

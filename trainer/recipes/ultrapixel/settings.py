@@ -83,6 +83,7 @@ class UltraPixelLoraSettings(Settings):
     Model: ClassVar[type] = Model
     sections: ClassVar[tuple[str, ...]] = ("vae", "memory.base")
     unread: ClassVar[dict[str, str]] = {}
+    draws_class_pictures: ClassVar[bool] = True
     rank: int | None = None
     """Without it 4, or that of the LoRA in init_from."""
     alpha: float = 1.0
