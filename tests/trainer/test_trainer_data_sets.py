@@ -1,6 +1,7 @@
 """Several data sets in one run: how often each is shown, what each says for itself, and what is wrong with them."""
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tiny_run
@@ -8,8 +9,10 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from pixstack.trainer.config import check
-from pixstack.trainer.config.schema import Data, DataSet
+from pixstack.trainer.config.schema import Cache, Config, Data, DataSet
 from pixstack.trainer.data import doctor, loader, sets
+from pixstack.trainer.features import cache
+from pixstack.trainer.features.store import Store
 from pixstack.trainer.training import build
 from pixstack.trainer.training.run import Run
 
@@ -154,6 +157,15 @@ def test_every_problem_of_every_set_is_named_at_once(tmp_path):
     assert f"data.sets.3: {tmp_path / 'empty'} holds no training pictures" in said
 
 
+def test_all_wrong_lines_of_a_list_are_named_at_once(tmp_path):
+    path = tiny_run.pictures(tmp_path / "set")
+    path.write_text(path.read_text() + '{oops\n{"caption": "no file"}\n{"file": "a.png", "split": "some"}\n')
+    with pytest.raises(ValueError) as caught:
+        loader.read(Data(path=str(path)), "captions")
+    assert "3 entries are wrong" in str(caught.value)
+    assert all(f"line {n}: " in str(caught.value) for n in (13, 14, 15))
+
+
 def settings_of(two, tmp_path, *words, **more):
     raw = {**tiny_run.SETTINGS, "out": str(tmp_path / "run"),
            "data": {"kind": "folder", "resolution": 16, "crop": "centre", "sets": [{"path": p} for p in two]}, **more}
@@ -234,3 +246,34 @@ def test_a_run_of_one_set_validates_under_the_names_it_had(two, tmp_path):
     made = tiny_run.settings(path, tmp_path / "run", "validation.every=6")
     run = Run(made, Accelerator(cpu=True), build.collection(made).held_out)
     assert list(run.held_out_sets) == ["set1"] and [len(b.items) for b in run.held_out] == [4]
+
+
+class Colours:
+    """An encoder of pictures that says their pixels."""
+
+    name, of = "colours", ""
+
+    def __init__(self, root):
+        self.store = Store(root, "colours", {"version": 1})
+
+    def encode(self, pixels, device):
+        return {"pixels": pixels.float()}
+
+
+def test_the_cache_has_each_set_by_its_own_crop_and_mirroring(tmp_path):
+    half = Image.new("RGB", (24, 16))
+    half.paste((255, 255, 255), (9, 0, 24, 16))
+    for name, picture in (("wide", half), ("square", half.crop((4, 0, 20, 16)))):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "0.png")
+    settings = data([str(tmp_path / "wide"), str(tmp_path / "square")], {"flip": True}, {"crop": "none"},
+                    caption="a", resolution=16)
+    settings = replace(settings, sets=[replace(one, caption="a") for one in settings.sets])
+    found, encoder, said = loader.read(settings, "captions").train, Colours(tmp_path / "cache"), []
+    config = Config(data=settings, cache=Cache(folder=str(tmp_path / "cache")))
+    assert cache.fill(found, settings, [encoder], tmp_path / "cache", "cpu") == 3  # one of them mirrored too
+    load = cache.loader(config, [encoder], found, settings, said.append)
+    assert not said
+    plain, cached = loader.Batches(found, settings, 0, 2), loader.Batches(found, settings, 0, 2, load)
+    for step in range(6):
+        assert torch.equal(cached(step, range(2)).features["colours.pixels"], plain(step, range(2)).pictures.float())

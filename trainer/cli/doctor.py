@@ -34,6 +34,9 @@ def run(args):
             tokens = doctor.tokens_of_recipe(whole)
     else:
         chosen, need, sizes = doctor.settings_of(args.data, words), "", (1, 0)
+    if any(one.prior_count and not Path(one.path).expanduser().is_dir() for one in chosen.each):
+        print("The class pictures that a run would draw are not there yet, and are not looked at.")
+        chosen = chosen.without_drawn()
     report = doctor.examine(chosen, need, tokens, *sizes, progress=lambda items, total: tqdm(items, total=total))
     print("\n".join(report.lines()))
     if args.report:

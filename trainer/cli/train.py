@@ -35,7 +35,7 @@ def run(args):
 
         if drawn := class_pictures.planned(config.data):
             accelerator.print("\n".join([*drawn, "This is the plan without them:"]))
-            config = replace(config, data=class_pictures.without(config.data))
+            config = replace(config, data=config.data.without_drawn())
         collection = build.collection(config)
         batches = loader.Batches(collection.train, config.data, config.seed, config.batch_size)
         recipe = plan.on_meta(lambda: build.recipe(config, collection))

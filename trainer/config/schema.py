@@ -201,6 +201,11 @@ class Data(SetSettings):
     def has_prior(self) -> bool:
         return any(one.prior for one in self.each)
 
+    def without_drawn(self) -> Data:
+        """The same without the sets whose pictures a run may draw itself, whatever lies there."""
+        return replace(self, prior_path="" if self.prior_count else self.prior_path, prior_count=0,
+                       sets=[one for one in self.sets if not one.prior_count])
+
     def called(self, number: int) -> str:
         """What a set's settings begin with: "data" or "data.sets.2"."""
         return f"data.sets.{number + 1}" if number < len(self.sets) else "data"

@@ -9,7 +9,7 @@ import csv
 import io
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -190,15 +190,15 @@ def read_json(path: Path):
 def read_jsonl(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
     """One object a line: file (or file_name, image, path), captions (or caption, text, prompt), tags, class, split, and
     a key for every condition, as PixelPonder's (image, text, canny, depth, openpose, hed)."""
-    entries = []
+    entries, wrong = [], []
     for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON may hold what else splitlines() splits at
         if line.strip():
             where = f"{path}, line {number}"
             try:
                 entries.append((where, from_json(line, where)))
             except ValueError as error:
-                raise ValueError(f"{where}: not an object with a \"file\" ({error}).") from None
-    return of_entries(path, entries, settings, classes)
+                wrong.append(f"{where}: not an object with a \"file\" ({error}).")
+    return of_entries(path, entries, settings, classes, wrong)
 
 
 def read_csv(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
@@ -232,18 +232,27 @@ def read_table(path: Path, settings: Data, classes: list[str] | None = None) -> 
     return of_entries(path, [(f"{path}, row {n}", row) for n, row in enumerate(rows, 1)], settings, classes)
 
 
-def of_entries(path: Path, entries: list[tuple[str, Any]], settings: Data, classes: list[str] | None) -> Found:
-    """entries: where each stands, and what it says. Paths in them begin at the folder of the list."""
+def of_entries(path: Path, entries: list[tuple[str, Any]], settings: Data, classes: list[str] | None,
+               wrong: Sequence[str] = ()) -> Found:
+    """entries: where each stands, and what it says. Paths in them begin at the folder of the list. wrong: what is so
+    already; all that is wrong is said at once."""
     splits, numbers = {"train": [], "held_out": []}, {name: i for i, name in enumerate(classes or ())}
+    wrong = list(wrong)
     for where, entry in entries:
         try:
             item = item_of(entry, lambda name: path.parent / name, settings.beside)
             split = entry.get("split", "train")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"{where}: not an object with a \"file\" ({error}).") from None
-        if split not in splits:
-            raise ValueError(f"{where}: split {str(split)[:40]!r} is neither \"train\" nor \"held_out\".")
+            wrong.append(f"{where}: not an object with a \"file\" ({error}).")
+            continue
+        if split not in ("train", "held_out"):
+            wrong.append(f"{where}: split {str(split)[:40]!r} is neither \"train\" nor \"held_out\".")
+            continue
         splits[split] += numbered([item], numbers)
+    if len(wrong) == 1:
+        raise ValueError(wrong[0])
+    if wrong:
+        raise ValueError(f"{path} cannot be read:\n  " + "\n  ".join(listed(wrong, "entries are wrong")))
     return Found(splits["train"], splits["held_out"], list(numbers))
 
 

@@ -40,12 +40,6 @@ def missing(one: DataSet, settings: Data) -> list[int]:
     return [number for number, _ in zip(free, range(one.prior_count - len(there)), strict=False)]
 
 
-def without(settings: Data) -> Data:
-    """The same data without the sets whose pictures are still to be drawn, whatever lies there."""
-    return replace(settings, prior_path="" if settings.prior_count else settings.prior_path, prior_count=0,
-                   sets=[one for one in settings.sets if not one.prior_count])
-
-
 def planned(settings: Data) -> list[str]:
     """What a run would draw, in lines."""
     return [f"{one.path}: {len(numbers):,} of {one.prior_count:,} class pictures are to be drawn from {one.caption!r}"
@@ -59,7 +53,7 @@ def draw_missing(config: Config, accelerator, progress: Callable = lambda some: 
     if not wanted:
         return
     accelerator.print("\n".join(planned(config.data)))
-    config = replace(config, data=without(config.data))
+    config = replace(config, data=config.data.without_drawn())
     collection = build.collection(config)
     with accelerator.main_process_first():
         recipe = build.recipe(config, collection, config.folder if config.text.frozen else None)
