@@ -32,7 +32,8 @@ def run(args):
     cache.stop_once()
     accelerator = accelerator_of(config.device)
     number, count = accelerator.process_index, accelerator.num_processes
-    class_pictures.draw_missing(config, accelerator, tqdm)
+    class_pictures.draw_missing(config, accelerator,
+                                lambda groups: tqdm(groups, disable=not accelerator.is_main_process))
     collection, root = build.collection(config), Path(config.cache.folder).expanduser()
     text = text_encoders.frozen(config, config.folder, number) if config.text.frozen else None
     readers = find(config.recipe.name).make_encoders(config, number)

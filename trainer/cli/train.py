@@ -42,7 +42,8 @@ def run(args):
         lines = plan.describe(config, collection, recipe, batches, parts, accelerator.num_processes, accelerator.device)
         return accelerator.print("\n".join(lines))
 
-    class_pictures.draw_missing(config, accelerator, tqdm)
+    class_pictures.draw_missing(config, accelerator,
+                                lambda groups: tqdm(groups, disable=not accelerator.is_main_process))
     collection = build.collection(config)
     with closing(Run(config, accelerator, collection.held_out)) as run:
         recipe, batches = prepared(run, config, collection, accelerator)

@@ -85,7 +85,8 @@ def read(settings: Data, need: str, strict: bool = True) -> Collection:
         items = one.train + one.held_out
         said = sets.complaints(items, settings, need, settings.balance_classes)
         if settings.each[number].crop == "none":
-            said += listed(oblong(items), "pictures are not square, and data.crop=\"none\" takes squares",
+            said += listed(oblong(items, settings.workers),
+                           "pictures are not square, and data.crop=\"none\" takes squares",
                            "Set data.crop to centre or random, or crop them.")
         problems += [where + one for one in said]
     if strict:

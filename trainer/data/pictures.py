@@ -103,17 +103,17 @@ def measured(items: list[Item], workers: int) -> list[Size]:
         return list(pool.map(lambda item: item.size or measure(item.file), items))
 
 
-def oblong(items: list[Item]) -> list[str]:
+def oblong(items: list[Item], workers: int) -> list[str]:
     """Of at most MEASURED items, evenly spread, those that are not square. What cannot be read is told later."""
-    found = []
-    for item in items[::-(-len(items) // MEASURED)] if items else ():
+    def said(item: Item) -> str:
         try:
             height, width = item.size or measure(item.file, advice="")
         except ValueError:
-            continue
-        if height != width:
-            found.append(f"{item.file} is {width}x{height}")
-    return found
+            return ""
+        return f"{item.file} is {width}x{height}" if height != width else ""
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(filter(None, pool.map(said, items[::max(1, -(-len(items) // MEASURED))])))
 
 
 def measured_or_none(items: list[Item], workers: int) -> list[Size | None]:
