@@ -89,12 +89,12 @@ def test_a_pattern_without_a_layer_is_named(attached, layers, sentence):
 
 
 @pytest.mark.parametrize("table, sentence", [
-    ({"pattern": "("}, "adapter.layers[0].pattern='(' is not a regular expression"),
-    ({"pattern": "(a+)+$"}, "adapter.layers[0].pattern='(a+)+$' is not run"),
-    ({}, "adapter.layers[0].pattern is empty"),
-    ({"pattern": "a", "rank": -1}, "adapter.layers[0].rank=-1 must not be negative"),
-    ({"pattern": "a", "dropout": 1.0}, "adapter.layers[0].dropout=1.0 is outside [0, 1)"),
-    ({"pattern": "a", "rnk": 1}, "adapter.layers[0].rnk is not a setting; did you mean rank"),
+    ({"pattern": "("}, "adapter.layers.1.pattern='(' is not a regular expression"),
+    ({"pattern": "(a+)+$"}, "adapter.layers.1.pattern='(a+)+$' is not run"),
+    ({}, "adapter.layers.1.pattern is empty"),
+    ({"pattern": "a", "rank": -1}, "adapter.layers.1.rank=-1 must not be negative"),
+    ({"pattern": "a", "dropout": 1.0}, "adapter.layers.1.dropout=1.0 is outside [0, 1)"),
+    ({"pattern": "a", "rnk": 1}, "adapter.layers.1.rnk is not a setting; did you mean rank"),
 ])
 def test_a_table_that_cannot_work_is_refused(table, sentence):
     config, problems = load.read({"recipe": {"name": "pixart_lora"}, "adapter": {"layers": [table]}})

@@ -230,8 +230,8 @@ def adapter(settings: Adapter) -> list[str]:
 def of_layers(settings: Adapter) -> list[str]:
     """Problems with [[adapter.layers]] and the dropout."""
     problems = Problems()
-    for i, table in enumerate(settings.layers):
-        name = f"adapter.layers[{i}]"
+    for i, table in enumerate(settings.layers, 1):
+        name = f"adapter.layers.{i}"
         problems.need(table.pattern, f"{name}.pattern is empty: say in which layers' names it is found.")
         try:
             patterns.compiled(table.pattern, f"{name}.pattern")

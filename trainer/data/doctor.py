@@ -247,7 +247,7 @@ def examine(settings: Data, need: str, tokens: Tokens | None = None, batch_size:
     report.summary += [loader.summary(collection), *sets.counted(collection.train, collection.held_out, settings)]
     files(report, settings, items, missing, there, looked)
     for one in settings.each:
-        passed_over(report, one)
+        passed_over(report, one, settings)
     doubles(report, there, looked, held)
     conditions(report, settings, items, looked)
     words(report, items, need, tokens or Tokens(estimated, False))
@@ -268,7 +268,7 @@ def files(report: Report, settings: Data, items, missing, there, looked):
                "pictures are not square, and data.crop is none", "crop them, or set data.crop.")
 
 
-def passed_over(report: Report, one: DataSet):
+def passed_over(report: Report, one: DataSet, settings: Data):
     """What lies in a folder and is not of the set, though somebody may think so."""
     path = Path(one.path).expanduser()
     kind = layouts.recognised(path)[0] if one.kind == "auto" else one.kind

@@ -60,8 +60,8 @@ def refuse_unknown(ends: list[str], modules: list[str]):
 
 def ruled(modules: list[str], tables: Sequence[AdapterLayers]) -> dict[str, AdapterLayers]:
     """Layer -> the first table whose pattern is found in its name. Raises ValueError for a table that no layer has."""
-    found_in = [patterns.compiled(table.pattern, f"adapter.layers[{i}].pattern").search
-                for i, table in enumerate(tables)]
+    found_in = [patterns.compiled(table.pattern, f"adapter.layers.{i}.pattern").search
+                for i, table in enumerate(tables, 1)]
     rules, hits = {}, [0] * len(tables)
     for name in modules:
         own = [i for i, search in enumerate(found_in) if search(name[-patterns.LONGEST:])]
@@ -70,12 +70,12 @@ def ruled(modules: list[str], tables: Sequence[AdapterLayers]) -> dict[str, Adap
         if own:
             rules[name] = own[0]
     for i, table in enumerate(tables):
+        name = f"adapter.layers.{i + 1}.pattern={table.pattern!r}"
         if not hits[i]:
-            raise ValueError(f"adapter.layers[{i}].pattern={table.pattern!r} is found in no layer's name. There are, "
-                             f"for instance, {', '.join(modules[:8])}.")
+            raise ValueError(f"{name} is found in no layer's name. There are, for instance, {', '.join(modules[:8])}.")
         if i not in rules.values():
-            raise ValueError(f"adapter.layers[{i}].pattern={table.pattern!r} counts for no layer: its {hits[i]} have "
-                             "the tables before it. Move it before those.")
+            raise ValueError(f"{name} counts for no layer: its {hits[i]} have the tables before it. Move it before "
+                             "those.")
     return {name: tables[i] for name, i in rules.items()}
 
 
