@@ -142,7 +142,8 @@ def test_a_run_folder_holds_what_its_page_says(path, tmp_path):
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "validation.every=3", *words))
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "facts.json", "tokenizer.json", "log.jsonl", "tensorboard", "samples", "checkpoints"}
+        "config.json", "facts.json", "tokenizer.json", "log.jsonl", "status.json", "tensorboard", "samples",
+        "checkpoints"}
     assert {p.name for p in (folder / "samples").iterdir()} == {"00000003.png", "00000006.png"}
     assert [line["step"] for line in log(folder) if "validation_loss" in line] == [3, 6]
     assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]

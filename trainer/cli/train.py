@@ -51,6 +51,8 @@ def run(args):
     if accelerator.is_main_process:
         print(f"step {step} of {config.steps}: {config.folder}")
     accelerator.end_training()
+    if run.ended_by_file and step < config.steps:
+        accelerator.print("stopped by the file stop; the same command goes on from there.")
     if run.stopped_by and step < config.steps:
         if accelerator.is_main_process:
             print("stopped; the same command goes on from there.", file=sys.stderr)

@@ -102,11 +102,12 @@ def missing_library(name: str) -> list[str]:
 
 def numbers(config: Config) -> list[str]:
     problems = Problems()
-    for name in ("steps", "batch_size", "save_every", "log_every", "samples.steps", "text.max_length",
+    for name in ("steps", "batch_size", "log_every", "samples.steps", "text.max_length",
                  "text.vocabulary", "text.width", "text.depth", "text.heads", "optimizer.decay_cycles"):
         problems.at_least(name, look_up(config, name), 1)
-    for name in ("micro_batch_size", "threads", "keep", "samples.every", "validation.every", "optimizer.warm_up",
-                 "optimizer.weight_decay", "optimizer.clip", "optimizer.eps"):
+    for name in ("micro_batch_size", "threads", "keep", "save_every", "save_minutes", "save_epochs", "samples.every",
+                 "validation.every", "optimizer.warm_up", "optimizer.weight_decay", "optimizer.clip",
+                 "optimizer.eps"):
         problems.at_least(name, look_up(config, name), 0)
     problems.share("optimizer.decay_from", config.optimizer.decay_from)
     problems.share("optimizer.decay_to", config.optimizer.decay_to)

@@ -513,6 +513,11 @@ class Config:
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass: less memory, a third more work."""
     save_every: int = 1000
+    """Steps between checkpoints; 0 = not by steps. The last step is always saved."""
+    save_minutes: float = 0.0
+    """Minutes after which a checkpoint is written, counted from the one before; 0 = not by time."""
+    save_epochs: float = 0.0
+    """Checkpoints after so many times through the training pictures, 0.5 for instance; 0 = not by epochs."""
     keep: int = 3
     """Newest checkpoints kept; 0 = all."""
     log_every: int = 10

@@ -16,8 +16,9 @@ def train(recipe, batches, config: Config, run, accelerator):
     step = run.restore(recipe, ema, optimizer)
     parts = parts_of(config, accelerator.process_index, accelerator.num_processes)
     together.start(optimizer, len(parts), len(parts[0]))
+    run.pictures = len(batches.items)
 
-    while step < config.steps and not run.asked_to_stop():
+    while step < config.steps and run.goes_on(step, recipe, ema, optimizer):
         # Random draws depend only on (seed, step), so a resumed run repeats the unbroken one.
         torch.manual_seed(config.seed * 1_000_003 + step)
         total = torch.zeros((), device=accelerator.device)

@@ -1,6 +1,6 @@
 """The run folder: settings, log, sample grids, and checkpoints that are whole or absent.
 
-    config.json  tokenizer.json  log.jsonl  tensorboard/  wandb/  samples/<step>.png
+    config.json  tokenizer.json  log.jsonl  status.json  tensorboard/  wandb/  samples/<step>.png
     checkpoints/<step>/{model,ema,optimizer}.safetensors, state.json
 """
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from ..data import loader, sets
 from ..data.pictures import Pictures
 from ..data.sheets import sheet
 from ..files import digest, entries
+from . import control
 from .checkpoints import (
     STATE,
     checkpoints,
@@ -39,17 +40,17 @@ from .checkpoints import (
     restore_module,
     write_tensors,
 )
+from .control import LOCK, STATUS
 from .divergence import Divergence
 
-LOCK = "in_use.lock"
 MAY_CHANGE = {"name", "out", "resume", "resume_from", "init_from", "device", "threads", "compile",
-              "checkpoint_activations", "micro_batch_size", "save_every", "keep", "log_every", "divergence", "log",
-              "samples", "validation", "data.path", "data.held_out_path", "data.prior_path", "data.cache",
-              "data.workers", "data.sets.path", "data.sets.held_out_path", "data.sets.name", "text.cache",
-              "text.tokenizer", "cache", "memory.swap_blocks", "memory.shard", "model.previewer", "model.stage_a",
-              "model.stage_b"}
+              "checkpoint_activations", "micro_batch_size", "save_every", "save_minutes", "save_epochs", "keep",
+              "log_every", "divergence", "log", "samples", "validation", "data.path", "data.held_out_path",
+              "data.prior_path", "data.cache", "data.workers", "data.sets.path", "data.sets.held_out_path",
+              "data.sets.name", "text.cache", "text.tokenizer", "cache", "memory.swap_blocks", "memory.shard",
+              "model.previewer", "model.stage_a", "model.stage_b"}
 """Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
-
+WAIT = 0.5  # seconds between two looks at a pause
 
 class Run:
     def __init__(self, config: Config, accelerator, held_out: list[loader.Item] = ()):
@@ -61,9 +62,14 @@ class Run:
         self.stop, self.saved_at, self.writer, self.bar, self.wandb = False, None, None, None, None
         self.stopped_by: int | None = None
         """The signal by which a person or the system ended the run."""
+        self.ended_by_file = False
         self.lock: FileLock | None = None
         self.losses, self.clock = [], None
         self.past = Divergence(config.divergence)
+        self.pictures = 0
+        """How many there are in an epoch; the loop says so."""
+        self.saved_when = self.told_when = 0.0
+        self.status: dict = {}
 
     @cached_property
     def held_out_sets(self) -> dict[str, list[loader.Batch]]:
@@ -96,13 +102,16 @@ class Run:
         if self.main:
             lock = FileLock(self.folder / LOCK)
             try:
-                lock.acquire(timeout=0)
+                lock.acquire(timeout=0.5)  # a monitor that looks whether it is held holds it for a moment
             except Timeout:
                 raise ValueError(f"Another process trains in {self.folder}. Wait until it has ended, or choose another "
                                  "folder: out=...") from None
             self.lock = lock  # only what this run holds may be taken away when it closes
             for leftover in (self.folder / "checkpoints").glob("*.unfinished"):
                 shutil.rmtree(leftover)
+            for name in control.given(self.folder):
+                control.take(self.folder, name)
+                print(f"{self.folder / name} was left from before the start: removed, not obeyed.", file=sys.stderr)
         path, settings = self.folder / "config.json", as_dict(self.config)
         if path.exists() and checkpoints(self.folder):
             if self.config.resume == "never":
@@ -175,7 +184,7 @@ class Run:
             self.wandb = self.start_wandb()
         self.bar = tqdm(total=self.config.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
                         mininterval=0.1 if sys.stderr.isatty() else 60)  # a log file needs no line a step
-        self.clock = (time.perf_counter(), step)
+        self.clock, self.saved_when = (time.perf_counter(), step), time.monotonic()
 
     def start_wandb(self):
         """The run of Weights & Biases, known by a name that stays in the folder. Of steps that are done again, because
@@ -207,11 +216,67 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
 
-    def asked_to_stop(self) -> bool:
+    def orders(self) -> control.Orders:
+        """What is wanted before the next step, the same in all processes: files and the clock are the main one's to
+        look at, a signal may reach any of them."""
+        own = control.Orders(signal=self.stop)
+        if self.main:
+            minutes = self.config.save_minutes
+            own = own._replace(save=minutes > 0 and time.monotonic() >= self.saved_when + 60 * minutes,
+                               **dict.fromkeys(control.given(self.folder), True))
         if self.accelerator.num_processes == 1:
-            return self.stop
-        flag = torch.tensor(float(self.stop), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+            return own
+        flags = torch.tensor([float(one) for one in own], device=self.accelerator.device)
+        return control.Orders(*(self.accelerator.reduce(flags, "sum") > 0).tolist())
+
+    def goes_on(self, step: int, recipe, ema, optimizer) -> bool:
+        """Obeys what is ordered between two steps. Whether another step is wanted. The clock of images/s stands
+        still."""
+        begin, waiting = time.perf_counter(), False
+        while (order := self.orders()).any:
+            if order.signal or order.stop:
+                self.stop, self.ended_by_file = True, not order.signal
+                self.take(control.STOP)
+                return False
+            if order.sample:
+                self.take(control.SAMPLE)
+                self.sample_as_ordered(step, recipe, ema, optimizer)
+            if order.save and self.saved_at != step:
+                self.save(step, recipe, ema, optimizer)
+            if order.pause:
+                if self.main and not waiting:
+                    self.bar.write(f"Paused after step {step}; goes on when {self.folder / control.PAUSE} is removed.")
+                    self.tell(step, "paused")
+                waiting = True
+                time.sleep(WAIT)
+        if self.main:
+            if waiting:
+                self.bar.write("Going on.")
+                self.tell(step, "training")
+            self.clock = (self.clock[0] + time.perf_counter() - begin, self.clock[1])
+        return True
+
+    def take(self, name: str):
+        if self.main:
+            control.take(self.folder, name)
+
+    def sample_as_ordered(self, step: int, recipe, ema, optimizer):
+        """Samples that no setting asked for: where they cannot be drawn, the run goes on and says why."""
+        try:
+            if self.measures:
+                with optimizer.averaged(), ema.applied():
+                    self.sample(step, recipe)
+        except ValueError as error:
+            if self.main:
+                self.bar.write(f"No samples were drawn: {error}")
+
+    def tell(self, step: int, state: str, **more):
+        """Writes what the run is doing for those who watch; a reader on Windows who has it open makes that fail, and
+        the next time is soon."""
+        self.told_when = time.monotonic()
+        self.status |= {"step": step, "steps": self.config.steps, "state": state, "time": time.time(), **more}
+        with suppress(PermissionError):
+            write_whole(self.folder / STATUS, json.dumps(self.status))
 
     def log(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float):
         self.losses.append(loss)
@@ -231,6 +296,9 @@ class Run:
             self.bar.set_postfix(loss=f"{mean.item():.4f}", images_s=f"{speed:.3g}")
             self.write(step, loss=mean.item(), grad_norm=grad_norm.item(), learning_rate=learning_rate,
                        images_per_second=float(f"{speed:.3g}"))
+            if time.monotonic() > self.told_when + 1 or step == self.config.steps:
+                self.tell(step, "training", memory=memory_in_use(self.accelerator.device),
+                          seconds_left=round((self.config.steps - step) * self.config.batch_size / speed))
         if diverged := self.past.see(step, mean.item(), grad_norm.item()):
             raise FloatingPointError(self.diverged(step, diverged))
 
@@ -260,14 +328,22 @@ class Run:
         if self.measures and config.samples.every and step % config.samples.every == 0:
             with optimizer.averaged(), ema.applied():
                 self.sample(step, recipe)
-        if step % config.save_every == 0 and step < config.steps:
+        if self.saves_after(step) and step < config.steps:
             self.save(step, recipe, ema, optimizer)
         if self.main:
             self.clock = (self.clock[0] + time.perf_counter() - begin, self.clock[1])
 
+    def saves_after(self, step: int) -> bool:
+        """Whether save_every or save_epochs asks for a checkpoint."""
+        config, per_epoch = self.config, self.config.save_epochs * self.pictures
+        whole = per_epoch and step * config.batch_size // per_epoch > (step - 1) * config.batch_size // per_epoch
+        return bool(whole or config.save_every and step % config.save_every == 0)
+
     def sample(self, step: int, recipe):
         s = self.config.samples
         side = self.config.data.resolution
+        if not (s.prompts or s.classes):
+            raise ValueError("samples.prompts names nothing to draw.")
         pictures = recipe.sample(s.prompts or s.classes, s.height or side, s.width or side, s.steps, s.shift, s.cfg,
                                  s.seed)
         if not self.main:
@@ -283,7 +359,7 @@ class Run:
     def save(self, step: int, recipe, ema, optimizer):
         with optimizer.averaged():
             self.write_checkpoint(step, recipe, ema, optimizer)
-        self.saved_at = step
+        self.saved_at, self.saved_when = step, time.monotonic()
         self.accelerator.wait_for_everyone()
 
     def write_checkpoint(self, step: int, recipe, ema, optimizer):
@@ -334,6 +410,11 @@ class Run:
     def finish(self, step: int, recipe, ema, optimizer):
         if self.saved_at != step:
             self.save(step, recipe, ema, optimizer)
+        if self.main:
+            for name in control.given(self.folder):
+                control.take(self.folder, name)
+                self.bar.write(f"{self.folder / name} came too late: the run has ended.")
+            self.tell(step, "ended", seconds_left=None)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.wandb:
@@ -360,3 +441,14 @@ def forget(checkpoint: Path):
         print(f"{checkpoint} is in use, and stays for now: {error}", file=sys.stderr)
     else:
         shutil.rmtree(unfinished)
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes, at most until now: of tensors on a GPU, else of the process, where the system says so."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
