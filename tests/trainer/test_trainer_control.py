@@ -5,7 +5,7 @@ import time
 import pytest
 import tiny_run
 import torch
-from pixstack.trainer.training import checkpoints, control
+from pixstack.trainer.training import checkpoints, control, validation
 from test_trainer_run import log, weights
 
 WORDS = ("samples.prompts=[\"red card\"]", "samples.steps=1", "validation.every=2")

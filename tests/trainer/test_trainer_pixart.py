@@ -304,7 +304,7 @@ def trained(path, parts, tmp_path_factory):
 def test_a_run_writes_sample_pictures(trained):
     from PIL import Image
 
-    assert Image.open(trained / "samples/00000004.png").size == (64, 64)
+    assert Image.open(trained / "samples/00000004/00.png").size == (64, 64)
 
 
 def test_what_was_trained_is_what_is_exported(trained, tmp_path):

@@ -423,7 +423,7 @@ def trained(path, parts, tmp_path_factory):
 
 
 def test_samples_follow_the_hints_that_are_named(trained, path):
-    assert Image.open(trained / "samples/00000008.png").size == (32, 32)
+    assert Image.open(trained / "samples/00000008/00.png").size == (32, 32)
     recipe, _, _ = exporting.open_run(trained)
     named = recipe.sample(["red card"], 32, 32, 2, 1.0, 4.0, 0)
     free = recipe.sample(["red card"] * 2, 32, 32, 2, 1.0, 4.0, 0)[:1]  # not as many as recipe.hints

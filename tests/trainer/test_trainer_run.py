@@ -144,7 +144,8 @@ def test_a_run_folder_holds_what_its_page_says(path, tmp_path):
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "facts.json", "tokenizer.json", "log.jsonl", "status.json", "tensorboard", "samples",
         "checkpoints"}
-    assert {p.name for p in (folder / "samples").iterdir()} == {"00000003.png", "00000006.png"}
+    assert {p.name for p in (folder / "samples").iterdir()} == {
+        f"{step:08d}{ending}" for step in (0, 3, 6) for ending in ("", ".png")}
     assert [line["step"] for line in log(folder) if "validation_loss" in line] == [3, 6]
     assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
 
@@ -231,7 +232,8 @@ def test_a_resumed_run_goes_on_in_weights_and_biases(path, tmp_path, monkeypatch
     tiny_run.train(settings, interrupt)
     tiny_run.train(settings)
     assert [(step, what[0]) for step, _, *what in logged] == [
-        (1, "loss"), (2, "loss"), (3, "loss"), (3, "samples"), (4, "loss"), (5, "loss"), (6, "loss"), (6, "samples")]
+        (0, "samples"), (1, "loss"), (2, "loss"), (3, "loss"), (3, "samples"), (4, "loss"), (5, "loss"), (6, "loss"),
+        (6, "samples")]
     assert len({name for _, name, *_ in logged}) == 1
     runs = [p.name for p in (tmp_path / "run/wandb").glob("offline-run-*")]
     assert len(runs) == 2 and all(name.endswith(logged[0][1]) for name in runs)

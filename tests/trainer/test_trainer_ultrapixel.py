@@ -280,7 +280,7 @@ def trained(path, parts, tmp_path_factory):
 def test_a_run_writes_sample_pictures_by_the_previewer(trained):
     from PIL import Image
 
-    assert Image.open(trained / "samples/00000004.png").size == (24, 24)  # 8 pixels to each of 3 cells
+    assert Image.open(trained / "samples/00000004/00.png").size == (24, 24)  # 8 pixels to each of 3 cells
 
 
 def test_sample_writes_the_previewers_pictures_in_their_own_size(trained, tmp_path):

@@ -190,7 +190,7 @@ class Bare:
 
 
 def test_a_run_writes_sample_pictures(trained):
-    assert Image.open(trained / "samples/00000003.png").size == (24, 24)
+    assert Image.open(trained / "samples/00000003/00.png").size == (24, 24)
 
 
 def test_samples_follow_their_hints(made):

@@ -6,6 +6,7 @@ import signal
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 import tiny_ultrapixel
@@ -19,6 +20,7 @@ from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data import loader
 from pixstack.trainer.export import exporting
 from pixstack.trainer.features import text_encoders
+from pixstack.trainer.training import samples
 from tiny_ultrapixel import recipe_of
 
 PLAIN = {"name": "ultrapixel_lora"}
@@ -282,6 +284,14 @@ def test_an_exported_personalisation_does_what_the_trained_one_does(trained, tmp
     table = text.loaded("cpu").text_model.embeddings.token_embedding.weight
     grown = found.embed(torch.cat([table, table[text.word_base].mean(0, keepdim=True)]))
     torch.testing.assert_close(grown[-1], table[text.word_base].mean(0) + recipe.change[0])
+
+
+def test_samples_without_the_lora_are_those_from_before_the_training(trained):
+    recipe, config, _ = exporting.open_run(trained)
+    ((_, without),), ((_, whole),) = samples.draw(recipe, config, base=True), samples.draw(recipe, config)
+    before = torch.from_numpy(np.array(Image.open(trained / "samples/00000000/00.png"))).permute(2, 0, 1)
+    torch.testing.assert_close((without.clamp(-1, 1) + 1) * 127.5, before.float(), rtol=0, atol=1.01)
+    assert not torch.equal(without, whole)
 
 
 @pytest.mark.parametrize("to", ["original", "kohya", "comfyui"])

@@ -41,7 +41,7 @@ def trained(name: str, precision: str) -> Waits:
         offload.place(recipe, config, accelerator.device)
         if isinstance(recipe.text, text_encoders.FROZEN):
             captions = [caption for item in found.train + found.held_out for caption in item.texts]
-            recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
+            recipe.text.prepare(["", *config.samples.captions, *captions], accelerator.device)
         load = features.loader(config, recipe.encoders, found.train, config.data, accelerator.print)
         batches = loader.Batches(found.train, config.data, config.seed, config.batch_size, load)
         build.write_facts(run.folder, recipe, found, config)

@@ -51,7 +51,7 @@ def run(args):
         return
     if text:
         asked = wording.every(collection.train, collection.held_out, config.data, config.seed)
-        captions = list(dict.fromkeys(["", *config.samples.prompts, *asked]))
+        captions = list(dict.fromkeys(["", *config.samples.captions, *asked]))
         text.prepare(captions[number::count], accelerator.device, tqdm)
         accelerator.print(f"{text.store.folder}: {len(text.store):,} captions")
     for items, settings in parts if readers else ():

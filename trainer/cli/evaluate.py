@@ -57,7 +57,7 @@ def run(args):
     (args.out / "evaluation.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     if log := read_log(args.what):
         sheets.loss_curve(log).save(args.out / "loss.png")
-    if prompts := config.samples.prompts:
+    if prompts := config.samples.texts:
         pictures = recipe.sample(prompts, config.data.resolution, config.data.resolution, **how)
         sheets.contact_sheet(prompts, pictures).save(args.out / "prompts.png")
     print(json.dumps(report, indent=2))

@@ -7,11 +7,26 @@ import os
 import sys
 import warnings
 
-from . import cache, caption, convert, data, doctor, evaluate, export, importing, lora, pairs, sample, settings, train
+from . import (
+    cache,
+    caption,
+    convert,
+    data,
+    doctor,
+    evaluate,
+    export,
+    importing,
+    lora,
+    pairs,
+    sample,
+    settings,
+    sheets,
+    train,
+)
 
 COMMANDS = {"train": train, "cache": cache, "pairs": pairs, "data": data, "doctor": doctor, "caption": caption,
-            "settings": settings, "sample": sample, "export": export, "convert": convert, "lora": lora,
-            "import": importing, "evaluate": evaluate}
+            "settings": settings, "sample": sample, "sheets": sheets, "export": export, "convert": convert,
+            "lora": lora, "import": importing, "evaluate": evaluate}
 
 
 def main(words: list[str] | None = None):

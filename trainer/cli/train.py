@@ -77,7 +77,7 @@ def prepared(run, config, collection, accelerator) -> tuple:
         if config.data.caption_variants:
             accelerator.print(f"{wording.counted(captions, collection.train, config.data)}: they are embedded first.")
         with accelerator.main_process_first():
-            recipe.text.prepare(["", *config.samples.prompts, *captions], accelerator.device)
+            recipe.text.prepare(["", *config.samples.captions, *captions], accelerator.device)
     load = cache.loader(config, recipe.encoders, collection.train, config.data, accelerator.print)
     run.load = cache.loader(config, recipe.encoders, run.items, config.data.unvaried(), accelerator.print)
     batches = loader.Batches(collection.train, config.data, config.seed, config.batch_size, load)

@@ -163,7 +163,7 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
             else:
                 problems.append(f"{full}={value!r} should be {in_words(kind)}.")
     for key, value in tables.items():
-        good[key] = build_list(listed_section(hints[key]), value, good, problems, prefix + key)
+        good[key] = build_list(hints[key], value, good, problems, prefix + key)
     try:
         return cls(**good)
     except (TypeError, ValueError) as error:
@@ -172,18 +172,21 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
 
 
 def listed_section(kind):
-    """The dataclass that a list holds, if it holds one."""
-    args = typing.get_args(kind)
-    return args[0] if typing.get_origin(kind) is list and dataclasses.is_dataclass(args[0]) else None
+    """The dataclass that a list holds, alone or beside strings, if it holds one."""
+    inside = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
+    return next((one for one in (inside, *typing.get_args(inside)) if dataclasses.is_dataclass(one)), None)
 
 
-def build_list(cls, value, outer: dict, problems: list[str], name: str) -> list:
+def build_list(kind, value, outer: dict, problems: list[str], name: str) -> list:
     """An array of tables, each of which has from the section around it, `outer`, what it does not say itself."""
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        problems.append(f"{name} is an array of sections, [[{name}]], not a value ({value!r}).")
+    cls, strings = listed_section(kind), str in typing.get_args(typing.get_args(kind)[0])
+    if not isinstance(value, list) or not all(isinstance(one, (dict, str) if strings else dict) for one in value):
+        what = "a list of strings and tables" if strings else f"an array of sections, [[{name}]]"
+        problems.append(f"{name} is {what}, not {value!r}.")
         return []
     shared = {name: outer[name] for name in cls.INHERITED if name in outer}
-    made = [build(cls, {**shared, **one}, {}, problems, f"{name}.{n}.") for n, one in enumerate(value, 1)]
+    made = [one if isinstance(one, str) else build(cls, {**shared, **one}, {}, problems, f"{name}.{n}.")
+            for n, one in enumerate(value, 1)]
     return [one for one in made if one is not None]
 
 

@@ -10,7 +10,7 @@ from ...models_impl import patterns
 from ...models_impl.pixart.buckets import TABLES
 from . import optimizers
 from .problems import Problems, nearest
-from .schema import LARGEST_SIDE, Adapter, Config, Data, Optimizer, Vae, look_up
+from .schema import LARGEST_SIDE, Adapter, Config, Data, Optimizer, SamplePrompt, Vae, look_up
 
 MOST_WORKERS, MOST_RATIO = 256, 64
 ADAPTERS = "lora", "loha", "lokr"
@@ -22,7 +22,9 @@ def problems(config: Config) -> list[str]:
     """Everything that shows without the recipe's own rules (`Settings.problems`)."""
     problems = [*data(config.data, config.batch_size, config.micro_batch_size), *general(config), *numbers(config),
                 *text(config)]
-    return problems + [*sections(config), *memory(config), *distributed(config)] if config.recipe else problems
+    if config.recipe:
+        problems += [*sections(config), *samples(config), *memory(config), *distributed(config)]
+    return problems
 
 
 def general(config: Config) -> list[str]:
@@ -125,6 +127,53 @@ def numbers(config: Config) -> list[str]:
     problems.need(not config.samples.every or config.samples.prompts or config.samples.classes,
                   f"samples.every={config.samples.every} draws pictures, and neither samples.prompts nor "
                   "samples.classes says of what.")
+    return problems
+
+
+def samples(config: Config) -> list[str]:
+    """Problems with the tables of [[samples.prompts]], by what the recipe can draw."""
+    problems, recipe = Problems(), config.recipe
+    if config.samples.tables and recipe.hints:
+        problems.append("recipe.hints are for samples.prompts without tables: name the picture of each in its table "
+                        "(hint).")
+    for i, one in config.samples.tables.items():
+        problems += sample_prompt(f"samples.prompts.{i}.", one, config)
+    return problems
+
+
+def sample_prompt(name: str, one: SamplePrompt, config: Config) -> list[str]:
+    """name: what stands before the settings of the table."""
+    problems, recipe, said = Problems(), config.recipe, f"recipe.name={config.recipe.name!r}"
+    if config.needs == "classes":
+        problems.need(not one.prompt and one.class_index is not None,
+                      f"{name}class_index must say which class is drawn, and {name}prompt is not read: this run has "
+                      "classes.")
+    else:
+        problems.need(one.prompt, f"{name}prompt is empty: say what is drawn.")
+        problems.need(one.class_index is None,
+                      f"{name}class_index={one.class_index}: this run has no classes, use prompt.")
+    cfg = config.samples.cfg if one.cfg is None else one.cfg
+    problems.need(not one.negative or recipe.guides(config),
+                  f"{name}negative={one.negative!r}: {said} draws without a negative prompt here: take it out.")
+    problems.need(not one.negative or cfg != 1 or not recipe.guides(config),
+                  f"{name}negative={one.negative!r} counts nothing at cfg 1: take it out, or set {name}cfg.")
+    problems.need(one.strength == 1 or recipe.has_strength,
+                  f"{name}strength={one.strength:g}: {said} trains no adapter here: take it out.")
+    problems.need(one.strength in (0, 1) or not config.adapter.dora,
+                  f"{name}strength={one.strength:g}: adapter.dora counts whole (1) or not at all (0).")
+    hints, files = recipe.hint_names(config), one.hint.split(",") if one.hint else []
+    if files and not hints:
+        problems.append(f"{name}hint={one.hint!r}: {said} follows no pictures: take it out.")
+    elif files:
+        problems.need(len(files) == len(hints), f"{name}hint={one.hint!r} names {len(files)} files, and there are "
+                                                f"{len(hints)} hints: {', '.join(n or 'a picture' for n in hints)}.")
+        for file in files:
+            problems.exists(f"{name}hint", file, "file")
+    for side in ("height", "width"):
+        size = look_up(one, side)
+        problems.need(size is None or 1 <= size <= LARGEST_SIDE,
+                      f"{name}{side}={size} must be 1 to {LARGEST_SIDE} pixels.")
+    problems.need(one.steps is None or one.steps >= 1, f"{name}steps={one.steps} must be at least 1.")
     return problems
 
 

@@ -443,10 +443,36 @@ class Log:
 
 
 @dataclass(frozen=True)
+class SamplePrompt(Table):
+    """What is not said is as in [samples]."""
+
+    prompt: str = ""
+    class_index: int | None = None
+    """Of a class-conditional run, in place of a prompt."""
+    negative: str = ""
+    """What guidance leads away from, in place of the empty prompt; counts with cfg other than 1."""
+    hint: str = ""
+    """A ControlNet's picture for this prompt; of several hints their files with commas between: those of
+    data.conditions in their order, then the picture that annotators draw from."""
+    strength: float = 1.0
+    """How many times an adapter's change counts; 0 = the network without it."""
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    shift: float | None = None
+    cfg: float | None = None
+    seed: int | None = None
+    """Without it, samples.seed plus the place in the list."""
+
+
+@dataclass(frozen=True)
 class Samples:
     every: int = 0
     """Steps between sample grids; 0 = none."""
-    prompts: list[str] = field(default_factory=list)
+    baseline: bool = True
+    """Draw them before the first step too; of an adapter, the network without it."""
+    prompts: list[str | SamplePrompt] = field(default_factory=list)
+    """Strings, or tables with settings of their own: [[samples.prompts]]."""
     classes: list[int] = field(default_factory=list)
     steps: int = 10
     """Per stage."""
@@ -456,6 +482,21 @@ class Samples:
     height: int = 0
     """0 = data.resolution"""
     width: int = 0
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts without their settings."""
+        return [one if isinstance(one, str) else one.prompt for one in self.prompts]
+
+    @property
+    def captions(self) -> list[str]:
+        """What a text encoder is asked for: prompts and negative ones."""
+        return [*self.texts, *(one.negative for one in self.tables.values())]
+
+    @property
+    def tables(self) -> dict[int, SamplePrompt]:
+        """Place in `prompts` -> its table, where it has one."""
+        return {i: one for i, one in enumerate(self.prompts) if not isinstance(one, str)}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 
 def sheet(pictures: torch.Tensor) -> Image.Image:
@@ -15,6 +15,38 @@ def sheet(pictures: torch.Tensor) -> Image.Image:
     for i, picture in enumerate(to_images(pictures)):
         page.paste(picture, (i % columns * (W + gap), i // columns * (H + gap)))
     return page
+
+
+LINE, LEAST = 14, 96  # pixels: height of a line of text, width of the narrowest text
+
+
+def captioned(texts: list[str], images: list[Image.Image]) -> Image.Image:
+    """Pictures of any sizes on one page, the beginning of its text beneath each: two lines at most."""
+    columns, gap = math.ceil(math.sqrt(len(images))), 4
+    width, height = max(LEAST, *(one.width for one in images)), max(one.height for one in images)
+    cell_w, cell_h = width + gap, height + 2 * LINE + gap
+    page = Image.new("RGB", (columns * cell_w - gap, math.ceil(len(images) / columns) * cell_h - gap), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (text, image) in enumerate(zip(texts, images, strict=True)):
+        x, y = i % columns * cell_w, i // columns * cell_h
+        page.paste(image, (x, y))
+        for line, words in enumerate(wrapped(text, draw, width, 2)):
+            draw.text((x, y + image.height + line * LINE), words, fill="black")
+    return page
+
+
+def wrapped(text: str, draw: ImageDraw.ImageDraw, width: int, lines: int) -> list[str]:
+    """At most so many lines that are no wider; the last ends in dots where there was more."""
+    found, rest = [], " ".join(text.split())
+    while rest and len(found) < lines:
+        fits = max((n for n in range(1, min(len(rest), width) + 1) if draw.textlength(rest[:n]) <= width), default=1)
+        if fits < len(rest) and len(found) < lines - 1 and " " in rest[:fits + 1]:
+            fits = rest[:fits + 1].rindex(" ") or fits
+        found.append(rest[:fits].strip())
+        rest = rest[fits:].strip()
+    if rest:
+        found[-1] = found[-1][:-1] + "…"
+    return found
 
 
 def to_images(pictures: torch.Tensor) -> list[Image.Image]:

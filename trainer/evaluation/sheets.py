@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ..data.sheets import to_images
+from ..data.sheets import LEAST, LINE, to_images, wrapped
 
 
 def contact_sheet(prompts: list[str], pictures: Tensor, columns: int = 4, notes: list[str] = ()) -> Image.Image:
@@ -24,6 +25,50 @@ def contact_sheet(prompts: list[str], pictures: Tensor, columns: int = 4, notes:
             text = text[:-2] + "…"
         draw.text((x, y + height + 2), text, fill="black")
     return page
+
+
+def over_steps(folder: Path, columns: int, rows: int, side: int) -> Image.Image:
+    """How the samples of a run became what they are: a row for each prompt, a column for each step, spread evenly over
+    the run where there are more than `columns`. A picture is at most `side` pixels wide and high. Raises ValueError
+    where there are no samples."""
+    steps = drawn(folder)
+    if not steps:
+        raise ValueError(f"{folder} has no samples of single prompts: samples.every draws them.")
+    chosen = [list(steps)[i] for i in evenly(len(steps), columns)]
+    count = min(rows, max(len(steps[step]) for step in chosen))
+    cells, texts = {}, {}
+    for column, step in enumerate(chosen):
+        for row, file in enumerate(steps[step][:count]):
+            with Image.open(file) as image:
+                texts[row] = image.info.get("title", "")  # the newest, where prompts have changed
+                cells[row, column] = ImageOps.contain(image.convert("RGB"), (side, side))
+    width, height = (max(getattr(one, name) for one in cells.values()) for name in ("width", "height"))
+    cell_w, cell_h = max(width, LEAST) + 4, height + 4
+    left, top = 160, LINE + 4
+    page = Image.new("RGB", (left + len(chosen) * cell_w, top + count * cell_h), "white")
+    draw = ImageDraw.Draw(page)
+    for column, step in enumerate(chosen):
+        draw.text((left + column * cell_w, 2), f"step {step:,}" if step else "before", fill="black")
+    for row in range(count):
+        for n, line in enumerate(wrapped(texts.get(row, ""), draw, left - 8, max(1, height // LINE))):
+            draw.text((2, top + row * cell_h + n * LINE), line, fill="black")
+    for (row, column), image in cells.items():
+        page.paste(image, (left + column * cell_w, top + row * cell_h))
+    return page
+
+
+def drawn(folder: Path) -> dict[int, list[Path]]:
+    """Step -> the pictures of its sample prompts, in order of the steps."""
+    places = sorted((int(p.name), p) for p in (folder / "samples").glob("*") if p.name.isdigit() and p.is_dir())
+    found = {step: sorted(p for p in place.glob("*.png") if p.stem.isdigit()) for step, place in places}
+    return {step: files for step, files in found.items() if files}
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many places of `count`, evenly spread, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / max(most - 1, 1)) for i in range(most)} | {count - 1})[-most:]
 
 
 def loss_curve(lines: list[dict]) -> Image.Image:

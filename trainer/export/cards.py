@@ -39,7 +39,7 @@ def card(folder: Path, settings: Config, step: int, files: list[Path]) -> str:
     lines += ["", "## Files", "", *(f"- `{f.parent.name}/{f.name}`, {size_of(f)}. "
                                     f"{USE.get(s.recipe.name, USE.get(f.parent.name, ''))}" for f in files)]
     if (sheet := samples(folder, step)) is not None:
-        prompts = [f"{i + 1}. {unplaced(prompt)}" for i, prompt in enumerate(s.samples.prompts)]
+        prompts = [f"{i + 1}. {unplaced(prompt)}" for i, prompt in enumerate(s.samples.texts)]
         lines += ["", "## Samples", "", f"![samples]({files[0].stem}.png)", "", *prompts, "",
                   f"At step {int(sheet.stem)}, {s.samples.steps} steps, cfg {s.samples.cfg:g}, seed {s.samples.seed}."]
     pictures = ", ".join(f"`{Path(one.path).name}`" for one in s.data.each if not one.prior)

@@ -142,6 +142,27 @@ def without(net: nn.Module):
             libraries.switch_adapter(layer, on=True)
 
 
+@contextlib.contextmanager
+def at_strength(net: nn.Module, strength: float):
+    """Inside, the adapters count `strength` times as much."""
+    if strength == 1:
+        yield
+        return
+    if strength == 0:  # of DoRA too, whose lengths stay at any scaling
+        with without(net):
+            yield
+        return
+    scalings = [module.scaling for module in adapted(net).values()]
+    kept = [dict(one) for one in scalings]  # a product and its quotient would not always be the same to the bit
+    for one in scalings:
+        one.update({name: strength * value for name, value in one.items()})
+    try:
+        yield
+    finally:
+        for one, before in zip(scalings, kept, strict=True):
+            one.update(before)
+
+
 def layers(net: nn.Module) -> list[lora.Layer]:
     """What has been learned, by the names of the parameters that it changes."""
     found = []

@@ -6,6 +6,7 @@ share is in its task.py, and what several families need has a module of its own 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..data.layouts import Item
 from ..data.loader import Batch
 from ..training.ema import EmaWeights
 from ..training.groups import Group
+from . import adapters
 from .settings import Settings
 
 Files = dict[str, tuple[dict[str, Tensor], dict[str, str]]]
@@ -87,9 +89,15 @@ class Recipe(Protocol):
     def validate(self, batches: list[Batch]) -> dict[str, float]:
         """"loss", and other means over held-out pictures, with noise that never changes."""
 
-    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
-        """(B, 3, H, W) in [-1, 1]. what: prompts, classes or picture files. A recipe with data.conditions or
-        `of_pictures` also takes conditions, name -> (B, 3, H, W) uint8."""
+    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
+               negative: str = "") -> Tensor:
+        """(B, 3, H, W) in [-1, 1]. what: prompts, classes or picture files. negative: the prompt that guidance leads
+        away from, where the settings' `guides` says that there is one. A recipe with data.conditions or `of_pictures`
+        also takes conditions, name -> (B, 3, H, W) uint8."""
+
+    def at_strength(self, strength: float) -> AbstractContextManager:
+        """Inside, what an adapter changes counts so many times; only asked for where the settings say
+        `has_strength`."""
 
     def network(self) -> dict:
         """The shape of what is trained, for the run folder."""
@@ -118,6 +126,9 @@ class Base(nn.Module):
 
     def look_at(self, items: list[Item]):
         pass
+
+    def at_strength(self, strength: float) -> AbstractContextManager:
+        return adapters.at_strength(self, strength)
 
     def blocks(self) -> list[nn.Module]:
         """What compile=true compiles, one by one."""

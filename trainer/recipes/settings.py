@@ -37,6 +37,19 @@ class Settings:
     """Pictures for the samples, one for each prompt, where a recipe has such a setting."""
 
     @property
+    def has_strength(self) -> bool:
+        """Whether what is trained can count more or less in samples."""
+        return self.has_adapter
+
+    def guides(self, config: Config) -> bool:
+        """Whether samples may be guided away from a negative prompt."""
+        return True
+
+    def hint_names(self, config: Config) -> list[str]:
+        """The pictures that a sample may follow: names of conditions, "" for one that annotators draw from."""
+        return []
+
+    @property
     def has_frozen_network(self) -> bool:
         return "memory.base" in self.sections and self.lora is not False
 
@@ -59,7 +72,10 @@ def sizes(config: Config, multiple: int, remark: str = "") -> list[str]:
     problems, data = Problems(), config.data
     name = f"data.resolution{'s' * bool(data.resolutions)}"
     squares = [] if data.buckets else [(name, side) for side in data.sides]
-    for name, side in (*squares, ("samples.height", config.samples.height), ("samples.width", config.samples.width)):
+    tables = [(f"samples.prompts.{i}.{side}", size) for i, one in config.samples.tables.items()
+              for side, size in (("height", one.height), ("width", one.width)) if size is not None]
+    for name, side in (*squares, ("samples.height", config.samples.height), ("samples.width", config.samples.width),
+                       *tables):
         problems.need(side % multiple == 0, f"{name}={side} is not a multiple of {multiple}{remark}.")
     if data.buckets and not rules.data(data, config.batch_size, config.micro_batch_size):
         odd = [size for size in buckets.sizes(data) if size[0] % multiple or size[1] % multiple]

@@ -28,7 +28,8 @@ def recipe(config: Config, collection: loader.Collection, folder: Path | None = 
     torch.manual_seed(config.seed)
     text = text_encoders.make(config, wording.corpus(collection.train, config.data), folder)
     classes = len(collection.classes) or 1 + max(i.label for i in collection.train)
-    if config.needs == "classes" and (unknown := [c for c in config.samples.classes if not 0 <= c < classes]):
+    named = [*config.samples.classes, *(one.class_index or 0 for one in config.samples.tables.values())]
+    if config.needs == "classes" and (unknown := [c for c in named if not 0 <= c < classes]):
         raise ValueError(f"samples.classes names {', '.join(map(str, unknown))}, and the data have the classes 0 to "
                          f"{classes - 1}.")
     made = find(config.recipe.name)(config, text, classes)

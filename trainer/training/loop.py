@@ -17,6 +17,7 @@ def train(recipe, batches, config: Config, run, accelerator):
     parts = parts_of(config, accelerator.process_index, accelerator.num_processes)
     together.start(optimizer, len(parts), len(parts[0]))
     run.pictures = len(batches.items)
+    run.baseline(step, recipe, ema, optimizer)
 
     while step < config.steps and run.goes_on(step, recipe, ema, optimizer):
         # Random draws depend only on (seed, step), so a resumed run repeats the unbroken one.

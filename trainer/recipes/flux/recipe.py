@@ -89,9 +89,10 @@ class Recipe(Base):
     def validate(self, batches: list) -> dict[str, float]:
         return self.flow.validate(batches, self.device, self.losses)
 
-    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
+    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
+               negative: str = "") -> Tensor:
         """cfg: see `task.FluxFlow.sample`; shift is not read."""
-        return self.flow.sample(self.predict, what, height, width, steps, cfg, seed, self.device)
+        return self.flow.sample(self.predict, what, height, width, steps, cfg, seed, self.device, negative)
 
     def network(self) -> dict:
         return self.net.config.as_dict()

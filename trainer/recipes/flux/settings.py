@@ -43,6 +43,9 @@ class FluxSettings(Settings):
     guidance: float = 1.0
     """Guidance that a distilled network (dev) is conditioned on while training."""
 
+    def guides(self, config: Config) -> bool:
+        return not config.model.guidance  # a distilled network is told its guidance instead
+
     def problems(self, config: Config) -> list[str]:
         problems, shape = Problems(), None
         if not config.init_from:

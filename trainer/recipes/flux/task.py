@@ -125,17 +125,20 @@ class FluxFlow:
 
     @torch.no_grad()
     def sample(self, predict: Predict, prompts: list[str], height: int, width: int, steps: int, cfg: float, seed: int,
-               device) -> Tensor:
+               device, negative: str = "") -> Tensor:
         """Pictures of prompts, (B, 3, H, W) in [-1, 1]. Picture i begins with ComfyUI's noise for seed + i.
 
         cfg: the guidance that a distilled network is conditioned on; of any other, the scale of classifier-free
         guidance.
         """
         B, distilled = len(prompts), self.shape.guidance
+        if negative and distilled:
+            raise ValueError(f"negative={negative!r}: this FLUX is distilled, and draws without a negative prompt: "
+                             "take it out of [[samples.prompts]].")
         size = self.shape.in_channels // 4, height // VAE_FACTOR, width // VAE_FACTOR
         noise = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed + i)) for i in range(B)])
         guided = not distilled and cfg != 1
-        condition = self.condition([*([""] * B if guided else []), *prompts], device, cfg if distilled else None)
+        condition = self.condition([*([negative] * B if guided else []), *prompts], device, cfg if distilled else None)
 
         def guided_velocity(x, sigma):
             if not guided:

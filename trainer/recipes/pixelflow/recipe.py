@@ -197,7 +197,8 @@ class Recipe(Base):
         return {"loss": sum(found.values()) / len(found), **found}
 
     @torch.no_grad()
-    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
+    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
+               negative: str = "") -> Tensor:
         """what: prompts, or indices of classes."""
         device, B = self.diffusion.proj_out_2.weight.device, len(what)
         last = self.stages.num_stages - 1
@@ -208,8 +209,8 @@ class Recipe(Base):
         small = stage_size(height, width, 0, last + 1)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
             labels = torch.tensor(what if self.text is None else [0] * B, device=device).repeat(2)
-            captions = ["" if self.text is None else w for w in what] * 2
-            condition = self.condition(captions, labels, [True] * B + [False] * B)
+            captions = [negative] * B + ["" if self.text is None else w for w in what]
+            condition = self.condition(captions, labels, [not negative] * B + [False] * B)
 
             def predict(x, timestep, stage, scale):
                 if scale == 1:

@@ -49,6 +49,9 @@ class PixelFlowSettings(Settings):
     """packed: all stages in one pass through packed attention. dense: one pass per stage, the same result. auto: packed
     on a GPU, dense on a CPU, where it is the faster one."""
 
+    def guides(self, config: Config) -> bool:
+        return bool(config.text.encoder)
+
     def problems(self, config: Config) -> list[str]:
         problems, text, samples = Problems(), config.text.encoder, config.samples
         problems.dropout(self.dropout)
@@ -67,7 +70,9 @@ class PixelFlowSettings(Settings):
         problems.need(not (text and samples.classes),
                       "samples.classes is for class-conditional runs, this one has a text "
                       "encoder: use samples.prompts.")
-        problems.need(text or not samples.prompts,
+        problems.need(not (samples.classes and samples.tables),
+                      "samples.classes and [[samples.prompts]] both name classes: use one of them.")
+        problems.need(text or not any(samples.texts),
                       "samples.prompts needs a text encoder: set text.encoder, or use samples.classes.")
         problems.need(text or all(one.kind != "folder" for one in config.data.each),
                       "data.kind=\"folder\" has no classes: use \"classes\", or set text.encoder for captions.")

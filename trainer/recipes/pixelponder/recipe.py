@@ -209,7 +209,7 @@ class Recipe(Base):
 
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
-               conditions: dict[str, Tensor] | None = None) -> Tensor:
+               negative: str = "", conditions: dict[str, Tensor] | None = None) -> Tensor:
         """conditions: kind -> (B, 3, H, W) uint8, and "" -> pictures, of which recipe.annotators make hints; without
         them those of recipe.hints, where they are for as many prompts. cfg: see `FluxFlow.sample`; shift is not
         read."""
@@ -230,7 +230,7 @@ class Recipe(Base):
         def predict(x, sigma, condition):
             return self.predict(x, sigma, condition, select if len(x) == len(what) else twice)[0]
 
-        return self.flow.sample(predict, what, height, width, steps, cfg, seed, self.device)
+        return self.flow.sample(predict, what, height, width, steps, cfg, seed, self.device, negative)
 
     def named_hints(self, height: int, width: int) -> list[tuple[str, Tensor]]:
         """Those of recipe.hints."""

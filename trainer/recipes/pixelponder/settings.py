@@ -63,8 +63,11 @@ class PixelPonderSettings(Settings):
         """All kinds of hints, in their order."""
         return [*config.data.conditions, *self.annotators]
 
+    def hint_names(self, config: Config) -> list[str]:
+        return [*config.data.conditions, *([""] if self.annotators else [])]
+
     def problems(self, config: Config) -> list[str]:
-        problems, kinds, prompts = Problems(), self.kinds(config), config.samples.prompts
+        problems, kinds, prompts = Problems(), self.kinds(config), config.samples.texts
         problems.one_of("recipe.selection", self.selection, ("accumulate", "released"))
         unknown = [k for k in self.annotators if k not in ANNOTATORS]
         problems.need(not unknown,

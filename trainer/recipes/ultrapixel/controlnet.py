@@ -145,7 +145,7 @@ class Recipe(StageCRecipe):
 
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
-               conditions: dict[str, Tensor] | None = None) -> Tensor:
+               negative: str = "", conditions: dict[str, Tensor] | None = None) -> Tensor:
         """In two passes where there is a guide; the hints act on the first. The release draws with shift 2 and cfg 1.
         conditions: (B, 3, H, W) uint8 by name, pictures whose edges are taken by "canny" or ""; without them,
         recipe.sample_hints."""
@@ -164,7 +164,8 @@ class Recipe(StageCRecipe):
             given = torch.nn.functional.interpolate(given.float(), size, mode="bilinear", antialias=True)
             given = given.round().clamp(0, 255).to(torch.uint8)
         control = self.residuals(self.hints.encode(given, d.device)["image"])
-        return d.sample(what, height, width, steps, shift, cfg, seed, self.guide, control=control)
+        return d.sample(what, height, width, steps, shift, cfg, seed, self.guide, control=control,
+                        negative=negative)
 
     def network(self) -> dict:
         return self.controlnet.config.as_dict()

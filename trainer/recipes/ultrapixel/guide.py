@@ -78,9 +78,11 @@ class Recipe(StageCRecipe):
     def activation_bytes(self, pictures: int, cpu: bool) -> float:
         return super().activation_bytes(pictures, cpu) + casts(self.guide, self.config.precision == "bf16")
 
-    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
+    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
+               negative: str = "") -> Tensor:
         """In two passes. shift is 1 for the release."""
-        return self.denoising.sample(what, height, width, steps, shift, cfg, seed, self.guide)
+        return self.denoising.sample(what, height, width, steps, shift, cfg, seed, self.guide,
+                                     negative=negative)
 
     def network(self) -> dict:
         return self.guide.config.as_dict()

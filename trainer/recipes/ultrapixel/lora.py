@@ -5,6 +5,7 @@ that the LoRA serves both passes. Without one, only Stage C at the pictures' own
 """
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class Recipe(StageCRecipe):
         begun = start(config, self.shape) if config.init_from and not network else None
         # A run that is opened again knows the rank of the file that it began with.
         self.rank = (network or {}).get("rank") or s.rank or (rank_of(begun) if begun else RANK)
-        self.scale = s.alpha / self.rank
+        self.scale, self.strength = s.alpha / self.rank, 1.0
         with torch.device("meta"):
             layers = dict((self.net or StageC(self.shape)).named_modules())
         self.layers, self.keys = nn.ModuleDict(), {}
@@ -153,9 +154,24 @@ class Recipe(StageCRecipe):
 
         return d.validate(batches, losses)
 
-    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int) -> Tensor:
+    def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
+               negative: str = "") -> Tensor:
         """In two passes where there is a guide. shift is 1 for the release."""
-        return self.denoising.sample(what, height, width, steps, shift, cfg, seed, self.guide, self.change)
+        return self.denoising.sample(what, height, width, steps, shift, cfg, seed, self.guide,
+                                     None if self.change is None else self.strength * self.change, negative=negative)
+
+    @contextmanager
+    def at_strength(self, strength: float):
+        """The word's change counts as the layers' do."""
+        self.strength = strength
+        for one in self.layers.values():
+            one.scale = strength * self.scale
+        try:
+            yield
+        finally:
+            self.strength = 1.0
+            for one in self.layers.values():
+                one.scale = self.scale
 
     def network(self) -> dict:
         return {**self.shape.as_dict(), "rank": self.rank}

@@ -107,6 +107,10 @@ class UltraPixelLoraSettings(Settings):
     low_filter: str = "nearest"
     """nearest, as the release, or antialias."""
 
+    @property
+    def has_strength(self) -> bool:
+        return True
+
     def problems(self, config: Config) -> list[str]:
         problems = Problems([*of_family(config), *of_loss(self.dropout, self.image_share, self.weight),
                              *(of_low(config) if config.model.guide else ())])
@@ -150,13 +154,18 @@ class UltraPixelControlNetSettings(Settings):
     sample_hints: list[str] = field(default_factory=list)
     """Pictures whose hints the sample prompts get, in turn; for another hint than canny, the condition pictures."""
 
+    def hint_names(self, config: Config) -> list[str]:
+        return [""] if self.hint == CANNY else [self.hint]
+
     def problems(self, config: Config) -> list[str]:
         problems = Problems([*of_family(config), *of_loss(self.dropout, self.image_share, self.weight)])
         known = (CANNY, *config.data.conditions)
         problems.need(self.hint in known, f"recipe.hint={self.hint!r} is none of {', '.join(known)}"
                                           f"{nearest(self.hint, known)}: name it in data.conditions too.")
         problems.need(self.channels in (1, 3), f"recipe.channels={self.channels} must be 1 or 3.")
-        problems.need(not config.samples.every or self.sample_hints,
+        tables = config.samples.tables
+        problems.need(not config.samples.every or self.sample_hints
+                      or len(tables) == len(config.samples.prompts) and all(one.hint for one in tables.values()),
                       f"samples.every={config.samples.every} draws pictures, and recipe.sample_hints names none to "
                       "take their hints from.")
         for path in self.sample_hints:
@@ -199,9 +208,10 @@ def of_family(config: Config) -> list[str]:
         odd = [size for size in buckets.sizes(config.data) if size[0] % PIXELS or size[1] % PIXELS]
         problems += [f"data.resolution has sizes such as {width}x{height}, which are no multiples of {PIXELS}: "
                      "data.buckets=\"ultrapixel\" has only such." for height, width in odd[:1]]
-    for side in ("height", "width") if model.stage_b else ():
-        size = look_up(samples, side)
-        problems.need(size % 8 == 0, f"samples.{side}={size} is not a multiple of 8, which Stage B needs.")
+    for name, one in (("samples.", samples), *((f"samples.prompts.{i}.", t) for i, t in samples.tables.items())):
+        for side in ("height", "width") if model.stage_b else ():
+            size = look_up(one, side) or 0
+            problems.need(size % 8 == 0, f"{name}{side}={size} is not a multiple of 8, which Stage B needs.")
     return problems
 
 

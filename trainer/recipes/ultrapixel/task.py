@@ -200,7 +200,8 @@ class StageCDenoising:
 
     @torch.no_grad()
     def sample(self, prompts: list[str], height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
-               guide: Guide | None = None, change: Tensor | None = None, control: list | None = None) -> Tensor:
+               guide: Guide | None = None, change: Tensor | None = None, control: list | None = None,
+               negative: str = "") -> Tensor:
         """Pictures of prompts: (B, 3, H, W) in [-1, 1], as the nodes draw them. With a guide in two passes, the first
         at low resolution. control: residuals for (B) pictures, only in the first pass where there are two."""
         if self.net is None:
@@ -212,7 +213,7 @@ class StageCDenoising:
         sizes = sampling.sizes(height, width, low_side=low_side)
         diffusion = sampling.CosineDiffusion(shift)
         logsnrs = diffusion.steps(steps)
-        condition = self.condition([*([""] * B if cfg != 1 else []), *prompts], change=change)
+        condition = self.condition([*([negative] * B if cfg != 1 else []), *prompts], change=change)
         positive = {name: value[-B:] for name, value in condition.items()}
         rows = len(condition["text"])
         residuals = [None if r is None else r.repeat(rows // B, 1, 1, 1) for r in control or ()]
