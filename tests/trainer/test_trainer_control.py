@@ -116,3 +116,13 @@ def test_a_run_starts_while_others_look_whether_it_is_running(path, tmp_path):
     finally:
         done.set()
         thread.join()
+
+
+def test_a_validation_says_how_certain_its_mean_is(unbroken):
+    lines = [line for line in log(unbroken) if "validation_loss" in line]
+    assert all(0 < line["validation_standard_error"] < line["validation_loss"] for line in lines)
+    loss = torch.arange(9.0)
+    assert validation.certainty(loss)["standard_error"] == pytest.approx(loss.std().item() / 3)
+    assert validation.in_words({"loss": 0.5, "standard_error": 0.01}, 9) == \
+        "validation loss 0.5000 ± 0.0196 (95 %), 9 held-out pictures"
+    assert validation.certainty(loss[:1]) == {} and "±" not in validation.in_words({"loss": 0.5}, 1)

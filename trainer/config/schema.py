@@ -495,8 +495,8 @@ class Samples:
 
     @property
     def tables(self) -> dict[int, SamplePrompt]:
-        """Place in `prompts` -> its table, where it has one."""
-        return {i: one for i, one in enumerate(self.prompts) if not isinstance(one, str)}
+        """Place in `prompts`, from 1 -> its table, where it has one."""
+        return {i: one for i, one in enumerate(self.prompts, 1) if not isinstance(one, str)}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from ..config.schema import Config
 from ..data import loader, sets
 from ..data.pictures import Pictures
 from ..files import digest, entries
-from . import control, samples
+from . import control, samples, validation
 from .checkpoints import (
     STATE,
     checkpoints,
@@ -325,6 +325,8 @@ class Run:
                 found = self.validated(recipe)
             if self.main:
                 self.write(step, **{f"validation_{k}": v for k, v in found.items()})
+                count = sum(len(batch.positions) for batch in self.held_out)
+                self.bar.write(f"Step {step}: {validation.in_words(found, count)}.")
         if self.measures and config.samples.every and step % config.samples.every == 0:
             with optimizer.averaged(), ema.applied():
                 self.sample(step, recipe)

@@ -72,6 +72,8 @@ class LcmStep:
     before: Tensor
     """The teacher's DDIM step down."""
     target: Tensor
+    each: Tensor
+    """The loss of each picture, (B,), of which `loss` is the mean."""
 
 
 def lcm_distillation(
@@ -107,4 +109,5 @@ def lcm_distillation(
         goal = consistency(before, schedule.denoised(before, target(before, end), end), end)
     error = prediction.float() - goal.float()
     each = error.square() if loss_type == "l2" else (error.square() + huber_c**2).sqrt() - huber_c
-    return LcmStep(each.mean(), noisy, student_denoised, prediction, denoised, eps, before, goal)
+    return LcmStep(each.mean(), noisy, student_denoised, prediction, denoised, eps, before, goal,
+                   each.flatten(1).mean(1))

@@ -21,6 +21,7 @@ from ...features.taesd import FACTOR
 from ...memory.activations import kept_bytes
 from ...training.groups import Group
 from ...training.noise import batch_noise
+from ...training.validation import certainty
 from ..contract import Base, Files
 
 MEMORY = 0.01  # how much of the mean square of latents a pass renews
@@ -117,7 +118,7 @@ class Recipe(Base):
             away = self.again(batch.pictures) - (batch.pictures.to(self.square.device).float() / 127.5 - 1)
             errors.append(away.abs().flatten(1).mean(1))
             squares.append(away.square().flatten(1).mean(1))
-        return {"loss": torch.cat(errors).mean().item(),
+        return {"loss": torch.cat(errors).mean().item(), **certainty(torch.cat(errors)),
                 "psnr": (10 * torch.log10(4 / torch.cat(squares).clamp_min(1e-12))).mean().item()}
 
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,

@@ -19,7 +19,7 @@ from ...features import text_encoders, vaes
 from ...memory.activations import fused, kept_bytes, of_stack
 from ...training import objective
 from ...training.noise import VALIDATION, generator, spread, state_noise, training_noise
-from ...training.validation import quarters
+from ...training.validation import certainty, quarters
 from ..noised import NoisedBatch
 from .settings import CELL, of_shape
 
@@ -121,7 +121,7 @@ class FluxFlow:
             found.append(losses(batch, self.noising(batch, sigma, device, VALIDATION)))
             levels.append(sigma)
         loss = torch.cat(found).float().cpu()
-        return {"loss": loss.mean().item(), **quarters(loss, torch.cat(levels))}
+        return {"loss": loss.mean().item(), **certainty(loss), **quarters(loss, torch.cat(levels))}
 
     @torch.no_grad()
     def sample(self, predict: Predict, prompts: list[str], height: int, width: int, steps: int, cfg: float, seed: int,

@@ -22,6 +22,7 @@ from ...features import taesd
 from ...memory.activations import kept_bytes
 from ...training.groups import Group, groups
 from ...training.noise import VALIDATION, batch_noise, generator, spread
+from ...training.validation import certainty
 from . import perceptual
 from .pairs import Pairs
 from .settings import installed_heads
@@ -148,13 +149,14 @@ class Recipe(PixArtRecipe):
     def validate(self, batches: list) -> dict[str, float]:
         """How far the student is from what the teacher makes of it, with fixed noise: a mean absolute difference, for
         the loss itself measures only how far the follower is from the teacher."""
-        total = 0.0
+        losses = []
         for batch in batches:
             low, high = MATCHED
             timestep = low + spread(batch.positions, high - low)
             found, generated, _ = self.matched(batch, timestep, VALIDATION)
-            total += (generated - found.real_denoised).abs().flatten(1).mean(1).sum().item()
-        return {"loss": total / sum(len(b.positions) for b in batches)}
+            losses.append((generated - found.real_denoised).abs().flatten(1).mean(1))
+        total = sum(some.sum().item() for some in losses)
+        return {"loss": total / sum(len(b.positions) for b in batches), **certainty(torch.cat(losses))}
 
     def timesteps(self, steps: int) -> list[float]:
         """One step, whatever is asked for."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ....models_impl.pixart import sampling
 from ...config.schema import Config
 from ...training.noise import VALIDATION, batch_noise, generator, spread
+from ...training.validation import certainty
 from .. import adapters
 from ..contract import Files
 from .start import frozen, opened
@@ -80,10 +81,11 @@ class Recipe(PixArtRecipe):
         """The same loss at fixed indices with fixed noise; the EMA weights are in place already, and so is the
         target."""
         ema, self.ema = self.ema, None
-        losses = [self.distilled(b, spread(b.positions, self.grid.steps), VALIDATION).loss * len(b.positions)
-                  for b in batches]
+        found = [self.distilled(b, spread(b.positions, self.grid.steps), VALIDATION) for b in batches]
+        losses = [one.loss * len(b.positions) for one, b in zip(found, batches, strict=True)]
         self.ema = ema
-        return {"loss": (sum(losses) / sum(len(b.positions) for b in batches)).item()}
+        return {"loss": (sum(losses) / sum(len(b.positions) for b in batches)).item(),
+                **certainty(torch.cat([one.each for one in found]))}
 
     def timesteps(self, steps: int) -> list[float]:
         return sampling.lcm_timesteps(steps, self.grid.schedule.steps, self.grid.steps)

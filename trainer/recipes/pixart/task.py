@@ -19,7 +19,7 @@ from ...memory.activations import casts, fused, kept_bytes, of_network
 from ...training import objective
 from ...training.groups import Group, groups
 from ...training.noise import VALIDATION, generator, spread, state_noise, training_noise
-from ...training.validation import quarters
+from ...training.validation import certainty, quarters
 from .. import adapters
 from ..contract import Base, Files
 from ..noised import NoisedBatch
@@ -126,7 +126,7 @@ class PixArtDenoising:
                  for batch in batches for timestep in [spread(batch.positions, self.schedule.steps)]]
         error, bound, timestep = (torch.cat(some).float().cpu() for some in zip(*found, strict=True))
         return {
-            "loss": (error + bound).mean().item(),
+            "loss": (error + bound).mean().item(), **certainty(error + bound),
             **({"variance": bound.mean().item()} if bound.any() else {}),
             **quarters(error, timestep / self.schedule.steps),
         }

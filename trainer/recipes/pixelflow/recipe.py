@@ -28,6 +28,7 @@ from ...memory.activations import casts, fused, kept_bytes, of_network
 from ...training import objective
 from ...training.groups import Group, groups
 from ...training.noise import generator, picture_noise, spread
+from ...training.validation import certainty
 from .. import adapters
 from ..contract import Base, Files
 from .settings import new_shape, of_shape, requested, shape_of
@@ -185,7 +186,7 @@ class Recipe(Base):
     @torch.no_grad()
     def validate(self, batches: list[Batch]) -> dict[str, float]:
         """Mean loss of every stage over the held-out pictures; the noise is the same whenever this is called."""
-        found = {}
+        found, each = {}, 0
         for k in range(self.stages.num_stages):
             losses = []
             for batch in batches:
@@ -194,7 +195,8 @@ class Recipe(Base):
                 times = sampling.StageTime(torch.full((B,), k), t)
                 losses.append(self.losses(batch, times, torch.zeros(B, dtype=torch.bool), -1))
             found[f"stage{k}"] = torch.cat(losses).mean().item()
-        return {"loss": sum(found.values()) / len(found), **found}
+            each = each + torch.cat(losses) / self.stages.num_stages
+        return {"loss": sum(found.values()) / len(found), **certainty(each), **found}
 
     @torch.no_grad()
     def sample(self, what: list, height: int, width: int, steps: int, shift: float, cfg: float, seed: int,

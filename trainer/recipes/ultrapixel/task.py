@@ -19,7 +19,7 @@ from ...features import text_encoders
 from ...memory.activations import fused, kept_bytes, of_network
 from ...training import objective
 from ...training.noise import generator, spread, state_noise, training_noise
-from ...training.validation import quarters
+from ...training.validation import certainty, quarters
 from ..contract import Base
 from .decoder import Decoder
 from .encoders import Low
@@ -195,8 +195,9 @@ class StageCDenoising:
             ts.append(t)
         found = {name: torch.cat(some) for name, some in found.items()}
         whole = {name: loss.mean().item() for name, loss in found.items()}
-        return {"loss": sum(whole.values()) / len(whole), **(whole if len(whole) > 1 else {}),
-                **quarters(sum(found.values()) / len(found), torch.cat(ts))}
+        each = sum(found.values()) / len(found)
+        return {"loss": sum(whole.values()) / len(whole), **certainty(each), **(whole if len(whole) > 1 else {}),
+                **quarters(each, torch.cat(ts))}
 
     @torch.no_grad()
     def sample(self, prompts: list[str], height: int, width: int, steps: int, shift: float, cfg: float, seed: int,
