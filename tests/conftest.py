@@ -12,6 +12,7 @@ prepare_torch()  # before any test imports transformers, which imports torchvisi
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "tests" / "artifacts"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 

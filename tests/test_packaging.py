@@ -111,6 +111,9 @@ def test_what_is_published_leaves_the_tests_out_and_the_trainer_in():
         pytest.skip("not a git checkout")
     lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
     ignored = tuple(line for line in lines if line and not line.startswith("#"))
-    published = {path.split("/")[0] for path in tracked.stdout.splitlines() if not path.startswith(ignored)}
+    files = [path for path in tracked.stdout.splitlines() if not path.startswith(ignored)]
+    published = {path.split("/")[0] for path in files}
+    page = ("index.html", "uPlot.iife.min.js", "uPlot.LICENSE")
+    assert {f"trainer/monitor/static/{name}" for name in page} <= set(files)
     assert {"__init__.py", "assets", "nodes", "models_impl", "trainer", "web", "workflows", "package"} <= published
     assert not published & {"tests", "benchmarks", ".ci", "Makefile"}

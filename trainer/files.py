@@ -22,3 +22,12 @@ def digest(path: Path) -> str:
         while part := file.read(2**22):
             found.update(part)
     return found.hexdigest()
+
+
+def line_of_log(line: str) -> dict | None:
+    """What a line of a log says; None for one that a killed process or a disk has damaged."""
+    try:
+        entry = from_json(line, "log.jsonl")
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

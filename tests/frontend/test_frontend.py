@@ -6,13 +6,12 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import ARTIFACTS, ROOT, WORKFLOWS, needed
+from conftest import ARTIFACTS, BROWSERS, ROOT, WORKFLOWS, needed
 from PIL import Image
 from pixstack.tools import workflow as conversion
 
 pytestmark = [pytest.mark.frontend, pytest.mark.long]
 QUEUED = "pixelflow_text_to_image"  # runs on the embedded weights; the others are opened and converted
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")

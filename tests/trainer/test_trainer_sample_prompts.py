@@ -67,7 +67,7 @@ def test_each_prompt_is_drawn_with_its_own_settings(trained):
 
 def test_a_run_folder_gives_the_tables_back(trained):
     _, folder = trained
-    assert stored(folder).samples.tables[2].negative == "red card"
+    assert stored(folder).samples.tables[3].negative == "red card"
 
 
 def test_plain_prompts_are_drawn_at_once_as_ever(path, tmp_path):

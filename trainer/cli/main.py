@@ -17,6 +17,7 @@ from . import (
     export,
     importing,
     lora,
+    monitor,
     pairs,
     sample,
     settings,
@@ -26,7 +27,7 @@ from . import (
 
 COMMANDS = {"train": train, "cache": cache, "pairs": pairs, "data": data, "doctor": doctor, "caption": caption,
             "settings": settings, "sample": sample, "sheets": sheets, "export": export, "convert": convert,
-            "lora": lora, "import": importing, "evaluate": evaluate}
+            "lora": lora, "import": importing, "evaluate": evaluate, "monitor": monitor}
 
 
 def main(words: list[str] | None = None):

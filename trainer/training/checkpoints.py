@@ -14,7 +14,7 @@ from ...models_impl import state_dict
 from ...models_impl.guard import reading
 from ...models_impl.parsing import from_json
 from ..distributed import sharded
-from ..files import digest, entries
+from ..files import digest, entries, line_of_log
 
 STATE = "state.json"
 
@@ -57,15 +57,6 @@ def read_log(folder: Path) -> list[dict]:
     path = folder / "log.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     return [entry for entry in map(line_of_log, lines) if entry]
-
-
-def line_of_log(line: str) -> dict | None:
-    """What a line of a log says; None for one that a killed process or a disk has damaged."""
-    try:
-        entry = from_json(line, "log.jsonl")
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
 def module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

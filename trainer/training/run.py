@@ -27,13 +27,12 @@ from ..config.load import as_dict, differences, stored
 from ..config.schema import Config
 from ..data import loader, sets
 from ..data.pictures import Pictures
-from ..files import digest, entries
+from ..files import digest, entries, line_of_log
 from . import control, samples, validation
 from .checkpoints import (
     STATE,
     checkpoints,
     damage,
-    line_of_log,
     module_tensors,
     read_log,
     read_tensors,
