@@ -147,7 +147,8 @@ def test_an_export_is_where_another_run_may_start(path, trained, tmp_path):
 
 
 def test_samples_show_pictures_beside_what_becomes_of_them(path, trained, tmp_path):
-    assert Image.open(trained / "samples/00000004/00.png").size == (32, 16)
+    drawn = Image.open(trained / "samples/00000004/00.png")
+    assert drawn.size == (32, 16) and "/" not in drawn.info["title"]  # a file's name without its folder
     original = path.parent / "images/red_card.png"
     cli.main(["sample", str(trained), str(original), "--out", str(tmp_path / "out")])
     sheet = pictures.tensor(Image.open(tmp_path / "out/000000.png"))

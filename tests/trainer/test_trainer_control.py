@@ -6,6 +6,7 @@ import pytest
 import tiny_run
 import torch
 from pixstack.trainer.training import checkpoints, control, validation
+from pixstack.trainer.training.run import Run
 from test_trainer_run import log, weights
 
 WORDS = ("samples.prompts=[\"red card\"]", "samples.steps=1", "validation.every=2")
@@ -93,6 +94,20 @@ def test_checkpoints_come_by_the_clock(path, tmp_path, monkeypatch):
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "save_every=0", "save_minutes=1", "keep=0"))
     saved = [int(p.name) for p in checkpoints.checkpoints(tmp_path / "run")]
     assert len(saved) > 1 and saved[-1] == 6
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_processes_do_together_what_the_main_one_finds_in_the_folder(path, tmp_path, main):
+    class OneOfTwo:
+        num_processes, is_main_process, device = 2, main, torch.device("cpu")
+
+        def reduce(self, flags, how):
+            assert how == "sum" and (main or not flags.any())  # the other one looks into no files
+            return flags if main else flags + torch.tensor([float(name == "pause") for name in control.Orders._fields])
+
+    run = Run(tiny_run.settings(path, tmp_path), OneOfTwo())
+    (tmp_path / "pause").touch()
+    assert run.orders() == control.Orders(pause=True)
 
 
 def test_a_lock_that_a_killed_process_left_is_held_by_nobody(path, tmp_path):

@@ -351,7 +351,7 @@ class Run:
         found = samples.draw(recipe, self.config, base)
         if not self.main:
             return
-        page = samples.write(self.folder, step, found)
+        page = samples.write(self.folder, step, found, files=self.config.needs == "pictures")
         self.writer.add_image("samples", np.asarray(page), step, dataformats="HWC")
         if self.wandb:
             import wandb

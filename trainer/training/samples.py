@@ -69,21 +69,26 @@ def draw(recipe, config: Config, base: bool = False) -> list[tuple[SamplePrompt,
     return found
 
 
-def title(one: SamplePrompt) -> str:
-    return one.prompt if one.class_index is None else f"class {one.class_index}"
+def title(one: SamplePrompt, files: bool) -> str:
+    """What stands beneath a picture. files: whether prompts are picture files, whose folders are nobody's business
+    where a sheet is published."""
+    if one.class_index is not None:
+        return f"class {one.class_index}"
+    return Path(one.prompt).name if files else one.prompt
 
 
-def write(folder: Path, step: int, found: list[tuple[SamplePrompt, Tensor]]) -> Image.Image:
-    """Writes the files of a step into a run folder, and returns the sheet."""
+def write(folder: Path, step: int, found: list[tuple[SamplePrompt, Tensor]], files: bool = False) -> Image.Image:
+    """Writes the files of a step into a run folder, and returns the sheet. files: see `title`."""
+    titles = [title(one, files) for one, _ in found]
     images = [to_images(picture[None])[0] for _, picture in found]
     own = folder / FOLDER / f"{step:08d}"
     own.mkdir(parents=True, exist_ok=True)
     for i, ((one, _), image) in enumerate(zip(found, images, strict=True)):
         notes = PngInfo()
-        notes.add_itxt("title", title(one))
+        notes.add_itxt("title", titles[i])
         notes.add_itxt("settings", json.dumps(asdict(one), ensure_ascii=False))
         save_whole(image, own / f"{i:02d}.png", pnginfo=notes)
-    page = captioned([title(one) for one, _ in found], images)
+    page = captioned(titles, images)
     save_whole(page, own.with_suffix(".png"))
     return page
 
