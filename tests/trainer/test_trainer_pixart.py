@@ -149,7 +149,7 @@ def test_validation_says_the_same_twice_and_in_small_batches(made):
     whole = recipe.validate(loader.fixed(batches.items, batches.settings))
     assert recipe.validate(loader.fixed(batches.items, batches.settings)) == whole
     assert recipe.validate(loader.fixed(batches.items, batches.settings, 3)) == pytest.approx(whole, rel=1e-4)
-    assert set(whole) == {"loss", "variance", "quarter0", "quarter1", "quarter2", "quarter3"}
+    assert set(whole) == {"loss", "standard_error", "variance", "quarter0", "quarter1", "quarter2", "quarter3"}
 
 
 # --- Where it may start

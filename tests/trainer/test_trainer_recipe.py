@@ -90,7 +90,7 @@ def test_validation_says_the_same_twice(path, tmp_path):
     recipe, batches = recipe_of(path, tmp_path)
     fixed = loader.fixed(batches.items, batches.settings)
     first = recipe.validate(fixed)
-    assert recipe.validate(fixed) == first and set(first) == {"loss", "stage0", "stage1"}
+    assert recipe.validate(fixed) == first and set(first) == {"loss", "standard_error", "stage0", "stage1"}
 
 
 def test_validation_in_small_batches_says_the_same(path, tmp_path):

@@ -176,7 +176,7 @@ def test_validation_says_the_same_twice_and_in_small_batches_and_moves_no_weight
     whole = recipe.validate(data.fixed(batches.items, batches.settings))
     assert recipe.validate(data.fixed(batches.items, batches.settings)) == whole
     assert recipe.validate(data.fixed(batches.items, batches.settings, 3)) == pytest.approx(whole, rel=1e-4)
-    assert set(whole) == {"loss", "quarter0", "quarter1", "quarter2", "quarter3"}
+    assert set(whole) == {"loss", "standard_error", "quarter0", "quarter1", "quarter2", "quarter3"}
     assert torch.equal(recipe.weight.means, torch.ones(300))
 
 

@@ -164,8 +164,8 @@ class UltraPixelControlNetSettings(Settings):
                                           f"{nearest(self.hint, known)}: name it in data.conditions too.")
         problems.need(self.channels in (1, 3), f"recipe.channels={self.channels} must be 1 or 3.")
         tables = config.samples.tables
-        problems.need(not config.samples.every or self.sample_hints
-                      or len(tables) == len(config.samples.prompts) and all(one.hint for one in tables.values()),
+        own = len(tables) == len(config.samples.prompts) > 0 and all(one.hint for one in tables.values())
+        problems.need(not config.samples.every or self.sample_hints or own,
                       f"samples.every={config.samples.every} draws pictures, and recipe.sample_hints names none to "
                       "take their hints from.")
         for path in self.sample_hints:
