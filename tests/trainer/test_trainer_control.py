@@ -121,7 +121,7 @@ def test_a_run_starts_while_others_look_whether_it_is_running(path, tmp_path):
     done = threading.Event()
 
     def look():
-        while not done.is_set():
+        while not done.wait(0.001):
             control.is_running(tmp_path / "run")
 
     thread = threading.Thread(target=look)

@@ -45,14 +45,14 @@ class RunLog:
                 steps.append(step)
                 values.append(float(value))
 
-    @property
     def last(self) -> dict[str, float | None]:
         """The newest value of each name."""
-        return {name: as_json(values[-1]) for name, (_, values) in self.series.items()}
+        with self.lock:
+            return {name: as_json(values[-1]) for name, (_, values) in self.series.items()}
 
-    @property
     def step(self) -> int:
-        return max((steps[-1] for steps, _ in self.series.values()), default=0)
+        with self.lock:
+            return max((steps[-1] for steps, _ in self.series.values()), default=0)
 
     def curves(self, points: int) -> dict[str, dict[str, list]]:
         with self.lock:

@@ -74,12 +74,12 @@ class RunFolders:
         """A run in a few words."""
         settings, status, log = self.table(run, "config.json"), self.table(run, control.STATUS), self.log(run)
         running = self.file(run, control.LOCK) is not None and control.is_running(self.folder(run))
-        step, steps = max(log.step, status.get("step") or 0), settings.get("steps") or 0
+        step, steps = max(log.step(), status.get("step") or 0), settings.get("steps") or 0
         if running:
             state = "paused" if status.get("state") == "paused" else "running"
         else:
             state = "finished" if steps and step >= steps else "stopped" if step else "empty"
-        return {"name": run, "state": state, "step": step, "steps": steps, "last": log.last,
+        return {"name": run, "state": state, "step": step, "steps": steps, "last": log.last(),
                 "recipe": (settings.get("recipe") or {}).get("name"), "orders": control.given(self.folder(run)),
                 "memory": status.get("memory"), "seconds_left": status.get("seconds_left") if running else None}
 

@@ -101,7 +101,7 @@ class Run:
         if self.main:
             lock = FileLock(self.folder / LOCK)
             try:
-                lock.acquire(timeout=0.5)  # a monitor that looks whether it is held holds it for a moment
+                lock.acquire(timeout=1)  # a monitor that looks whether it is held holds it for a moment
             except Timeout:
                 raise ValueError(f"Another process trains in {self.folder}. Wait until it has ended, or choose another "
                                  "folder: out=...") from None
