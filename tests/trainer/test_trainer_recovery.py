@@ -98,7 +98,7 @@ class Failing:
     """Batches of which one cannot be loaded."""
 
     def __init__(self, batches, at: int, error: Exception):
-        self.batches, self.at, self.error = batches, at, error
+        self.batches, self.items, self.at, self.error = batches, batches.items, at, error
 
     def __call__(self, step, *given, **more):
         if step == self.at:
