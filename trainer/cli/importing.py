@@ -14,8 +14,8 @@ def add_arguments(one):
 
 def run(args):
     """Turn the settings of another trainer into a recipe file, and say what has no counterpart."""
+    from ...models_impl.files import write_whole
     from ...models_impl.parsing import without_surrogates
-    from ..files import write_whole
     from ..importing import programs, toml_text
 
     if args.out and args.out.suffix != ".toml":

@@ -274,7 +274,7 @@ class Run:
         the next time is soon."""
         self.told_when = time.monotonic()
         self.status |= {"step": step, "steps": self.config.steps, "state": state, "time": time.time(), **more}
-        with suppress(PermissionError):
+        with suppress(OSError):
             write_whole(self.folder / STATUS, json.dumps(self.status))
 
     def log(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float):

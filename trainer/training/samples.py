@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ...models_impl.files import put
 from ..config.schema import Config, SamplePrompt
 from ..data.pictures import shown
 from ..data.sheets import captioned, to_images
@@ -97,4 +98,4 @@ def save_whole(image: Image.Image, path: Path, **how):
     """At once or not at all, for somebody may look at it meanwhile."""
     unfinished = path.with_name(path.name + ".unfinished")
     image.save(unfinished, "PNG", **how)
-    unfinished.replace(path)
+    put(unfinished, path)
