@@ -277,6 +277,23 @@ def test_a_run_trains_from_the_cache_what_it_trains_from_pictures(made, path, pa
         assert a == pytest.approx(b, rel=1e-4)
 
 
+def test_a_dry_run_says_what_is_cached_and_reads_no_picture_for_it(made, path, tmp_path, capsys, monkeypatch):
+    def said():
+        capsys.readouterr()
+        cli.main(["train", str(tiny_pixart.toml(tmp_path, made())), "--dry-run"])
+        return capsys.readouterr().out
+
+    before = said()
+    assert "pictures are encoded at every step, for 0 of 8 are cached" in before
+    assert "captions   24 captions; 0 are embedded already" in before
+    filled(made(), tmp_path)
+    assert "all pictures are cached" in said()
+    assert "captions   24 captions; 24 are embedded already" in said()
+    picture = next((path.parent / "images").glob("red*.png"))
+    Image.new("RGB", (64, 64), (7, 7, 7)).save(picture)
+    assert "for 7 of 8 are cached" in said()
+
+
 def test_a_cache_killed_by_the_system_leaves_only_whole_shards(made, tmp_path):
     """kill -9 while it writes, and again, until it is done; every shard in between can be read."""
     file = tiny_pixart.toml(tmp_path, made())

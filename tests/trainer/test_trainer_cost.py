@@ -24,7 +24,7 @@ def estimated(settings):
     found = build.collection(settings)
     recipe = plan.on_meta(lambda: build.recipe(settings, found))
     rates = cost.Rates(torch.device("cpu"))
-    return cost.of_a_step(settings, found, recipe, loop.parts_of(settings, 0, 1), rates)
+    return cost.of_a_step(settings, found, recipe, loop.parts_of(settings, 0, 1), rates, cached=False)
 
 
 @pytest.mark.parametrize("words", [
@@ -49,6 +49,6 @@ def test_a_faster_device_takes_less_time(path, parts, tmp_path):
         rates = cost.Rates(torch.device("cpu"), {torch.float32: 1e-3 / faster, "bytes": 1e-3 / faster,
                                                  "call": 1e-3 / faster})
         recipe = plan.on_meta(lambda: build.recipe(made, found))
-        return cost.of_a_step(made, found, recipe, loop.parts_of(made, 0, 1), rates).seconds
+        return cost.of_a_step(made, found, recipe, loop.parts_of(made, 0, 1), rates, cached=False).seconds
 
     assert seconds(1) == pytest.approx(4 * seconds(4))

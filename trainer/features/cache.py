@@ -58,6 +58,26 @@ def lacking(items: list[Item], settings: Data, encoders: list, digests: Digests)
     return missing, changed
 
 
+class Known(Digests):
+    """Digests of the pictures that were read once; no picture is read for it."""
+
+    def of(self, file) -> tuple[str, bool]:
+        return self.known_of(file)
+
+
+def counted(config: Config, encoders: list, items: list[Item]) -> tuple[int, int]:
+    """(how many pictures, at all sizes that they are shown at, the cache has everything of; how many there are). No
+    picture is read."""
+    settings, stores = config.data, [e.store for e in encoders]
+    every = sum(2 if settings.each[item.set].flip else 1 for item, _ in shown(items, settings))
+    if None in stores or any(settings.each[number].crop == "random" for number in {i.set for i in items}):
+        return 0, every
+    for store in stores:
+        store.refresh()
+    missing, _ = lacking(items, settings, encoders, Known(Path(config.cache.folder).expanduser()))
+    return every - len(missing), every
+
+
 class Cached:
     """In place of `pictures.Pictures` where the cache has all features of all pictures: no picture is opened, but for
     masks, which are no part of it."""

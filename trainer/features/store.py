@@ -184,6 +184,15 @@ class Digests:
             self.fresh.append(json.dumps([name, *stamp, found]))
         return found, bool(before) and before[2] != found
 
+    def known_of(self, file) -> tuple[str, bool]:
+        """The same without reading the file: of one that is new or has changed, a digest that nothing has."""
+        name, stamp = str(file), [0, 0]
+        if isinstance(file, Path):
+            state = file.stat()
+            name, stamp = str(file.resolve()), [state.st_size, state.st_mtime_ns]
+        before = self.known.get(name)
+        return (before[2], False) if before and [*before[:2]] == stamp else ("unknown", False)
+
     def write(self):
         with self.lock:
             if self.fresh:

@@ -101,6 +101,9 @@ def files(text: nn.Module | None) -> dict[str, tuple[dict, dict]]:
 class FrozenT5(nn.Module):
     """Embeddings of a T5 encoder that does not learn; with `clip`, of a CLIP's text encoder too."""
 
+    word: None = None
+    """No word is taught to it, as to a FrozenClip."""
+
     def __init__(self, name: str, max_length: int, cache: Path, tokens: str = "", clean: bool = False,
                  precision: str = "fp32", writer: int = 0, padded: bool = False, clip: str = ""):
         """padded, clip: see `schema.Text`."""
@@ -134,10 +137,14 @@ class FrozenT5(nn.Module):
         self.encoder: list[nn.Module] = []  # in a list: not a part of what is trained, saved or moved
         self.pooler: list = []
 
+    def missing(self, captions: list[str]) -> list[str]:
+        """Those that the store does not have yet; another process may have filled it."""
+        self.store.refresh()
+        return [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
+
     def prepare(self, captions: list[str], device, progress=lambda items: items):
         """Embed what is missing and write it down, then let the encoder go."""
-        self.store.refresh()  # another process may have been first
-        missing = [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
+        missing = self.missing(captions)
         try:
             for start in progress(range(0, len(missing), AT_ONCE)):
                 self.embed(missing[start:start + AT_ONCE], device)
@@ -251,13 +258,17 @@ class FrozenClip(nn.Module):
         self.word_row = len(self.tokens)
         self.tokens.add_tokens([AddedToken(word, normalized=False)])
 
+    def missing(self, captions: list[str]) -> list[str]:
+        """Those that the store does not have yet; another process may have filled it."""
+        self.store.refresh()
+        return [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
+
     def prepare(self, captions: list[str], device, progress=lambda items: items):
         """Embed what is missing and write it down, then let the encoder go. With a word that is taught nothing can be
         prepared: captions are embedded anew at every step."""
         if self.word:
             return
-        self.store.refresh()  # another process may have been first
-        missing = [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
+        missing = self.missing(captions)
         try:
             for start in progress(range(0, len(missing), AT_ONCE)):
                 self.embed(missing[start:start + AT_ONCE], device)

@@ -203,8 +203,8 @@ class Blank:
 
 
 def of_a_step(config: Config, collection: loader.Collection, recipe: nn.Module, parts: list[range],
-              rates: Rates) -> Cost:
-    """With the encoding of its pictures unless cache.folder has them encoded. recipe: with its weights on the meta
+              rates: Rates, cached: bool) -> Cost:
+    """With the encoding of its pictures unless they are cached. recipe: with its weights on the meta
     device; it cannot be used afterwards."""
     clock = Clock(rates)
     batches = loader.Batches(collection.train, config.data, config.seed, config.batch_size,
@@ -212,7 +212,7 @@ def of_a_step(config: Config, collection: loader.Collection, recipe: nn.Module, 
     for net in (recipe, *recipe.teacher):
         imagine(net, clock)
     for reader in recipe.encoders:
-        reader.encode = encoding(reader, clock, counted=not config.cache.folder)
+        reader.encode = encoding(reader, clock, counted=not cached)
     if isinstance(recipe.text, text_encoders.FROZEN):
         imagine_text(recipe, clock)
     part = parts[0][:AT_MOST]

@@ -10,6 +10,7 @@ from ..config import rules
 from ..config.schema import Config
 from ..data import loader, sets, wording
 from ..distributed import deepspeed, fsdp2
+from ..features import cache, text_encoders
 from ..memory import offload, quantization
 from . import cost
 from .optim import Optimizers
@@ -23,7 +24,7 @@ def describe(config: Config, collection: loader.Collection, recipe, batches: loa
     lines = [f"run        {config.folder} ({config.recipe.name}, {config.precision}, seed {config.seed})",
              f"data       {loader.summary(collection)}",
              *(f"           {line}" for line in sets.counted(collection.train, collection.held_out, config.data)),
-             *wordings(config, collection),
+             *captions(config, collection, recipe.text),
              f"parameters {count:,} learn, {quantization.size(recipe) - count:,} frozen"]
     parents: dict[str, int] = {}
     for name, p in learns:
@@ -62,12 +63,15 @@ def describe(config: Config, collection: loader.Collection, recipe, batches: loa
     return lines[:where + 1] + duration(config, collection, recipe, parts, device) + lines[where + 1:]
 
 
-def wordings(config: Config, collection: loader.Collection) -> list[str]:
-    """How many captions a frozen encoder embeds before the first step, where that is more than one each."""
-    if not (config.text.frozen and config.data.caption_variants):
+def captions(config: Config, collection: loader.Collection, text) -> list[str]:
+    """How many captions a frozen encoder embeds before the first step, and how many of them it did before."""
+    if not isinstance(text, text_encoders.FROZEN) or text.word:
         return []
-    captions = wording.every(collection.train, collection.held_out, config.data, config.seed)
-    return [f"captions   {wording.counted(captions, collection.train, config.data)}"]
+    asked = wording.every(collection.train, collection.held_out, config.data, config.seed)
+    missing = len(text.missing(asked))
+    said = wording.counted(asked, collection.train, config.data) if config.data.caption_variants else \
+        f"{len(asked):,} captions"
+    return [f"captions   {said}; {len(asked) - missing:,} are embedded already"]
 
 
 def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, processes: int,
@@ -105,13 +109,14 @@ def duration(config: Config, collection: loader.Collection, recipe, parts: list[
              device: torch.device) -> list[str]:
     """How long a step and the run would take on this device, and how that is known."""
     rates = cost.Rates(device)
+    known, every = cache.counted(config, recipe.encoders, collection.train) if recipe.encoders else (0, 0)
     try:
-        step = cost.of_a_step(config, collection, recipe, parts, rates)
+        step = cost.of_a_step(config, collection, recipe, parts, rates, cached=known == every)
     except (RuntimeError, NotImplementedError) as error:  # of operations that look at values, which are not there
         return [f"time       cannot be estimated for these settings: {first_line(error)}"]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    encoded = "no encoder of pictures" if not recipe.encoders else "all features cached" if config.cache.folder \
-        else "pictures encoded at every step"
+    encoded = "no encoder of pictures" if not recipe.encoders else "all pictures are cached" if known == every else \
+        f"pictures are encoded at every step, for {known:,} of {every:,} are cached"
     rest = " " * 11
     least, most = step.seconds, SLOWER * step.seconds
     return [f"time       about {spoken(least)} to {spoken(most)} a step, {spoken(config.steps * least)} to "
