@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ MAY_IMPORT = {  # our folder -> our folders it may use
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview"}
 COMFYUI |= {"node_helpers", "nodes", "server"}
+
+
+@cache
+def nodes_of(path: str) -> list[ast.AST]:
+    """All of a file's syntax tree."""
+    return [*ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))]
 
 
 def violations(source: str, path: str) -> list[str]:
@@ -93,7 +100,7 @@ def imports_of(folder: str) -> dict[str, set[str]]:
     for module, path in paths.items():
         package = module.split(".") if path.endswith("__init__.py") else module.split(".")[:-1]
         found = set()
-        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.ImportFrom) and node.level:
                 above = package[: len(package) - node.level + 1]
                 base = ".".join([*above, *(node.module.split(".") if node.module else [])])
@@ -151,15 +158,14 @@ def test_only_commands_import_what_imports_every_recipe():
 
 @pytest.mark.parametrize("path", python_files(*MAY_IMPORT, "tools"))
 def test_no_function_is_longer_than_a_screen(path):
-    functions = [node for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
-                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    functions = [node for node in nodes_of(path) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert not [f.name for f in functions if f.end_lineno - f.lineno >= 60]
 
 
 @pytest.mark.parametrize("path", python_files("models_impl", "nodes", "trainer"))
 def test_transformers_opens_folders_without_running_code_of_theirs(path):
     """Every from_pretrained has trust_remote_code=False from LOCAL, but diffusers' for a VAE, which runs none."""
-    for call in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+    for call in nodes_of(path):
         if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "from_pretrained":
             given = " ".join(ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None)
             assert given.endswith("LOCAL") or "VAE_KINDS" in ast.unparse(call) or "vae_config" in ast.unparse(call), \
@@ -177,7 +183,7 @@ SHARED_NAMES = {"Recipe", "Model", "ModelConfig"}  # each a contract: of every r
 def test_a_class_name_has_one_meaning():
     files: dict[str, list[str]] = {}
     for path in python_files(*MAY_IMPORT):
-        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.ClassDef):
                 files.setdefault(node.name, []).append(path)
     assert not {name: paths for name, paths in files.items() if len(paths) > 1 and name not in SHARED_NAMES}

@@ -1,6 +1,8 @@
 """Arguments that several commands have."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -41,6 +43,13 @@ def accelerator_of(device: str):
 
     # Said outright, because without a GPU accelerate takes the processes of torchrun for separate runs.
     return Accelerator(cpu=chosen_device(device) == "cpu")
+
+
+def bar(what: str, main: bool = True) -> Callable:
+    """A progress bar around an iterable, in the main process, once it takes longer than a second."""
+    from tqdm import tqdm
+
+    return partial(tqdm, desc=what, delay=1, leave=False, dynamic_ncols=True, disable=not main)
 
 
 def sampling(args, settings) -> dict:

@@ -5,7 +5,7 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 
-from .options import accelerator_of, with_recipe
+from .options import accelerator_of, bar, with_recipe
 
 
 def add_arguments(one):
@@ -77,9 +77,11 @@ def prepared(run, config, collection, accelerator) -> tuple:
         if config.data.caption_variants:
             accelerator.print(f"{wording.counted(captions, collection.train, config.data)}: they are embedded first.")
         with accelerator.main_process_first():
-            recipe.text.prepare(["", *config.samples.captions, *captions], accelerator.device)
-    load = cache.loader(config, recipe.encoders, collection.train, config.data, accelerator.print)
-    run.load = cache.loader(config, recipe.encoders, run.items, config.data.unvaried(), accelerator.print)
+            recipe.text.prepare(["", *config.samples.captions, *captions], accelerator.device,
+                                bar("embedding captions", accelerator.is_main_process))
+    hashing = bar("looking for cached pictures", accelerator.is_main_process)
+    load = cache.loader(config, recipe.encoders, collection.train, config.data, accelerator.print, hashing)
+    run.load = cache.loader(config, recipe.encoders, run.items, config.data.unvaried(), accelerator.print, hashing)
     batches = loader.Batches(collection.train, config.data, config.seed, config.batch_size, load)
     if config.compile:
         recipe.compile_blocks()

@@ -13,7 +13,7 @@ from .buckets import Size
 NOTHING: dict = {}
 
 
-class Row:
+class Cycle:
     """The pictures of one size in an endless row, epoch after epoch, each in an order of its own.
 
     A picture is in every epoch as often as the whole part of its `times` says. Those with a rest of 1/3 have a third of
@@ -71,7 +71,7 @@ class BucketSchedule:
     """Which pictures make up which batch: a function only of (seed, step, position).
 
     A bucket shows its pictures in an endless row, all of them in one order, then all of them in another, and so on. The
-    row (`Row`) is cut into groups of `group` pictures. An epoch has the groups that begin in it, in random order; so
+    row (`Cycle`) is cut into groups of `group` pictures. An epoch has the groups that begin in it, in random order; so
     the rest of a bucket that does not fill a group is padded with what the bucket shows next, which the next epoch does
     not show again. After n epochs every picture was shown n times at least, and in its bucket's row exactly once in
     each order. With one bucket this is plain shuffling.
@@ -82,7 +82,7 @@ class BucketSchedule:
         """group: so many pictures in a row have one size; it divides batch_size. 0: the whole batch. times: how often
         an epoch shows a picture; once where it says nothing."""
         self.sizes = list(buckets)
-        self.rows = [Row(pictures, seed * 1_000_003 + bucket * 1_000_000_007_000, times)
+        self.rows = [Cycle(pictures, seed * 1_000_003 + bucket * 1_000_000_007_000, times)
                      for bucket, pictures in enumerate(buckets.values())]
         self.seed, self.group = seed, group or batch_size
         self.batch_groups = batch_size // self.group

@@ -45,10 +45,11 @@ def shown(items: list[Item], settings: Data) -> Iterator[tuple[Item, Size]]:
         yield from ((i, size) for i in items if i.prior)
 
 
-def lacking(items: list[Item], settings: Data, encoders: list, digests: Digests) -> tuple[list, list]:
+def lacking(items: list[Item], settings: Data, encoders: list, digests: Digests,
+            progress: Callable = lambda some: some) -> tuple[list, list]:
     """([(item, size, mirrored)] that some encoder has no features of, the files among them that have changed)."""
     missing, changed = [], []
-    for item, size in shown(items, settings):
+    for item, size in progress([*shown(items, settings)]):
         altered = digests.of(item.file)[1] or any(digests.of(item.conditions[e.of])[1] for e in encoders if e.of)
         one = settings.each[item.set]
         for mirrored in (False, True) if one.flip else (False,):
@@ -119,10 +120,12 @@ class Cached:
         return found
 
 
-def loader(config: Config, encoders: list, items: list[Item], settings: Data, say: Callable[[str], None]) -> Callable:
+def loader(config: Config, encoders: list, items: list[Item], settings: Data, say: Callable[[str], None],
+           progress: Callable = lambda some: some) -> Callable:
     """What loads pictures for `loader.Batches` and `loader.fixed`: `Cached` if the cache has them all, else Pictures.
 
-    say: called with a sentence or two on why the cache is not used where there is one.
+    say: called with a sentence or two on why the cache is not used where there is one. progress: goes round what takes
+    long, the pictures whose bytes are read.
     """
     stores = [e.store for e in encoders]
     if not encoders or None in stores or not items:
@@ -134,7 +137,7 @@ def loader(config: Config, encoders: list, items: list[Item], settings: Data, sa
     for store in stores:
         store.refresh()
     digests = Digests(Path(config.cache.folder).expanduser())
-    missing, changed = lacking(items, settings, encoders, digests)
+    missing, changed = lacking(items, settings, encoders, digests, progress)
     if not missing:
         return partial(Cached, encoders=encoders, digests=digests)
     lines = listed([f"{item.file} at {size[1]}x{size[0]}" for item, size, _ in missing],
