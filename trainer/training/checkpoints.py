@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -11,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ...models_impl import state_dict
+from ...models_impl.files import flush, put
 from ...models_impl.guard import reading
 from ...models_impl.parsing import from_json
 from ..distributed import sharded
 from ..files import digest, entries, line_of_log
 
-STATE = "state.json"
+STATE, UNFINISHED = "state.json", ".unfinished"
 
 
 @cache
@@ -50,6 +52,71 @@ def checkpoints(folder: Path) -> list[Path]:
     """Those of a run that are whole, oldest first."""
     there = (folder / "checkpoints").glob("*")
     return sorted(p for p in there if p.name.isdigit() and (p / STATE).exists() and is_whole(p))
+
+
+def newest_good(run: Path, wanted: int = 0) -> Path | None:
+    """The checkpoint of a run to go on from: that of the step `wanted`, else the newest whose bytes are those written.
+    Raises ValueError where the wanted one is not there or is damaged; a damaged one is named."""
+    saved = checkpoints(run)
+    if wanted and not any(int(one.name) == wanted for one in saved):
+        there = ", ".join(str(int(one.name)) for one in saved) or "none"
+        raise ValueError(f"resume_from={wanted}: {run} has no whole checkpoint of that step. There are: {there}.")
+    for one in reversed(saved):
+        if wanted and int(one.name) != wanted:
+            continue
+        if not (why := damage(one)):
+            return one
+        if wanted:
+            raise ValueError(f"{one} is damaged ({why}). Choose another step: resume_from=...")
+        print(f"{one} is damaged ({why}): it is passed over, and the run goes on from the one before, if there is one.",
+              file=sys.stderr)
+    return None
+
+
+def write_checkpoint(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]]):
+    """Writes the checkpoint of a step, a file for each name, at once or not at all."""
+    final = run / "checkpoints" / f"{step:08d}"
+    unfinished = final.with_name(final.name + UNFINISHED)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for name, some in tensors.items():
+        write_tensors(unfinished / f"{name}.safetensors", some)
+    written = {file.name: digest(file) for file in sorted(unfinished.glob("*.safetensors"))}
+    (unfinished / STATE).write_text(json.dumps({"step": step, "sha256": written}), encoding="utf-8")
+    for file in unfinished.iterdir():
+        flush(file)
+    if final.exists():
+        shutil.rmtree(final)
+    put(unfinished, final)
+
+
+def rotate(run: Path, keep: int, calm: int | None):
+    """Only the newest `keep` checkpoints stay, all with 0. calm: of a run that diverges, the last step when it did not;
+    the last checkpoint from before stays, too."""
+    saved = checkpoints(run)
+    before = [] if calm is None else [one for one in saved if int(one.name) <= calm]
+    for old in saved[:-keep] if keep else ():
+        if old not in before[-1:]:
+            forget(old)
+
+
+def forget(checkpoint: Path):
+    """Delete a checkpoint. One that another program reads, a sampling for example, stays on Windows until the next
+    time."""
+    unfinished = checkpoint.with_name(checkpoint.name + UNFINISHED)
+    try:
+        checkpoint.rename(unfinished)  # so that no half of it is ever taken for a whole one
+    except PermissionError as error:
+        print(f"{checkpoint} is in use, and stays for now: {error}", file=sys.stderr)
+    else:
+        shutil.rmtree(unfinished)
+
+
+def put_aside_after(run: Path, step: int):
+    """Checkpoints of later steps than this get names that no run goes on from."""
+    for one in (run / "checkpoints").glob("*"):
+        if one.name.isdigit() and int(one.name) > step:
+            places = (one.with_name(f"{one.name}.before{n or ''}") for n in range(1000))
+            one.rename(next(place for place in places if not place.exists()))
 
 
 def read_log(folder: Path) -> list[dict]:

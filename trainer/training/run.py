@@ -13,7 +13,6 @@ import time
 import uuid
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,23 +20,26 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-from ...models_impl.files import flush, put, write_whole
+from ...models_impl.files import write_whole
 from ..config import rules
 from ..config.load import as_dict, differences, stored
 from ..config.schema import Config
 from ..data import loader, sets
 from ..data.pictures import Pictures
-from ..files import digest, entries, line_of_log
+from ..files import entries, line_of_log
 from . import control, samples, validation
 from .checkpoints import (
     STATE,
+    UNFINISHED,
     checkpoints,
-    damage,
     module_tensors,
+    newest_good,
+    put_aside_after,
     read_log,
     read_tensors,
     restore_module,
-    write_tensors,
+    rotate,
+    write_checkpoint,
 )
 from .control import LOCK, STATUS
 from .divergence import Divergence
@@ -106,7 +108,7 @@ class Run:
                 raise ValueError(f"Another process trains in {self.folder}. Wait until it has ended, or choose another "
                                  "folder: out=...") from None
             self.lock = lock  # only what this run holds may be taken away when it closes
-            for leftover in (self.folder / "checkpoints").glob("*.unfinished"):
+            for leftover in (self.folder / "checkpoints").glob(f"*{UNFINISHED}"):
                 shutil.rmtree(leftover)
             for name in control.given(self.folder):
                 control.take(self.folder, name)
@@ -124,26 +126,8 @@ class Run:
                 (self.folder / "tokenizer.json").unlink(missing_ok=True)
             write_whole(path, json.dumps(settings, indent=2))
 
-    def newest(self) -> Path | None:
-        """The checkpoint to go on from: the one of resume_from, else the newest whose bytes are those written."""
-        saved, wanted = checkpoints(self.folder), self.config.resume_from
-        if wanted and not any(int(one.name) == wanted for one in saved):
-            there = ", ".join(str(int(one.name)) for one in saved) or "none"
-            raise ValueError(f"resume_from={wanted}: {self.folder} has no whole checkpoint of that step. There are: "
-                             f"{there}.")
-        for one in reversed(saved):
-            if wanted and int(one.name) != wanted:
-                continue
-            if not (why := damage(one)):
-                return one
-            if wanted:
-                raise ValueError(f"{one} is damaged ({why}). Choose another step: resume_from=...")
-            print(f"{one} is damaged ({why}): it is passed over, and the run goes on from the one before, if there is "
-                  "one.", file=sys.stderr)
-        return None
-
     def restore(self, recipe: nn.Module, ema, optimizer) -> int:
-        newest, step = self.newest(), 0
+        newest, step = newest_good(self.folder, self.config.resume_from), 0
         if newest:
             restore_module(recipe, read_tensors(newest / "model.safetensors"))
             if ema.weights:
@@ -154,7 +138,7 @@ class Run:
         if self.main:
             self.forget_after(step)
             if self.config.resume_from:
-                self.put_aside_after(step)
+                put_aside_after(self.folder, step)
             self.start(step)
         self.listen()
         return step
@@ -167,13 +151,6 @@ class Run:
             *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
             kept = (line for line in lines if (entry := line_of_log(line)) and entry["step"] <= step)
             write_whole(path, "".join(line + "\n" for line in kept))
-
-    def put_aside_after(self, step: int):
-        """Checkpoints of later steps than this get names that no run goes on from."""
-        for one in (self.folder / "checkpoints").glob("*"):
-            if one.name.isdigit() and int(one.name) > step:
-                places = (one.with_name(f"{one.name}.before{n or ''}") for n in range(1000))
-                one.rename(next(place for place in places if not place.exists()))
 
     def start(self, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -360,11 +337,11 @@ class Run:
 
     def save(self, step: int, recipe, ema, optimizer):
         with optimizer.averaged():
-            self.write_checkpoint(step, recipe, ema, optimizer)
+            self.gather_and_write(step, recipe, ema, optimizer)
         self.saved_at, self.saved_when = step, time.monotonic()
         self.accelerator.wait_for_everyone()
 
-    def write_checkpoint(self, step: int, recipe, ema, optimizer):
+    def gather_and_write(self, step: int, recipe, ema, optimizer):
         tensors = {}
         if self.measures:  # those of all processes are needed where each has a part
             tensors["model"] = module_tensors(recipe)
@@ -372,27 +349,8 @@ class Run:
                 tensors["ema"] = ema.state_dict()
             tensors["optimizer"] = optimizer.tensors()
         if self.main:
-            final = self.folder / "checkpoints" / f"{step:08d}"
-            unfinished = final.with_name(final.name + ".unfinished")
-            unfinished.mkdir(parents=True, exist_ok=True)
-            for name, some in tensors.items():
-                write_tensors(unfinished / f"{name}.safetensors", some)
-            written = {file.name: digest(file) for file in sorted(unfinished.glob("*.safetensors"))}
-            (unfinished / STATE).write_text(json.dumps({"step": step, "sha256": written}), encoding="utf-8")
-            for file in unfinished.iterdir():
-                flush(file)
-            if final.exists():
-                shutil.rmtree(final)
-            put(unfinished, final)
-            self.rotate()
-
-    def rotate(self):
-        """Only the newest checkpoints stay, and the last one of a time when the run did not diverge."""
-        saved, keep = checkpoints(self.folder), self.config.keep
-        calm = [one for one in saved if int(one.name) <= self.past.calm] if self.past.far else []
-        for old in saved[:-keep] if keep else ():
-            if old not in calm[-1:]:
-                forget(old)
+            write_checkpoint(self.folder, step, tensors)
+            rotate(self.folder, self.config.keep, self.past.calm if self.past.far else None)
 
     @contextmanager
     def rescuing(self, step: int, recipe, ema, optimizer, *errors: type[Exception]):
@@ -431,18 +389,6 @@ class Run:
         if self.lock is not None:
             self.lock.release()
             (self.folder / LOCK).unlink(missing_ok=True)
-
-
-def forget(checkpoint: Path):
-    """Delete a checkpoint. One that another program reads, a sampling for example, stays on Windows until the next
-    time."""
-    unfinished = checkpoint.with_name(checkpoint.name + ".unfinished")
-    try:
-        checkpoint.rename(unfinished)  # so that no half of it is ever taken for a whole one
-    except PermissionError as error:
-        print(f"{checkpoint} is in use, and stays for now: {error}", file=sys.stderr)
-    else:
-        shutil.rmtree(unfinished)
 
 
 def memory_in_use(device: torch.device) -> int | None:
