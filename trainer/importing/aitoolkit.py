@@ -2,8 +2,8 @@
 ostris/ai-toolkit)"""
 from __future__ import annotations
 
-from . import common, families
-from .rows import Draft, Row, chosen, none, number, to, whole, yes
+from . import common, families, often, prompts, sets
+from .rows import Draft, Row, none, number, on, positive, said, to, whole, yes
 
 NAME = "ai-toolkit"
 ARCHS = {"flux": families.FLUX, "pixart": families.PIXART_ALPHA, "pixart_sigma": families.PIXART_SIGMA,
@@ -12,9 +12,8 @@ DEFAULTS = {"network.linear": 4, "network.linear_alpha": 1.0, "train.batch_size"
             "train.lr": 1e-6, "train.optimizer": "adamw", "train.lr_scheduler": "constant", "train.max_grad_norm": 1.0}
 SILENT = ("type", "training_folder", "device", "performance_log_every", "save.push_to_hub", "save.hf_", "network.type",
           "model.name_or_path", "model.is_", "model.arch", "train.noise_scheduler", "sample.sampler",
-          "train.train_unet",
-          "train.skip_first_sample", "train.disable_sampling", "sample.neg", "sqlite_db_path", "model.low_vram",
-          "sample.sample_start_step", "train.force_first_sample", "save.save_format", "logging.", "datasets")
+          "train.train_unet", "sqlite_db_path", "model.low_vram", "sample.sample_start_step",
+          "train.force_first_sample", "save.save_format", "logging.", "datasets")
 SILENT_ENDS = ()
 ROWS: dict[str, Row] = {
     "network.linear": to("adapter.rank", "recipe.rank", value=whole),
@@ -34,11 +33,13 @@ ROWS: dict[str, Row] = {
     "train.optimizer_params.d_coef": to("optimizer.arguments.d_coef", value=number),
     "train.lr_scheduler_params.warmup_steps": to("optimizer.warm_up", value=whole),
     "train.seed": to("seed", value=whole),
-    "train.min_snr_gamma": to("recipe.snr_gamma", value=number),
-    "train.noise_offset": to("recipe.offset_noise", value=number),
-    "train.loss_type": none(usual=("mse",)),
-    "train.timestep_type": none(usual=("sigmoid",)),
-    "train.content_or_style": none(usual=("balanced",)),
+    "train.min_snr_gamma": to("loss.snr_gamma", value=positive),
+    "train.snr_gamma": none("loss.snr_gamma is Min-SNR, and this gamma / SNR without an end"),
+    "train.noise_offset": to("noise.offset", value=positive),
+    "train.dynamic_noise_offset": none("offset noise is as strong for every picture"),
+    "train.noise_multiplier": none(usual=(1, 1.0)), "train.random_noise_multiplier": none(),
+    "train.content_or_style": none("noise.mean, or noise.quarters, draws more or less noise", usual=("balanced",)),
+    "train.prompt_dropout_prob": to("recipe.dropout", value=number),
     "train.train_text_encoder": none("text encoders of these families stay as they are"),
     "train.linear_timesteps": none(),
     "train.cache_text_embeddings": none(usual=(True,)),
@@ -51,15 +52,39 @@ ROWS: dict[str, Row] = {
     "save.save_every": to("save_every", value=whole),
     "save.max_step_saves_to_keep": to("keep", value=whole),
     "save.dtype": none("`python -m trainer export --dtype`"),
-    "sample.sample_every": to("samples.every", value=whole),
-    "sample.width": to("samples.width", value=whole),
-    "sample.height": to("samples.height", value=whole),
-    "sample.seed": to("samples.seed", value=whole),
-    "sample.walk_seed": none("each sample has the next seed", usual=(True,)),
-    "sample.guidance_scale": to("samples.cfg", value=number),
-    "sample.sample_steps": to("samples.steps", value=whole),
     "logging.use_wandb": to("log.wandb", value=lambda v: "online" if yes(v) else None),
 }
+
+
+SET: dict[str, Row] = {  # of a data set
+    "flip_x": to("data.sets.flip", value=on),
+    "flip_y": none("pictures are mirrored from left to right"),
+    "random_crop": to("data.sets.crop", value=lambda v: "random" if yes(v) else None),
+    "random_scale": none(), "scale": none(usual=(1, 1.0)),
+    "shuffle_tokens": to("data.sets.shuffle_tags", value=on),
+    "keep_tokens": to("data.sets.keep_tags", value=lambda v: whole(v) or None),
+    "token_dropout_rate": to("data.sets.tag_dropout", value=positive),
+    "loss_multiplier": to("data.sets.loss_weight", value=sets.loss_weight),
+    "alpha_mask": to("data.masks", value=lambda v: "alpha" if yes(v) else None),
+    "invert_mask": none("white is where the loss counts"),
+    "caption_ext": none("captions are .txt, .caption or .json files", usual=("txt", ".txt", "caption", ".caption")),
+    "network_weight": none(usual=(1, 1.0)), "control_path": none("see the recipes of ControlNets"),
+    "random_triggers": none("data.templates are frames of captions"), "replacements": none(), "poi": none(),
+    "prior_reg": none("regularisation pictures are learned themselves"), "augments": none("data.brightness and others"),
+}
+AUGMENTATIONS = {  # of albumentations -> (argument, our setting, theirs when silent, theirs over ours)
+    "ColorJitter": (("brightness", "brightness", 0.2, 1), ("contrast", "contrast", 0.2, 1),
+                    ("saturation", "saturation", 0.2, 1), ("hue", "hue", 0.2, 1)),
+    "RandomBrightnessContrast": (("brightness_limit", "brightness", 0.2, 1), ("contrast_limit", "contrast", 0.2, 1)),
+    "HueSaturationValue": (("hue_shift_limit", "hue", 20, 180), ("sat_shift_limit", "saturation", 30, 255),
+                           ("val_shift_limit", "brightness", 20, 255)),
+    "Rotate": (("limit", "rotation", 90, 1),),
+}
+SAMPLES = {"width": 512, "height": 512, "sample_steps": 20, "guidance_scale": 7, "seed": 0, "walk_seed": False}
+"""What its samples mean by silence."""
+HUBER = 0.01
+OPTIONS = {**prompts.OPTIONS, "m": "strength", "seed": "seed", "cfg": "cfg", "steps": "steps",
+           "network_multiplier": "strength"}
 
 
 def recognises(raw) -> bool:
@@ -105,37 +130,107 @@ def own(draft: Draft, given: dict, raw: dict, read_beside):
         draft.absent.append((key, given.pop(key), "the layers have other names here: name them in adapter.targets or "
                                                   "[[adapter.layers]]"))
     word = given.pop("trigger_word", None)
-    common.data(draft, datasets(draft, one, word))
-    prompts = given.pop("sample.prompts", None) or [s.get("prompt", "") for s in given.pop("sample.samples", None) or []
-                                                    if isinstance(s, dict)]
-    common.prompts(draft, [str(prompt).replace("[trigger]", word or "[trigger]") for prompt in prompts])
+    objective(draft, given)
+    common.sizes(draft, "resolution", resolutions(one))
+    weight = given.pop("train.reg_weight", 1)
+    folders = sets.data(draft, [folder(draft, f"datasets[{i}]", said(each), word, weight)
+                                for i, each in enumerate(one.get("datasets") or []) if isinstance(each, dict)])
+    if not folders:
+        draft.missing.append("data.path: name the folder of the pictures.")
+    often.sample(draft, "sample.sample_every", given.pop("sample.sample_every", 0), "STEP", folders)
+    samples(draft, given, word)
     if word:
         draft.changed.append(f"trigger_word = {word!r}: it is in the sample prompts; write it into the captions, which "
                              "are read as they are.")
-    if neg := (one.get("sample") or {}).get("neg"):
-        draft.absent.append(("sample.neg", neg, "samples are drawn without"))
 
 
-def datasets(draft: Draft, one: dict, word) -> list[common.Folder]:
-    folders, sizes = [], []
-    for i, each in enumerate(one.get("datasets") or []):
-        if not isinstance(each, dict):
-            continue
-        key = f"datasets[{i}]"
-        caption = str(each.get("default_caption") or "").replace("[trigger]", word or "[trigger]")
-        folders.append(common.Folder(str(each.get("folder_path") or ""), key, caption, each.get("num_repeats", 1),
-                                     bool(each.get("is_reg"))))
-        sizes = sizes or common.squared(each.get("resolution", 512))
-        for name, row in {
-            "caption_dropout_rate": to("recipe.dropout", value=number), "flip_x": to("data.flip", value=yes),
-            "caption_ext": none("captions are .txt, .caption or .json files", usual=("txt", ".txt", "caption")),
-            "shuffle_tokens": none("captions are read as they are"), "mask_path": none("pictures have no masks"),
-            "network_weight": none(usual=(1, 1.0)), "random_crop": to("data.crop", value=chosen({"true": "random"})),
-            "random_scale": none(), "control_path": none("see the recipes of ControlNets"),
-        }.items():
-            if name in each:
-                draft.apply(f"{key}.{name}", each[name], row)
-    common.sizes(draft, "resolution", sizes or [512])
-    if not folders:
-        draft.missing.append("data.path: name the folder of the pictures.")
-    return folders
+def objective(draft: Draft, given: dict):
+    """Errors and noise levels. (extensions_built_in/sd_trainer/SDTrainer.py, jobs/process/BaseSDTrainProcess.py)"""
+    kind = str(given.pop("train.loss_type", "mse"))
+    if kind == "pseudo_huber":
+        common.error(draft, "train.loss_type", kind, kind, delta=HUBER, changed=f"{2 * HUBER:g} times as large as "
+                                                                               "there.")
+    elif kind == "mae":
+        common.error(draft, "train.loss_type", kind, kind)
+    elif kind != "mse":
+        draft.absent.append(("train.loss_type", kind, "no counterpart"))
+    way = str(given.pop("train.timestep_type", "sigmoid"))
+    if yes(given.get("train.linear_timesteps", False)):
+        way = "linear"
+    if draft.recipe.startswith("flux"):
+        common.timesteps(draft, "train.timestep_type", way, {"sigmoid": "logit_normal", "linear": "uniform"}.get(way))
+    most, least = (number(given.pop(f"train.{end}_denoising_steps", value)) for end, value in (("min", 0),
+                                                                                             ("max", 1000)))
+    common.between(draft, ("1000 - train.max_denoising_steps", "1000 - train.min_denoising_steps"),
+                   0 if least >= 999 else 1000 - least, 1000 - most, squeezed=True)
+
+
+def resolutions(one: dict) -> list[int]:
+    found = []
+    for each in one.get("datasets") or []:
+        found += common.squared(each.get("resolution", 512)) if isinstance(each, dict) else []
+    return found or [512]
+
+
+def folder(draft: Draft, key: str, each: dict, word, prior_weight) -> sets.Folder:
+    caption = str(each.get("default_caption") or "").replace("[trigger]", word or "[trigger]")
+    found = sets.Folder(str(each.get("folder_path") or each.get("dataset_path") or ""), key,
+                        number(each.get("num_repeats", 1)), yes(each.get("is_reg", False)))
+    if caption:
+        found.own["caption"] = caption
+    if "caption_dropout_rate" in each:
+        found.dropout = number(each["caption_dropout_rate"])
+    for name, row in SET.items():
+        if name in each:
+            draft.apply(f"{key}.{name}", each[name], row, into=found.own)
+    if masks := each.get("mask_path"):
+        sets.masked_by(draft, found, f"{key}.mask_path", str(masks))
+    if masks or yes(each.get("alpha_mask", False)):
+        draft.apply(f"{key}.mask_min_value", each.get("mask_min_value", 0), to("loss.unmasked", value=positive))
+    if found.prior:
+        draft.apply("train.reg_weight", prior_weight, SET["loss_multiplier"], into=found.own)
+    for one in each.get("augmentations") or []:
+        augmented(draft, found, one)
+    return found
+
+
+def augmented(draft: Draft, found: sets.Folder, one):
+    """One of albumentations' changes, with its arguments."""
+    method = str(one.get("method")) if isinstance(one, dict) else str(one)
+    given = {key: value for key, value in one.items() if key != "method"} if isinstance(one, dict) else {}
+    if method == "HorizontalFlip":
+        found.own["flip"] = True
+        return
+    rows, share = AUGMENTATIONS.get(method), number(given.pop("p", 1 if method == "ColorJitter" else 0.5))
+    key = f"{found.key}.augmentations {method}"
+    if rows is None or any(isinstance(value, (list, dict)) for value in given.values()):
+        draft.absent.append((key, given, "brightness, contrast, saturation, hue and rotation change, each by at most "
+                                         "as much to both sides"))
+        return
+    turned = method == "Rotate"
+    for name, ours, usual, most in rows:
+        if value := number(given.get(name, usual)) / most:
+            found.own[ours] = value if turned else min(value, 0.5 if ours == "hue" else 1.0)
+    found.own["rotation_share" if turned else "colour_share"] = share
+
+
+def samples(draft: Draft, given: dict, word):
+    """Its prompts, which may have options, or its samples with settings of their own."""
+    around = {key: given.pop(f"sample.{key}", value) for key, value in SAMPLES.items()}
+    negative, strength = given.pop("sample.neg", None), given.pop("sample.network_multiplier", None)
+    listed = given.pop("sample.samples", None) or [{"prompt": text} for text in given.pop("sample.prompts", None) or []]
+    names = {"width": "width", "height": "height", "neg": "negative", "seed": "seed", "guidance_scale": "cfg",
+             "sample_steps": "steps", "network_multiplier": "strength"}
+    rows = []
+    for place, each in enumerate(each for each in listed if isinstance(each, dict)):
+        row = {"width": around["width"], "height": around["height"], "steps": around["sample_steps"],
+               "cfg": around["guidance_scale"], "negative": negative or None, "strength": strength,
+               "seed": whole(around["seed"]) + place * yes(around["walk_seed"])}
+        row |= {ours: each[theirs] for theirs, ours in names.items() if each.get(theirs) not in (None, False)}
+        rows.append({**row, **prompts.line(str(each.get("prompt") or "").replace("[trigger]", word or "[trigger]"),
+                                           OPTIONS)})
+    prompts.take(draft, rows)
+    if yes(given.pop("train.skip_first_sample", False)):
+        draft.set("samples.baseline", False)
+    if yes(given.pop("train.disable_sampling", False)):
+        draft.set("samples.every", 0)

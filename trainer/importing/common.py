@@ -1,15 +1,11 @@
-"""What several programs say in other words: steps, batches, sizes, data sets, schedules."""
+"""What several programs say in other words: batches, sizes, schedules, errors and noise levels."""
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from ...models_impl.pixart.buckets import TABLES
-from .rows import Absent, Draft, Row, number, whole
+from .rows import Absent, Draft, Row, number, to, whole
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".tif", ".tiff")
 OPTIMIZERS = {  # their names, without capitals and underscores -> ours
     "adamw": "adamw", "adam": "adamw", "adamwbf16": "adamw", "optimiadamw": "adamw", "adamw8bit": "adamw8bit",
     "bnbadamw8bit": "adamw8bit", "pagedadamw8bit": "adamw8bit", "adam8bit": "adamw8bit", "adafactor": "adafactor",
@@ -24,18 +20,6 @@ DECAYS = {
 PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "bfloat_16": "bf16", "fp32": "fp32", "float32": "fp32",
               "float_32": "fp32", "no": "fp32", "float": "fp32", "fp16": "bf16", "float16": "bf16", "float_16": "bf16",
               "tfloat_32": "fp32"}
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A data set of another program."""
-
-    path: str
-    key: str
-    """What it is called there, for the report."""
-    caption: str = ""
-    repeats: float = 1
-    prior: bool = False
 
 
 def optimizer(draft: Draft, key: str, name):
@@ -110,52 +94,6 @@ def squared(given) -> list[int]:
     return [whole(part) for part in parts if str(part).strip()]
 
 
-def data(draft: Draft, folders: Sequence[Folder]):
-    """The data sets: one here, the others in the report."""
-    own = [folder for folder in folders if not folder.prior]
-    for folder in folders:
-        if folder.repeats not in (1, None, ""):
-            draft.absent.append((f"{folder.key} repeats", folder.repeats, "every picture is shown equally often"))
-    if own:
-        draft.set("data.path", own[0].path)
-        if own[0].caption:
-            draft.set("data.caption", own[0].caption)
-    for folder in own[1:]:
-        if folder.path != own[0].path:
-            draft.absent.append((folder.key, folder.path, "[data] names one folder: put the pictures into one"))
-    prior = [folder for folder in folders if folder.prior]
-    if prior and draft.recipe == "pixart_lora" and draft.has("data.prior_path"):
-        draft.set("data.prior_path", prior[0].path)
-        draft.set("data.prior_caption", prior[0].caption)
-        draft.set("recipe.name", "pixart_dreambooth")
-        draft.changed.append("Regularisation pictures are prior pictures: the recipe is pixart_dreambooth, half of "
-                             "every batch are such (data.prior_share).")
-    else:
-        why = f"{draft.recipe} has no regularisation pictures"
-        draft.absent += [(folder.key, folder.path, why) for folder in prior]
-
-
-def epochs(draft: Draft, key: str, count, folders: Sequence[Folder]):
-    """Steps of so many rounds through the pictures, where those can be counted."""
-    count = number(count)
-    pictures = sum(max(folder.repeats or 1, 0) * pictured(folder.path) for folder in folders if not folder.prior)
-    if not pictures:
-        draft.missing.append(f"steps: {key} = {count:g} rounds through pictures that are not here to be counted: "
-                             "steps = rounds x pictures / batch_size.")
-        return
-    in_batch = draft.get("batch_size", 1)
-    steps = max(1, math.ceil(count * math.ceil(pictures / in_batch)))
-    draft.set("steps", steps)
-    draft.changed.append(f"{key} = {count:g} is steps = {steps}: {pictures:g} pictures, {in_batch} in a batch.")
-
-
-def pictured(path: str) -> int:
-    folder = Path(path).expanduser() if path else None
-    if not folder or not folder.is_dir():
-        return 0
-    return sum(1 for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
-
-
 def ema(draft: Draft, on: bool, value):
     draft.set("ema.decay", number(value) if on and value else 0.9999 if on else 0)
 
@@ -173,22 +111,39 @@ def kinds(draft: Draft, key: str) -> Row:
     return Row(("adapter.kind", "recipe.rank"), value, why=f"{draft.recipe} trains no adapter")
 
 
-def prompts(draft: Draft, texts: Sequence):
-    texts = [str(text) for text in texts if str(text).strip()]
-    if texts:
-        draft.set("samples.prompts", texts)
+def released(draft: Draft) -> str:
+    """The distribution that noise.timesteps = "released" means."""
+    return "logit_normal" if draft.recipe.startswith("flux") else "uniform"
 
 
-def every(draft: Draft, key: str, setting: str, count, unit, minutes: str):
-    """How often: of steps as it is; of other units, what a person must say."""
-    unit = str(unit).upper()
-    if is_never(count, unit):
+def timesteps(draft: Draft, key: str, given, kind: str | None, mean: float = 0.0, deviation: float = 1.0,
+              said: bool = True):
+    """The distribution of the noise levels. kind: in noise.timesteps, or None for what has no counterpart."""
+    if kind is None:
+        draft.absent.append((key, given, "noise.timesteps has uniform and logit_normal"))
         return
-    if unit in ("STEP", "STEPS"):
-        draft.set(setting, max(1, round(number(count))))
-    else:
-        draft.missing.append(f"{setting}: {key} = {count} {unit.lower()}s, and here it is in steps{minutes}.")
+    apart = kind == "logit_normal" and (mean, deviation) != (0, 1)
+    if kind == released(draft) and not apart:
+        return
+    draft.apply(key, given, to("noise.timesteps", value=lambda _: kind), said)
+    if apart and draft.has("noise.mean"):
+        draft.set("noise.mean", float(mean))
+        draft.set("noise.deviation", float(deviation))
 
 
-def is_never(count, unit: str) -> bool:
-    return not count or unit in ("NEVER", "ALWAYS")
+def between(draft: Draft, keys: tuple[str, str], low: float, high: float, squeezed: bool = False):
+    """Nothing below and above these timesteps, of 1000. squeezed: there the whole distribution goes between them."""
+    for key, setting, value, usual in ((keys[0], "min_timestep", low, 0), (keys[1], "max_timestep", high, 1000)):
+        if value != usual:
+            other = draft.get("noise.timesteps", released(draft)) != "uniform" or draft.get("noise.shift", 1) != 1
+            draft.apply(key, value, to(f"noise.{setting}", value=number, changed=(
+                "there the distribution is squeezed between the two, here it is cut off." if squeezed and other
+                else "")))
+
+
+def error(draft: Draft, key: str, given, kind: str, changed: str = "", delta=None, schedule: str = "constant"):
+    """The kind of error, in loss.kind, with what belongs to it."""
+    draft.apply(key, given, to("loss.kind", value=lambda _: kind, changed=changed))
+    if "huber" in kind and draft.has("loss.huber_delta"):
+        draft.set("loss.huber_delta", number(delta))
+        draft.set("loss.huber_schedule", schedule)

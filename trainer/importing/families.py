@@ -93,11 +93,13 @@ def place(trained: Trained, setting: str, inside: str | None, alone: str) -> str
 def files(draft: Draft, trained: Trained) -> list[str]:
     """What is to be put where, or named."""
     found = []
-    for setting in (*FILES[trained.family], "data.path"):
-        path = draft.get(setting)
+    sets = {f"data.sets.{number}.path": one["path"] for number, one in enumerate(draft.get("data.sets", []), 1)}
+    named = {setting: draft.get(setting) for setting in FILES[trained.family]} | (sets or {
+        "data.path": draft.get("data.path")})
+    for setting, path in named.items():
         if path and not Path(path).expanduser().exists():
-            of = f", of {trained.base}" if trained.base and setting != "data.path" else ""
+            of = f", of {trained.base}" if trained.base and not setting.startswith("data.") else ""
             found.append(f"{setting} = {path!r}: there is no such file or folder{of}. Put it there, or name yours.")
-        elif path is None and setting == "data.path" and not any(line.startswith(setting) for line in draft.missing):
+        elif not path and setting == "data.path" and not any(line.startswith(setting) for line in draft.missing):
             found.append("data.path: name the folder of the pictures.")
     return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import common, families
-from .rows import Draft, Row, chosen, none, number, to, whole, yes
+from . import common, families, often, prompts, sets
+from .rows import Draft, Row, chosen, none, number, on, positive, said, to, whole, yes
 
 NAME = "OneTrainer"
 FAMILIES = {"PIXART_ALPHA": families.PIXART_ALPHA, "PIXART_SIGMA": families.PIXART_SIGMA,
@@ -21,7 +21,7 @@ SILENT = ("__version", "workspace_dir", "cache_dir", "debug_", "tensorboard", "c
           "optimizer_defaults.", "optimizer.__version", "secrets.", "train_device", "temp_device",
           "include_train_config",
           "prevent_overwrites", "sample_image_format", "sample_video_format", "sample_audio_format", "samples_to_",
-          "dataloader_threads", "caching_threads", "device_indexes", "output_", "backup_", "save_filename_prefix",
+          "dataloader_threads", "caching_threads", "device_indexes", "output_", "backup_before", "save_filename_prefix",
           "save_skip_first", "validate_after", "quantization.", "embedding.", "only_cache", "gradient_reduce",
           "concept_file_name", "sample_definition_file_name", "model_type", "training_method", "base_model_name",
           "learning_rate_cycles", "learning_rate_min_factor_unit", "save_every_unit", "sample_after_unit", "ema_decay",
@@ -30,9 +30,8 @@ SILENT = ("__version", "workspace_dir", "cache_dir", "debug_", "tensorboard", "c
           "additional_embeddings", "oft_", "dora_oft", "lokr_", "lora_weight_dtype", "lora_decompose_",
           "bundle_additional_embeddings", "preserve_embedding_norm", "frames", "clear_cache", "image_caching",
           "text_caching", "async_", "fused_gradient", "fallback_train_dtype", "enable_autocast_cache",
-          "attention_mechanism", "prefetch_next_batch", "huber_delta", "unmasked_", "non_ema_sampling",
-          "sample_skip_first", "text_encoder_sequence_length", "ema_update_step_interval",
-          "optimizer.stochastic_rounding")
+          "attention_mechanism", "prefetch_next_batch", "non_ema_sampling", "text_encoder_sequence_length",
+          "ema_update_step_interval", "optimizer.stochastic_rounding")
 SILENT_ENDS = (".stop_training_after", ".stop_training_after_unit", ".train_embedding", ".guidance_scale", ".include",
                ".offload_fraction", ".activation_offloading", ".attention_mask", ".model_name", ".weight_dtype",
                ".gradient_checkpointing", ".train")
@@ -70,10 +69,12 @@ ROWS: dict[str, Row] = {
     "vb_loss_strength": to("recipe.variance", value=number),
     "rescale_noise_scheduler_to_zero_terminal_snr": to("model.zero_terminal_snr", value=yes),
     "rolling_backup_count": to("keep", value=whole),
-    "offset_noise_weight": to("recipe.offset_noise", value=number),
-    "mse_strength": none(usual=(1, 1.0)), "max_noising_strength": none(usual=(1, 1.0)),
-    "timestep_distribution": none("the family's own noise levels are drawn"),
-    "timestep_shift": none(usual=(1, 1.0)),
+    "offset_noise_weight": to("noise.offset", value=positive),
+    "generalized_offset_noise": none("offset noise is as strong at every noise level"),
+    "perturbation_noise_weight": to("noise.perturbation", value=positive,
+                                    changed="the network is not to predict it; there it is part of the noise."),
+    "timestep_shift": to("noise.shift", value=number, usual=(1, 1.0)),
+    "dynamic_timestep_shifting": none("noise.shift is one for pictures of all sizes"),
     "loss_scaler": none(usual=("NONE",)),
     "text_encoder.train": none("text encoders of this family stay as they are"),
     "text_encoder_2.train": none("text encoders of this family stay as they are"),
@@ -82,7 +83,8 @@ ROWS: dict[str, Row] = {
     "vae.include": none(usual=(True,)),
     "text_encoder.include": none(usual=(True,)), "unet.include": none(usual=(True,)),
     "latent_caching": none("`python -m trainer cache` keeps features", usual=(True,)),
-    "masked_training": none("pictures have no masks"),
+    "masked_training": to("data.masks", value=lambda v: "files" if yes(v) else None),
+    "masked_prior_preservation_weight": none("what the untrained network predicts outside of masks is no target"),
     "validation": none("validation.every, and a share of the pictures that is held out"),
     "layer_filter_preset": none("name layers in adapter.targets or [[adapter.layers]]", usual=("full",)),
 }
@@ -118,21 +120,14 @@ def own(draft: Draft, given: dict, raw: dict, read_beside):
         given["lora_decompose"] = given.get("lokr_weight_decompose", False)
     if "peft_type" in given:
         draft.apply("peft_type", given.pop("peft_type"), common.kinds(draft, "peft_type"))
-    if given.pop("loss_weight_fn", "CONSTANT") == "MIN_SNR_GAMMA":
-        draft.apply("loss_weight_fn MIN_SNR_GAMMA", given.pop("loss_weight_strength", 5),
-                    to("recipe.snr_gamma", value=number))
-    elif raw.get("loss_weight_fn", "CONSTANT") == "P2" and draft.has("recipe.weight"):
-        draft.set("recipe.weight", "p2")
-    elif raw.get("loss_weight_fn", "CONSTANT") != "CONSTANT":
-        draft.absent.append(("loss_weight_fn", raw["loss_weight_fn"], "no counterpart"))
-    given.pop("loss_weight_strength", None)
-    if given.get("timestep_distribution") == ("LOGIT_NORMAL" if draft.recipe.startswith("flux") else "UNIFORM"):
-        given.pop("timestep_distribution")
+    errors(draft, given)
+    weights(draft, given)
+    levels(draft, given, raw)
+    masks(draft, given)
     layers(draft, given)
-    folders = concepts(draft, raw, read_beside)
-    common.data(draft, folders)
-    common.epochs(draft, "epochs", given.pop("epochs"), folders)
-    often(draft, given)
+    folders = sets.data(draft, concepts(draft, raw, read_beside))
+    often.epochs(draft, "epochs", given.pop("epochs"), folders)
+    frequencies(draft, given, folders)
     samples(draft, raw, read_beside)
 
 
@@ -145,48 +140,172 @@ def layers(draft: Draft, given: dict):
                                                    "to_v): name them in adapter.targets or [[adapter.layers]]"))
 
 
-def concepts(draft: Draft, raw: dict, read_beside) -> list[common.Folder]:
+def errors(draft: Draft, given: dict):
+    """The strongest of its errors, which are added up there."""
+    usual = {"mse": 1.0, "mae": 0.0, "huber": 0.0, "log_cosh": 0.0}
+    strengths = {kind: number(given.pop(f"{kind}_strength", value)) for kind, value in usual.items()}
+    delta = given.pop("huber_delta", 1.0)
+    kind = max(strengths, key=strengths.get)
+    if kind == "log_cosh":
+        kind = "mse"
+    if kind != "mse":
+        common.error(draft, f"{kind}_strength", strengths[kind], kind, delta=delta, changed="twice as large as there."
+                     if kind == "huber" else "")
+    draft.absent += [(f"{other}_strength", value, f"one kind of error counts, loss.kind = {kind!r}")
+                     for other, value in strengths.items() if other != kind and value]
+    if strengths[kind] not in (0, 1):
+        draft.absent.append((f"{kind}_strength", strengths[kind], "an error counts once"))
+
+
+def weights(draft: Draft, given: dict):
+    """The weight of the noise level."""
+    name, strength = given.pop("loss_weight_fn", None), given.pop("loss_weight_strength", 5)
+    key = f"loss_weight_fn {name}"
+    if name == "MIN_SNR_GAMMA":
+        draft.apply(key, strength, to("loss.snr_gamma", value=positive))
+    elif name == "DEBIASED_ESTIMATION":
+        draft.apply(key, True, to("loss.debiased", changed="the SNR is not cut off at 1000; for v and flows the weight "
+                                                           "is what corresponds to that for eps."))
+    elif draft.has("recipe.weight") and name in ("P2", "CONSTANT"):
+        draft.set("recipe.weight", {"P2": "p2", "CONSTANT": "none"}[name])
+    elif name not in (None, "CONSTANT"):
+        draft.absent.append(("loss_weight_fn", name, "no counterpart"))
+
+
+def levels(draft: Draft, given: dict, raw: dict):
+    """Which noise levels are drawn."""
+    key = "timestep_distribution"
+    name = str(given.pop(key, "UNIFORM"))
+    weight, bias = (number(given.pop(f"noising_{part}", 0)) for part in ("weight", "bias"))
+    common.timesteps(draft, key, name, {"UNIFORM": "uniform", "LOGIT_NORMAL": "logit_normal"}.get(name), bias,
+                     weight + 1, said=key in raw)
+    draft.apply("timestep_shift", given.pop("timestep_shift", 1), ROWS["timestep_shift"])
+    low, high = (number(given.pop(f"{end}_noising_strength", value)) for end, value in (("min", 0), ("max", 1)))
+    common.between(draft, ("min_noising_strength", "max_noising_strength"), 1000 * low, 1000 * high, squeezed=True)
+
+
+def masks(draft: Draft, given: dict):
+    """What belongs to masks, where there are some."""
+    weight, share = given.pop("unmasked_weight", 0.1), number(given.pop("unmasked_probability", 0.1))
+    normalised = given.pop("normalize_masked_area_loss", False)
+    if not yes(given.get("masked_training", False)):
+        return
+    draft.apply("unmasked_weight", weight, to("loss.unmasked", value=number))
+    draft.apply("normalize_masked_area_loss", normalised, to("loss.normalise_masks", value=on))
+    if share:
+        draft.absent.append(("unmasked_probability", share, "masks count at every step"))
+
+
+IMAGE: dict[str, Row] = {
+    "enable_random_flip": to("data.sets.flip", value=on),
+    "enable_random_rotate": to("data.sets.rotation", value=positive),
+    "enable_random_brightness": to("data.sets.brightness", value=lambda v: min(positive(v) or 0, 1) or None),
+    "enable_random_contrast": to("data.sets.contrast", value=lambda v: min(positive(v) or 0, 1) or None),
+    "enable_random_saturation": to("data.sets.saturation", value=lambda v: min(positive(v) or 0, 1) or None),
+    "enable_random_hue": to("data.sets.hue", value=lambda v: min((positive(v) or 0) / 2, 0.5) or None),
+    "enable_crop_jitter": to("data.sets.crop", value=lambda v: "random" if yes(v) else None),
+    "enable_fixed_flip": none("pictures are mirrored at random"), "enable_fixed_rotate": none("turned at random"),
+    "enable_fixed_brightness": none("changed at random"), "enable_fixed_contrast": none("changed at random"),
+    "enable_fixed_saturation": none("changed at random"), "enable_fixed_hue": none("changed at random"),
+    "enable_resolution_override": none("sizes are the run's: data.resolutions"),
+    "enable_random_circular_mask_shrink": none(), "enable_random_mask_rotate_crop": none(),
+}
+STRENGTHS = {f"enable_random_{name}": f"random_{name}_max_strength" for name in ("brightness", "contrast",
+                                                                              "saturation", "hue")}
+STRENGTHS["enable_random_rotate"] = "random_rotate_max_angle"
+"""Where the strength of a change stands."""
+
+
+def concepts(draft: Draft, raw: dict, read_beside) -> list[sets.Folder]:
     listed = raw.get("concepts") or read_beside(raw.get("concept_file_name")) or []
     folders = []
     for number_, one in enumerate(listed if isinstance(listed, list) else []):
-        if not isinstance(one, dict) or not one.get("enabled", True) or one.get("validation_concept"):
+        if not isinstance(one, dict) or not one.get("enabled", True):
             continue
-        key = f"concepts[{number_}]"
-        text, image = one.get("text") or {}, one.get("image") or {}
-        prompt = str(text.get("prompt_path") or "") if text.get("prompt_source") == "concept" else ""
-        lines = Path(prompt).read_text(encoding="utf-8").splitlines() if prompt and Path(prompt).is_file() else []
-        if prompt and not lines:
-            draft.absent.append((f"{key}.text.prompt_path", prompt, "name the one caption in data.caption"))
-        folders.append(common.Folder(str(one.get("path") or ""), key, lines[0] if lines else "",
-                                     one.get("balancing", one.get("repeats", 1))))
-        if image.get("enable_random_flip"):
-            draft.set("data.flip", True)
-        draft.absent += [(f"{key}.{part}.{name}", value, "no counterpart") for part, table in (("image", image),
-                                                                                               ("text", text))
-                         for name, value in table.items()
-                         if name.startswith("enable_") and value is True
-                         and name not in ("enable_random_flip", "enable_crop_jitter")]
+        one = said(one)
+        key, path, kind = f"concepts[{number_}]", str(one.get("path") or ""), str(one.get("type", "STANDARD"))
+        if one.get("validation_concept") or kind == "VALIDATION":
+            draft.absent.append((key, path, "pictures for validation are data.held_out_path, or a set's"))
+            continue
+        repeats = number(one.get("balancing", one.get("repeats", 1)))
+        folder = sets.Folder(path, key, repeats, name=str(one.get("name") or ""))
+        if one.get("balancing_strategy") == "SAMPLES":
+            folder.shown = repeats
+        if kind == "PRIOR_PREDICTION":
+            folder.prior = True
+            draft.changed.append(f"{key} has prior = true: there the target is what the untrained network predicts, "
+                                 "here it is the pictures themselves.")
+        draft.apply(f"{key}.loss_weight", one.get("loss_weight", 1), LOSS_WEIGHT, into=folder.own)
+        kept = yes(raw.get("latent_caching", True)) and whole(one.get("image_variations") or 1) < 2
+        image(draft, folder, {**said(one.get("image", {})), **({"enable_crop_jitter": False} if kept else {})})
+        text(draft, folder, said(one.get("text", {})))
+        folders.append(folder)
     if not folders:
         draft.missing.append("data.path: the concepts are in another file of OneTrainer (concept_file_name); name the "
                              "folder of the pictures.")
     return folders
 
 
-def often(draft: Draft, given: dict):
-    for key, unit, setting in (("save_every", "save_every_unit", "save_every"),
-                               ("sample_after", "sample_after_unit", "samples.every")):
-        if key in given:
-            common.every(draft, key, setting, given.pop(key), given.pop(unit, "NEVER"), "")
+LOSS_WEIGHT = to("data.sets.loss_weight", value=sets.loss_weight)
+
+
+def image(draft: Draft, folder: sets.Folder, given: dict):
+    """How a concept's pictures change."""
+    for name, row in IMAGE.items():
+        if yes(given.get(name, False)):
+            value = given.get(STRENGTHS[name], 0) if name in STRENGTHS else True
+            draft.apply(f"{folder.key}.image.{name}", value, row, into=folder.own)
+
+
+def text(draft: Draft, folder: sets.Folder, given: dict):
+    """A concept's captions."""
+    source, key = given.get("prompt_source", "sample"), f"{folder.key}.text"
+    if source == "filename":
+        folder.own["name_captions"] = True
+    path = str(given.get("prompt_path") or "") if source == "concept" else ""
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).is_file() else []
+    if lines:
+        folder.own["caption"] = lines[0]
+    elif path:
+        draft.absent.append((f"{key}.prompt_path", path, "name the one caption in data.caption"))
+    drops, rate = yes(given.get("tag_dropout_enable", False)), number(given.get("tag_dropout_probability", 0))
+    if yes(given.get("enable_tag_shuffling", False)):
+        folder.own["shuffle_tags"] = True
+    if drops and rate:
+        mode = str(given.get("tag_dropout_mode", "FULL"))
+        draft.apply(f"{key}.tag_dropout_probability", rate, to("data.sets.tag_dropout") if mode.startswith("RANDOM")
+                    else none("parts are left out one by one (recipe.dropout: all of a caption)"), into=folder.own)
+        if mode == "RANDOM WEIGHTED":
+            draft.absent.append((f"{key}.tag_dropout_mode", mode, "every part is left out as often"))
+        if str(given.get("tag_dropout_special_tags_mode", "NONE")) != "NONE":
+            draft.absent.append((f"{key}.tag_dropout_special_tags", given.get("tag_dropout_special_tags"),
+                                 "every part is left out as often"))
+    if folder.own.get("shuffle_tags") or folder.own.get("tag_dropout"):
+        folder.own["keep_tags"] = whole(given.get("keep_tags_count", 1))
+        if str(given.get("tag_delimiter", ",")).strip() != ",":
+            draft.absent.append((f"{key}.tag_delimiter", given["tag_delimiter"], "parts stand between commas"))
+    if yes(given.get("caps_randomize_enable", False)):
+        draft.absent.append((f"{key}.caps_randomize_enable", True, "no counterpart"))
+
+
+def frequencies(draft: Draft, given: dict, folders: list[sets.Folder]):
+    """Its backups are what a run goes on from, as checkpoints are; saves come in their place."""
+    backup = "backup_after", given.pop("backup_after", 0), given.pop("backup_after_unit", "MINUTE"), folders
+    often.save(draft, *backup)
+    unit = given.pop("save_every_unit", "NEVER")
+    if not often.is_never(count := given.pop("save_every", 0), str(unit)):
+        for name in ("save_every", "save_epochs", "save_minutes"):
+            draft.settings.pop(name, None)
+        often.save(draft, "save_every", count, unit, folders)
+    often.sample(draft, "sample_after", given.pop("sample_after", 0), given.pop("sample_after_unit", "MINUTE"), folders)
+    if whole(given.pop("sample_skip_first", 0) or 0):
+        draft.set("samples.baseline", False)
 
 
 def samples(draft: Draft, raw: dict, read_beside):
     listed = raw.get("samples") or read_beside(raw.get("sample_definition_file_name")) or []
-    on = [one for one in listed if isinstance(one, dict) and one.get("enabled", True)]
-    common.prompts(draft, [one.get("prompt", "") for one in on])
-    if on:
-        for theirs, setting, value in (("height", "height", whole), ("width", "width", whole), ("seed", "seed", whole),
-                                       ("diffusion_steps", "steps", whole), ("cfg_scale", "cfg", number)):
-            if theirs in on[0]:
-                draft.set(f"samples.{setting}", value(on[0][theirs]))
-        draft.absent += [(f"samples[{i}].negative_prompt", one["negative_prompt"], "samples are drawn without")
-                         for i, one in enumerate(on) if one.get("negative_prompt")]
+    names = {"prompt": "prompt", "negative_prompt": "negative", "height": "height", "width": "width", "seed": "seed",
+             "diffusion_steps": "steps", "cfg_scale": "cfg"}
+    prompts.take(draft, [{ours: one.get(theirs) for theirs, ours in names.items()
+                          if theirs != "seed" or not one.get("random_seed")}
+                         for one in listed if isinstance(one, dict) and one.get("enabled", True)])

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...models_impl.parsing import from_json, from_yaml
-from ..config import rules
+from ..config import data_sets, objective, rules
 from ..config.load import from_toml, read
-from . import aitoolkit, families, kohya, onetrainer, simpletuner
+from . import aitoolkit, families, kohya, onetrainer, rows, simpletuner
 from .rows import Absent, Draft, flat
+from .settle import settle
 
 PROGRAMS = (onetrainer, simpletuner, aitoolkit, kohya)
 LARGEST = 2**22  # bytes of a file of settings
@@ -90,7 +91,9 @@ def apply(draft: Draft, program, raw, read_beside):
     """The program's own part, and its table for everything else."""
     plain = program.bare(raw) if program is simpletuner else raw
     plain = kohya.flattened(raw) if program is kohya else aitoolkit.process(raw) if program is aitoolkit else plain
-    said = flat(plain)
+    flattened = flat(plain)
+    said = rows.said(flattened)
+    draft.off += len(flattened) - len(said)
     given = {**program.DEFAULTS, **said}
     program.own(draft, given, plain if program is not aitoolkit else raw, read_beside)
     for key, value in given.items():
@@ -108,8 +111,11 @@ def finish(draft: Draft, trained: families.Trained):
         draft.missing.append("samples.prompts: samples are drawn every so many steps, and there are no prompts here.")
     draft.missing = [*families.files(draft, trained), *draft.missing]
     config, problems = read(draft.settings)
-    if config and config.recipe:
-        problems += rules.problems(config) + config.recipe.problems(config)
+    if config and config.recipe and not problems:
+        settle(draft, config)
+        config, problems = read(draft.settings)
+        problems += [*data_sets.problems(config.data), *rules.problems(config), *data_sets.of_run(config),
+                     *objective.problems(config), *config.recipe.problems(config)]
     named = {line.partition(" = ")[0] for line in draft.missing} | {line.partition(":")[0] for line in draft.missing}
     draft.missing += [problem for problem in problems
                       if "there is no such" not in problem and not any(problem.startswith(name) for name in named)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import optimizers
-from ..config.schema import Config, look_up
+from ..config.schema import Config, DataSet, look_up
 from ..recipes import settings_of
 
 PLAIN = "no counterpart"
@@ -79,6 +79,21 @@ def yes(given) -> bool:
     return str(given).lower() in ("true", "1", "yes", "on")
 
 
+def on(given) -> bool | None:
+    """True, or nothing to set."""
+    return yes(given) or None
+
+
+def positive(given) -> float | None:
+    """A number above zero, or nothing to set."""
+    return max(number(given), 0.0) or None
+
+
+def said(table: Mapping) -> dict:
+    """Without what is null, by which a program means its default."""
+    return {key: value for key, value in table.items() if value is not None}
+
+
 def is_off(value) -> bool:
     return value is None or value is False or value in ("", [], {}, 0) or str(value).lower() in ("none", "off", "false")
 
@@ -103,8 +118,12 @@ class Draft:
         self.settings.setdefault("recipe", {})["name"] = self.recipe
 
     def has(self, name: str) -> bool:
-        """Whether a run of this recipe reads a setting."""
+        """Whether a run of this recipe reads a setting. "data.sets.flip": one of a data set."""
         section, dot, key = name.rpartition(".")
+        if self.unread(name):
+            return False
+        if section == "data.sets":
+            return key in {f.name for f in dataclasses.fields(DataSet)}
         if section in ("vae", "adapter") and section not in self.kind.sections:
             return False
         if name in ("memory.base", "memory.swap_blocks") and "memory.base" not in self.kind.sections:
@@ -118,6 +137,10 @@ class Draft:
         except AttributeError:
             return False
         return dataclasses.is_dataclass(of) and key in {f.name for f in dataclasses.fields(of)}
+
+    def unread(self, name: str) -> str:
+        """Why the recipe reads no such setting of [noise] or [loss], or no data.masks; empty where it does."""
+        return self.kind.unread.get(name) or self.kind.unread.get(name.partition(".")[0], "")
 
     def set(self, name: str, value):
         *sections, key = name.split(".")
@@ -134,8 +157,9 @@ class Draft:
             place = place[part]
         return place
 
-    def apply(self, key: str, given, row: Row | None, said: bool = True):
-        """One setting of the other program. said: in its file, not by silence."""
+    def apply(self, key: str, given, row: Row | None, said: bool = True, into: dict | None = None):
+        """One setting of the other program. said: in its file, not by silence; into: the table of a data set, for
+        settings such as "data.sets.flip"."""
         if row and given in row.usual:
             return
         name = next((name for name in row.settings if self.has(name)), None) if row else None
@@ -143,11 +167,7 @@ class Draft:
             if is_off(given) or not said:
                 self.off += said
             else:
-                why = row.why if row else PLAIN
-                if why == PLAIN and row and row.settings:
-                    owner = self.get("optimizer.name") if "optimizer." in row.settings[0] else self.recipe
-                    why = f"{owner} has no {row.settings[0]}"
-                self.absent.append((key, given, why))
+                self.absent.append((key, given, self.why(row)))
             return
         try:
             value = row.value(given)
@@ -156,9 +176,21 @@ class Draft:
                 self.absent.append((key, given, str(reason)))
             return
         if value is not None:
-            self.set(name, value)
+            if name.startswith("data.sets.") and into is not None:
+                into[name.rpartition(".")[2]] = value
+            else:
+                self.set(name, value)
             if row.changed:
                 self.changed.append(f"{key} = {given!r} is {name} = {value!r}: {row.changed}")
+
+    def why(self, row: Row | None) -> str:
+        """Why a setting that is on has no counterpart."""
+        if row is None or row.why != PLAIN or not row.settings:
+            return row.why if row else PLAIN
+        name = row.settings[0]
+        if reason := self.unread(name):
+            return f"{self.recipe} does not read {name}, as {reason}"
+        return f"{self.get('optimizer.name') if 'optimizer.' in name else self.recipe} has no {name}"
 
 
 def flat(raw: Mapping, prefix: str = "") -> dict[str, Any]:
