@@ -210,7 +210,7 @@ def test_settings_of_onetrainer_become_a_recipe(there, tmp_path, capsys):
     assert (n.timesteps, n.mean, n.deviation, n.shift, n.min_timestep) == ("logit_normal", 0.5, 1.0, 2.0, 100)
     assert (n.offset, n.perturbation, loss.snr_gamma, loss.kind, loss.huber_delta) == (0.05, 0.1, 5, "huber", 0.5)
     assert (config.data.masks, loss.unmasked, loss.normalise_masks) == ("files", 0.3, True)
-    assert "min_noising_strength = 100.0 is noise.min_timestep = 100.0: there the distribution is squeezed" in said
+    assert "min_noising_strength = 0.1 is noise.min_timestep = 100.0: there the distribution is squeezed" in said
     assert "- unmasked_probability = 0.1: masks count at every step" in said
     assert "batch_size = 6 is 2 pictures in a pass times 3" in said and "To fill in:" not in said
 
@@ -245,6 +245,7 @@ def test_settings_of_kohya_become_a_recipe(there, tmp_path, capsys):
     assert (loss.kind, loss.huber_delta, loss.huber_schedule, loss.snr_gamma, loss.debiased) \
         == ("pseudo_huber", 0.1, "exponential", 5, False)
     assert "noise.pyramid = 0.4: 6 iterations, not 8; " in said and "- debiased estimation = true: " in said
+    assert "loss.debiased" not in said
 
 
 def test_data_sets_and_samples_of_kohya_keep_their_own_settings(there, tmp_path, capsys):

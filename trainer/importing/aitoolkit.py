@@ -65,7 +65,6 @@ SET: dict[str, Row] = {  # of a data set
     "keep_tokens": to("data.sets.keep_tags", value=lambda v: whole(v) or None),
     "token_dropout_rate": to("data.sets.tag_dropout", value=positive),
     "loss_multiplier": to("data.sets.loss_weight", value=sets.loss_weight),
-    "alpha_mask": to("data.masks", value=lambda v: "alpha" if yes(v) else None),
     "invert_mask": none("white is where the loss counts"),
     "caption_ext": none("captions are .txt, .caption or .json files", usual=("txt", ".txt", "caption", ".caption")),
     "network_weight": none(usual=(1, 1.0)), "control_path": none("see the recipes of ControlNets"),
@@ -159,10 +158,9 @@ def objective(draft: Draft, given: dict):
         way = "linear"
     if draft.recipe.startswith("flux"):
         common.timesteps(draft, "train.timestep_type", way, {"sigmoid": "logit_normal", "linear": "uniform"}.get(way))
-    most, least = (number(given.pop(f"train.{end}_denoising_steps", value)) for end, value in (("min", 0),
-                                                                                             ("max", 1000)))
-    common.between(draft, ("1000 - train.max_denoising_steps", "1000 - train.min_denoising_steps"),
-                   0 if least >= 999 else 1000 - least, 1000 - most, squeezed=True)
+    low, high = "train.min_denoising_steps", "train.max_denoising_steps"  # whose first has the most noise
+    first, last = number(given.pop(low, 0)), number(given.pop(high, 1000))
+    common.between(draft, (high, last, 0 if last >= 999 else 1000 - last), (low, first, 1000 - first), squeezed=True)
 
 
 def resolutions(one: dict) -> list[int]:
@@ -183,9 +181,12 @@ def folder(draft: Draft, key: str, each: dict, word, prior_weight) -> sets.Folde
     for name, row in SET.items():
         if name in each:
             draft.apply(f"{key}.{name}", each[name], row, into=found.own)
-    if masks := each.get("mask_path"):
+    alpha, masks = yes(each.get("alpha_mask", False)), each.get("mask_path")
+    if alpha:
+        sets.masked(draft, f"{key}.alpha_mask", True, "alpha")
+    if masks:
         sets.masked_by(draft, found, f"{key}.mask_path", str(masks))
-    if masks or yes(each.get("alpha_mask", False)):
+    if alpha or masks:
         draft.apply(f"{key}.mask_min_value", each.get("mask_min_value", 0), to("loss.unmasked", value=positive))
     if found.prior:
         draft.apply("train.reg_weight", prior_weight, SET["loss_multiplier"], into=found.own)

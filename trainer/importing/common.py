@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ...models_impl.pixart.buckets import TABLES
 from .rows import Absent, Draft, Row, number, to, whole
@@ -20,6 +21,8 @@ DECAYS = {
 PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "bfloat_16": "bf16", "fp32": "fp32", "float32": "fp32",
               "float_32": "fp32", "no": "fp32", "float": "fp32", "fp16": "bf16", "float16": "bf16", "float_16": "bf16",
               "tfloat_32": "fp32"}
+BUCKET_MULTIPLE = 64  # of data.bucket_multiple
+SMALL_MULTIPLE = 16
 
 
 def optimizer(draft: Draft, key: str, name):
@@ -85,6 +88,8 @@ def sizes(draft: Draft, key: str, given: Sequence, buckets: bool = True):
         draft.set("data.buckets", "pixart")
     else:
         draft.set("data.buckets", "area")
+        if sides[0] < BUCKET_MULTIPLE:
+            draft.set("data.bucket_multiple", SMALL_MULTIPLE)
     draft.set("data.bucket_group", draft.get("micro_batch_size", 1))
 
 
@@ -131,14 +136,14 @@ def timesteps(draft: Draft, key: str, given, kind: str | None, mean: float = 0.0
         draft.set("noise.deviation", float(deviation))
 
 
-def between(draft: Draft, keys: tuple[str, str], low: float, high: float, squeezed: bool = False):
-    """Nothing below and above these timesteps, of 1000. squeezed: there the whole distribution goes between them."""
-    for key, setting, value, usual in ((keys[0], "min_timestep", low, 0), (keys[1], "max_timestep", high, 1000)):
-        if value != usual:
-            other = draft.get("noise.timesteps", released(draft)) != "uniform" or draft.get("noise.shift", 1) != 1
-            draft.apply(key, value, to(f"noise.{setting}", value=number, changed=(
-                "there the distribution is squeezed between the two, here it is cut off." if squeezed and other
-                else "")))
+def between(draft: Draft, low: tuple[str, Any, float], high: tuple[str, Any, float], squeezed: bool = False):
+    """Nothing below and above a timestep, of 1000. low, high: what it is called there, its value there, the timestep.
+    squeezed: there the whole distribution goes between the two."""
+    other = draft.get("noise.timesteps", released(draft)) != "uniform" or draft.get("noise.shift", 1) != 1
+    changed = "there the distribution is squeezed between the two, here it is cut off." if squeezed and other else ""
+    for (key, given, timestep), setting, usual in ((low, "min_timestep", 0), (high, "max_timestep", 1000)):
+        if timestep != usual:
+            draft.apply(key, given, Row((f"noise.{setting}",), lambda _, value=timestep: float(value), changed))
 
 
 def error(draft: Draft, key: str, given, kind: str, changed: str = "", delta=None, schedule: str = "constant"):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from . import common, families, often, prompts, sets
-from .rows import Draft, Row, chosen, is_off, none, number, on, positive, to, whole, yes
+from .rows import Draft, Row, chosen, is_off, none, number, on, positive, share, to, whole, yes
 
 NAME = "kohya's sd-scripts"
 DEFAULTS = {"network_dim": 4, "network_alpha": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1,
@@ -84,7 +84,6 @@ SET: dict[str, Row] = {  # of a data set, or of all
     "keep_tokens": to("data.sets.keep_tags", value=lambda v: whole(v) or None),
     "caption_tag_dropout_rate": to("data.sets.tag_dropout", value=positive),
     "enable_wildcard": to("data.sets.wildcards", value=on),
-    "alpha_mask": to("data.masks", value=lambda v: "alpha" if yes(v) else None),
     "caption_extension": none("captions are .txt, .caption or .json files", usual=(".txt", ".caption")),
     "caption_separator": none("parts of a caption stand between commas", usual=(",", ", ")),
     "keep_tokens_separator": none("keep_tags is a number"),
@@ -96,7 +95,7 @@ SET: dict[str, Row] = {  # of a data set, or of all
 HUE = 8 / 180  # library/train_util.py, AugHelper: of OpenCV's 180
 HUE_SHARE = 0.33 / 2
 NAMED = ("image_dir", "metadata_file", "num_repeats", "is_reg", "caption_dropout_rate", "caption_prefix",
-         "caption_suffix", "conditioning_data_dir")
+         "caption_suffix", "conditioning_data_dir", "alpha_mask")
 """Of a data set too, beside what SET has."""
 RUN = ("batch_size", "resolution", "enable_bucket", "bucket_reso_steps", "min_bucket_reso", "max_bucket_reso",
        "bucket_no_upscale", "network_multiplier")
@@ -200,11 +199,11 @@ def objective(draft: Draft, given: dict):
         given.pop(key, None)
     if flux:
         levels(draft, given)
-    low, high = given.pop("min_timestep", None), given.pop("max_timestep", None)
-    common.between(draft, ("min_timestep", "max_timestep"), number(low or 0), number(1000 if high is None else high))
+    low, high = number(given.pop("min_timestep", 0)), number(given.pop("max_timestep", 1000))
+    common.between(draft, ("min_timestep", low, low), ("max_timestep", high, high))
     rounds, discount = whole(given.pop("multires_noise_iterations", 0) or 0), given.pop("multires_noise_discount", 0.3)
     if rounds:
-        draft.apply("multires_noise_discount", discount, to("noise.pyramid", value=number, changed=(
+        draft.apply("multires_noise_discount", discount, to("noise.pyramid", value=share, changed=(
             f"6 iterations, not {rounds}; " if rounds != 6 else "") + "brought to a deviation of 1 by each picture."))
     errors(draft, given)
 
@@ -317,6 +316,8 @@ def folder(draft: Draft, key: str, said: dict, prior_weight) -> sets.Folder:
     if "hue" in one.own:
         one.own["colour_share"] = HUE_SHARE
     sets.framed(one, str(said.get("caption_prefix") or ""), str(said.get("caption_suffix") or ""))
+    if yes(said.get("alpha_mask", False)):
+        sets.masked(draft, f"{key}.alpha_mask", True, "alpha")
     if masks := said.get("conditioning_data_dir"):
         sets.masked_by(draft, one, f"{key}.conditioning_data_dir", str(masks))
     if one.prior:

@@ -181,7 +181,8 @@ def levels(draft: Draft, given: dict, raw: dict):
                      weight + 1, said=key in raw)
     draft.apply("timestep_shift", given.pop("timestep_shift", 1), ROWS["timestep_shift"])
     low, high = (number(given.pop(f"{end}_noising_strength", value)) for end, value in (("min", 0), ("max", 1)))
-    common.between(draft, ("min_noising_strength", "max_noising_strength"), 1000 * low, 1000 * high, squeezed=True)
+    common.between(draft, ("min_noising_strength", low, 1000 * low), ("max_noising_strength", high, 1000 * high),
+                   squeezed=True)
 
 
 def masks(draft: Draft, given: dict):
@@ -204,9 +205,8 @@ IMAGE: dict[str, Row] = {
     "enable_random_saturation": to("data.sets.saturation", value=lambda v: min(positive(v) or 0, 1) or None),
     "enable_random_hue": to("data.sets.hue", value=lambda v: min((positive(v) or 0) / 2, 0.5) or None),
     "enable_crop_jitter": to("data.sets.crop", value=lambda v: "random" if yes(v) else None),
-    "enable_fixed_flip": none("pictures are mirrored at random"), "enable_fixed_rotate": none("turned at random"),
-    "enable_fixed_brightness": none("changed at random"), "enable_fixed_contrast": none("changed at random"),
-    "enable_fixed_saturation": none("changed at random"), "enable_fixed_hue": none("changed at random"),
+    **{f"enable_fixed_{name}": none("pictures change at random, not all of them alike") for name in (
+        "flip", "rotate", "brightness", "contrast", "saturation", "hue")},
     "enable_resolution_override": none("sizes are the run's: data.resolutions"),
     "enable_random_circular_mask_shrink": none(), "enable_random_mask_rotate_crop": none(),
 }

@@ -89,6 +89,13 @@ def positive(given) -> float | None:
     return max(number(given), 0.0) or None
 
 
+def share(given) -> float | None:
+    """A number in (0, 1), or nothing to set at 0."""
+    if number(given) >= 1:
+        raise Absent("it is below 1 here")
+    return positive(given)
+
+
 def said(table: Mapping) -> dict:
     """Without what is null, by which a program means its default."""
     return {key: value for key, value in table.items() if value is not None}

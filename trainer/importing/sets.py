@@ -8,11 +8,10 @@ from pathlib import Path
 
 from ..config.schema import DataSet
 from ..data.mask_files import BESIDE
-from .rows import Draft, number, to
+from .rows import Draft, none, number, to
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".tif", ".tiff")
 PRIOR_SHARE = 0.5  # of data.prior_share
-MASKS = to("data.masks", value=lambda masks: "files" if masks else None)
 
 
 @dataclass
@@ -145,11 +144,18 @@ def framed(folder: Folder, before: str, after: str = ""):
         folder.own |= {"templates": [" ".join(filter(None, (before, "{}", after)))], "template_share": 1.0}
 
 
+def masked(draft: Draft, key: str, given, kind: str):
+    """Masks of a data set, which are of one kind for all. kind: in data.masks."""
+    other = draft.get("data.masks")
+    draft.apply(key, given, to("data.masks", value=lambda _: kind) if other in (None, kind) else
+                none(f"data.masks = {other!r} is for all data sets"))
+
+
 def masked_by(draft: Draft, folder: Folder, key: str, masks: str):
     """Masks that are files in a folder of their own, which has a fixed place here."""
-    draft.apply(key, masks, MASKS)
-    place = Path(folder.path).parent / "masks"
-    if draft.has("data.masks") and Path(masks).expanduser() != place.expanduser():
+    masked(draft, key, masks, "files")
+    place = Path(folder.counted or folder.path).parent / "masks"
+    if draft.get("data.masks") == "files" and Path(masks).expanduser() != place.expanduser():
         draft.missing.append(f"data.masks: {key} = {masks!r}, and masks are looked for in {place.as_posix()!r}: put "
                              "them there, with the names of the pictures.")
 

@@ -25,6 +25,7 @@ def weights(draft: Draft):
     """Two weights of the noise level, and a delta that no schedule can begin from."""
     if draft.get("loss.snr_gamma") and draft.get("loss.debiased"):
         del draft.settings["loss"]["debiased"]
+        draft.changed = [line for line in draft.changed if " is loss.debiased = " not in line]
         draft.absent.append(("debiased estimation", True, "loss.snr_gamma is a weight of the noise level already"))
     if (draft.get("loss.snr_gamma") or draft.get("loss.debiased")) and draft.has("recipe.weight"):
         draft.set("recipe.weight", "none")
