@@ -18,6 +18,7 @@ from .config import (
     StageBConfig,
     StageCConfig,
 )
+from .effnet import EffnetConfig
 
 FAMILY = "ultrapixel"
 HEAD_DIM = 64  # of every released Stage C and B; not in keys or shapes
@@ -308,12 +309,14 @@ def read_controlnet(tensors: Mapping, metadata: Metadata = None, config: Mapping
     return _checked(ControlNetConfig, stated, shapes), tensors
 
 
-def read_effnet(tensors: Mapping) -> tuple[int, dict[str, Tensor]]:
-    """(latent channels, weights) of `effnet_encoder`."""
+def read_effnet(tensors: Mapping) -> tuple[EffnetConfig, dict[str, Tensor]]:
+    """(configuration, weights) of `effnet_encoder`."""
     tensors = unwrap(tensors)
     if "mapper.0.weight" not in tensors or "backbone.0.0.weight" not in tensors:
         _refuse(tensors, "a semantic encoder of Stable Cascade")
-    return tensors["mapper.0.weight"].shape[0], tensors
+    blocks = tuple(max(1, sum(bool(re.fullmatch(rf"backbone\.{stage}\.\d+\.block\.0\.0\.weight", key))
+                              for key in tensors)) for stage in range(1, len(EffnetConfig().blocks) + 1))
+    return EffnetConfig(tensors["mapper.0.weight"].shape[0], blocks), tensors
 
 
 KINDS: tuple[tuple[str, Callable[[Mapping], bool]], ...] = (

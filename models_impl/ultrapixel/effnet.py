@@ -4,6 +4,9 @@ Key names and numbers are torchvision's `efficientnet_v2_s().features`.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -61,16 +64,29 @@ class MBConv(nn.Module):
         return x + self.block(x) if self.residual else self.block(x)
 
 
-def features(operations, to: dict, in_channels: int = 3) -> nn.Sequential:
-    """(B, in_channels, H, W) -> (B, 1280, H/32, W/32).
+@dataclass(frozen=True)
+class EffnetConfig:
+    latent_channels: int = LATENT_CHANNELS
+    blocks: tuple[int, ...] = tuple(stage[-1] for stage in STAGES)
+    """Of each stage; the release has those of EfficientNetV2-S."""
+
+    def __post_init__(self):
+        if len(self.blocks) != len(STAGES) or min(self.blocks) < 1 or self.latent_channels < 1:
+            raise ValueError(f"blocks={self.blocks} must be {len(STAGES)} numbers from 1, and "
+                             f"latent_channels={self.latent_channels} at least 1.")
+
+
+def features(operations, to: dict, in_channels: int = 3, numbers: Sequence[int] | None = None) -> nn.Sequential:
+    """(B, in_channels, H, W) -> (B, 1280, H/32, W/32). numbers: of each stage's blocks, by default the paper's.
 
     With other than 3 channels the first convolution has no padding: so the released ControlNets were trained.
     """
     parts = [_conv(in_channels, STAGES[0][3], 3, 2, operations, to, padding=1 if in_channels == 3 else 0)]
-    for fused, expansion, stride, source, target, blocks in STAGES:
+    for (fused, expansion, stride, source, target, own), number in zip(STAGES, numbers or [None] * len(STAGES),
+                                                                      strict=True):
         parts.append(nn.Sequential(*(
             MBConv(fused, expansion, 1 if i else stride, target if i else source, target, operations, to)
-            for i in range(blocks)
+            for i in range(number or own)
         )))
     return nn.Sequential(*parts, _conv(STAGES[-1][4], OUT_CHANNELS, 1, 1, operations, to))
 
@@ -78,12 +94,12 @@ def features(operations, to: dict, in_channels: int = 3) -> nn.Sequential:
 class EffnetEncoder(nn.Module):
     """Pictures to the latent of Stage C, as training sees it: 32 pixels to a cell. Meant for evaluation mode."""
 
-    def __init__(self, latent_channels: int = LATENT_CHANNELS, operations=nn, dtype=None, device=None):
+    def __init__(self, config: EffnetConfig = EffnetConfig(), operations=nn, dtype=None, device=None):
         super().__init__()
         to = dict(dtype=dtype, device=device)
-        self.backbone = features(operations, to)
-        self.mapper = nn.Sequential(operations.Conv2d(OUT_CHANNELS, latent_channels, 1, bias=False, **to),
-                                    nn.BatchNorm2d(latent_channels, affine=False, **to))
+        self.backbone, channels = features(operations, to, numbers=config.blocks), config.latent_channels
+        self.mapper = nn.Sequential(operations.Conv2d(OUT_CHANNELS, channels, 1, bias=False, **to),
+                                    nn.BatchNorm2d(channels, affine=False, **to))
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, latent_channels, H/32, W/32)."""

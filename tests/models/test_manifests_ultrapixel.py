@@ -99,8 +99,8 @@ def test_the_guide_goes_back_to_its_released_names():
 
 
 def test_the_released_semantic_encoder_fits_its_network():
-    channels, weights = checkpoint.read_effnet(tensors(manifest("effnet_encoder")))
-    own = EffnetEncoder(channels, device="meta").state_dict()
+    config, weights = checkpoint.read_effnet(tensors(manifest("effnet_encoder")))
+    own = EffnetEncoder(config, device="meta").state_dict()
     assert {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in weights.items()}
 
 

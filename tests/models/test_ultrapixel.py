@@ -17,7 +17,7 @@ from pixstack.models_impl.ultrapixel.config import (
     StageCConfig,
 )
 from pixstack.models_impl.ultrapixel.controlnet import ControlNet
-from pixstack.models_impl.ultrapixel.effnet import MEAN, STD, EffnetEncoder, features
+from pixstack.models_impl.ultrapixel.effnet import MEAN, STD, EffnetConfig, EffnetEncoder, features
 from pixstack.models_impl.ultrapixel.guidance import Features, FeatureTap, Guide, up_weight
 from pixstack.models_impl.ultrapixel.model import StageC
 from pixstack.models_impl.ultrapixel.sampling import CosineDiffusion
@@ -404,7 +404,7 @@ def test_the_semantic_encoder_is_torchvisions():
     for name, value in theirs.state_dict().items():
         if name.endswith("running_var"):
             value.uniform_(0.1, 0.3)  # as they begin, the features would die away
-    encoder = EffnetEncoder(4).eval()
+    encoder = EffnetEncoder(EffnetConfig(4)).eval()
     encoder.backbone.load_state_dict(theirs.state_dict())
     image = torch.rand(1, 3, 70, 101)
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))

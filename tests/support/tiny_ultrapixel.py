@@ -7,7 +7,7 @@ import tiny_run
 import torch
 from pixstack.models_impl import state_dict
 from pixstack.models_impl.ultrapixel import checkpoint
-from pixstack.models_impl.ultrapixel.effnet import EffnetEncoder
+from pixstack.models_impl.ultrapixel.effnet import EffnetConfig, EffnetEncoder
 from pixstack.models_impl.ultrapixel.guidance import Guide
 from pixstack.models_impl.ultrapixel.model import StageC
 from pixstack.models_impl.ultrapixel.previewer import Previewer
@@ -24,6 +24,7 @@ from torch import nn
 IMAGE = {"resolution": 128, "crop": "none"}
 C, GUIDE = cascade.C, cascade.GUIDE  # what the tests' ComfyUI builds too
 FRESH = {"width": 32, "heads": 1, "feedforward": 32, "groups": 8, "layers": [32, 32]}
+SHALLOW = EffnetConfig(blocks=(1,) * 6)
 GUIDED = {"name": "ultrapixel_guide", "low_side": 2, **FRESH}
 
 
@@ -51,12 +52,13 @@ def calibrated(net, picture):
     return net.eval()
 
 
-def effnet(path):
-    """The semantic encoder as released: EfficientNetV2-S at its full size, with random weights."""
+def effnet(path, config=SHALLOW):
+    """A semantic encoder of one block a stage, with random weights; at its full size it takes longer than all the
+    rest."""
     torch.manual_seed(0)
     plain = torch.rand(24, 3, 1, 1).expand(-1, -1, 128, 128).clone()
     plain[::2, :, :32] = 0.5  # as the pictures of `tiny_run`, whose latents are then of size one
-    net = calibrated(EffnetEncoder(), plain)
+    net = calibrated(EffnetEncoder(config), plain)
     with torch.no_grad():
         found, last = net(plain), net.mapper[1]
         last.running_mean += found.mean((0, 2, 3)) * last.running_var.sqrt()
@@ -66,7 +68,7 @@ def effnet(path):
 
 
 def remembered():
-    """A context in which each picture is encoded once: EfficientNetV2-S takes longer than all the rest."""
+    """A context in which each picture is encoded once."""
     encode, known = FrozenEffnet.encode, {}
 
     def once(self, pictures, device):

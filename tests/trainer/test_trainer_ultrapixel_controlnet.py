@@ -15,6 +15,7 @@ from pixstack.models_impl import state_dict
 from pixstack.models_impl.annotators.canny import canny
 from pixstack.models_impl.ultrapixel import checkpoint
 from pixstack.models_impl.ultrapixel.controlnet import ControlNet
+from pixstack.models_impl.ultrapixel.effnet import EffnetConfig
 from pixstack.models_impl.ultrapixel.model import StageC
 from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data import loader
@@ -38,6 +39,7 @@ def remembered():
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
     found = tiny_ultrapixel.parts(folder)
+    found["vae"]["path"] = tiny_ultrapixel.effnet(folder / "whole.safetensors", EffnetConfig())  # as the backbone is
     found["model"]["stage_c"] = tiny_ultrapixel.written(folder / "eight.safetensors", StageC, SHAPE)
     return found
 

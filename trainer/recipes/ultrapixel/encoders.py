@@ -51,8 +51,8 @@ class FrozenEffnet:
 
     def loaded(self, device) -> nn.Module:
         if not self.net:
-            channels, tensors = read(str(self.path), lambda tensors, metadata: checkpoint.read_effnet(tensors))
-            net = effnet.EffnetEncoder(channels)
+            config, tensors = read(str(self.path), lambda tensors, metadata: checkpoint.read_effnet(tensors))
+            net = effnet.EffnetEncoder(config)
             state_dict.load_into(net, tensors, f"the semantic encoder of {self.path.name}")
             self.net.append(net.to(device, self.dtype).eval().requires_grad_(False))
         return self.net[0]
