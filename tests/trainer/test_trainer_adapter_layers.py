@@ -79,8 +79,8 @@ def test_layers_of_different_ranks_are_exported_as_they_are(attached, released):
 
 
 @pytest.mark.parametrize("layers, sentence", [
-    ([AdapterLayers("to_q")], r"adapter.layers\[0\].pattern='to_q' is found in no layer's name. There are, .*attn.qkv"),
-    ([AdapterLayers("attn"), AdapterLayers("attn.qkv")], r"adapter.layers\[1\].pattern='attn.qkv' counts for no layer"),
+    ([AdapterLayers("to_q")], r"adapter.layers.1.pattern='to_q' is found in no layer's name. There are, .*attn.qkv"),
+    ([AdapterLayers("attn"), AdapterLayers("attn.qkv")], r"adapter.layers.2.pattern='attn.qkv' counts for no layer"),
     ([AdapterLayers(".", rank=0)], "no layer is left"),
 ])
 def test_a_pattern_without_a_layer_is_named(attached, layers, sentence):

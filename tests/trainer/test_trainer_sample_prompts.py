@@ -106,16 +106,16 @@ def test_a_grid_of_a_run_without_samples_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("table, said", [
-    ({"promt": "x"}, r"samples.prompts\[0\].promt is not a setting; did you mean prompt"),
-    ({"prompt": 3}, r"samples.prompts\[0\].prompt=3 should be a string"),
-    ({"height": 16}, r"samples.prompts\[0\].prompt is empty"),
-    ({"prompt": "x", "height": 20}, r"samples.prompts\[0\].height=20 is not a multiple of 8"),
-    ({"prompt": "x", "steps": 0}, r"samples.prompts\[0\].steps=0 must be at least 1"),
+    ({"promt": "x"}, r"samples.prompts.1.promt is not a setting; did you mean prompt"),
+    ({"prompt": 3}, r"samples.prompts.1.prompt=3 should be a string"),
+    ({"height": 16}, r"samples.prompts.1.prompt is empty"),
+    ({"prompt": "x", "height": 20}, r"samples.prompts.1.height=20 is not a multiple of 8"),
+    ({"prompt": "x", "steps": 0}, r"samples.prompts.1.steps=0 must be at least 1"),
     ({"prompt": "x", "negative": "y", "cfg": 1.0}, "counts nothing at cfg 1"),
     ({"prompt": "x", "strength": 0.5}, "trains no adapter here"),
     ({"prompt": "x", "hint": "y.png"}, "follows no pictures"),
     ({"prompt": "x", "class_index": 1}, "this run has no classes"),
-    (7, "samples.prompts has 7, and should be a list of strings and tables"),
+    (7, "samples.prompts is a list of strings and tables, not "),
 ])
 def test_what_a_table_cannot_say_is_named(path, tmp_path, table, said):
     with pytest.raises(ValueError, match=said):

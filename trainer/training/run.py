@@ -195,11 +195,9 @@ class Run:
     def orders(self) -> control.Orders:
         """What is wanted before the next step, the same in all processes: files and the clock are the main one's to
         look at, a signal may reach any of them."""
-        own = control.Orders(signal=self.stop)
-        if self.main:
-            minutes = self.config.save_minutes
-            own = own._replace(save=minutes > 0 and time.monotonic() >= self.saved_when + 60 * minutes,
-                               **dict.fromkeys(control.given(self.folder), True))
+        minutes, given = self.config.save_minutes, control.given(self.folder) if self.main else ()
+        due = self.main and minutes > 0 and time.monotonic() >= self.saved_when + 60 * minutes
+        own = control.Orders(signal=self.stop, save=due, **dict.fromkeys(given, True))
         if self.accelerator.num_processes == 1:
             return own
         flags = torch.tensor([float(one) for one in own], device=self.accelerator.device)
