@@ -85,6 +85,12 @@ def test_a_setting_that_cannot_work_is_refused(path, tmp_path, word, part):
     assert part in refusal(path, tmp_path, word)
 
 
+def test_a_string_stands_for_a_list_of_that_one(path, tmp_path):
+    made = tiny_run.settings(path, tmp_path / "run", "samples.prompts=red card", "data.templates=a {}")
+    assert made.samples.prompts == ["red card"] and made.data.templates == ["a {}"]
+    assert "data.resolutions='large' should be a list of int" in refusal(path, tmp_path, "data.resolutions=large")
+
+
 def test_captions_that_change_are_refused_with_a_frozen_encoder(path, tmp_path):
     message = refusal(path, tmp_path, "data.tag_share=0.5", text={"encoder": "google/flan-t5-xl"})
     assert "data.tag_share=0.5 makes other captions at every step" in message and "set it to 0" in message

@@ -180,6 +180,7 @@ def listed_section(kind):
 def build_list(kind, value, outer: dict, problems: list[str], name: str) -> list:
     """An array of tables, each of which has from the section around it, `outer`, what it does not say itself."""
     cls, strings = listed_section(kind), str in typing.get_args(typing.get_args(kind)[0])
+    value = [value] if strings and isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(one, (dict, str) if strings else dict) for one in value):
         what = "a list of strings and tables" if strings else f"an array of sections, [[{name}]]"
         problems.append(f"{name} is {what}, not {value!r}.")
@@ -191,7 +192,8 @@ def build_list(kind, value, outer: dict, problems: list[str], name: str) -> list
 
 
 def convert(value, kind):
-    """(value as `kind`, whether it fits). An int serves as a float, and nothing else is bent."""
+    """(value as `kind`, whether it fits). An int serves as a float, a string as a list of that one, which needs no
+    quotes within quotes on a command line; nothing else is bent."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, UnionType):
         for one in args:
@@ -202,6 +204,8 @@ def convert(value, kind):
     if origin is dict:
         return value, isinstance(value, dict)
     if origin is list:
+        if isinstance(value, str) and args[0] is str:
+            value = [value]
         if not isinstance(value, list):
             return value, False
         pairs = [convert(v, args[0]) for v in value]
