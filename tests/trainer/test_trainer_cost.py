@@ -41,6 +41,15 @@ def test_the_flops_of_a_step_are_those_of_a_real_one(path, parts, tmp_path, word
     assert 0.97 * real < ours < 1.05 * real
 
 
+@pytest.mark.parametrize("precision, seconds, said", [
+    ("bf16", 0.3, "take 30 times as long as in float32: precision=fp32"), ("bf16", 0.02, ""), ("fp32", 0.3, "")])
+def test_a_processor_that_is_slow_in_bf16_is_told_of(path, parts, tmp_path, precision, seconds, said):
+    made = tiny_pixart.settings(path, tmp_path / "run", parts, f"precision={precision}")
+    sentence = cost.slow_precision(made, cost.Rates(torch.device("cpu"),
+                                                    {torch.float32: 0.01, torch.bfloat16: seconds}))
+    assert said in sentence and bool(said) == bool(sentence)
+
+
 def test_a_faster_device_takes_less_time(path, parts, tmp_path):
     made = tiny_pixart.settings(path, tmp_path / "run", parts)
     found = build.collection(made)

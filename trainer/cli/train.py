@@ -23,7 +23,7 @@ def run(args):
     from tqdm import tqdm
 
     from ..data import loader
-    from ..training import build, class_pictures, loop
+    from ..training import build, class_pictures, cost, loop
     from ..training.run import Run
 
     if config.threads:
@@ -42,6 +42,8 @@ def run(args):
         lines = plan.describe(config, collection, recipe, batches, parts, accelerator.num_processes, accelerator.device)
         return accelerator.print("\n".join(lines))
 
+    if said := cost.slow_precision(config, cost.Rates(accelerator.device, side=128)):
+        accelerator.print(said)
     class_pictures.draw_missing(config, accelerator,
                                 lambda groups: tqdm(groups, disable=not accelerator.is_main_process))
     collection = build.collection(config)

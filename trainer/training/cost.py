@@ -24,6 +24,7 @@ from ..features.hints import Hints
 from .optim import is_matrix
 
 CONTAINERS = nn.ModuleList, nn.ModuleDict, nn.Sequential
+MUCH = 4  # times slower in a product; what else a step does is about as fast in both precisions
 AT_MOST = 16  # pictures of a pass that are looked at; more are estimated from these
 aten = torch.ops.aten
 FLOPS = {  # what torch's table leaves out
@@ -40,6 +41,8 @@ class Rates:
 
     device: torch.device
     known: dict = field(default_factory=dict)
+    side: int = 0
+    """Of the matrices in a product; 0 = as many as keep the device busy. Small ones are tried at once, and say less."""
 
     def best(self, name, call) -> float:
         """Seconds of the fastest of five calls."""
@@ -59,7 +62,7 @@ class Rates:
 
     def flops(self, dtype: torch.dtype) -> float:
         """Operations a second in a product of two matrices."""
-        N = 512 if self.device.type == "cpu" else 4096
+        N = self.side or (512 if self.device.type == "cpu" else 4096)
         dtype = dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
         if dtype not in self.known:
             a, b = (torch.ones(N, N, dtype=dtype, device=self.device) for _ in range(2))
@@ -80,6 +83,17 @@ class Rates:
         """Seconds that the smallest operation takes, in a forward pass that remembers it."""
         a = torch.ones(8, device=self.device, requires_grad=True)
         return self.best("call", lambda: [a * 2 for _ in range(100)]) / 100
+
+
+def slow_precision(config: Config, rates: Rates) -> str:
+    """A sentence where the run computes in bf16 on a CPU that has no arithmetic for it; else nothing."""
+    if config.precision != "bf16" or rates.device.type != "cpu":
+        return ""
+    times = rates.flops(torch.float32) / rates.flops(torch.bfloat16)
+    if times < MUCH:
+        return ""
+    return (f"precision=bf16 is slow on this CPU, whose products take {float(f'{times:.1g}'):g} times as long as in "
+            "float32: precision=fp32 is likely to be much faster.")
 
 
 @dataclass

@@ -124,7 +124,8 @@ def duration(config: Config, collection: loader.Collection, recipe, parts: list[
             f"{rest}from {step.flops / 1e12:,.3g} TFLOP a step and process, and what it reads and writes, at",
             f"{rest}{rates.flops(dtype) / 1e12:,.2g} TFLOP/s and {rates.bytes / 1e9:,.0f} GB/s that a product and a "
             "copy reach here now;",
-            f"{rest}{encoded}; without samples, validation and communication between processes"]
+            f"{rest}{encoded}; without samples, validation and communication between processes",
+            *(f"{rest}{line}" for line in [cost.slow_precision(config, rates)] if line)]
 
 
 def spoken(seconds: float) -> str:
