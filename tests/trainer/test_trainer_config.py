@@ -77,7 +77,7 @@ def test_a_size_that_the_stages_do_not_allow_is_refused(path, tmp_path):
 @pytest.mark.parametrize("word, part", [
     ("precision=fp8", "none of bf16, fp32"), ("samples.classes=[1]", "use samples.prompts"),
     ("recipe.stage_weights=[1,1,1]", "2 numbers"), ("init_from=gone.safetensors", "gone.safetensors"),
-    ("data.kind=folder", "takes a folder"), ("steps", "key=value"), ("text=small", "is a section"),
+    ("data.kind=folder", "takes a folder: say data.kind=auto"), ("steps", "key=value"), ("text=small", "is a section"),
     ("data.templates=[\"no place\"]", "needs a {}"), ("model.preset=xl_t2", "did you mean xl_t2i"),
     ("text.padded=true", "recipe.name='pixelflow' masks their padding"),
 ])

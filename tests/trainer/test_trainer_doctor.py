@@ -92,6 +92,16 @@ def test_what_entries_lack_is_found(folder):
         f"{folder}/images/7.png is 96x80, not 60x80"]
 
 
+def test_the_caption_that_settings_give_to_pictures_without_one_is_no_remark(folder):
+    lines = entries(folder)
+    for line in lines[:3]:
+        line.pop("text")
+    lines[7]["text"] = lines[8]["text"]
+    write(folder, lines)
+    findings = found(examined(folder, "data.caption=a scene"))
+    assert findings == {"captions name several pictures": (False, ["'scene number 8': 2 pictures"])}
+
+
 def test_a_picture_that_is_trained_on_and_held_out_is_an_error(folder):
     shutil.copy(folder / "images/3.png", folder / "images/4.png")
     lines = entries(folder)

@@ -40,7 +40,8 @@ def of_place(one: SetSettings, name: str, may_be_absent: bool) -> list[str]:
     path, takes = Path(one.path).expanduser(), LAYOUTS.get(one.kind, "either")
     if one.path and path.exists() and takes != "either":
         found.need(path.is_file() == (takes == "a file"), f"{name}.path={one.path!r} is a "
-                   f"{'file' if path.is_file() else 'folder'}, and {name}.kind={one.kind!r} takes {takes}.")
+                   f"{'file' if path.is_file() else 'folder'}, and {name}.kind={one.kind!r} takes {takes}: say "
+                   f"{name}.kind=auto, which looks what lies there.")
     return found
 
 

@@ -24,7 +24,7 @@ from ...models_impl.text.captions import clean_caption
 from ..config import data_sets, rules
 from ..config.load import build, put, value_of
 from ..config.schema import Config, Data, DataSet
-from . import buckets, layouts, loader, pictures, sets
+from . import buckets, layouts, loader, pictures, sets, wording
 from .layouts import LISTED, Item
 
 LIMITS = (120, 300, 512)  # tokens: PixArt-alpha; PixArt-Sigma; PixelFlow and FLUX
@@ -250,7 +250,7 @@ def examine(settings: Data, need: str, tokens: Tokens | None = None, batch_size:
         passed_over(report, one, settings)
     doubles(report, there, looked, held)
     conditions(report, settings, items, looked)
-    words(report, items, need, tokens or Tokens(estimated, False))
+    words(report, settings, items, need, tokens or Tokens(estimated, False))
     read = [(i, one) for i, one in zip(there, looked, strict=True) if not one.why]
     shapes(report, settings, read, held, batch_size, micro)
     return report
@@ -265,7 +265,8 @@ def files(report: Report, settings: Data, items, missing, there, looked):
                "correct height and width (they choose the bucket), or leave them out.")
     report.add(True, [f"{i.file} is {one.size[1]}x{one.size[0]}" for i, one in zip(there, looked, strict=True)
                       if settings.each[i.set].crop == "none" and not one.why and one.size[0] != one.size[1]],
-               "pictures are not square, and data.crop is none", "crop them, or set data.crop.")
+               "pictures are not square, and data.crop is none",
+               "set data.crop to centre or random, or crop them yourself.")
 
 
 def passed_over(report: Report, one: DataSet, settings: Data):
@@ -326,16 +327,23 @@ def conditions(report: Report, settings: Data, items, looked):
                "look whether the detector failed; nothing can be learnt from them.")
 
 
-def words(report: Report, items, need: str, tokens: Tokens):
+def shared(one: DataSet, item: Item) -> set[str]:
+    """The captions that its settings give to pictures of a set that have none, and so to several."""
+    return {one.caption, *([wording.of_name(item.file)] if one.name_captions else [])}
+
+
+def words(report: Report, settings: Data, items, need: str, tokens: Tokens):
     if need == "pictures":
         return None
     if need == "classes":
         return report.add(True, [i.file for i in items if i.label < 0], "pictures have no class",
                           "put them into folders of classes, or write \"class\" into the jsonl.")
     report.add(True, [i.file for i in items if not i.texts], "pictures have no caption",
-               "write a .txt beside each, run `python -m trainer caption`, or give all one with data.caption.")
+               "write a .txt beside each, run `python -m trainer caption`, or set data.caption, which all without one "
+               "get.")
     uses = Counter(text for i in items for text in i.texts)
-    report.add(False, [f"{text!r}: {n:,} pictures" for text, n in uses.most_common() if n > 1],
+    meant = {text for i in items for text in shared(settings.each[i.set], i)}
+    report.add(False, [f"{text!r}: {n:,} pictures" for text, n in uses.most_common() if n > 1 and text not in meant],
                "captions name several pictures", "say what distinguishes them, if the model is to.")
     lengths = {text: tokens.count(text) for text in uses}
     how = "" if tokens.exact else "about "

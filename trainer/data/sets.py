@@ -72,8 +72,8 @@ def complaints(items: list[Item], settings: Data, need: str, balanced: bool = Fa
                        f"conditions {name!r} are named but not there")
     if need == "captions":
         said += listed([i.file for i in items if not i.texts], "pictures have no caption",
-                       "Put a .txt, .caption or .json beside each, use data.kind = \"jsonl\", or give all one: "
-                       "data.caption.")
+                       "Put a .txt, .caption or .json beside each, use data.kind = \"jsonl\", or set data.caption, "
+                       "which all pictures without one get.")
     if need == "classes" or balanced:
         said += listed([i.file for i in items if i.label < 0 and (need == "classes" or not i.prior)],
                        "pictures have no class",
