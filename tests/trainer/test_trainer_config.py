@@ -120,6 +120,16 @@ def test_a_start_that_is_no_checkpoint_is_refused(path, tmp_path):
     assert "start.pt is neither" in refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", model={})
 
 
+def test_a_path_that_is_not_there_is_named_with_the_folder_it_was_looked_for_in(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(path, tmp_path, "init_from=absent.safetensors", f"vae.path={tmp_path}/absent",
+                      text={"encoder": "away.safetensors"})
+    for part in (f"init_from='absent.safetensors': there is no such file or folder in {tmp_path}.",
+                 f"vae.path='{tmp_path}/absent': there is no such file or folder.",
+                 f"text.encoder='away.safetensors': there is no such file in {tmp_path}."):
+        assert part in message
+
+
 def test_files_are_looked_into_when_all_that_costs_nothing_is_right(path, tmp_path):
     (tmp_path / "start.pt").write_bytes(b"nothing")
     message = refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", "recipe.dropout=2.0", "stepz=3")

@@ -33,7 +33,8 @@ class Problems(list[str]):
         """Whether a path that may be empty is there."""
         place = Path(path).expanduser()
         there = place.is_file() if kind == "file" else place.exists()
-        self.need(not path or there, f"{name}={path!r}: there is no such {kind}.")
+        within = "" if place.is_absolute() else f" in {Path.cwd()}"
+        self.need(not path or there, f"{name}={path!r}: there is no such {kind}{within}.")
 
 
 def nearest(name, choices) -> str:

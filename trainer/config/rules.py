@@ -4,7 +4,6 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from math import inf
-from pathlib import Path
 
 from ...models_impl import patterns
 from ...models_impl.pixart.buckets import TABLES
@@ -46,8 +45,7 @@ def general(config: Config) -> list[str]:
     for name in ("init_from", "text.tokenizer", "text.clip", "vae.path"):
         problems.exists(name, look_up(config, name))
     if config.text.encoder.endswith(".safetensors"):
-        problems.need(Path(config.text.encoder).expanduser().is_file(),
-                      f"text.encoder={config.text.encoder!r}: there is no such file or folder.")
+        problems.exists("text.encoder", config.text.encoder, "file")
     return problems
 
 
