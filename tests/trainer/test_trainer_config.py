@@ -31,6 +31,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(path, tmp_path):
     assert "optimizer.learning_rat is not a setting; did you mean learning_rate" in message
 
 
+def test_a_setting_without_its_section_is_refused_with_the_sections_that_have_it(path, tmp_path):
+    message = refusal(path, tmp_path, "path=/nowhere", "stage_weights=[1, 1]", "stepz=3")
+    for part in ("path is not a setting; did you mean data.path or vae.path.",
+                 "stage_weights is not a setting; did you mean recipe.stage_weights.", "did you mean steps."):
+        assert part in message, part
+
+
 @pytest.mark.parametrize("old, new", load.RENAMED.items())
 def test_the_old_name_of_a_setting_is_refused_with_the_new_one(path, tmp_path, old, new):
     section = old.partition(".")[0]
@@ -77,7 +84,8 @@ def test_a_size_that_the_stages_do_not_allow_is_refused(path, tmp_path):
 @pytest.mark.parametrize("word, part", [
     ("precision=fp8", "none of bf16, fp32"), ("samples.classes=[1]", "use samples.prompts"),
     ("recipe.stage_weights=[1,1,1]", "2 numbers"), ("init_from=gone.safetensors", "gone.safetensors"),
-    ("data.kind=folder", "takes a folder: say data.kind=auto"), ("steps", "key=value"), ("text=small", "is a section"),
+    ("data.kind=folder", "takes a folder: say data.kind=auto"), ("steps", "key=value"),
+    ("cat", "a value with spaces is written in quotes"), ("text=small", "is a section"),
     ("data.templates=[\"no place\"]", "needs a {}"), ("model.preset=xl_t2", "did you mean xl_t2i"),
     ("text.padded=true", "recipe.name='pixelflow' masks their padding"),
 ])

@@ -68,7 +68,8 @@ def read(raw: dict, words: list[str] = ()) -> tuple[Config | None, list[str]]:
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            problems.append(f"{word!r} is not of the form key=value.")
+            problems.append(f"{word!r} is not of the form key=value; a value with spaces is written in quotes, "
+                            "\"data.caption=a cat\".")
             continue
         problems += put(raw, name.strip(), value_of(text))
 
@@ -144,7 +145,8 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
             problems.append(f"{full} is called {renamed if '.' in renamed else prefix + renamed} now.")
             continue
         if key not in names:
-            problems.append(f"{full} is not a setting{nearest(key, names)}.")
+            here = {name: kinds.get(name, hints[name]) for name in names}
+            problems.append(f"{full} is not a setting{nearest(key, here) if prefix else meant(key, here)}.")
             continue
         kind = kinds.get(key, hints[key])
         if dataclasses.is_dataclass(kind):
@@ -169,6 +171,14 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
     except (TypeError, ValueError) as error:
         problems.append(f"{prefix or 'settings: '}{error}")
         return None
+
+
+def meant(key: str, kinds: dict) -> str:
+    """"; did you mean data.path", where sections have a setting of that name; else what is like it. kinds: of each
+    setting outside of sections, and of each section."""
+    named = [f"{section}.{key}" for section, kind in sorted(kinds.items())
+             if dataclasses.is_dataclass(kind) and key in {f.name for f in dataclasses.fields(kind)}]
+    return f"; did you mean {' or '.join(named)}" if named else nearest(key, kinds)
 
 
 def listed_section(kind):
