@@ -14,6 +14,7 @@ from pixstack.models_impl.pixelflow.model import PixelFlow
 from pixstack.models_impl.state_dict import write_file
 from pixstack.trainer.cli import main as cli
 from pixstack.trainer.config import check, load
+from pixstack.trainer.training import build
 from weights import tiny_hed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +81,7 @@ def words(root, name):
     if "hed" in raw["recipe"]:
         found.append(f"recipe.hed={root}/hed.pth")
     if recipe.startswith("pixart") and "init_from" in raw:
-        found.append(f"init_from={root}/{'emoji' if 'emoji' in name else raw['model']['variant']}.safetensors")
+        found.append(f"init_from={root}/{raw['model']['variant'] if 'model' in raw else 'emoji'}.safetensors")
     if "annotator" in raw["recipe"]:
         found.append(f"recipe.annotator={root}/hed.pth")
     return found
@@ -93,6 +94,15 @@ def test_a_shipped_recipe_plans_its_run(files, name, capsys):
     for part in ("parameters ", "memory     about", "time       about", "first batch"):
         assert part in output, output
     assert not (files / "runs" / name).exists()
+
+
+def test_the_first_lora_needs_nothing_but_a_folder_of_pictures(tmp_path, monkeypatch):
+    Image.new("RGBA", (40, 30), (150, 0, 200, 0)).save(tmp_path / "a.png")
+    Image.new("RGB", (30, 40), (150, 0, 200)).save(tmp_path / "b.jpg")
+    (tmp_path / "b.txt").write_text("purple monster", encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    settings = check.load("recipes/pixart/pixart_first_lora.toml", [f"data.path={tmp_path}", "data.caption=monster"])
+    assert [one.captions for one in build.collection(settings).train] == [("monster",), ("purple monster",)]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
