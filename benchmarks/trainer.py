@@ -1,9 +1,10 @@
 """PixArt training: our recipes against diffusers and peft doing the same maths, same weights, batches and machine.
 
 The peer is diffusers' PixArtTransformer2DModel with what its users write around it: a full fine-tune with AdamW, and a
-peft LoRA on the frozen network, eps loss on cached latents and cached, padded text, AdamW, gradient clipping, autocast
-where --precision is bf16. Both have only the loss of the noise, on the same latents, noise and timesteps, and at the
-first step the losses must be equal. Ours is the loop of `python -m trainer` but for files and logs.
+peft LoRA on the frozen network, eps loss on cached latents and cached, padded text (--padded), AdamW, gradient
+clipping, autocast where --precision is bf16. Both have only the loss of the noise, on the same latents, noise and
+timesteps, and at the first step the losses must be equal. Ours is the loop of `python -m trainer` but for files and
+logs.
 
 Each side runs in processes of its own, in turn; printed are steps per second of ours, the ratio ours / peer (above 1 =
 ours is faster) as median (least to most) over the rounds, and each side's greatest memory and their ratio (below 1 =
@@ -25,9 +26,9 @@ from pathlib import Path
 
 sys.path[:] = [str(Path(__file__).resolve().parents[1] / "package"), *sys.path[1:]]
 
-WIDTH, LENGTH, PADDED = 4096, 60, 300  # of T5's tokens; tokens of a caption, and what the peer pads them to
+WIDTH, LENGTH, LIMIT = 4096, 60, 300  # of T5's tokens; tokens of a caption, and the most that the network reads
 WARM_UP = 2
-SHAPE = dict(hidden=1152, heads=16, context_dim=WIDTH, token_limit=PADDED)
+SHAPE = dict(hidden=1152, heads=16, context_dim=WIDTH, token_limit=LIMIT)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]  # of the peer: pixart.TARGETS, unfused
 RANK = 16
 
@@ -62,10 +63,9 @@ def batch_of(args, step: int):
 def ours(args, case: str):
     """(parameters that learn, loss(step) -> tensor)"""
     import torch
-    from pixstack.models_impl.pixart.sampling import NoiseSchedule
+    from pixstack.models_impl.pixart.sampling import PixArtDiffusion
     from pixstack.trainer.config.schema import Adapter
     from pixstack.trainer.recipes import adapters
-    from pixstack.trainer.recipes.noised import NoisedBatch
     from pixstack.trainer.recipes.pixart import task
 
     config, net = weights(args)
@@ -76,15 +76,14 @@ def ours(args, case: str):
         net = adapters.attach(net, Adapter(rank=RANK), task.TARGETS)
     net.gradient_checkpointing = args.checkpoint
     net.to(args.device)
-    schedule = NoiseSchedule()
+    diffusion = PixArtDiffusion.of(config)
 
     def loss(step):
         latent, noise, timestep, text = (t.to(args.device) for t in batch_of(args, step))
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=args.device)
-        noisy = schedule.add_noise(latent, noise, timestep)
-        given = NoisedBatch(latent, noise, noisy, timestep, {"context": text, "mask": mask})
         with torch.autocast(args.device, torch.bfloat16, args.precision == "bf16"):
-            return sum(task.losses(net, given, config, schedule, 0.0)).mean()
+            prediction = net(diffusion.add_noise(latent, noise, timestep), timestep, context=text, mask=mask)
+            return diffusion.losses(prediction, latent, noise, timestep, variance=0.0).mse.mean()
 
     return net, loss
 
@@ -122,8 +121,8 @@ def peer(args, case: str):
 
     def loss(step):
         latent, noise, timestep, text = (t.to(args.device) for t in batch_of(args, step))
-        text = F.pad(text, (0, 0, 0, PADDED - LENGTH))
-        mask = (torch.arange(PADDED, device=args.device) < LENGTH).expand(len(text), -1)
+        text = F.pad(text, (0, 0, 0, args.padded - LENGTH))
+        mask = (torch.arange(args.padded, device=args.device) < LENGTH).expand(len(text), -1)
         noisy = schedule.add_noise(latent, noise, timestep)
         with torch.autocast(args.device, torch.bfloat16, args.precision == "bf16"):
             prediction = other(noisy, text, timestep, {"resolution": None, "aspect_ratio": None},
@@ -224,6 +223,9 @@ def main():
     parser.add_argument("--steps", type=int, default=20 if cuda else 6)
     parser.add_argument("--rounds", type=int, default=5 if cuda else 3)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32")
+    parser.add_argument("--padded", type=int, default=LIMIT,
+                        help=f"tokens that the peer pads captions to, as its users do; {LENGTH}: equal work on both "
+                        "sides")
     parser.add_argument("--checkpoint", action="store_true", help="checkpointed activations on both sides")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
