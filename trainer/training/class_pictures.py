@@ -7,13 +7,13 @@ Pictures of other origin in the folder count, and are left alone.
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
+from ...models_impl.files import put
 from ..config.schema import Config, Data, DataSet
 from ..data import layouts
 from ..data.sheets import to_images
@@ -93,6 +93,6 @@ def write(picture: Image.Image, file: Path):
     unfinished = file.with_name(file.name + UNFINISHED)
     try:
         picture.save(unfinished, format="PNG")
-        os.replace(unfinished, file)
+        put(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
