@@ -11,16 +11,17 @@ from numbers import Integral, Real
 
 import folder_paths
 import numpy
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from .host.common.pictures import check, check_mask
+from .host.common.shown import show
 
 
 class CheckedNode(io.ComfyNode):
     """A node whose `execute` gets only what its schema and its `validate_inputs` let pass, links included, and whose
     `validate_inputs` gets only values of its widgets' kinds: null, a number in a menu or a list in place of a picture
-    end in a sentence."""
+    end in a sentence. The text of `ui.PreviewText` is drawn below the node."""
 
     CHECKED: tuple[str, ...] = ()
     """The inputs that `validate_inputs` looks at."""
@@ -46,7 +47,10 @@ def _executing(execute: Callable) -> Callable:
         looked_at = {name: inputs[name] for name in cls.CHECKED if name in inputs}
         if looked_at and isinstance(answer := cls.validate_inputs(**looked_at), str):
             raise ValueError(answer)
-        return execute(cls, *args, **inputs)
+        output = execute(cls, *args, **inputs)
+        if isinstance(output, io.NodeOutput) and isinstance(output.ui, ui.PreviewText):
+            show(output.ui.value)
+        return output
 
     return run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import comfy.model_management as mm
 import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..models_impl.pixelflow.schedule import CascadeSchedule
 from ..models_impl.pixelflow.stages import Stages
@@ -227,7 +227,7 @@ class PixelFlowCanvas(CheckedNode):
         else:
             width, height = size_of_shape(*SHAPES[shape], config.resolution, config.size_multiple)
         picture = torch.zeros(batch_size, config.in_channels, height, width, device=mm.intermediate_device())
-        return io.NodeOutput({"samples": picture})
+        return io.NodeOutput({"samples": picture}, ui=ui.PreviewText(cascade.about_size(height, width, config)))
 
 
 def size_of_shape(across: int, down: int, resolution: int, multiple: int) -> tuple[int, int]:

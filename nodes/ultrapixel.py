@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import folder_paths
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.ultrapixel import guide as ultrapixel
@@ -164,7 +164,7 @@ class UltraPixelCanvas(CheckedNode):
                 io.Latent.Output("low", display_name="low", tooltip="For 'UltraPixel Sampler'."),
                 io.Latent.Output("stage_b", display_name="stage_b", tooltip="For the sampler of Stage B."),
                 io.String.Output("report", display_name="report",
-                                 tooltip="Size, tokens, memory and warnings in words, for core's Preview Any."),
+                                 tooltip="Size, tokens, memory and warnings in words, as below the node."),
             ],
         )
 
@@ -188,7 +188,8 @@ class UltraPixelCanvas(CheckedNode):
             latents = ultrapixel_sizes.empty(*size, batch_size)
         else:
             latents, batch_size = ultrapixel_sizes.encoded(image, vae, *size), len(image)
-        return io.NodeOutput(*latents, ultrapixel_sizes.report(*size, asked, batch_size))
+        report = ultrapixel_sizes.report(*size, asked, batch_size)
+        return io.NodeOutput(*latents, report, ui=ui.PreviewText(report))
 
 
 NODES = [UltraPixelGuideLoader, UltraPixelGuide, UltraPixelSampler, UltraPixelCanvas]

@@ -97,6 +97,7 @@ class Host:
         self._executor = self._execution.PromptExecutor(
             self, cache_type=self._execution.CacheType.CLASSIC, cache_args=CacheArgs(self._version)
         )
+        import_module("server").PromptServer.instance = self  # to which nodes send texts, as to the true one
         utils = import_module("comfy.utils")
         utils.set_progress_bar_global_hook(self._progress)
         utils.set_progress_bar_enabled(False)  # core's samplers print bars of their own; ours come from the events
@@ -173,6 +174,9 @@ class Host:
         elif isinstance(data, tuple):  # a binary event: (format, image, largest side), metadata
             (_, image, _), about = data
             self._current.previews.append((about["node_id"], image.copy()))
+
+    def send_progress_text(self, text: str, node_id: str, sid=None) -> None:
+        self.send_sync("progress_text", {"node": node_id, "text": text})
 
     def _progress(self, value, total, preview, prompt_id=None, node_id=None):
         # What main.py's hook does for the browser, and the only place where a long node notices an interruption.

@@ -73,7 +73,8 @@ async function queue(page) {
     const result = await Promise.race([done, late])
     const save = app.graph._nodes.find((node) => node.type === 'SaveImage')
     for (let i = 0; i < 100 && !save?.imgs?.[0]?.naturalWidth; i++) await new Promise((r) => setTimeout(r, 100))
-    return { ...result, images: (save?.imgs ?? []).map((image) => [image.naturalWidth, image.naturalHeight]) }
+    const images = (save?.imgs ?? []).map((image) => [image.naturalWidth, image.naturalHeight])
+    return { ...result, images, text: document.body.innerText }
   })
 }
 

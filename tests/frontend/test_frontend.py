@@ -61,6 +61,10 @@ def test_a_queued_workflow_shows_its_picture_on_the_canvas(opened):
     assert result["images"] and all(width > 0 for width, _ in result["images"])
 
 
+def test_the_size_of_a_picture_is_read_below_its_canvas(opened):
+    assert "16x16 → 32x32 → 64x64 pixels" in opened["workflows"][QUEUED]["text"]
+
+
 def test_a_workflow_opens_without_an_alert(workflow, opened):
     assert opened["workflows"][workflow.stem]["alerts"] == []
 

@@ -7,7 +7,6 @@ numbers. FLUX attends to all of its tokens, so for it the text is padded and not
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from ....models_impl.state_dict import check_values, expected_shapes, metadata_t
 from ....models_impl.text import MAX_LENGTH, shapes
 from . import quantised
 from .patcher import reloadable, to_own_dtypes
+from .shown import warn
 
 STANDARD_TOKENIZER = Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_tokenizer"  # T5 v1.1's and flan-T5's
 ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh", "relu": "relu"}
@@ -145,8 +145,8 @@ class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
         chunks = super().tokenize_with_weights(text, return_word_ids=True, **kwargs)
         words = [token for chunk in chunks for token in chunk if token[2]]  # (token, weight, word id), id 0 for </s>
         if len(words) > self.max_length - 1:
-            logging.warning(f"PixStack: the text encoder reads {self.max_length - 1} tokens, this prompt has "
-                            f"{len(words)}. Its end is left out: ...{text[-60:]}")
+            warn(f"The text encoder reads {self.max_length - 1} tokens, this prompt has {len(words)}. Its end is left "
+                 f"out: ...{text[-60:]}")
         tokens = [*words[: self.max_length - 1], (self.end_token, 1.0, 0)]
         if self.padded:
             self.pad_tokens(tokens, self.max_length - len(tokens))

@@ -2,9 +2,9 @@
 loader for the T5 of a small model."""
 from __future__ import annotations
 
-import logging
-
 import torch
+
+from ..common.shown import warn
 
 ENCODERS = ("t5xxl", "t5")  # as their tokens are called: core's, ours
 END_TOKEN = 1
@@ -22,8 +22,7 @@ def encode(clip, text: str, limit: int, entries: dict | None = None) -> list:
                          "CLIPLoader, type pixart.")
     longest = max(map(len, tokens[name]))
     if longest > limit:
-        logging.warning(f"PixStack: PixArt reads {limit} tokens, this prompt has {longest}. Its end is left out: "
-                        f"...{text[-60:]}")
+        warn(f"PixArt reads {limit} tokens, this prompt has {longest}. Its end is left out: ...{text[-60:]}")
     tokens[name] = [_cut(row, limit) for row in tokens[name]]
     return clip.encode_from_tokens_scheduled(tokens, add_dict=entries or {})
 

@@ -1,7 +1,6 @@
 """PixelPonder as a ComfyUI CONTROL_NET: many conditions in one object, residuals that reach FLUX's text tokens too."""
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import comfy.controlnet
@@ -22,6 +21,7 @@ from ..common.attention import host_attention
 from ..common.control import AREA, NetworkControl
 from ..common.patcher import is_dynamic
 from ..common.prefetch import host_prefetch
+from ..common.shown import warn
 from .hints import Condition, as_one, cut, hint_for, labels, mask_for, of_area, spread, warn_of_shape
 from .map import draw, masks_of, preview
 from .strategies import plan
@@ -347,7 +347,7 @@ def with_conditions(
 
 
 def warn_of_length(conditioning: list, control: PixelPonderControl):
-    """Warn in ComfyUI's log if the text is not of the length that the checkpoint was trained with."""
+    """Warn if the text is not of the length that the checkpoint was trained with."""
     config = control.net_patcher.model.config
     wanted = config.text_tokens
     lengths = {tokens.shape[1] for tokens, _ in conditioning if tokens is not None} - {wanted}
@@ -356,5 +356,5 @@ def warn_of_length(conditioning: list, control: PixelPonderControl):
     remedy = f"Put core's T5TokenizerOptions with min_length {wanted} between the CLIP loader and the prompt."
     if config.trunk.context_dim != FluxConfig.context_dim:
         remedy = "Load its encoder with 'Load T5 Text Encoder', type flux, which pads every text."
-    logging.warning(f"PixelPonder was trained with {wanted} text tokens, this prompt has {min(lengths)}, so part of "
-                    f"what it adds reaches other tokens than in training. {remedy}")
+    warn(f"PixelPonder was trained with {wanted} text tokens, this prompt has {min(lengths)}, so part of what it adds "
+         f"reaches other tokens than in training. {remedy}")

@@ -1,7 +1,6 @@
 """The conditions of 'Apply PixelPonder': their hints and masks, cut and padded to a picture."""
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 
 import comfy.controlnet
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....models_impl.pixelponder.model import HINT_CELL
+from ..common.shown import warn
 
 CROP_UNSAID = 0.02  # of a hint's side that may be cut off without a warning
 
@@ -93,7 +93,7 @@ def of_area(picture: Tensor, area: tuple[int, int, int, int], whole: tuple[int, 
 
 
 def warn_of_shape(condition: Condition, number: int, size: tuple[int, int]):
-    """Warn in ComfyUI's log if the hint or its mask is of another shape than a picture with a latent of `size`."""
+    """Warn if the hint or its mask is of another shape than a picture with a latent of `size`."""
     height, width = (HINT_CELL * side for side in size)
     shapes = {"hint": condition.image.shape[1:3]}
     if condition.mask is not None and condition.mask.any():  # without any paint it is often a placeholder
@@ -101,9 +101,8 @@ def warn_of_shape(condition: Condition, number: int, size: tuple[int, int]):
     for what, (H, W) in shapes.items():
         kept = min(W * height, H * width) / max(W * height, H * width)
         if kept < 1 - CROP_UNSAID:
-            logging.warning(f"PixelPonder: the {what} of condition {number} ({condition.kind}) is {W}x{H} pixels, the "
-                            f"picture {width}x{height}: it is cut to that shape from its middle, which loses "
-                            f"{1 - kept:.0%} of it.")
+            warn(f"PixelPonder: the {what} of condition {number} ({condition.kind}) is {W}x{H} pixels, the picture "
+                 f"{width}x{height}: it is cut to that shape from its middle, which loses {1 - kept:.0%} of it.")
 
 
 def hint_for(condition: Condition, size: tuple[int, int]) -> Tensor:

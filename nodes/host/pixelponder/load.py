@@ -1,7 +1,6 @@
 """PixelPonder's files as CONTROL_NETs."""
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -14,6 +13,7 @@ from ....models_impl.pixelponder.model import PixelPonder
 from ....models_impl.state_dict import read_file
 from ..common import quantised
 from ..common.patcher import reloadable, with_weights
+from ..common.shown import warn
 from .control import PixelPonderControl
 
 INFERENCE_DTYPES = (torch.bfloat16, torch.float32)  # residuals are whole hidden states: float16 may not hold them
@@ -37,8 +37,8 @@ def _load(path: str, select_net: bool, dtype: torch.dtype | None, disable_dynami
         config, tensors = checkpoint.read(tensors, metadata, select_net=select_net)
         untrained = select_net and checkpoint.select_net_is_untrained(tensors)
     if untrained:
-        logging.warning(f"{file.name}: the selection network is as it was initialised, before any training, so what it "
-                        "selects means nothing. It costs time and memory; 'released' gives nearly the same picture.")
+        warn(f"{file.name}: the selection network is as it was initialised, before any training, so what it selects "
+             "means nothing. It costs time and memory; 'released' gives nearly the same picture.")
     parameters, device = comfy.utils.calculate_parameters(tensors), mm.get_torch_device()
     kept = quantised.kept(tensors, dtype)
     stored = None if kept else dtype

@@ -19,6 +19,7 @@ from ....models_impl.state_dict import read_file
 from ....models_impl.ultrapixel import lora
 from ....models_impl.ultrapixel.config import StageCConfig
 from ....models_impl.ultrapixel.lora import Personalisation
+from ..common.shown import warn
 from .guide import stage_c_of
 
 KINDS = {ResBlock: "C", TimestepBlock: "T", AttnBlock: "A", FeedForwardBlock: "F"}
@@ -136,8 +137,8 @@ class LearnedTokenizer(comfy.sdxl_clip.StableCascadeTokenizer):
 
     def tokenize_with_weights(self, text: str, return_word_ids=False, **more):
         if text.strip() and self.tokens and not any(token in text for token in self.tokens):
-            logging.warning("UltraPixel: the prompt %r does not hold the learned word %s, so it is drawn without it. "
-                            "(In a negative prompt that is as it should be.)", text[:80], " or ".join(self.tokens))
+            warn(f"The prompt {text[:80]!r} does not hold the learned word {' or '.join(self.tokens)}, so it is drawn "
+                 "without it. (In a negative prompt that is as it should be.)")
         batches = super().tokenize_with_weights(text, return_word_ids, **more)
         return {name: [[(self._vector(entry[0]), *entry[1:]) for entry in batch] for batch in rows]
                 for name, rows in batches.items()}

@@ -1,7 +1,6 @@
 """Stage A as a ComfyUI VAE that decodes exactly at every size, and knows what that takes."""
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from ....models_impl.ultrapixel.stage_a import StageA, decode_bytes
 from ..common import memory
 from ..common.patcher import reloadable, with_weights
 from ..common.pictures import colours
+from ..common.shown import warn
 
 TILES = (1024, 768, 512, 384, 256, 192, 128, 96, 64)  # cells a side, four pixels each
 COMFORT = 256
@@ -119,8 +119,8 @@ class StageAVAE(comfy.sd.VAE):
                 if smaller is None:
                     raise
             # outside of `except`, which keeps hold of the tensors
-            logging.warning("Stage A ran out of memory; decoding again by tiles of %d pixels, with the same result.",
-                            smaller * self.upscale_ratio)
+            warn(f"Stage A ran out of memory; decoding again by tiles of {smaller * self.upscale_ratio} pixels, with "
+                 "the same result.")
             tile = smaller
             mm.soft_empty_cache()
 
