@@ -25,7 +25,7 @@ PRIVATE = (
     Private("torch", "_C._current_graph_task_id", "whether a block runs for the backward pass (memory.swap_blocks)"),
     Private("torch.nn.parallel", "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
             "frozen blocks in host memory are not to be broadcast; no argument of DDP says so"),
-    Private("torch._subclasses.fake_tensor", "FakeTensorMode", "a step without memory (--dry-run)"),
+    Private("torch._subclasses.fake_tensor", "FakeTensorMode", "a step and probes without memory (--dry-run)"),
     Private("torch.utils._python_dispatch", "TorchDispatchMode", "every operation of that step"),
     Private("torch.utils._pytree", "tree_map", "the tensors of an operation"),
     Private("torch.utils._pytree", "tree_leaves", "the same"),

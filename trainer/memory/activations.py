@@ -5,17 +5,24 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+
+
+def probing() -> FakeTensorMode:
+    """A context in which networks are made and run with sizes and no numbers: a probe as wide as a released network
+    takes a tenth of a second, and no memory."""
+    return FakeTensorMode()
 
 
 def kept_bytes(module: nn.Module, call, bf16: bool) -> int:
     """What `call()`, a forward pass of `module`, keeps for the backward pass on top of the weights."""
-    own, seen = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
+    own, seen = {p.untyped_storage()._cdata for p in module.parameters()}, {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+        if storage._cdata not in own:
+            seen[storage._cdata] = (storage.nbytes(), tensor)  # held, so that no other takes its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \

@@ -15,7 +15,7 @@ from ....models_impl.pixart.model import PixArt
 from ...config.schema import Config
 from ...features import text_encoders, vaes
 from ...memory import quantization
-from ...memory.activations import casts, fused, kept_bytes, of_network
+from ...memory.activations import casts, fused, kept_bytes, of_network, probing
 from ...training import objective
 from ...training.groups import Group, groups
 from ...training.noise import VALIDATION, generator, spread, state_noise, training_noise
@@ -297,10 +297,11 @@ TARGETS = ["attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear
 def activation_bytes(shape: PixArtConfig, resolution: int, bf16: bool, checkpointed: bool) -> float:
     """Bytes kept of one picture; see `activations.of_network`."""
     def probe(depth: int, side: int) -> int:
-        net = PixArt(replace(shape, depth=depth, kv_compression=None))
-        cells = side * shape.patch_size
-        x, context = torch.zeros(1, shape.in_channels, cells, cells), torch.zeros(1, 16, shape.context_dim)
-        return kept_bytes(net, lambda: net(x, torch.zeros(1), context, attention=fused), bf16)
+        with probing():
+            net = PixArt(replace(shape, depth=depth, kv_compression=None))
+            cells = side * shape.patch_size
+            x, context = torch.zeros(1, shape.in_channels, cells, cells), torch.zeros(1, 16, shape.context_dim)
+            return kept_bytes(net, lambda: net(x, torch.zeros(1), context, attention=fused), bf16)
 
     tokens = (resolution // VAE_FACTOR // shape.patch_size) ** 2
     return of_network(probe, (4, 8), tokens, shape.depth, tokens * shape.hidden * 4, checkpointed)

@@ -24,7 +24,7 @@ from ...config.schema import Config
 from ...data.loader import Batch
 from ...features import text_encoders
 from ...memory import quantization
-from ...memory.activations import casts, fused, kept_bytes, of_network
+from ...memory.activations import casts, fused, kept_bytes, of_network, probing
 from ...training import objective
 from ...training.groups import Group, groups
 from ...training.noise import generator, picture_noise, spread
@@ -241,13 +241,14 @@ class Recipe(Base):
 
 def kept(shape: PixelFlowConfig, pictures: int, side: int, bf16: bool) -> int:
     """What one forward pass keeps; side: of a picture, in tokens."""
-    model, given = PixelFlow(shape), {}
-    if shape.text_conditional:
-        given["context"] = torch.zeros(pictures, 16, shape.context_dim)
-    if shape.num_classes:
-        given["class_labels"] = torch.zeros(pictures, dtype=torch.int64)
-    x = torch.zeros(pictures, shape.in_channels, side * shape.patch_size, side * shape.patch_size)
-    return kept_bytes(model, lambda: model(x, torch.zeros(pictures), **given, attention=fused), bf16)
+    with probing():
+        model, given = PixelFlow(shape), {}
+        if shape.text_conditional:
+            given["context"] = torch.zeros(pictures, 16, shape.context_dim)
+        if shape.num_classes:
+            given["class_labels"] = torch.zeros(pictures, dtype=torch.int64)
+        x = torch.zeros(pictures, shape.in_channels, side * shape.patch_size, side * shape.patch_size)
+        return kept_bytes(model, lambda: model(x, torch.zeros(pictures), **given, attention=fused), bf16)
 
 
 def starting_point(config: Config) -> tuple[PixelFlowConfig, dict[str, Tensor]]:

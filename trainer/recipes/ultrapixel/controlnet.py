@@ -19,7 +19,7 @@ from ....models_impl.ultrapixel.controlnet import ControlNet
 from ...config.schema import Config
 from ...data import pictures
 from ...features.store import Store
-from ...memory.activations import casts, kept_bytes
+from ...memory.activations import casts, kept_bytes, probing
 from ...training.groups import Group, groups
 from ...training.noise import VALIDATION
 from ..contract import Files
@@ -129,9 +129,10 @@ class Recipe(StageCRecipe):
         return self.weighted(batch, lambda draws: self.losses(batch, draws, self.denoising.seed))
 
     def activation_bytes(self, pictures: int, cpu: bool) -> float:
-        net, c = ControlNet(self.controlnet.config).eval(), self.controlnet.config.in_channels
-        few, many = (kept_bytes(net, lambda side=side: net(torch.zeros(1, c, side, side)), self.bf16)
-                     for side in (64, 128))
+        with probing():
+            net, c = ControlNet(self.controlnet.config).eval(), self.controlnet.config.in_channels
+            few, many = (kept_bytes(net, lambda side=side: net(torch.zeros(1, c, side, side)), self.bf16)
+                         for side in (64, 128))
         own = few + (many - few) * (self.config.data.resolution**2 - 64**2) / (128**2 - 64**2)
         return pictures * own + super().activation_bytes(pictures, cpu) + casts(self.controlnet, self.bf16)
 

@@ -16,7 +16,7 @@ from ....models_impl.ultrapixel.model import StageC
 from ...config.schema import Config
 from ...data import buckets
 from ...features import text_encoders
-from ...memory.activations import fused, kept_bytes, of_network
+from ...memory.activations import fused, kept_bytes, of_network, probing
 from ...training import objective
 from ...training.noise import generator, spread, state_noise, training_noise
 from ...training.validation import certainty, quarters
@@ -320,10 +320,11 @@ def activation_bytes(shape: StageCConfig, config: Config) -> float:
                         down=("CTA" * rounds,) * levels, up=("CTA" * rounds,) * levels, down_repeats=(1,) * levels,
                         up_repeats=(1,) * levels, switch=(False,) * (levels - 1))
         dtype = dtype_of(config)
-        net = StageC(small, dtype=dtype).eval().requires_grad_(False)
-        x = torch.zeros(1, shape.in_channels, side, side, dtype=dtype, requires_grad=True)
-        text = torch.zeros(1, 77, shape.text_dim, dtype=dtype), torch.zeros(1, 1, shape.pooled_dim, dtype=dtype)
-        return times * kept_bytes(net, lambda: net(x, torch.zeros(1), *text, attention=fused), False)
+        with probing():
+            net = StageC(small, dtype=dtype).eval().requires_grad_(False)
+            x = torch.zeros(1, shape.in_channels, side, side, dtype=dtype, requires_grad=True)
+            text = torch.zeros(1, 77, shape.text_dim, dtype=dtype), torch.zeros(1, 1, shape.pooled_dim, dtype=dtype)
+            return times * kept_bytes(net, lambda: net(x, torch.zeros(1), *text, attention=fused), False)
 
     cells = max(h * w for h, w in buckets.sizes(config.data)) // PIXELS**2
     rounds = sum(s.count("A") for s in (*shape.down, *shape.up))
