@@ -57,3 +57,18 @@ def test_the_lora_draws_the_apple_in_the_colours_of_its_style(host):
     noto, between, fluent = drawn(host, "pixart_emoji_lora", {("CLIPTextEncode", "text"): "red apple"})
     red = [p[(p[..., 0] > 0.6) & (p[..., 1] < 0.4)].mean(0) for p in (noto, between, fluent)]
     assert red[0][2] < red[1][2] < red[2][2] and red[2][2] > red[0][2] + 0.1
+
+
+@pytest.mark.parametrize("name", ["pixart_emoji", "pixelponder_emoji"])
+def test_the_last_preview_has_the_colours_of_the_picture(host, name):
+    graph = json.loads((HERE / f"prompts/{name}.json").read_text(encoding="utf-8"))
+    graph = {i: node for i, node in graph.items() if node["class_type"] not in SHOWN}
+    for node in graph.values():
+        if node["class_type"] == "CLIPTextEncode" and node["inputs"]["text"]:
+            node["inputs"]["text"] = "red heart"
+    done = host.run(graph)
+    preview = done.previews[-1][1].convert("RGB")
+    picture = Image.open(done.images[0]).convert("RGB").resize(preview.size, Image.Resampling.BOX)
+    shown, wanted = (np.asarray(image).ravel() / 255 for image in (preview, picture))
+    assert np.abs(shown - wanted).mean() < 0.2
+    assert np.corrcoef(shown, wanted)[0, 1] > 0.7

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...models_impl import state_dict
+from ...models_impl import previews, state_dict
 from ..config.load import stored
 from ..training import build
 from ..training.checkpoints import checkpoints, read_tensors, restore_module
@@ -65,6 +65,8 @@ def export(folder: Path, out: Path, name: str, dtype: str = "bf16", step: int | 
     for pattern, (tensors, metadata) in recipe.files().items():
         path = out / pattern.format(name=name)
         origin = {"pixstack.run": json.dumps({"name": settings.name, "step": step, "weights": weights})}
+        if pattern.startswith("diffusion_models/") and settings.vae.path:
+            origin |= previews.of_file(Path(settings.vae.path).expanduser())
         tensors = {k: written_as(k, v, dtype) for k, v in tensors.items()}
         state_dict.write_file(path, tensors, {**metadata, **origin})
         written.append(path)

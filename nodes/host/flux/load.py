@@ -11,6 +11,7 @@ from ....models_impl.state_dict import metadata_config, read_file
 from ..common import quantised, step_cache
 from ..common.load import as_model
 from ..common.patcher import reloadable
+from ..common.previews import colour
 from .model import model_config
 
 
@@ -24,4 +25,5 @@ def load_flux(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool
             raise ValueError("This FLUX does not state its configuration, as exports of PixStack's trainer do. Load "
                              "released FLUX files with core's 'Load Diffusion Model'.")
         model = as_model(model_config(config), tensors, dtype, f"FLUX ({file.name})", disable_dynamic)
+        colour(model, metadata)
     return reloadable(step_cache.on_a_copy(step_cache.attach(model)), load_flux, path, dtype)

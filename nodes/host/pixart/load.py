@@ -15,6 +15,7 @@ from ....models_impl.state_dict import read_file
 from ..common import quantised, step_cache
 from ..common.load import as_model
 from ..common.patcher import reloadable, with_weights
+from ..common.previews import colour
 from .control import PixArtControl
 from .model import INFERENCE_DTYPES, ModelConfig
 
@@ -32,6 +33,7 @@ def load_pixart(
             tensors, metadata, weights=weights, config=settings, beside=checkpoint.beside(file)
         )
         model = as_model(ModelConfig(config), tensors, dtype, f"PixArt ({file.name})", disable_dynamic, fast)
+        colour(model, metadata)
     return reloadable(step_cache.attach(model), load_pixart, path, weights, dtype, settings, fast)
 
 

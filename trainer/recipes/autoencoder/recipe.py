@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ....models_impl import state_dict
+from ....models_impl import previews, state_dict
 from ....models_impl.annotators import hed
 from ....models_impl.guard import reading, shape_of
 from ...config.schema import Config
@@ -135,4 +135,6 @@ class Recipe(Base):
         """What export writes: core's Load VAE takes it."""
         scale = self.model.latent_scale * self.square.sqrt().item()
         tensors = taesd.to_core(self.net, scale, self.model.latent_shift)
-        return {"vae/{name}.safetensors": (tensors, taesd.metadata(self.model.latent_channels))}
+        written = taesd.from_core(tensors, "this autoencoder")
+        colours = previews.metadata(lambda shown: written.encode(shown).latents, FACTOR)
+        return {"vae/{name}.safetensors": (tensors, taesd.metadata(self.model.latent_channels) | colours)}
