@@ -3,6 +3,7 @@ import json
 import sys
 from contextlib import closing
 from pathlib import Path
+from shutil import copytree, rmtree
 
 from accelerate import Accelerator
 from PIL import Image
@@ -77,8 +78,20 @@ def toml(folder, path, out):
     return file
 
 
+def cut(folder: Path, out: Path, step: int):
+    """A copy of a run at `out`, as if it had ended before this step."""
+    copytree(folder, out)
+    rmtree(out / f"checkpoints/{step:08}")
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**settings, "out": str(out)}))
+
+
 if __name__ == "__main__":  # every run of a JSON list of settings, in this process and in those launched with it
     for raw in json.loads(Path(sys.argv[1]).read_text()):
+        if origin := raw.pop("goes on from", None):  # a run before it in the list, whose last checkpoint is lost
+            with Accelerator().main_process_first():
+                if Accelerator().is_main_process:
+                    cut(Path(origin), Path(raw["out"]), raw["steps"])
         made = check.parse(raw)
         train(made)
         if Accelerator().is_main_process:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import copytree, rmtree
 
 import pytest
 import tiny_pixart
@@ -15,7 +14,7 @@ import tiny_recipes
 import tiny_run
 import torch
 from pixstack.trainer.config import check, load, rules
-from pixstack.trainer.distributed import strategy
+from pixstack.trainer.config.schema import Config
 from pixstack.trainer.recipes import RECIPES
 from pixstack.trainer.training import optim, plan
 from pixstack.trainer.training.checkpoints import read_tensors
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TWO = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TOLD = {  # the variables by which `accelerate launch` configures a process
     rules.DDP: {},
-    rules.FSDP2: {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    rules.FSDP2: {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
     rules.DEEPSPEED: {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
 }
 WAYS = [pytest.param(way, marks=pytest.mark.skipif(way == rules.DEEPSPEED and find_spec("deepspeed") is None,
@@ -62,22 +61,30 @@ def one(tmp_path_factory):
     return found
 
 
+def longer(path, parts, folder) -> Config:
+    """A run of two checkpoints."""
+    return tiny_pixart.settings(path, folder, parts, "threads=1", "steps=4", "save_every=2", "keep=0",
+                                "validation.every=2", "optimizer.eps=1e-3", recipe="pixart")
+
+
 @pytest.fixture(scope="module", params=WAYS)
-def two(one, request, tmp_path_factory):
-    """The same runs by two processes: (how they shared them, settings)."""
+def two(one, path, parts, request, tmp_path_factory):
+    """The same runs by two processes, and one that goes on: (how they shared them, settings, folder of the latter)."""
     way, folder = request.param, tmp_path_factory.mktemp("two")
     found = {name: dataclasses.replace(settings, out=str(folder / name)) for name, settings in one.items()
              if (way, name) not in REFUSED}
-    (folder / "list.json").write_text(json.dumps([load.as_dict(settings) for settings in found.values()]))
+    whole, broken = (load.as_dict(longer(path, parts, folder / name)) for name in ("whole", "broken"))
+    runs = [*map(load.as_dict, found.values()), whole, {**broken, "goes on from": whole["out"]}]
+    (folder / "list.json").write_text(json.dumps(runs))
     output = launched(way, ROOT / "tests/support/tiny_run.py", folder / "list.json")
-    assert output.count(f"{way} of 2 processes") == len(found)
-    return way, found
+    assert output.count(f"{way} of 2 processes") == len(runs)
+    return way, found, folder
 
 
 @pytest.mark.parametrize("name", tiny_recipes.NAMES)
 def test_two_processes_learn_what_one_learns(one, two, name, monkeypatch):
     """Weights, averages, moments, loss and gradient norm."""
-    way, found = two
+    way, found, _ = two
     if (way, name) in REFUSED:
         monkeypatch.setattr(os, "environ", {**os.environ, **TOLD[way]})
         with pytest.raises(ValueError, match=REFUSED[way, name]):
@@ -97,30 +104,14 @@ def test_two_processes_learn_what_one_learns(one, two, name, monkeypatch):
 # --- A run
 
 
-@pytest.mark.parametrize("way", WAYS[1:])
-def test_a_run_with_parts_goes_on_to_the_bit_and_in_one_process(path, parts, tmp_path, monkeypatch, way):
-    def made(name):
-        return tiny_pixart.settings(path, tmp_path / name, parts, "threads=1", "steps=4", "save_every=2", "keep=0",
-                                    "validation.every=2", "optimizer.eps=1e-3", recipe="pixart")
-
-    def train(name):
-        return launched(way, "-m", "trainer", "train", tiny_pixart.toml(tmp_path, made(name)))
-
-    def written(name, file):
-        return read_tensors(tmp_path / name / f"checkpoints/00000004/{file}.safetensors")
-
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # as `accelerate launch --use_fsdp` says unasked
-    assert strategy.IN_WORDS[way] in train("whole")
-    for name in ("broken", "alone"):
-        copytree(tmp_path / "whole", tmp_path / name)
-        rmtree(tmp_path / name / "checkpoints/00000004")
-        settings = json.loads((tmp_path / name / "config.json").read_text())
-        (tmp_path / name / "config.json").write_text(json.dumps({**settings, "out": str(tmp_path / name)}))
-    train("broken")
-    assert tiny_pixart.log(tmp_path / "broken") == tiny_pixart.log(tmp_path / "whole")
-    tiny_run.train(made("alone"))
+def test_a_run_of_two_processes_goes_on_to_the_bit_and_in_one_process(two, path, parts, tmp_path):
+    _, _, folder = two
+    tiny_run.cut(folder / "whole", tmp_path / "alone", 4)
+    assert tiny_pixart.log(folder / "broken") == tiny_pixart.log(folder / "whole")
+    tiny_run.train(longer(path, parts, tmp_path / "alone"))
     for file in ("model", "ema", "optimizer"):
-        whole, broken, alone = (written(name, file) for name in ("whole", "broken", "alone"))
+        whole, broken, alone = (read_tensors(out / f"checkpoints/00000004/{file}.safetensors")
+                                for out in (folder / "whole", folder / "broken", tmp_path / "alone"))
         assert whole.keys() == broken.keys() == alone.keys()
         for key, value in whole.items():
             assert torch.equal(value, broken[key]), (file, key)
