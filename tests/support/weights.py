@@ -29,6 +29,7 @@ from pixstack.models_impl.pixelponder.config import PixelPonderConfig, SelectorC
 from pixstack.models_impl.pixelponder.model import PixelPonder
 from pixstack.models_impl.state_dict import write_file
 from pixstack.models_impl.text.t5 import TextEncoder
+from pixstack.tools import model_files
 from pixstack.trainer.features import tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +89,7 @@ ALPHA = dict(latent_scale=0.18215, token_limit=120)
 
 
 def tiny_pixart(path: Path, **entries) -> PixArtConfig:
-    """A PixArt as the release stores it when `path` is a .pth, in diffusers' names otherwise."""
+    """A PixArt as the release stores it when `path` is a .pth, in diffusers' names otherwise (a .bin is torch's)."""
     config = tiny_pixart_config(**entries)
     weights = random_state(PixArt(config))
     if config.sample_size <= 64 and not config.micro_conditions:  # single-scale networks store their positions
@@ -97,6 +98,8 @@ def tiny_pixart(path: Path, **entries) -> PixArtConfig:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pth":
         torch.save({"state_dict": weights}, path)
+    elif path.suffix == ".bin":
+        torch.save(key_names.to_diffusers(weights), path)
     else:
         write_file(path, key_names.to_diffusers(weights))
     return config
@@ -358,9 +361,10 @@ def data_set(folder: Path):
 
 
 def place(models: Path, workflow: dict) -> None:
-    """Every file that `workflow` names in its loaders' `properties.models`, the user's own LoRA, picture and data
-    set, MediaPipe's files, and the embedded files if not shipped."""
-    wanted = {(m["directory"], m["name"]) for n in workflow["nodes"] for m in n["properties"].get("models", [])}
+    """Every file to download that `workflow` names, the user's own LoRA, picture and data set, MediaPipe's files, and
+    the embedded files if not shipped."""
+    files = model_files.read()
+    wanted = {(f.folder, f.name) for node in workflow["nodes"] for f in model_files.wanted(node, files)}
     wanted |= set(OWN)
     wanted |= {(folder, name) for folder, name in EMBEDDED if not (ROOT / "assets" / folder / name).exists()}
     for folder, name in wanted:

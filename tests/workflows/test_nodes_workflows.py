@@ -7,29 +7,7 @@ from conftest import ROOT, WORKFLOWS
 from PIL import Image
 from pixstack.tools import workflow as conversion
 from pixstack.tools.make_workflow_pictures import CARDS, calls, cascade_calls, competing
-from weights import EMBEDDED, OWN
 
-FILES = {  # loader, whose first widgets name its files -> the folder of models/ where it looks
-    "PixStack_PixelFlowLoader": "diffusion_models",
-    "PixStack_PixelFlowTextEncoderLoader": "text_encoders",
-    "PixStack_PixArtLoader": "diffusion_models",
-    "PixStack_PixArtControlNetLoader": "controlnet",
-    "PixStack_PixArtLoraLoader": "loras",
-    "PixStack_FluxLoader": "diffusion_models",
-    "PixStack_PixelPonderLoader": "controlnet",
-    "PixStack_HEDEdges": "annotators",
-    "PixStack_UltraPixelGuideLoader": "model_patches",
-    "PixStack_UltraPixelPersonalise": "loras",
-    "PixStack_UltraPixelStageALoader": "vae",
-    "UNETLoader": "diffusion_models",
-    "LoraLoaderModelOnly": "loras",
-    "DualCLIPLoader": "text_encoders",
-    "ControlNetLoader": "controlnet",
-    "CLIPLoader": "text_encoders",
-    "VAELoader": "vae",
-}
-SEVERAL = {"DualCLIPLoader": 2}  # files of a loader; the others have one
-WITHOUT_DOWNLOAD = {*EMBEDDED, *OWN, ("vae", "pixel_space")}
 SEEDS = {"PixStack_PixelFlowSample": 1, "RandomNoise": 1, "KSampler": 1, "SamplerCustom": 2}  # place of the control
 
 
@@ -67,25 +45,6 @@ def test_every_node_that_has_a_seed_is_known(workflow, host):
     seeded = {n["type"] for n in nodes(workflow) for name in ("seed", "noise_seed")
               if name in info.get(n["type"], {}).get("input", {}).get("required", {})}
     assert seeded <= set(SEEDS)
-
-
-def test_every_file_is_at_hand_or_can_be_downloaded(workflow):
-    for node in nodes(workflow):
-        if node["type"] in FILES:
-            folder, names = FILES[node["type"]], node["widgets_values"][: SEVERAL.get(node["type"], 1)]
-            models = node["properties"].get("models", [])
-            wanted = [name for name in names if (folder, name) not in WITHOUT_DOWNLOAD]
-            assert [(model["directory"], model["name"]) for model in models] == [(folder, name) for name in wanted]
-            assert all(model["url"].startswith("https://huggingface.co/") for model in models)
-
-
-def test_the_notes_link_every_file_and_say_where_it_goes(workflow):
-    text = "\n".join(n["widgets_values"][0] for n in nodes(workflow) if n["type"] == "MarkdownNote")
-    for model in (m for n in nodes(workflow) for m in n["properties"].get("models", [])):
-        assert model["url"] in text
-        assert f"models/{model['directory']}" in text
-        if not model["url"].endswith(f"/{model['name']}"):
-            assert f"`models/{model['directory']}/{model['name']}`" in text, "it is saved under another name"
 
 
 def test_nothing_lies_on_top_of_something_else(workflow):
