@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 
 import folder_paths
 import numpy
@@ -16,6 +18,9 @@ from torch import Tensor
 
 from .host.common.pictures import check, check_mask
 from .host.common.shown import show
+
+MODEL_FILES = Path(__file__).resolve().parents[1] / "web" / "model_files.json"
+"""Every file to download; tools/model_files.py says what its rows mean."""
 
 
 class CheckedNode(io.ComfyNode):
@@ -154,7 +159,10 @@ def known_file(folder: str, name: str | None) -> bool | str:
     """Whether models/<folder> has the file; None stands for a name that another node will give."""
     if name is None or folder_paths.get_full_path(folder, name) is not None:
         return True
-    return f"{name} is not in models/{folder}. Put it there, or choose another file."
+    rows = json.loads(MODEL_FILES.read_text(encoding="utf-8"))
+    url = next((row["url"] for row in rows if row["url"] and (row["folder"], row["name"]) == (folder, name)), "")
+    put = f"Put it there under this name, from {url}" if url else "Put it there"
+    return f"{name} is not in models/{folder}. {put}, or choose another file."
 
 
 def one_of(name: str, value: str | None, options: Iterable[str]) -> bool | str:
