@@ -55,6 +55,7 @@ CARDS = {
     "pixart_alpha_1024": Card(ALPHA, "text to image, 1024 pixels"),
     "pixart_sigma_1024": Card(SIGMA, "text to image, 1024 pixels"),
     "pixart_sigma_2k": Card(SIGMA, "text to image, 2048 pixels"),
+    "pixart_sigma_900m": Card("PixArt-Sigma 900M", "text to image in two stages"),
     "pixart_lcm": Card("PixArt-LCM", "text to image in four steps"),
     "pixart_lcm_lora": Card(ALPHA, "four steps with the LCM-LoRA"),
     "pixart_dmd": Card("PixArt-DMD", "text to image in one step"),

@@ -311,6 +311,7 @@ PIXART_FILES = {  # beginning of a name -> how small a network stands in for it 
     "PixArt-Alpha-DMD": dict(**ALPHA, sample_size=64),
     "PixArt-Sigma-XL-2-2K": dict(sample_size=256),
     "PixArt-Sigma": {},
+    "pixart-900m": {},
 }
 
 
@@ -328,6 +329,7 @@ STAND_INS = (  # folder, beginning of a name, what makes a file that loads in it
     *((folder, name, tiny_emoji) for folder, name in EMBEDDED if folder != "vae" and "pixelflow" not in name),
     ("diffusion_models", "pixelflow", _pixelflow),
     ("diffusion_models", "PixArt", _pixart),
+    ("diffusion_models", "pixart-900m", _pixart),
     ("diffusion_models", "flux1", tiny_flux),
     ("controlnet", "PixArt", _pixart),
     ("controlnet", "pixelponder", tiny_pixelponder),

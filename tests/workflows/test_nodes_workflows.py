@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import ROOT, WORKFLOWS
 from PIL import Image
+from pixstack.models_impl.pixart.sampling import time_uniform
 from pixstack.tools import workflow as conversion
 from pixstack.tools.make_workflow_pictures import CARDS, calls, cascade_calls, competing
 
@@ -90,3 +91,10 @@ def test_a_card_shows_which_condition_counts_where_by_priority():
     assert competing(graph) == ([("canny", False), ("hed", True)], False)
     next(n for n in graph.values() if n["inputs"].get("kind") == "hed")["inputs"]["priority"] = 2
     assert competing(graph)[0] == [("hed", True), ("canny", False)]
+
+
+def test_the_two_stages_of_the_900m_meet_where_the_training_of_the_second_begins():
+    graph = json.loads((ROOT / "tests/workflows/prompts/pixart_sigma_900m.json").read_text(encoding="utf-8"))
+    split = next(n["inputs"] for n in graph.values() if n["class_type"] == "SplitSigmas")
+    steps = graph[split["sigmas"][0]]["inputs"]["steps"]
+    assert time_uniform(steps)[split["step"]] == pytest.approx(400, abs=1)
