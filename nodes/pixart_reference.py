@@ -10,6 +10,7 @@ from .host.pixart import reference as pixart_reference
 from .host.pixart import sizes as pixart_sizes
 from .host.pixart.model import config_of
 from .pixart import AUTO, CATEGORY, RESOLUTIONS, SHAPES
+from .schema import schema
 
 AS_IMAGE = "as the reference"
 
@@ -17,10 +18,12 @@ AS_IMAGE = "as the reference"
 class PixArtReferenceCanvas(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtReferenceCanvas",
             display_name="PixArt Reference Canvas",
             category=CATEGORY,
+            search_aliases=["style transfer", "reference image", "image prompt", "in context", "reference only"],
+            advanced=("fit",),
             description="Puts a reference picture on the left half of a canvas and leaves the right half to be drawn, "
             "so that it takes after the reference. Cut the result with 'PixArt Right Half'.",
             inputs=[
@@ -56,10 +59,11 @@ class PixArtReferenceCanvas(CheckedNode):
 class PixArtRightHalf(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtRightHalf",
             display_name="PixArt Right Half",
             category=CATEGORY,
+            search_aliases=["crop half", "split picture"],
             description="The drawn half of a picture that began on 'PixArt Reference Canvas'.",
             inputs=[io.Image.Input("image", tooltip="The decoded canvas.")],
             outputs=[io.Image.Output("half", display_name="IMAGE", tooltip="Its right half.")],
@@ -73,10 +77,11 @@ class PixArtRightHalf(CheckedNode):
 class ConsistencyDecoderLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_ConsistencyDecoderLoader",
-            display_name="Load Consistency Decoder",
+            display_name="Load Consistency Decoder (VAE)",
             category=CATEGORY,
+            search_aliases=["dalle 3 decoder", "dall-e vae", "decoder vae"],
             description="DALL-E 3's consistency decoder as a VAE, for PixArt-alpha (and Stable Diffusion 1.5): finer "
             "faces and text than the ordinary VAE, at several times its cost. Not for Sigma. Needs diffusers.",
             inputs=[

@@ -7,6 +7,7 @@ from ..models_impl.pixart.sampling import ALGORITHMS, SCHEDULES
 from .checks import CheckedNode, first_problem, one_of
 from .host.pixart import sampling as pixart_sampling
 from .host.pixart.sampling import ReferenceSampler
+from .schema import schema
 
 CATEGORY = "pixstack/pixart"
 INPAINT = ["core", "reference"]
@@ -16,10 +17,12 @@ ONE_STEP = "dmd (one step)"
 class PixArtSampler(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtSampler",
-            display_name="PixArt Sampler",
+            display_name="PixArt Sampler (LCM, DMD, SA-Solver)",
             category=CATEGORY,
+            search_aliases=["dpm-solver", "iddpm", "one step", "few steps"],
+            advanced=("order", "eta"),
             description="The samplers that the PixArt releases draw with, for SamplerCustom or SamplerCustomAdvanced "
             "with the sigmas of 'PixArt Sigmas'. Core's samplers work with PixArt too.",
             inputs=[
@@ -56,10 +59,12 @@ class PixArtSampler(CheckedNode):
 class PixArtSigmas(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixArtSigmas",
-            display_name="PixArt Sigmas",
+            display_name="PixArt Sigmas (Scheduler)",
             category=CATEGORY,
+            search_aliases=["pixart steps", "pixart schedule", "time uniform", "dmd timestep"],
+            advanced=("timestep",),
             description="The steps of a PixArt release's sampler, in whole or fractional timesteps as it takes them.",
             inputs=[
                 io.Model.Input("model", tooltip="A PixArt model: its noise schedule is used."),

@@ -15,6 +15,7 @@ from .host.pixelflow import imagenet
 from .host.pixelflow import sampling as cascade
 from .host.pixelflow.load import load_pixelflow
 from .host.pixelflow.model import CLASS_LABELS
+from .schema import schema
 
 CATEGORY = "pixstack/pixelflow"
 WEIGHTS = ["ema", "model"]
@@ -35,10 +36,12 @@ CUSTOM = "custom (width, height)"
 class PixelFlowLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixelFlowLoader",
             display_name="Load PixelFlow Model",
             category=CATEGORY,
+            search_aliases=["pixelflow checkpoint", "pixel space model", "class to image", "without vae"],
+            advanced=("weights",),
             description="Loads a PixelFlow transformer: a released model.pt, a training checkpoint, or the small emoji "
             "model that comes with PixStack.",
             inputs=[
@@ -82,10 +85,11 @@ class PixelFlowLoader(CheckedNode):
 class PixelFlowTextEncoderLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixelFlowTextEncoderLoader",
             display_name="Load T5 Text Encoder",
-            category=CATEGORY,
+            category="pixstack/text",
+            search_aliases=["flan t5 xl", "load flan-t5", "clip loader", "load clip", "prompt encoder"],
             description="Loads a T5 encoder: flan-t5-xl for the released PixelFlow, the small one of PixStack for the "
             "emoji models of every family. Core's CLIP loader reads flan-t5-xl with another vocabulary.",
             inputs=[
@@ -133,10 +137,11 @@ class PixelFlowTextEncoderLoader(CheckedNode):
 class PixelFlowClass(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixelFlowClass",
-            display_name="PixelFlow Class",
+            display_name="PixelFlow Class (ImageNet)",
             category=CATEGORY,
+            search_aliases=["imagenet label", "class label", "class conditioning", "category"],
             description="What a class-conditional PixelFlow draws: one of ImageNet's 1000 classes, or several.",
             inputs=[
                 io.Combo.Input(
@@ -186,10 +191,11 @@ def class_conditioning(labels: list[int]) -> list:
 class PixelFlowCanvas(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixelFlowCanvas",
-            display_name="PixelFlow Canvas",
+            display_name="PixelFlow Canvas (Empty Latent)",
             category=CATEGORY,
+            search_aliases=["pixelflow resolution", "pixelflow aspect ratio", "width and height", "image size"],
             description="An empty picture of a size that every stage of the model can be cut into tokens at.",
             inputs=[
                 io.Model.Input("model", tooltip="The PixelFlow model: its stages decide which sizes are allowed."),
@@ -291,10 +297,11 @@ def schedule(model, steps: list[int], shift: list[float], start_stage: int, end_
 class PixelFlowSigmas(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixelFlowSigmas",
-            display_name="PixelFlow Sigmas",
+            display_name="PixelFlow Sigmas (Scheduler)",
             category=CATEGORY,
+            search_aliases=["pixelflow steps", "per stage steps", "cascade schedule"],
             description="The steps of all stages in one schedule, for SamplerCustomAdvanced with 'PixelFlow Sampler'. "
             "Its sigmas fall from 1 to 0 over the whole cascade and can be split anywhere.",
             inputs=[
@@ -333,10 +340,11 @@ class PixelFlowSigmas(CheckedNode):
 class PixelFlowSampler(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixelFlowSampler",
             display_name="PixelFlow Sampler",
             category=CATEGORY,
+            search_aliases=["per stage guidance", "dopri5", "ode solver", "cascade sampler"],
             description="Grows the picture from stage to stage. For SamplerCustomAdvanced or SamplerCustom, with the "
             "sigmas of 'PixelFlow Sigmas'. The guider's cfg is the strength of guidance.",
             inputs=[
@@ -388,10 +396,12 @@ class PixelFlowSampler(CheckedNode):
 class PixelFlowSample(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixelFlowSample",
-            display_name="PixelFlow Sample",
+            display_name="PixelFlow Sample (KSampler)",
             category=CATEGORY,
+            search_aliases=["pixelflow ksampler", "pixelflow generate", "txt2img pixels", "cascade"],
+            essentials_category="Image Generation",
             description="Draws with PixelFlow: the whole cascade in one node. For settings that differ between stages "
             "use 'PixelFlow Sampler' and 'PixelFlow Sigmas'.",
             inputs=[

@@ -15,6 +15,7 @@ from .host.pixelponder import control as pixelponder
 from .host.pixelponder.hints import Condition, chain
 from .host.pixelponder.load import load_pixelponder
 from .host.pixelponder.strategies import STRATEGIES
+from .schema import schema
 
 CATEGORY = "pixstack/pixelponder"
 KINDS = {"canny": "canny", "depth": "depth", "hed": "hed", "pose": "openpose"}  # menu -> name in the release
@@ -30,10 +31,11 @@ def _part(name: str, default: float, what: str):
 class FluxLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_FluxLoader",
             display_name="Load Small FLUX Model",
             category=CATEGORY,
+            search_aliases=["tiny flux", "flux emoji", "flux loader", "small flux"],
             description="Loads a FLUX of any size that PixStack's trainer made, such as the embedded emoji model: its "
             "file states its shape. Released FLUX.1 files load with core's Load Diffusion Model.",
             inputs=[
@@ -59,10 +61,12 @@ class FluxLoader(CheckedNode):
 class PixelPonderLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixelPonderLoader",
-            display_name="Load PixelPonder",
+            display_name="Load PixelPonder (ControlNet)",
             category=CATEGORY,
+            search_aliases=["flux controlnet", "union controlnet", "pixelponder checkpoint"],
+            advanced=("selection_network",),
             description="Loads PixelPonder, one ControlNet for FLUX.1 [dev] that takes several kinds of hints at once: "
             "the released pixelponder-fp32.bin, or one that was trained here, such as the small one for emoji.",
             inputs=[
@@ -96,10 +100,11 @@ class PixelPonderLoader(CheckedNode):
 class PixelPonderCondition(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixelPonderCondition",
             display_name="PixelPonder Condition",
             category=CATEGORY,
+            search_aliases=["controlnet hint", "multi controlnet", "regional controlnet", "controlnet mask"],
             description="One hint for PixelPonder. Connect as many in a row as wanted; kinds may repeat.",
             inputs=[
                 io.Image.Input("image", tooltip="The hint: edges, a depth map or a drawn pose. If its shape is not the "
@@ -139,10 +144,12 @@ class PixelPonderCondition(CheckedNode):
 class PixelPonderApply(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixelPonderApply",
-            display_name="Apply PixelPonder",
+            display_name="Apply PixelPonder (Multi ControlNet)",
             category=CATEGORY,
+            search_aliases=["combine controlnets", "several controlnets", "union controlnet", "regional controlnet"],
+            advanced=("rounds",),
             description="Puts PixelPonder with its conditions on the prompts. Works with FLUX.1 of any loader, LoRAs "
             "and core's samplers. The release was trained with 512 text tokens, guidance 4 and pictures of 512 pixels.",
             inputs=[
@@ -195,10 +202,11 @@ class PixelPonderApply(CheckedNode):
 class PixelPonderMap(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_PixelPonderMap",
             display_name="PixelPonder Map",
             category=CATEGORY,
+            search_aliases=["patch map", "condition map", "which controlnet"],
             description="Shows which condition won which patch. Connect the sampler's LATENT to see what was sampled; "
             "with 'released' and 'blend' an empty latent shows it before.",
             inputs=[

@@ -8,6 +8,7 @@ from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.ultrapixel import guide as ultrapixel
 from .host.ultrapixel import sizes as ultrapixel_sizes
 from .host.ultrapixel.sampling import GuidedSampler
+from .schema import schema
 
 CATEGORY = "pixstack/ultrapixel"
 FOLDER = "model_patches"
@@ -32,10 +33,11 @@ SHAPES = {  # width : height
 class UltraPixelGuideLoader(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_UltraPixelGuideLoader",
             display_name="Load UltraPixel Guide",
             category=CATEGORY,
+            search_aliases=["ultrapixel checkpoint", "stable cascade guide", "ultrapixel loader"],
             description="Loads UltraPixel's guide, the small network that turns the features of a low-resolution pass "
             "into those of a large picture. Stage C itself, Stage B and Stage A load with core's nodes.",
             inputs=[
@@ -57,10 +59,12 @@ class UltraPixelGuideLoader(CheckedNode):
 class UltraPixelGuide(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_UltraPixelGuide",
             display_name="UltraPixel Guide",
             category=CATEGORY,
+            search_aliases=["high resolution", "stable cascade upscale", "rescale cfg"],
+            advanced=("down", "up", "rescale"),
             description="Puts UltraPixel's guide on core's Stage C (3.6B). The weights stay where they are, LoRAs and "
             "ControlNets before or after it keep working. Sample with 'UltraPixel Sampler'.",
             inputs=[
@@ -107,10 +111,12 @@ class UltraPixelGuide(CheckedNode):
 class UltraPixelSampler(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_UltraPixelSampler",
-            display_name="UltraPixel Sampler",
+            display_name="UltraPixel Sampler (Stable Cascade)",
             category=CATEGORY,
+            search_aliases=["4k sampler", "two pass", "hires fix", "highres"],
+            advanced=("reference",),
             description="Draws at low resolution first, keeps the features of its end, and draws the large picture "
             "guided by them. For SamplerCustomAdvanced, with the MODEL of 'UltraPixel Guide' in the guider and the "
             "scheduler.",
@@ -137,10 +143,12 @@ class UltraPixelSampler(CheckedNode):
 class UltraPixelCanvas(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_UltraPixelCanvas",
-            display_name="UltraPixel Canvas",
+            display_name="UltraPixel Canvas (4K, Stable Cascade)",
             category=CATEGORY,
+            search_aliases=["ultrapixel resolution", "ultrapixel aspect ratio", "ultrapixel empty latent", "2k", "8k",
+                            "ultra hd"],
             description="The latents of a picture's size: Stage C's, its low-resolution pass's and Stage B's. Empty, "
             "or of a picture to change. Says what the size costs and what is wrong with it.",
             inputs=[

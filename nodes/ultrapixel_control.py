@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from .checks import CheckedNode, one_of
 from .host.ultrapixel import control_hints as ultrapixel_control
 from .host.ultrapixel.control_hints import FILTERS
+from .schema import schema
 
 CATEGORY = "pixstack/ultrapixel"
 
@@ -13,10 +14,11 @@ CATEGORY = "pixstack/ultrapixel"
 class UltraPixelCanny(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_UltraPixelCanny",
             display_name="UltraPixel Canny",
             category=CATEGORY,
+            search_aliases=["stable cascade canny", "edge hint", "canny controlnet"],
             description="Edges as Stable Cascade's canny ControlNet was trained on them: detected in a small square "
             "and stretched back. For core's Apply ControlNet.",
             inputs=[
@@ -47,10 +49,11 @@ class UltraPixelCanny(CheckedNode):
 class UltraPixelInpaintHint(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_UltraPixelInpaintHint",
             display_name="UltraPixel Inpaint Hint",
             category=CATEGORY,
+            search_aliases=["stable cascade inpainting", "inpaint controlnet"],
             description="A picture and where to paint, as Stable Cascade's inpainting ControlNet takes them: four "
             "channels, white under the mask. For core's Apply ControlNet.",
             inputs=[

@@ -8,6 +8,7 @@ from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.common.load import DTYPES
 from .host.ultrapixel import stage_a as ultrapixel_stage_a
 from .host.ultrapixel import stage_b as ultrapixel_stage_b
+from .schema import schema
 
 CATEGORY = "pixstack/ultrapixel"
 DECODER_DTYPES = {name: DTYPES[name] for name in ("default", "bf16", "fp32", "fp16")}
@@ -16,10 +17,12 @@ DECODER_DTYPES = {name: DTYPES[name] for name in ("default", "bf16", "fp32", "fp
 class UltraPixelStageALoader(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_UltraPixelStageALoader",
-            display_name="Load UltraPixel Stage A",
+            display_name="Load UltraPixel Stage A (VAE)",
             category=CATEGORY,
+            search_aliases=["stable cascade vae", "stage a", "4k vae decode"],
+            advanced=("dtype",),
             description="Stable Cascade's Stage A as a VAE that decodes 4096 x 4096 pixels exactly: whole in a seventh "
             "of the usual memory, below that by tiles without seams. Works with VAE Decode, VAE Decode (Tiled) and VAE "
             "Encode.",
@@ -46,10 +49,12 @@ class UltraPixelStageALoader(CheckedNode):
 class UltraPixelStageB(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_UltraPixelStageB",
             display_name="UltraPixel Stage B",
             category=CATEGORY,
+            search_aliases=["stable cascade stage b", "low memory"],
+            advanced=("rescale",),
             description="Makes Stage B ready for 4096 x 4096 pixels: the same numbers in half the memory, an estimate "
             "that does not push other models out, and the release's guidance. For core's KSampler: ddpm, simple, 10 "
             "steps, cfg 1.1.",
@@ -71,10 +76,11 @@ class UltraPixelStageB(CheckedNode):
 class UltraPixelStageBTiles(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_UltraPixelStageBTiles",
             display_name="UltraPixel Stage B Tiles (approximate)",
             category=CATEGORY,
+            search_aliases=["tiled stage b", "tiled diffusion", "low vram"],
             description="Runs Stage B tile by tile, each with its part of Stage C's latent. An approximation: its "
             "norms and its attention span the whole picture, and in tiles see one tile each. For cards on which the "
             "whole does not fit.",

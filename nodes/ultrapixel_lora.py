@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from .checks import CheckedNode, known_file
 from .host.ultrapixel import personalise as ultrapixel_lora
+from .schema import schema
 
 CATEGORY = "pixstack/ultrapixel"
 
@@ -13,10 +14,12 @@ CATEGORY = "pixstack/ultrapixel"
 class UltraPixelPersonalise(CheckedNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="PixStack_UltraPixelPersonalise",
-            display_name="UltraPixel Personalise",
+            display_name="UltraPixel Personalise (LoRA)",
             category=CATEGORY,
+            search_aliases=["stable cascade lora", "textual inversion", "dreambooth", "learned word"],
+            advanced=("token_strength",),
             description="A personalisation of UltraPixel on Stage C and its text encoder: what a thing looks like, and "
             "the word it is called by. Write that word in the prompt.",
             inputs=[
