@@ -1,10 +1,9 @@
 """The extension that ComfyUI loads: every node of the files beside this one."""
 from __future__ import annotations
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import ComfyExtension, io
+
+import nodes  # ComfyUI's
 
 from . import (
     annotators,
@@ -20,15 +19,12 @@ from . import (
     ultrapixel_decode,
     ultrapixel_lora,
 )
-
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
-EMBEDDED_KINDS = ("diffusion_models", "text_encoders", "vae", "loras", "controlnet")
+from .host.common import files
 
 
 class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        for folder in EMBEDDED_KINDS:  # the embedded checkpoints appear in the ordinary lists
-            folder_paths.add_model_folder_path(folder, str(ASSETS / folder))
+        files.register(nodes.NODE_CLASS_MAPPINGS.get("VAELoader"))
         annotators.register_folder()
         modules = (
             pixelflow,

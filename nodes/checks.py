@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
-import folder_paths
 import numpy
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from .host.common import files
 from .host.common.pictures import check, check_mask
 from .host.common.shown import show
 
@@ -157,7 +157,7 @@ def first_problem(*answers: bool | str) -> bool | str:
 
 def known_file(folder: str, name: str | None) -> bool | str:
     """Whether models/<folder> has the file; None stands for a name that another node will give."""
-    if name is None or folder_paths.get_full_path(folder, name) is not None:
+    if name is None or files.find(folder, name) is not None:
         return True
     rows = json.loads(MODEL_FILES.read_text(encoding="utf-8"))
     url = next((row["url"] for row in rows if row["url"] and (row["folder"], row["name"]) == (folder, name)), "")

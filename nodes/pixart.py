@@ -3,7 +3,6 @@ loaded by core, a small model's T5 by PixelFlow's loader."""
 from __future__ import annotations
 
 import comfy.model_management as mm
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
@@ -11,6 +10,7 @@ from ..models_impl.pixart import buckets
 from ..models_impl.pixart.prompts import STYLES, apply_style, parse
 from ..models_impl.text.captions import clean_caption, cleaning_needs
 from .checks import CheckedNode, first_problem, known_file, one_of
+from .host.common import files
 from .host.common.load import FAST, MODEL_DTYPES
 from .host.pixart import lora as pixart_lora
 from .host.pixart import sizes as pixart_sizes
@@ -55,7 +55,7 @@ class PixArtLoader(CheckedNode):
             "the file.",
             inputs=[
                 io.Combo.Input(
-                    "model_name", options=folder_paths.get_filename_list("diffusion_models"),
+                    "model_name", options=files.listed("diffusion_models"),
                     tooltip="A file in models/diffusion_models. A diffusers config.json beside it is read too.",
                 ),
                 io.Combo.Input(
@@ -102,7 +102,7 @@ class PixArtLoader(CheckedNode):
         settings = {**PREDICTIONS[prediction], **POSITIONS[positions]}
         if variant != AUTO:
             settings["variant"] = variant
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        path = files.find_or_raise("diffusion_models", model_name)
         return io.NodeOutput(load_pixart(path, weights, MODEL_DTYPES[dtype], settings, fast=dtype == FAST))
 
 
@@ -341,7 +341,7 @@ class PixArtLoraLoader(CheckedNode):
             inputs=[
                 io.Model.Input("model", tooltip="A PixArt model of 'Load PixArt Model'."),
                 io.Combo.Input(
-                    "lora_name", options=folder_paths.get_filename_list("loras"),
+                    "lora_name", options=files.listed("loras"),
                     tooltip="A file in models/loras. PEFT's adapter_config.json beside it is read too.",
                 ),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, round=0.001,
@@ -364,7 +364,7 @@ class PixArtLoraLoader(CheckedNode):
 
     @classmethod
     def execute(cls, model, lora_name, strength, alpha) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        path = files.find_or_raise("loras", lora_name)
         patched, report = pixart_lora.load(model, path, strength, alpha or None)
         return io.NodeOutput(patched, report, ui=ui.PreviewText(report))
 

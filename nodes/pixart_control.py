@@ -1,10 +1,10 @@
 """PixArt's ControlNets: load them, and apply them where core's node has no input for it."""
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
 from .checks import CheckedNode, first_problem, known_file, one_of, part_of_sampling
+from .host.common import files
 from .host.common.control import apply_control
 from .host.common.load import DTYPES
 from .host.common.pictures import colours
@@ -29,7 +29,7 @@ class PixArtControlNetLoader(CheckedNode):
             "from the same file.",
             inputs=[
                 io.Combo.Input(
-                    "control_net_name", options=folder_paths.get_filename_list("controlnet"),
+                    "control_net_name", options=files.listed("controlnet"),
                     tooltip="A file in models/controlnet.",
                 ),
                 io.Combo.Input("dtype", options=list(DTYPES), default="default",
@@ -45,7 +45,7 @@ class PixArtControlNetLoader(CheckedNode):
 
     @classmethod
     def execute(cls, control_net_name, dtype) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("controlnet", control_net_name)
+        path = files.find_or_raise("controlnet", control_net_name)
         return io.NodeOutput(load_pixart_controlnet(path, DTYPES[dtype]))
 
 

@@ -1,10 +1,10 @@
 """PixArt nodes around the VAE: a reference picture beside the drawn one, and the consistency decoder."""
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
 from .checks import CheckedNode, first_problem, known_file, one_of
+from .host.common import files
 from .host.pixart import consistency_decoder as consistency
 from .host.pixart import reference as pixart_reference
 from .host.pixart import sizes as pixart_sizes
@@ -85,7 +85,7 @@ class ConsistencyDecoderLoader(CheckedNode):
             description="DALL-E 3's consistency decoder as a VAE, for PixArt-alpha (and Stable Diffusion 1.5): finer "
             "faces and text than the ordinary VAE, at several times its cost. Not for Sigma. Needs diffusers.",
             inputs=[
-                io.Combo.Input("vae_name", options=folder_paths.get_filename_list("vae"),
+                io.Combo.Input("vae_name", options=files.listed("vae"),
                                tooltip="diffusion_pytorch_model.safetensors of openai/consistency-decoder, in "
                                "models/vae."),
             ],
@@ -98,7 +98,7 @@ class ConsistencyDecoderLoader(CheckedNode):
 
     @classmethod
     def execute(cls, vae_name) -> io.NodeOutput:
-        return io.NodeOutput(consistency.load(folder_paths.get_full_path_or_raise("vae", vae_name)))
+        return io.NodeOutput(consistency.load(files.find_or_raise("vae", vae_name)))
 
 
 NODES = [PixArtReferenceCanvas, PixArtRightHalf, ConsistencyDecoderLoader]

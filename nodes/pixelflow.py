@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import comfy.model_management as mm
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
 from ..models_impl.pixelflow.schedule import CascadeSchedule
 from ..models_impl.pixelflow.stages import Stages
 from .checks import CheckedNode, first_problem, known_file, one_of
+from .host.common import files
 from .host.common.load import DTYPES, FAST, MODEL_DTYPES
 from .host.common.text import load_t5
 from .host.pixelflow import imagenet
@@ -47,7 +47,7 @@ class PixelFlowLoader(CheckedNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
+                    options=files.listed("diffusion_models"),
                     tooltip="A file in models/diffusion_models. A config.yaml beside it is read too.",
                 ),
                 io.Combo.Input(
@@ -78,7 +78,7 @@ class PixelFlowLoader(CheckedNode):
 
     @classmethod
     def execute(cls, model_name, weights, dtype) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        path = files.find_or_raise("diffusion_models", model_name)
         return io.NodeOutput(load_pixelflow(path, weights, MODEL_DTYPES[dtype], fast=dtype == FAST))
 
 
@@ -95,7 +95,7 @@ class PixelFlowTextEncoderLoader(CheckedNode):
             inputs=[
                 io.Combo.Input(
                     "encoder_name",
-                    options=folder_paths.get_filename_list("text_encoders"),
+                    options=files.listed("text_encoders"),
                     tooltip="A file in models/text_encoders. A whole T5 may be given, its decoder is left out.",
                 ),
                 io.Combo.Input(
@@ -129,7 +129,7 @@ class PixelFlowTextEncoderLoader(CheckedNode):
 
     @classmethod
     def execute(cls, encoder_name, dtype, device, type="pixelflow, pixart") -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("text_encoders", encoder_name)
+        path = files.find_or_raise("text_encoders", encoder_name)
         where = torch.device("cpu") if device == "cpu" else None
         return io.NodeOutput(load_t5(path, DTYPES[dtype], where, padded=TEXT_TYPES[type]))
 

@@ -2,11 +2,11 @@
 for FLUX networks of another shape than the release's, which core's cannot read."""
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..models_impl.pixelponder.sampling import STRENGTH
 from .checks import CheckedNode, first_problem, known_file, one_of, part_of_sampling
+from .host.common import files
 from .host.common.control import apply_control
 from .host.common.load import DTYPES
 from .host.common.pictures import colours
@@ -39,7 +39,7 @@ class FluxLoader(CheckedNode):
             description="Loads a FLUX of any size that PixStack's trainer made, such as the embedded emoji model: its "
             "file states its shape. Released FLUX.1 files load with core's Load Diffusion Model.",
             inputs=[
-                io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"),
+                io.Combo.Input("model_name", options=files.listed("diffusion_models"),
                                tooltip="A file in models/diffusion_models that the trainer exported."),
                 io.Combo.Input("dtype", options=list(DTYPES), default="default",
                                tooltip="How the weights are stored. default: as ComfyUI finds best for this machine."),
@@ -54,7 +54,7 @@ class FluxLoader(CheckedNode):
 
     @classmethod
     def execute(cls, model_name, dtype) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        path = files.find_or_raise("diffusion_models", model_name)
         return io.NodeOutput(load_flux(path, DTYPES[dtype]))
 
 
@@ -70,7 +70,7 @@ class PixelPonderLoader(CheckedNode):
             description="Loads PixelPonder, one ControlNet for FLUX.1 [dev] that takes several kinds of hints at once: "
             "the released pixelponder-fp32.bin, or one that was trained here, such as the small one for emoji.",
             inputs=[
-                io.Combo.Input("control_net_name", options=folder_paths.get_filename_list("controlnet"),
+                io.Combo.Input("control_net_name", options=files.listed("controlnet"),
                                tooltip="A file in models/controlnet."),
                 io.Combo.Input(
                     "selection_network", options=SELECTION_NETWORK, default="leave out",
@@ -93,7 +93,7 @@ class PixelPonderLoader(CheckedNode):
 
     @classmethod
     def execute(cls, control_net_name, selection_network, dtype) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("controlnet", control_net_name)
+        path = files.find_or_raise("controlnet", control_net_name)
         return io.NodeOutput(load_pixelponder(path, selection_network == "keep", DTYPES[dtype]))
 
 

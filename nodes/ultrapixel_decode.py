@@ -1,10 +1,10 @@
 """UltraPixel's way from the latent to pixels: Stage B within bounds of memory, and Stage A exact at every size."""
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
 from .checks import CheckedNode, first_problem, known_file, one_of
+from .host.common import files
 from .host.common.load import DTYPES
 from .host.ultrapixel import stage_a as ultrapixel_stage_a
 from .host.ultrapixel import stage_b as ultrapixel_stage_b
@@ -27,7 +27,7 @@ class UltraPixelStageALoader(CheckedNode):
             "of the usual memory, below that by tiles without seams. Works with VAE Decode, VAE Decode (Tiled) and VAE "
             "Encode.",
             inputs=[
-                io.Combo.Input("vae_name", options=folder_paths.get_filename_list("vae"),
+                io.Combo.Input("vae_name", options=files.listed("vae"),
                                tooltip="stage_a.safetensors, in models/vae."),
                 io.Combo.Input("dtype", options=list(DECODER_DTYPES), default="default",
                                tooltip="Compute dtype. default: ComfyUI's choice, bf16 where the GPU has it. "
@@ -42,7 +42,7 @@ class UltraPixelStageALoader(CheckedNode):
 
     @classmethod
     def execute(cls, vae_name, dtype) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("vae", vae_name)
+        path = files.find_or_raise("vae", vae_name)
         return io.NodeOutput(ultrapixel_stage_a.load(path, DECODER_DTYPES[dtype]))
 
 

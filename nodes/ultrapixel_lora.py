@@ -1,10 +1,10 @@
 """UltraPixel's personalisation."""
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
 from .checks import CheckedNode, known_file
+from .host.common import files
 from .host.ultrapixel import personalise as ultrapixel_lora
 from .schema import schema
 
@@ -25,7 +25,7 @@ class UltraPixelPersonalise(CheckedNode):
             inputs=[
                 io.Model.Input("model", tooltip="Stage C, before or after 'UltraPixel Guide'."),
                 io.Clip.Input("clip", tooltip="CLIP-G, from core's Load CLIP, type stable_cascade."),
-                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"),
+                io.Combo.Input("lora_name", options=files.listed("loras"),
                                tooltip="lora_cat.safetensors of the release, or one of PixStack's trainer, in "
                                "models/loras."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, round=0.001,
@@ -54,7 +54,7 @@ class UltraPixelPersonalise(CheckedNode):
 
     @classmethod
     def execute(cls, model, clip, lora_name, strength, token_strength, token, base_token) -> io.NodeOutput:
-        personal = ultrapixel_lora.read(folder_paths.get_full_path_or_raise("loras", lora_name), model)
+        personal = ultrapixel_lora.read(files.find_or_raise("loras", lora_name), model)
         token, base = token.strip() or personal.token or "", base_token.strip() or personal.base or ""
         if personal.token_rows:
             try:

@@ -1,6 +1,7 @@
 """What holds for every node: named, explained, documented and translated."""
 
 import json
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -68,7 +69,48 @@ def test_a_translation_knows_every_node_and_every_input(ours, language):
         assert set(translated[name]["outputs"]) == {str(i) for i in range(len(schema.outputs))}, name
 
 
-def test_the_embedded_models_are_in_the_ordinary_lists(ours):
-    folders = import_module("folder_paths")
-    for folder in ("diffusion_models", "text_encoders", "vae", "loras", "controlnet"):
-        assert any(Path(p).resolve() == ROOT / "assets" / folder for p in folders.get_folder_paths(folder))
+EMBEDDED = {path.name for path in (ROOT / "assets").rglob("*.safetensors")}
+LOADERS = ("CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader", "ControlNetLoader")
+
+
+def choices(described: dict) -> list[list[str]]:
+    menus = [spec for spec in described["input"]["required"].values() if spec]
+    return [spec[0] if isinstance(spec[0], list) else spec[1].get("options", []) for spec in menus]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_no_loader_of_core_preselects_an_embedded_file(host, loader):
+    """Else ComfyUI's default graph, of which somebody has downloaded a part, draws with it."""
+    for menu in choices(host.object_info()[loader]):
+        assert not menu or menu[0] not in EMBEDDED
+
+
+def test_a_saved_graph_whose_vae_is_loaded_by_core_keeps_working(host):
+    import folder_paths
+
+    menu = choices(host.object_info()["VAELoader"])[0]
+    assert menu[-2:] == ["flux_emoji_vae.safetensors", "pixart_emoji_vae.safetensors"]
+    assert "pixel_space" in menu and folder_paths.get_full_path("vae", menu[-1])
+
+
+def test_our_loaders_list_the_files_of_the_user_before_the_embedded_ones(ours, host):
+    models = {"PixArtLoader": "model_name", "PixelFlowTextEncoderLoader": "encoder_name",
+              "PixArtLoraLoader": "lora_name", "PixArtControlNetLoader": "control_net_name",
+              "PixelPonderLoader": "control_net_name"}
+    for name, entry in models.items():
+        menu = next(part for part in ours[f"PixStack_{name}"].inputs if part.id == entry).options
+        own = [file in EMBEDDED for file in menu]
+        assert any(own) and own == sorted(own), menu
+
+
+def test_a_file_of_the_user_comes_before_the_embedded_one_of_its_name(ours, host):
+    files = next(module for name, module in sys.modules.items() if name.endswith("nodes.host.common.files"))
+    name = "pixelflow_emoji_t5.safetensors"
+    assert files.find("text_encoders", name) == str(ROOT / "assets" / "text_encoders" / name)
+    mine = host.models / "text_encoders" / name
+    mine.write_bytes(b"")
+    try:
+        assert files.find("text_encoders", name) == str(mine)
+    finally:
+        mine.unlink()
+    assert files.find("text_encoders", "../vae/pixart_emoji_vae.safetensors") is None
