@@ -1,8 +1,10 @@
 """What people type into the search of the canvas brings the right node up first or second."""
 
+import json
 import sys
 
 import pytest
+from conftest import ROOT
 from frontend_search import found, fuzzy, of_text, standing
 
 BY_NAME = [  # what is typed, ids without PixStack_ of which one must be first or second: on every host
@@ -67,6 +69,18 @@ def test_other_words_for_a_node_bring_it_up(info, typed, wanted):
     brings_up(info, typed, wanted)
 
 
+@pytest.mark.parametrize(("typed", "wanted"), [
+    ("4k", "UltraPixelCanvas"), ("soft edge", "HEDEdges"), ("imagenet", "PixelFlowClass"), ("dmd", "PixArtSampler"),
+    ("multi controlnet", "PixelPonderApply"), ("aspect ratio", "PixArtCanvas"), ("sa-solver", "PixArtSampler"),
+])  # fmt: skip
+def test_english_words_find_a_node_whose_name_is_translated(info, typed, wanted):
+    if not any(node.get("search_aliases") for node in info.values()):
+        pytest.skip("this ComfyUI knows no search_aliases")
+    chinese = json.loads((ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
+    shown = {name: {**node, "display_name": chinese.get(name, node).get("display_name")} for name, node in info.items()}
+    brings_up(shown, typed, wanted)
+
+
 def test_sixty_searches_are_tried():
     assert len({typed for typed, _ in BY_NAME + BY_ALIAS}) >= 60
 
@@ -92,7 +106,7 @@ def test_expert_inputs_are_marked_for_the_browser(info):
 def test_an_advanced_input_that_is_not_there_is_refused(host):
     schema = next(module.schema for name, module in sys.modules.items() if name.endswith(".nodes.schema"))
     with pytest.raises(ValueError, match="PixStack_Toy has no inputs colour"):
-        schema(node_id="PixStack_Toy", inputs=[], advanced=("colour",))
+        schema(node_id="PixStack_Toy", display_name="Toy", inputs=[], advanced=("colour",))
 
 
 @pytest.mark.parametrize(("word", "text", "score"), [

@@ -16,7 +16,7 @@ from pathlib import Path
 
 THRESHOLD, DISTANCE = 0.3, 100
 LEAST = 0.001  # of a score that is not exact
-WORDS = re.compile(r" |\b|(?<=[a-z])(?=[A-Z])|(?=[A-Z][a-z])")
+WORDS = re.compile(r" |\b|(?<=[a-z])(?=[A-Z])|(?=[A-Z][a-z])", re.ASCII)  # as \b is in JavaScript
 
 
 @cache
