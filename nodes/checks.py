@@ -160,7 +160,7 @@ def known_file(folder: str, name: str | None) -> bool | str:
     if name is None or files.find(folder, name) is not None:
         return True
     rows = json.loads(MODEL_FILES.read_text(encoding="utf-8"))
-    url = next((row["url"] for row in rows if row["url"] and (row["folder"], row["name"]) == (folder, name)), "")
+    url = next((row.get("url") for row in rows if (row["folder"], row["name"]) == (folder, name)), "")
     put = f"Put it there under this name, from {url}" if url else "Put it there"
     return f"{name} is not in models/{folder}. {put}, or choose another file."
 

@@ -151,13 +151,19 @@ def wanted(node: dict, files: list[ModelFile]) -> list[ModelFile]:
     return rows
 
 
+def in_dialog(file: ModelFile) -> bool:
+    """Whether the browser's dialog of missing models can tell that it is there: it compares names as they are listed,
+    which have backslashes on Windows, and saves a file of a folder outside of it."""
+    return not file.page and "/" not in file.name
+
+
 def in_workflow(graph: dict, files: list[ModelFile]) -> dict:
     """A workflow with its loaders' `properties.models` and the list in its note as the table has them."""
     graph, used = json.loads(json.dumps(graph)), []
     for node in nodes_of(graph):
         rows = wanted(node, files)
         used += [row for row in rows if row not in used]
-        models = [{"name": f.name, "url": f.url, "directory": f.folder} for f in rows if not f.page]
+        models = [{"name": f.name, "url": f.url, "directory": f.folder} for f in rows if in_dialog(f)]
         properties = node.setdefault("properties", {})
         if models:
             properties["models"] = models

@@ -976,8 +976,8 @@ def test_a_file_of_another_kind_is_refused_by_name(art, host, node, folder, made
         ("Loader", dict(variant="beta"), "variant='beta' is not one of auto, alpha, sigma"),
         ("Loader", dict(prediction="x0"), "prediction='x0' is not one of auto, eps"),
         ("Loader", dict(model_name="none.pth"), "none.pth is not in models/diffusion_models. Put it there, or"),
-        ("Loader", dict(model_name="PixArt-Sigma-XL-2-2K-MS.safetensors"), "Put it there under this name, from https://"
-         "huggingface.co/PixArt-alpha/PixArt-Sigma-XL-2-2K-MS/resolve/main/transformer/diffusion_pytorch_model.safe"),
+        ("Loader", dict(model_name="PixArt-XL-2-512x512.safetensors"), "Put it there under this name, from https://"
+         "huggingface.co/PixArt-alpha/PixArt-XL-2-512x512/resolve/main/transformer/diffusion_pytorch_model.safetensors"),
         ("TextEncode", dict(tokens="77"), "tokens='77' is not one of auto, 120, 300"),
         ("Canvas", dict(resolution="640"), "resolution='640' is not one of auto, 256"),
         ("Sampler", dict(algorithm="ddim"), "algorithm='ddim' is not one of dpm-solver"),
