@@ -1,6 +1,7 @@
 """The annotators and the data set nodes in ComfyUI."""
 
 import json
+import shutil
 from importlib import import_module
 
 import numpy
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from pixstack.models_impl.annotators import pose
 from recorded_pose import write
+from safetensors.torch import load_file
 from weights import tiny_depth, tiny_hed
 
 RGB = numpy.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype="uint8")
@@ -317,6 +319,20 @@ def test_a_picture_that_cannot_be_read_is_named_by_the_data_set_s_node(nodes, ho
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:5000])
     with pytest.raises(ValueError, match="a.png is not a complete picture"):
         run(nodes["LoadEntry"], folder="cut", index=0)
+
+
+def test_a_depth_model_in_a_bin_draws_what_the_same_in_safetensors_draws(nodes, host):
+    """dpt-hybrid-midas is published so."""
+    known, binned = host.models / "annotators/nodes/depth", host.models / "annotators/binned"
+    shutil.copytree(known, binned)
+    try:
+        torch.save(load_file(binned / "model.safetensors"), binned / "pytorch_model.bin")
+        (binned / "model.safetensors").unlink()
+        maps = [run(nodes["DepthMap"], image=BATCH, model_name=name, numbers="auto", resolution=0)[0]
+                for name in ("nodes/depth", "binned")]
+    finally:
+        shutil.rmtree(binned)
+    assert maps[0].std() > 0.01 and torch.equal(*maps)
 
 
 def test_a_depth_model_may_lie_behind_a_link(nodes, host):

@@ -60,6 +60,8 @@ def graph_of(name: str) -> dict:
     for node in graph.values():
         if isinstance(steps := node["inputs"].get("steps"), int):
             node["inputs"]["steps"] = min(steps, STEPS)
+        if node["class_type"] == "SplitSigmas":
+            node["inputs"]["step"] = min(node["inputs"]["step"], STEPS - 1)
         if isinstance(steps, str) and "," in steps:  # of every stage
             node["inputs"]["steps"] = ", ".join(["2"] * len(steps.split(",")))
         if node["class_type"] == "PixStack_UltraPixelCanvas":
