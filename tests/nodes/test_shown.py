@@ -24,7 +24,7 @@ def prompt(name: str) -> dict:
 
 @pytest.mark.parametrize("kind, inputs, part", [
     ("PixArtCanvas", {"resolution": "512", "shape": "exactly width x height", "width": 528, "height": 1504},
-     "528x1504"),
+     "528 x 1504"),
     ("UltraPixelCanvas", {"shape": "square", "side": 2048, "width": 1024, "height": 1024}, "2048"),
 ])
 def test_a_canvas_says_what_kind_of_size_it_has(host, kind, inputs, part):
