@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny_run
 import torch
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.config import load, optimizers, rules, schema
 from pixstack.trainer.training import checkpoints, optim
 from pixstack.trainer.training.groups import Group
@@ -22,22 +23,22 @@ def path(tmp_path):
     return tiny_run.pictures(tmp_path / "set")
 
 
-def settings(name: str) -> schema.Optimizer:
+def settings(name: str, **more) -> schema.Optimizer:
     estimates = optimizers.kind(name).estimates
-    return schema.Optimizer(**{"name": name, "learning_rate": 1.0 if estimates else 1e-2, **OWN.get(name, {})})
+    return schema.Optimizer(**{"name": name, "learning_rate": 1.0 if estimates else 1e-2, **OWN.get(name, {}), **more})
 
 
 class Toy:
     """A network with a kernel, matrices and vectors, that learns one batch."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, **more):
         torch.manual_seed(0)
         self.net = torch.nn.Sequential(
             torch.nn.Conv2d(3, 6, 3), torch.nn.Flatten(), torch.nn.Linear(24, 8), torch.nn.LayerNorm(8),
             torch.nn.SiLU(), torch.nn.Linear(8, 4))
         self.x, self.y = torch.randn(16, 3, 4, 4), torch.randn(16, 4)
         params = list(self.net.named_parameters())
-        self.optimizer = optim.Optimizers([Group(params[:2], 0.5), Group(params[2:])], settings(name), 1000)
+        self.optimizer = optim.Optimizers([Group(params[:2], 0.5), Group(params[2:])], settings(name, **more), 1000)
 
     def train(self, steps, start=0) -> list[float]:
         losses = []
@@ -97,19 +98,50 @@ def test_the_state_is_as_large_as_estimated(name):
     assert estimate == pytest.approx(sum(t.nbytes for t in tensors.values() if t.ndim))
 
 
+def by_places(saved: dict[str, torch.Tensor], parts: list[list[list[str]]]) -> dict[str, torch.Tensor]:
+    """What a checkpoint had that knew parameters by their places. parts: names of the parameters, by group."""
+    more = json.loads(bytes(saved["values"].tolist())) if "values" in saved else {"values": {}, "groups": []}
+    old = {key: value for key, value in saved.items() if "/" in key}  # what values refer to
+    for i, groups in enumerate(parts):
+        places = {name: j for j, name in enumerate(name for some in groups for name in some)}
+
+        def renamed(some, i=i, places=places):
+            return {f"{i}.{places[name]}.{what}": value for key, value in some.items()
+                    for name, of, what in [key.partition(":")] if of and name in places and "/" not in what}
+
+        values = renamed(more["values"]) | {f"{i}.group{groups.index(one['of'])}.{k}": v for one in more["groups"]
+                                            if one["of"] in groups for k, v in one["values"].items()}
+        old |= renamed(saved) | {f"{i}.values": torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)}
+    return old
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "schedule_free_adamw", "SOAP"])
+def test_a_checkpoint_that_knows_parameters_by_their_places_goes_on_to_the_bit(name, tmp_path):
+    toy, other = Toy(name), Toy(name)
+    toy.train(3)
+    toy.written(tmp_path)
+    saved = checkpoints.read_tensors(tmp_path / "optimizer.safetensors")
+    names = [name for name, _ in toy.net.named_parameters()]
+    groups = [names[:2], names[2:]]
+    old = by_places(saved, [[some] for some in groups] if toy.optimizer.kind.estimates else [groups])
+    assert not old.keys() & {key for key in saved if "/" not in key}
+    other.net.load_state_dict(checkpoints.read_tensors(tmp_path / "model.safetensors"))
+    other.optimizer.load(old)
+    toy.train(5, 3)
+    other.train(5, 3)
+    assert equal(toy.written(tmp_path), other.written(tmp_path))
+
+
 def test_came_goes_on_from_the_moments_of_the_trainers_own(tmp_path):
     toy, other = Toy("came"), Toy("came")
     toy.train(3)
     toy.written(tmp_path)
     saved = checkpoints.read_tensors(tmp_path / "optimizer.safetensors")
     former = {new: old for old, new in optim.CAME_NAMES.items()} | {"exp_avg_sq": "square_row"}
-    old = {}
-    for key, value in saved.items():
-        part, parameter, name = (*key.split("."), "")[:3]
-        if name in former:
-            old[f"{part}.{parameter}.{former[name]}"] = value
+    own = {f"{name}:{former[what]}": value for key, value in saved.items()
+           for name, _, what in [key.partition(":")] if what in former}
     other.net.load_state_dict(toy.net.state_dict())
-    other.optimizer.load(old)
+    other.optimizer.load(by_places(own, [[[name for name, _ in toy.net.named_parameters()]]]))
     toy.train(3, 3)
     other.train(3, 3)
     assert equal(toy.net.state_dict(), other.net.state_dict())
@@ -120,6 +152,92 @@ def test_betas_of_came_are_three_and_of_others_two():
                               ("lion", [0.9, 0.99], True), ("lion", [0.9], False), ("SGD", [0.9, 0.99], False)):
         problems = rules.optimizer(schema.Optimizer(name=name, betas=betas))
         assert (not problems) is fits, problems
+
+
+# --- Groups
+
+
+def rules_of(*tables) -> list[schema.OptimizerGroup]:
+    return [schema.OptimizerGroup(**table) for table in tables]
+
+
+def test_the_first_table_found_in_a_parameter_s_name_sets_its_learning_rate_and_decay():
+    toy = Toy("SGD", weight_decay=0.5, groups=rules_of(
+        {"pattern": r"^2\.", "learning_rate": 0.1}, {"pattern": "bias$", "learning_rate_multiple": 3.0},
+        {"pattern": "^3", "weight_decay": 0.0}))
+    before = {name: p.detach().clone() for name, p in toy.net.named_parameters()}
+    for p in toy.net.parameters():
+        p.grad = torch.ones_like(p)
+    toy.optimizer.step(0)
+    expected = {"0.weight": (0.005, 0.5), "0.bias": (0.015, 0.5), "2.weight": (0.1, 0.5), "2.bias": (0.1, 0.5),
+                "3.weight": (0.01, 0.0), "3.bias": (0.03, 0.5), "5.weight": (0.01, 0.5), "5.bias": (0.03, 0.5)}
+    for name, p in toy.net.named_parameters():
+        rate, decay = expected[name]
+        torch.testing.assert_close(p.detach(), before[name] - rate * (1 + decay * before[name]))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "prodigy"])
+def test_moments_stay_with_their_parameters_when_the_groups_change(name, tmp_path):
+    toy = Toy(name, groups=rules_of({"pattern": r"^3|5\.bias", "learning_rate_multiple": 2.0}))
+    toy.train(3)
+    toy.written(tmp_path)
+    other = Toy(name, groups=rules_of({"pattern": "bias", "weight_decay": 0.1}))
+    other.restore(tmp_path)
+    states = [{n: one.optimizer.tensors()[f"{n}:exp_avg"] for n, _ in one.net.named_parameters()}
+              for one in (toy, other)]
+    assert equal(*states)
+    other.train(1, 3)
+
+
+def test_muon_s_matrices_and_the_rest_learn_at_a_multiple():
+    net = torch.nn.Linear(4, 4)
+    params = list(net.named_parameters())
+    made = settings("muon", groups=rules_of({"pattern": ".", "learning_rate_multiple": 0.5}))
+    optimizer = optim.Optimizers([Group(params, matrices=frozenset({"weight"}))], made, 10)
+    assert [[g["lr"] for g in part.param_groups] for part in optimizer.parts] == [[0.005], [0.005]]
+
+
+@pytest.mark.parametrize("tables, sentence", [
+    ([{"pattern": "to_q", "weight_decay": 0.1}], "optimizer.groups.1.pattern='to_q' is found in no parameter's name. "
+                                                 "There are, for instance, diffusion."),
+    ([{"pattern": "text", "weight_decay": 0.1}, {"pattern": "text.t5", "learning_rate": 1e-5}],
+     "optimizer.groups.2.pattern='text.t5' counts for no parameter"),
+])
+def test_a_group_without_a_parameter_is_named_before_anything_is_trained(path, tmp_path, tables, sentence):
+    file = tiny_run.toml(tmp_path, path, tmp_path / "run")
+    words = [f"optimizer.groups.{i}.{k}={v}" for i, table in enumerate(tables, 1) for k, v in table.items()]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", str(file), *words, "--dry-run"])
+    assert sentence in str(caught.value)
+
+
+def test_a_dry_run_says_what_the_groups_are(path, tmp_path, capsys):
+    file = tiny_run.toml(tmp_path, path, tmp_path / "run")
+    cli.main(["train", str(file), "--dry-run", "optimizer.groups.1.pattern=^text",
+              "optimizer.groups.1.weight_decay=0.5", "optimizer.groups.1.learning_rate=2e-5"])
+    output = capsys.readouterr().out
+    assert "at 2e-05, weight decay 0.5: text." in output and "at 0.001, weight decay 0: diffusion." in output
+
+
+@pytest.mark.parametrize("table, sentence", [
+    ({"pattern": "(", "weight_decay": 0.1}, "optimizer.groups.1.pattern='(' is not a regular expression"),
+    ({"pattern": "(a+)+$", "weight_decay": 0.1}, "optimizer.groups.1.pattern='(a+)+$' is not run"),
+    ({"weight_decay": 0.1}, "optimizer.groups.1.pattern is empty"),
+    ({"pattern": "a"}, "optimizer.groups.1 changes nothing"),
+    ({"pattern": "a", "learning_rate": 2.0}, "optimizer.groups.1.learning_rate=2.0 is outside (0, 1)"),
+    ({"pattern": "a", "learning_rate_multiple": 0.0}, "optimizer.groups.1.learning_rate_multiple=0.0 must be more"),
+    ({"pattern": "a", "learning_rate": 0.1, "learning_rate_multiple": 2.0}, "leave one of them out"),
+    ({"pattern": "a", "weight_decay": -1.0}, "optimizer.groups.1.weight_decay=-1.0 must not be negative"),
+    ({"pattern": "a", "rate": 1.0}, "optimizer.groups.1.rate is not a setting; did you mean pattern"),
+])
+def test_a_group_that_cannot_work_is_refused(table, sentence):
+    config, problems = load.read({"recipe": {"name": "pixelflow"}, "optimizer": {"groups": [table]}})
+    assert any(sentence in problem for problem in problems + rules.optimizer(config.optimizer))
+
+
+def test_one_learning_rate_of_muon_s_two_is_refused():
+    made = settings("muon", groups=rules_of({"pattern": "a", "learning_rate": 0.1}))
+    assert any("Use learning_rate_multiple" in problem for problem in rules.optimizer(made))
 
 
 # --- Schedule-free
@@ -159,6 +277,7 @@ def log(folder):
 
 @pytest.mark.parametrize("name, words", [
     ("prodigy", ()), ("schedule_free_adamw", ("ema.decay=0",)), ("adafactor", ()),
+    ("adamw", ("optimizer.groups.1.pattern=^text", "optimizer.groups.1.learning_rate_multiple=3")),
 ])
 def test_a_resumed_run_repeats_the_unbroken_run(path, tmp_path, name, words):
     def interrupt(one, step):

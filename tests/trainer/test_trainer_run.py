@@ -210,10 +210,9 @@ def test_moments_in_8_bits_take_a_quarter_and_learn_like_the_whole_ones(path, tm
                                      "save_every=12", "ema.decay=0.0")
         recipe, _ = tiny_run.train(settings)
         saved = checkpoints.read_tensors(tmp_path / name / "checkpoints/00000012/optimizer.safetensors")
-        large = [i for i, p in enumerate(p for g in recipe.groups(settings) for _, p in g.params)
-                 if p.numel() >= 4096]
+        large = [name for g in recipe.groups(settings) for name, p in g.params if p.numel() >= 4096]
         moments = ("exp_avg", "exp_avg_sq", "state1", "state2")
-        sizes.append(sum(saved[f"0.{i}.{m}"].nbytes for i in large for m in moments if f"0.{i}.{m}" in saved))
+        sizes.append(sum(saved[f"{n}:{m}"].nbytes for n in large for m in moments if f"{n}:{m}" in saved))
         losses.append(log(tmp_path / name)[-1]["loss"])
     assert large and sizes[0] == 4 * sizes[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

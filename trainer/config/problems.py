@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...models_impl import patterns
+
 
 class Problems(list[str]):
     """A list of sentences, and the questions that are asked of many settings."""
@@ -28,6 +30,16 @@ class Problems(list[str]):
 
     def dropout(self, value: float):
         self.need(0 <= value < 1, f"recipe.dropout={value} is outside [0, 1).")
+
+    def patterns(self, setting: str, tables: Iterable, things: str):
+        """The `pattern` of each of [[setting]]. things: whose names they are found in, in words."""
+        for i, table in enumerate(tables, 1):
+            name = f"{setting}.{i}.pattern"
+            self.need(table.pattern, f"{name} is empty: say in which {things}' names it is found.")
+            try:
+                patterns.compiled(table.pattern, name)
+            except ValueError as error:
+                self.append(str(error))
 
     def exists(self, name: str, path: str, kind: str = "file or folder"):
         """Whether a path that may be empty is there."""

@@ -5,7 +5,6 @@ import os
 from importlib.util import find_spec
 from math import inf
 
-from ...models_impl import patterns
 from ...models_impl.pixart.buckets import TABLES
 from . import optimizers
 from .problems import Problems, nearest
@@ -74,15 +73,44 @@ def optimizer(settings: Optimizer) -> list[str]:
     betas, count = settings.betas, len(takes.get("betas") or (0, 0))
     problems.need(betas is None or (len(betas) == count and all(0 <= b < 1 for b in betas)),
                   f"optimizer.betas={betas} must be {({2: 'two', 3: 'three'}).get(count, count)} numbers in [0, 1).")
-    rate = settings.learning_rate
-    if chosen.estimates:
-        problems.need(0.1 <= rate <= 10, f"optimizer.learning_rate={rate}: {chosen.cls} estimates the learning rate, "
-                                         "and this is a factor of it, from 0.1 to 10: 1 as a rule.")
-    else:
-        problems.need(0 < rate < 1, f"optimizer.learning_rate={rate} is outside (0, 1).")
+    problems += learning_rate("optimizer.learning_rate", settings.learning_rate, chosen)
+    problems += optimizer_groups(settings, chosen)
     problems.need(not chosen.averages or settings.decay == "constant",
                   f"optimizer.decay={settings.decay!r}: {chosen.cls} averages the weights instead of a decay: use "
                   "constant.")
+    return problems
+
+
+def learning_rate(name: str, rate: float, chosen: optimizers.OptimizerKind) -> list[str]:
+    problems = Problems()
+    if chosen.estimates:
+        problems.need(0.1 <= rate <= 10, f"{name}={rate}: {chosen.cls} estimates the learning rate, and this is a "
+                                         "factor of it, from 0.1 to 10: 1 as a rule.")
+    else:
+        problems.need(0 < rate < 1, f"{name}={rate} is outside (0, 1).")
+    return problems
+
+
+def optimizer_groups(settings: Optimizer, chosen: optimizers.OptimizerKind) -> list[str]:
+    """Problems with [[optimizer.groups]]."""
+    problems, takes = Problems(), optimizers.arguments(chosen)
+    problems.patterns("optimizer.groups", settings.groups, "parameters")
+    for i, table in enumerate(settings.groups, 1):
+        name, rate, decay = f"optimizer.groups.{i}", table.learning_rate, table.weight_decay
+        problems.need((rate, table.learning_rate_multiple, decay) != (None, 1.0, None),
+                      f"{name} changes nothing: give it learning_rate, learning_rate_multiple or weight_decay.")
+        problems.need(rate is None or table.learning_rate_multiple == 1,
+                      f"{name} has learning_rate={rate} and learning_rate_multiple={table.learning_rate_multiple}: "
+                      "leave one of them out.")
+        problems.above_zero(f"{name}.learning_rate_multiple", table.learning_rate_multiple)
+        problems.at_least(f"{name}.weight_decay", decay or 0, 0)
+        problems.need(not decay or not takes or "weight_decay" in takes,
+                      f"{name}.weight_decay={decay}: {chosen.cls} has no such argument.")
+        if rate is not None and settings.name == "muon":
+            problems.append(f"{name}.learning_rate={rate}: muon has one for matrices and one for the rest. Use "
+                            "learning_rate_multiple, which multiplies both.")
+        elif rate is not None:
+            problems += learning_rate(f"{name}.learning_rate", rate, chosen)
     return problems
 
 
@@ -278,13 +306,9 @@ def adapter(settings: Adapter) -> list[str]:
 def of_layers(settings: Adapter) -> list[str]:
     """Problems with [[adapter.layers]] and the dropout."""
     problems = Problems()
+    problems.patterns("adapter.layers", settings.layers, "layers")
     for i, table in enumerate(settings.layers, 1):
         name = f"adapter.layers.{i}"
-        problems.need(table.pattern, f"{name}.pattern is empty: say in which layers' names it is found.")
-        try:
-            patterns.compiled(table.pattern, f"{name}.pattern")
-        except ValueError as error:
-            problems.append(str(error))
         problems.at_least(f"{name}.rank", table.rank or 0, 0)
         problems.need(table.alpha is None or table.alpha > 0, f"{name}.alpha={table.alpha} must be more than 0.")
         problems.need(0 <= (table.dropout or 0) < 1, f"{name}.dropout={table.dropout} is outside [0, 1).")

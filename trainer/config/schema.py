@@ -321,6 +321,20 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class OptimizerGroup(Table):
+    pattern: str = ""
+    """A regular expression, found in the names of the parameters that it is about, as checkpoints have them:
+    "net\\\\.blocks\\\\.3\\\\.", "^text", "bias$", or "lora_B" of an adapter. The first table of which that is so counts
+    for a parameter; what no table is about learns as [optimizer] says."""
+    learning_rate: float | None = None
+    """In place of optimizer.learning_rate and of every multiple of it (text.learning_rate_multiple), or ..."""
+    learning_rate_multiple: float = 1.0
+    """... how many times the learning rate that they would have."""
+    weight_decay: float | None = None
+    """Without it optimizer.weight_decay."""
+
+
+@dataclass(frozen=True)
 class Optimizer:
     name: str = "adamw"
     """adamw; adamw8bit: with its moments in 8 bits, by bitsandbytes; muon: Muon for the hidden matrices, AdamW for
@@ -340,6 +354,8 @@ class Optimizer:
     eps: float = 0.0
     """What keeps the denominator from zero; 0 = the optimizer's own, 1e-8 for adamw."""
     weight_decay: float = 0.0
+    groups: list[OptimizerGroup] = field(default_factory=list)
+    """Tables [[optimizer.groups]]: parameters of another learning rate or weight decay."""
     muon_learning_rate: float = 0.01
     """Learning rate of the matrices that Muon trains."""
     muon_momentum: float = 0.95

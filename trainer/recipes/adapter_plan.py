@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...models_impl import lora, patterns
+from ...models_impl import lora
 from ...models_impl.guard import reading
 from ...models_impl.state_dict import read_file
 from ..config.schema import Adapter, AdapterLayers
+from ..config.tables import ruled
 
 RANK = 16  # where neither the settings nor a file say one
 NamesOf = Callable[[Mapping[str, Sequence[int]]], lora.Names]
@@ -38,7 +39,7 @@ def planned(net: nn.Module, settings: Adapter, targets: list[str], names: NamesO
     start = started(net, settings, names) if settings.start else {}
     ends = settings.targets or (list(start) if start else targets)
     refuse_unknown(ends, modules)
-    rules = ruled(modules, settings.layers)
+    rules = ruled(modules, settings.layers, "adapter.layers", "layer")
     plan = {}
     for name in modules:
         rule = rules.get(name)
@@ -56,27 +57,6 @@ def refuse_unknown(ends: list[str], modules: list[str]):
     if odd := [end for end in ends if not any(m == end or m.endswith(f".{end}") for m in modules)]:
         raise ValueError(f"adapter.targets: no layer's name ends with {', '.join(odd)}. There are, for instance, "
                          f"{', '.join(modules[:8])}.")
-
-
-def ruled(modules: list[str], tables: Sequence[AdapterLayers]) -> dict[str, AdapterLayers]:
-    """Layer -> the first table whose pattern is found in its name. Raises ValueError for a table that no layer has."""
-    found_in = [patterns.compiled(table.pattern, f"adapter.layers.{i}.pattern").search
-                for i, table in enumerate(tables, 1)]
-    rules, hits = {}, [0] * len(tables)
-    for name in modules:
-        own = [i for i, search in enumerate(found_in) if search(name[-patterns.LONGEST:])]
-        for i in own:
-            hits[i] += 1
-        if own:
-            rules[name] = own[0]
-    for i, table in enumerate(tables):
-        name = f"adapter.layers.{i + 1}.pattern={table.pattern!r}"
-        if not hits[i]:
-            raise ValueError(f"{name} is found in no layer's name. There are, for instance, {', '.join(modules[:8])}.")
-        if i not in rules.values():
-            raise ValueError(f"{name} counts for no layer: its {hits[i]} have the tables before it. Move it before "
-                             "those.")
-    return {name: tables[i] for name, i in rules.items()}
 
 
 def place(name: str, settings: Adapter, rule: AdapterLayers, start: lora.Layer | None) -> Place:

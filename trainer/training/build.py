@@ -15,6 +15,7 @@ from ..files import entries
 from ..recipes import find
 from . import frozen
 from .checkpoints import checkpoints
+from .groups import divided
 
 TOKENIZER, FACTS = "tokenizer.json", "facts.json"
 
@@ -33,6 +34,7 @@ def recipe(config: Config, collection: loader.Collection, folder: Path | None = 
         raise ValueError(f"samples.classes names {', '.join(map(str, unknown))}, and the data have the classes 0 to "
                          f"{classes - 1}.")
     made = find(config.recipe.name)(config, text, classes)
+    divided(made.groups(config), config.optimizer.groups)  # whose patterns are looked at before anything takes long
     made.look_at(collection.train)
     return made
 

@@ -13,7 +13,7 @@ from ..config import optimizers
 from ..config.schema import Optimizer
 from ..distributed import sharded
 from ..libraries import QUANT_STATE
-from .groups import Group
+from .groups import Group, divided
 
 SCALED_BATCH = 256  # the batch that scaled learning rates are given for
 SMALL_8BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller parameters in 32 bits
@@ -40,10 +40,16 @@ SHAPES = {
 """decay -> the height, from 1 down to 0, after t of T steps."""
 
 
-def scaled_learning_rate(settings: Optimizer, batch_size: int) -> float:
-    """The full learning rate for this batch (diffusion/utils/optimizer.py of PixArt-sigma@1ce521a, auto_scale_lr)."""
+def scaled_learning_rate(settings: Optimizer, batch_size: int, learning_rate: float | None = None) -> float:
+    """optimizer.learning_rate, or another, for this batch (diffusion/utils/optimizer.py of PixArt-sigma@1ce521a,
+    auto_scale_lr)."""
     share = batch_size / SCALED_BATCH
-    return settings.learning_rate * {"none": 1.0, "sqrt": share**0.5, "linear": share}[settings.learning_rate_scaling]
+    scale = {"none": 1.0, "sqrt": share**0.5, "linear": share}[settings.learning_rate_scaling]
+    return (learning_rate or settings.learning_rate) * scale
+
+
+def names_of(group: dict) -> list[str]:
+    return [name for name, _ in group["params"]]
 
 
 def is_matrix(p: torch.Tensor) -> bool:
@@ -100,36 +106,54 @@ class Optimizers:
     """One or more torch optimizers behind the few calls that the loop makes."""
 
     def __init__(self, groups: list[Group], settings: Optimizer, steps: int, batch_size: int = 0):
-        self.settings, self.steps, self.kind = settings, steps, optimizers.kind(settings.name)
+        self.settings, self.steps, self.batch_size = settings, steps, batch_size
+        self.kind = optimizers.kind(settings.name)
         self.learning_rate = scaled_learning_rate(settings, batch_size)
-        rest, muon, self.clipped = [], [], {}
+        self.clipped = {}
         for group in groups:
             self.clipped.setdefault(group.clipped, []).extend(p for _, p in group.params)
-            hidden = [p for n, p in group.params if n in group.matrices and is_matrix(p)]
-            hidden = hidden if settings.name == "muon" else []
-            ids = {id(p) for p in hidden}
-            others = [p for _, p in group.params if id(p) not in ids]
-            if hidden:
-                muon.append({"params": hidden, "lr": settings.muon_learning_rate * group.multiple})
-            if others:
-                rest.append({"params": others, "lr": self.learning_rate * group.multiple})
         self.parameters = [p for some in self.clipped.values() for p in some]
-        self.parts = [self.make(some) for some in self.together(rest)]
-        if muon:
-            self.parts.append(Muon(
-                muon, momentum=settings.muon_momentum, weight_decay=settings.weight_decay, adjust_lr_fn="original"))
+        layout = self.laid_out(divided(groups, settings.groups))
+        self.names = [[names_of(g) for g in part] for part in layout]
+        self.former_names = [[names_of(g) for g in part] for part in self.laid_out(groups)]
+        self.parts = [self.make(some) for some in layout]
         self.full = [[g["lr"] for g in part.param_groups] for part in self.parts]
         self.initial = [[dict(g) for g in part.param_groups] for part in self.parts]
         self.training = {}
 
-    def together(self, groups: list[dict]) -> list[list[dict]]:
-        """Groups that one optimizer takes: all, or those of one learning rate where it is estimated for all of them."""
-        if not self.kind.estimates:
-            return [groups] if groups else []
-        return [[g for g in groups if g["lr"] == rate] for rate in dict.fromkeys(g["lr"] for g in groups)]
+    def laid_out(self, groups: list[Group]) -> list[list[dict]]:
+        """What each torch optimizer trains: all that Muon does not train in one, or what has one learning rate where
+        that is estimated for all of an optimizer's parameters; and what Muon trains."""
+        rest, hidden = [], []
+        for group in groups:
+            mine = {n for n, p in group.params if self.settings.name == "muon" and n in group.matrices and is_matrix(p)}
+            for some, muon in ((rest, False), (hidden, True)):
+                if params := [(n, p) for n, p in group.params if (n in mine) == muon]:
+                    some.append(self.group(group, params, muon))
+        if self.kind.estimates:
+            alike = [[g for g in rest if g["lr"] == rate] for rate in dict.fromkeys(g["lr"] for g in rest)]
+        else:
+            alike = [rest]
+        return [some for some in (*alike, hidden) if some]
+
+    def group(self, group: Group, params: list[tuple[str, torch.nn.Parameter]], muon: bool) -> dict:
+        """One of a torch optimizer's groups, with names."""
+        rate = self.settings.muon_learning_rate if muon else self.learning_rate
+        found = {"params": params, "muon": muon, "lr": rate * group.multiple}
+        if rule := group.rule:
+            found["lr"] = scaled_learning_rate(self.settings, self.batch_size, rule.learning_rate) \
+                if rule.learning_rate else found["lr"] * rule.learning_rate_multiple
+            if rule.weight_decay is not None:
+                found["weight_decay"] = rule.weight_decay
+        return found
 
     def make(self, groups: list[dict]) -> torch.optim.Optimizer:
-        """The optimizer of the settings. Raises ValueError where it refuses its arguments."""
+        """The optimizer of groups that `laid_out` gave. Raises ValueError where it refuses its arguments."""
+        muon = groups[0]["muon"]
+        groups = [{k: [p for _, p in v] if k == "params" else v for k, v in g.items() if k != "muon"} for g in groups]
+        if muon:
+            return Muon(groups, momentum=self.settings.muon_momentum, weight_decay=self.settings.weight_decay,
+                        adjust_lr_fn="original")
         given = keywords(self.settings)
         if any(sharded.is_part(p) for p in self.parameters):
             given["foreach"] = False  # what is spread over processes and what is not are not taken together
@@ -138,6 +162,16 @@ class Optimizers:
             return cls(groups, lr=groups[0]["lr"], **given)
         except (TypeError, ValueError) as error:
             raise ValueError(f"optimizer.name={self.settings.name!r} with the arguments {given}: {error}") from error
+
+    def described(self) -> list[str]:
+        """What [[optimizer.groups]] make of the parameters, in words."""
+        if not self.settings.groups:
+            return []
+        every = [(g, names) for part, some in zip(self.parts, self.names, strict=True)
+                 for g, names in zip(part.param_groups, some, strict=True)]
+        return [f"{sum(p.numel() for p in group['params']):,} at {group['lr']:.3g}, weight decay "
+                f"{group.get('weight_decay', 0):g}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+                for group, names in every]
 
     @property
     def estimate(self) -> float:
@@ -204,7 +238,7 @@ class Optimizers:
         """(shape, bytes of a number) of every tensor that is kept of a parameter of the shape SIDES[:ndim]."""
         with torch.random.fork_rng(devices=[]):
             p = torch.nn.Parameter(torch.linspace(-1, 1, math.prod(SIDES[:ndim])).reshape(SIDES[:ndim]))
-            part = self.make([{"params": [p], "lr": self.learning_rate}])
+            part = self.make([{"params": [("", p)], "lr": self.learning_rate, "muon": False}])
             p.grad = p.detach().clone()
             part.step()
         tensors = {}
@@ -212,52 +246,56 @@ class Optimizers:
         return [(tuple(value.shape), value.element_size()) for value in tensors.values() if value.ndim]  # no counts
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything the optimizers remember, flat, for safetensors: part.parameter.name, and part.groupN.name of what
-        belongs to a group; part.values holds as JSON what is no tensor."""
-        found = {}
-        for i, part in enumerate(self.parts):
-            values = {}
+        """Everything the optimizers remember, flat, for safetensors: name of a parameter:name. values holds as JSON
+        what is no tensor of a parameter."""
+        found, values, groups = {}, {}, []
 
-            def keep(key: str, value, values=values):
-                if is_plain(value) or (torch.is_tensor(value) and self.kind.library != optimizers.MORE):
-                    found[key] = sharded.whole(value)
-                else:
-                    values[key] = packed(value, key, found)
+        def keep(key: str, value):
+            if is_plain(value) or (torch.is_tensor(value) and self.kind.library != optimizers.MORE):
+                found[key] = sharded.whole(value)
+            else:
+                values[key] = packed(value, key, found)
 
+        for part, names, initial in zip(self.parts, self.names, self.initial, strict=True):
+            flat = [name for some in names for name in some]
             for j, state in part.state_dict()["state"].items():
                 for name, value in (state | state.get(QUANT_STATE, {})).items():
                     if name != QUANT_STATE:
-                        keep(f"{i}.{j}.{name}", value)
-            for g, group in enumerate(part.param_groups if self.kind.library == optimizers.MORE else ()):
-                for name, value in group.items():
-                    if name not in NOT_KEPT and not same(value, self.initial[i][g].get(name)):
-                        keep(f"{i}.group{g}.{name}", value)
+                        keep(f"{flat[j]}{OF}{name}", value)
+            if self.kind.library == optimizers.MORE:
+                for some, group, start in zip(names, part.param_groups, initial, strict=True):
+                    kept = {k: packed(v, f"{some[0]}{OF}group{INSIDE}{k}", found) for k, v in group.items()
+                            if k not in NOT_KEPT and not same(v, start.get(k))}
+                    groups += [{"of": some, "values": kept}] if kept else []
             if self.kind.averages:
-                for j, p in enumerate(p for group in part.param_groups for p in group["params"]):
-                    keep(f"{i}.{j}.{TRAINING}", self.training.get(id(p), p.detach()))
-            if values:
-                text = json.dumps(values, sort_keys=True).encode()
-                found[f"{i}.values"] = torch.tensor(list(text), dtype=torch.uint8)
+                for name, p in zip(flat, (p for group in part.param_groups for p in group["params"]), strict=True):
+                    keep(f"{name}{OF}{TRAINING}", self.training.get(id(p), p.detach()))
+        if values or groups:
+            text = json.dumps({"values": values, "groups": groups}, sort_keys=True).encode()
+            found[VALUES] = torch.tensor(list(text), dtype=torch.uint8)
         return found
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor]):
-        """Goes on from what `tensors` gave; with a schedule-free optimizer, the weights too are those it trains."""
-        for i, part in enumerate(self.parts):
+        """Goes on from what `tensors` gave, in whatever groups that was; with a schedule-free optimizer, the weights
+        too are those it trains."""
+        remembered, of_groups = former(tensors, self.former_names) if is_former(tensors) else by_name(tensors)
+        for part, names in zip(self.parts, self.names, strict=True):
+            flat = [name for some in names for name in some]
             own = [p for group in part.param_groups for p in group["params"]]
             state, groups = {}, part.state_dict()["param_groups"]
-            for (where, name), value in remembered(i, tensors).items():
-                if where.startswith("group"):
-                    groups[int(where.removeprefix("group"))][name] = value
-                elif name == TRAINING:
-                    sharded.local(own[int(where)]).copy_(sharded.local(sharded.part(value, own[int(where)])))
-                else:
-                    p = own[int(where)]
+            for some, group in zip(names, groups, strict=True):
+                group |= of_groups.get(some[0], {})
+            for j, (key, p) in enumerate(zip(flat, own, strict=True)):
+                for name, value in remembered.get(key, {}).items():
+                    if name == TRAINING:
+                        sharded.local(p).copy_(sharded.local(sharded.part(value, p)))
+                        continue
                     if torch.is_tensor(value):
                         value = sharded.part(value, p)
                         value = value.clone() if p.device.type == "cpu" else value  # the file stays open for it else
-                    state.setdefault(int(where), {})[came_name(name, p.ndim) if self.kind.cls == "CAME" else name] = \
-                        value
+                    name = came_name(name, p.ndim) if self.kind.cls == "CAME" else name
+                    state.setdefault(j, {})[name] = value
             part.load_state_dict({"state": state, "param_groups": groups})
             for j, known in state.items():  # torch gives them the precision of their parameter
                 for name, value in known.items():
@@ -278,19 +316,50 @@ def came_name(name: str, ndim: int) -> str:
     return "exp_avg_sq" if name == "square_row" and ndim < 2 else CAME_NAMES.get(name, name)
 
 
-def remembered(i: int, tensors: dict[str, torch.Tensor]) -> dict[tuple[str, str], object]:
-    """(parameter or group, name) -> value, of part i in what `Optimizers.tensors` gave."""
-    text = tensors.get(f"{i}.values")
-    values = json.loads(bytes(text.tolist())) if text is not None else {}
+Remembered = tuple[dict[str, dict[str, object]], dict[str, dict[str, object]]]
+"""(name of a parameter -> name -> value; the same of the group that the parameter was in)."""
+
+
+def by_name(tensors: dict[str, torch.Tensor]) -> Remembered:
+    """What `Optimizers.tensors` gave."""
+    text = json.loads(bytes(tensors[VALUES].tolist())) if VALUES in tensors else {"values": {}, "groups": []}
     found = {}
-    for key, value in {**tensors, **{k: unpacked(v, tensors) for k, v in values.items()}}.items():
-        which, _, rest = key.partition(".")
-        if which == str(i) and "." in rest and INSIDE not in rest:
-            found[tuple(rest.split(".", 1))] = value
-    return found
+    for key, value in {**tensors, **{k: unpacked(v, tensors) for k, v in text["values"].items()}}.items():
+        name, of, what = key.partition(OF)
+        if of and INSIDE not in what:
+            found.setdefault(name, {})[what] = value
+    return found, {name: {k: unpacked(v, tensors) for k, v in group["values"].items()}
+                   for group in text["groups"] for name in group["of"]}
 
 
-INSIDE = "/"  # in the names of tensors that part.values refers to
+def is_former(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether they are of a checkpoint that knows parameters by their places."""
+    return any(OF not in key and key != VALUES for key in tensors)
+
+
+def former(tensors: dict[str, torch.Tensor], names: list[list[list[str]]]) -> Remembered:
+    """As `by_name`, of a checkpoint whose keys are part.parameter.name or part.groupN.name, and part.values. names: of
+    the parameters, by part and group."""
+    found, of_groups = {}, {}
+    for i, groups in enumerate(names):
+        flat = [name for some in groups for name in some]
+        text = tensors.get(f"{i}.{VALUES}")
+        values = json.loads(bytes(text.tolist())) if text is not None else {}
+        for key, value in {**tensors, **{k: unpacked(v, tensors) for k, v in values.items()}}.items():
+            which, _, rest = key.partition(".")
+            if which != str(i) or "." not in rest or INSIDE in rest:
+                continue
+            where, what = rest.split(".", 1)
+            if where.startswith("group"):
+                for name in groups[int(where.removeprefix("group"))]:
+                    of_groups.setdefault(name, {})[what] = value
+            else:
+                found.setdefault(flat[int(where)], {})[what] = value
+    return found, of_groups
+
+
+OF, VALUES = ":", "values"
+INSIDE = "/"  # in the names of tensors that values refers to
 
 
 def packed(value, name: str, tensors: dict[str, torch.Tensor]):

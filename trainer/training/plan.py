@@ -36,6 +36,7 @@ def describe(config: Config, collection: loader.Collection, recipe, batches: loa
         f"{type(part).__name__} on {sum(p.numel() for g in part.param_groups for p in g['params']):,}"
         for part in optimizers.parts) + f"; learning rate {optimizers.learning_rate:.3g}, {config.optimizer.decay}, "
                                         f"warm-up {config.optimizer.warm_up} steps")
+    lines += [f"           {line}" for line in optimizers.described()]
     images = config.steps * config.batch_size
     lines.append(f"steps      {config.steps:,} of {config.batch_size} pictures = {images:,} pictures, "
                  f"{images / batches.an_epoch:.1f} epochs; {processes} process(es), "

@@ -59,9 +59,9 @@ class Recipe(Base):
 
     def groups(self, config: Config) -> list[Group]:
         """matrices: the kernels between the first and the last layer of each half."""
-        named = list(self.net.named_parameters())
+        named = list(self.net.named_parameters("net"))
         halves = {"encoder": self.net.encoder, "decoder": self.net.decoder}
-        outer = {f"{name}.layers.{i}.weight" for name, half in halves.items() for i in (0, len(half.layers) - 1)}
+        outer = {f"net.{name}.layers.{i}.weight" for name, half in halves.items() for i in (0, len(half.layers) - 1)}
         return [Group(named, matrices=frozenset(n for n, p in named if p.ndim == 4) - outer)]
 
     def forward(self, batch) -> Tensor:

@@ -50,7 +50,7 @@ class Recipe(Base):
         return task.shape_problems(config, shape)
 
     def groups(self, config: Config) -> list[Group]:
-        return groups([(self.net, 1.0), (self.text, config.text.learning_rate_multiple)])
+        return groups(self, {"net": 1.0, "text": config.text.learning_rate_multiple})
 
     @property
     def device(self) -> torch.device:

@@ -42,7 +42,7 @@ class Recipe(PixArtRecipe):
         return [frozen_vae(config, writer=writer), frozen_vae(config, "hint", of, writer, config.recipe.annotator)]
 
     def groups(self, config: Config) -> list[Group]:
-        return groups([(self.control, 1.0)])
+        return groups(self, {"control": 1.0})
 
     def activation_bytes(self, pictures: int, cpu: bool) -> float:
         copies = self.settings.blocks / self.net.config.depth

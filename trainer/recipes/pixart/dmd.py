@@ -67,7 +67,7 @@ class Recipe(PixArtRecipe):
     def groups(self, config: Config) -> list[Group]:
         """The gradients of student and follower are clipped each by itself: their losses have nothing in common."""
         multiple = self.settings.follower_learning_rate_multiple
-        return groups([(self.net, 1.0)]) + groups([(self.follower, multiple)], clipped="follower")
+        return groups(self, {"net": 1.0}) + groups(self, {"follower": multiple}, clipped="follower")
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
         """For each picture of a whole batch, (B,): the timestep at which the student is judged, and the follower's."""

@@ -222,7 +222,7 @@ class PixArtRecipe(Base):
         return [frozen_vae(config, writer=writer)]
 
     def groups(self, config: Config) -> list[Group]:
-        return groups([(self.net, 1.0), (self.text, config.text.learning_rate_multiple)])
+        return groups(self, {"net": 1.0, "text": config.text.learning_rate_multiple})
 
     def loss_settings(self) -> dict:
         """Settings of `PixArtDiffusion.losses`."""

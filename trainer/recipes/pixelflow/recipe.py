@@ -75,7 +75,7 @@ class Recipe(Base):
         return adapters.problems(lambda: PixelFlow(shape), config.adapter, TARGETS)
 
     def groups(self, config: Config) -> list[Group]:
-        return groups([(self.diffusion, 1.0), (self.text, config.text.learning_rate_multiple)])
+        return groups(self, {"diffusion": 1.0, "text": config.text.learning_rate_multiple})
 
     def forward(self, batch: Batch) -> Tensor:
         own = slice(batch.positions.start, batch.positions.stop)

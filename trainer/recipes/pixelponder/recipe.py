@@ -102,8 +102,8 @@ class Recipe(Base):
         return problems + task.shape_problems(config, shape.trunk)
 
     def groups(self, config: Config) -> list[Group]:
-        (all_of,) = groups([(self.net, 1.0)])
-        new = ("selector.", "input_hint_", "pos_embed_input.")
+        (all_of,) = groups(self, {"net": 1.0})
+        new = ("net.selector.", "net.input_hint_", "net.pos_embed_input.")
         params = {is_new: [(n, p) for n, p in all_of.params if n.startswith(new) == is_new] for is_new in (False, True)}
         return [replace(all_of, params=params[False]),
                 replace(all_of, params=params[True], multiple=self.settings.selector_learning_rate_multiple)]

@@ -112,7 +112,7 @@ class Recipe(StageCRecipe):
         return problems
 
     def groups(self, config: Config) -> list[Group]:
-        return groups([(self.controlnet, 1.0)], in_transformer)
+        return groups(self, {"controlnet": 1.0}, in_transformer)
 
     def residuals(self, hint: Tensor) -> list[Tensor | None]:
         """hint: (B, channels, H, W) uint8."""

@@ -62,7 +62,7 @@ class Recipe(StageCRecipe):
         return problems
 
     def groups(self, config: Config) -> list[Group]:
-        return groups([(self.guide, 1.0)], in_transformer)
+        return groups(self, {"guide": 1.0}, in_transformer)
 
     def losses(self, batch, draws, seed: int) -> Tensor:
         d = self.denoising

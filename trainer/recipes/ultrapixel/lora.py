@@ -119,7 +119,7 @@ class Recipe(StageCRecipe):
     def groups(self, config: Config) -> list[Group]:
         """text.learning_rate_multiple is the word's."""
         word = [] if self.change is None else [Group([("change", self.change)], config.text.learning_rate_multiple)]
-        return groups([(self.layers, 1.0)], in_transformer) + word
+        return groups(self, {"layers": 1.0}, in_transformer) + word
 
     def high(self, step: int) -> bool:
         """Whether a step is guided, at high resolution."""
