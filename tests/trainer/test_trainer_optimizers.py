@@ -31,11 +31,11 @@ def settings(name: str, **more) -> schema.Optimizer:
 class Toy:
     """A network with a kernel, matrices and vectors, that learns one batch."""
 
-    def __init__(self, name: str, **more):
+    def __init__(self, name: str, layout=torch.contiguous_format, **more):
         torch.manual_seed(0)
         self.net = torch.nn.Sequential(
             torch.nn.Conv2d(3, 6, 3), torch.nn.Flatten(), torch.nn.Linear(24, 8), torch.nn.LayerNorm(8),
-            torch.nn.SiLU(), torch.nn.Linear(8, 4))
+            torch.nn.SiLU(), torch.nn.Linear(8, 4)).to(memory_format=layout)
         self.x, self.y = torch.randn(16, 3, 4, 4), torch.randn(16, 4)
         params = list(self.net.named_parameters())
         self.optimizer = optim.Optimizers([Group(params[:2], 0.5), Group(params[2:])], settings(name, **more), 1000)
@@ -152,6 +152,31 @@ def test_betas_of_came_are_three_and_of_others_two():
                               ("lion", [0.9, 0.99], True), ("lion", [0.9], False), ("SGD", [0.9, 0.99], False)):
         problems = rules.optimizer(schema.Optimizer(name=name, betas=betas))
         assert (not problems) is fits, problems
+
+
+# --- Fused
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("then", [True, False])
+def test_fused_adamw_learns_the_same_and_goes_on_from_checkpoints_of_the_other(tmp_path, layout, then):
+    toys = [Toy("adamw", arguments={"fused": fused}, layout=layout) for fused in (False, not then, then)]
+    plain, first, other = toys
+    plain.train(6)
+    first.train(3)
+    first.written(tmp_path)
+    other.restore(tmp_path)
+    other.train(3, 3)
+    for a, b in zip(plain.net.parameters(), other.net.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_adamw_is_fused_where_nothing_says_otherwise(tmp_path):
+    toys = [Toy("adamw", **more) for more in ({}, {"arguments": {"fused": True}}, {"arguments": {"fused": False}})]
+    for toy in toys:
+        toy.train(20)
+    assert equal(toys[0].net.state_dict(), toys[1].net.state_dict())
+    assert [toy.optimizer.parts[0].param_groups[0]["fused"] for toy in toys] == [True, True, False]
 
 
 # --- Groups

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from contextlib import contextmanager
 from importlib import import_module
 
 import torch
 
-from ..config import optimizers
+from ..config import optimizers, rules
 from ..config.schema import Optimizer
 from ..distributed import sharded
 from ..libraries import QUANT_STATE
@@ -157,6 +158,8 @@ class Optimizers:
         given = keywords(self.settings)
         if any(sharded.is_part(p) for p in self.parameters):
             given["foreach"] = False  # what is spread over processes and what is not are not taken together
+        elif self.can_be_fused(p for g in groups for p in g["params"]):
+            given = {"fused": True, **given}
         try:
             cls = getattr(import_module(self.kind.library), self.kind.cls)
             return cls(groups, lr=groups[0]["lr"], **given)
@@ -172,6 +175,13 @@ class Optimizers:
         return [f"{sum(p.numel() for p in group['params']):,} at {group['lr']:.3g}, weight decay "
                 f"{group.get('weight_decay', 0):g}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
                 for group, names in every]
+
+    def can_be_fused(self, parameters: Iterable[torch.nn.Parameter]) -> bool:
+        """Whether torch's fused AdamW can train them. It reads gradients and moments as if they lay in memory as their
+        parameters do, which autograd holds for parameters of these formats, and `load` for moments."""
+        return (self.kind.library, self.kind.cls) == (optimizers.TORCH, "AdamW") and not rules.asked_for("DEEPSPEED") \
+            and all(p.device.type in ("cpu", "cuda") and (p.is_contiguous() or p.is_contiguous(
+                memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format)) for p in parameters)
 
     @property
     def estimate(self) -> float:
@@ -293,7 +303,10 @@ class Optimizers:
                         continue
                     if torch.is_tensor(value):
                         value = sharded.part(value, p)
-                        value = value.clone() if p.device.type == "cpu" else value  # the file stays open for it else
+                        if self.kind.library == optimizers.TORCH and value.shape == p.shape:
+                            value = torch.empty_like(p, dtype=value.dtype).copy_(value)
+                        elif p.device.type == "cpu":
+                            value = value.clone()  # the file stays open for it else
                     name = came_name(name, p.ndim) if self.kind.cls == "CAME" else name
                     state.setdefault(j, {})[name] = value
             part.load_state_dict({"state": state, "param_groups": groups})
