@@ -32,6 +32,11 @@ class OptimizerKind:
         return self.cls == "Prodigy" or self.cls.startswith("DAdapt")
 
     @property
+    def by_parameter(self) -> bool:
+        """Whether each parameter takes its steps by itself, whatever the others do."""
+        return self.library in (TORCH, BITSANDBYTES) or self.cls in ("CAME", "AdaFactor", "Lion", "StableAdamW")
+
+    @property
     def by_number(self) -> bool:
         """Whether each number of a weight takes its steps by itself, so that processes may have parts of it."""
         return (self.library, self.cls) in ((TORCH, "AdamW"), (MORE, "Lion"), (MORE, "ScheduleFreeAdamW"))

@@ -21,7 +21,7 @@ def problems(config: Config) -> list[str]:
     problems = [*data(config.data, config.batch_size, config.micro_batch_size), *general(config), *numbers(config),
                 *text(config)]
     if config.recipe:
-        problems += [*sections(config), *samples(config), *memory(config), *distributed(config)]
+        problems += [*sections(config), *samples(config), *memory(config), *learning(config), *distributed(config)]
     return problems
 
 
@@ -281,6 +281,37 @@ def memory(config: Config) -> list[str]:
                                                      "which brings a block back for its backward pass.")
         problems.need(not config.compile, f"memory.swap_blocks={count} does not go with compile=true: a compiled block "
                                           "keeps its weights.")
+    return problems
+
+
+def learning(config: Config) -> list[str]:
+    """Problems with how memory is saved on what learns."""
+    problems, recipe, kind = Problems(), config.recipe, config.memory.weights
+    problems.one_of("memory.weights", kind, ("", "bf16"))
+    asked = [f"memory.{name}={look_up(config.memory, name)!r}" for name in ("weights", "fused_backward")
+             if look_up(config.memory, name)]
+    if not asked:
+        return problems
+    said, chosen = " and ".join(asked), optimizers.kind(config.optimizer.name)
+    problems.need(chosen is None or chosen.by_parameter,
+                  f"{said}: each parameter learns by itself, and optimizer.name={config.optimizer.name!r} looks at all "
+                  "of them together: use adamw, adafactor, came, lion, muon or stable_adamw.")
+    problems.need(way(config) == DDP, f"{said} does not go with FSDP2 and DeepSpeed: leave one of them out.")
+    problems.need(not kind or config.precision == "bf16",
+                  f"memory.weights={kind!r} needs precision='bf16', which lets matrices of bf16 meet other numbers.")
+    problems.need(not kind or not recipe.has_strength,
+                  f"memory.weights={kind!r} is for networks that learn, and recipe.name={recipe.name!r} trains an "
+                  "adapter here, which takes little: take it out.")
+    if config.memory.fused_backward:
+        name, micro = "memory.fused_backward=true", config.micro_batch_size
+        problems.need(config.optimizer.clip == 0,
+                      f"{name} cannot limit the norm of all gradients, which are never there together, and "
+                      f"optimizer.clip={config.optimizer.clip}: use clip=0; stable_adamw limits each by itself.")
+        problems.need(micro in (0, config.batch_size),
+                      f"{name} takes one pass a step, and batch_size={config.batch_size} is gathered from passes of "
+                      f"micro_batch_size={micro}: make them equal.")
+        problems.need(int(os.environ.get("WORLD_SIZE", "1")) == 1,
+                      f"{name} is for one process: the gradients of several are joined after the backward pass.")
     return problems
 
 

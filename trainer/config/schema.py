@@ -391,6 +391,13 @@ class Memory:
     swap_blocks: int = 0
     """So many of those blocks are kept in host memory and copied to the device around their forward and backward
     passes, one ahead; needs checkpoint_activations."""
+    weights: str = ""
+    """How the matrices and kernels that learn are kept, where a network learns and no adapter: empty, in float32; bf16:
+    they and their gradients take half, updates are made in float32 and rounded at random (stochastic rounding, arXiv
+    2010.06192), and the EMA stays in float32."""
+    fused_backward: bool = False
+    """Each parameter learns during the backward pass as soon as its gradient is there, which is then forgotten:
+    gradients take next to no memory. One pass of one process a step, without optimizer.clip."""
     shard: bool = False
     """Each of several processes keeps only its part of the blocks' weights, gradients and moments (FSDP2). The same as
     `accelerate launch --use_fsdp --fsdp_version 2`."""

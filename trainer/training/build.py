@@ -12,6 +12,7 @@ from ..config.schema import Config
 from ..data import loader, wording
 from ..features import text_encoders
 from ..files import entries
+from ..memory import rounding
 from ..recipes import find
 from . import frozen
 from .checkpoints import checkpoints
@@ -33,7 +34,7 @@ def recipe(config: Config, collection: loader.Collection, folder: Path | None = 
     if config.needs == "classes" and (unknown := [c for c in named if not 0 <= c < classes]):
         raise ValueError(f"samples.classes names {', '.join(map(str, unknown))}, and the data have the classes 0 to "
                          f"{classes - 1}.")
-    made = find(config.recipe.name)(config, text, classes)
+    made = rounding.lowered(find(config.recipe.name)(config, text, classes), config)
     divided(made.groups(config), config.optimizer.groups)  # whose patterns are looked at before anything takes long
     made.look_at(collection.train)
     return made

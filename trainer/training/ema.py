@@ -10,18 +10,26 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..distributed import sharded
 
 
+def in_float32(x: torch.Tensor, copy: bool = False) -> torch.Tensor:
+    """An average of bf16 numbers is none: what a step adds to it is less than their rounding."""
+    return x.to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype, copy=copy)
+
+
 class EmaWeights:
     def __init__(self, module: nn.Module, decay: float, warm_up: bool = False):
         self.decay, self.warm_up = decay, warm_up
         self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.weights = {name: p.detach().clone() for name, p in self.live.items()} if decay else {}
+        self.weights = {name: in_float32(p.detach(), copy=True) for name, p in self.live.items()} if decay else {}
 
     @torch.no_grad()
     def update(self, step: int):
         if self.weights:
             decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
-            get_ema_multi_avg_fn(decay)([sharded.local(a) for a in self.weights.values()],
-                                        [sharded.local(p.detach()) for p in self.live.values()], None)
+            same = [name for name, p in self.live.items() if p.dtype != torch.bfloat16]
+            get_ema_multi_avg_fn(decay)([sharded.local(self.weights[name]) for name in same],
+                                        [sharded.local(self.live[name].detach()) for name in same], None)
+            for name in self.live.keys() - set(same):
+                self.weights[name].lerp_(self.live[name].float(), 1 - decay)
 
     @contextmanager
     def applied(self):

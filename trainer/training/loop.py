@@ -11,7 +11,8 @@ from .optim import Optimizers
 
 def train(recipe, batches, config: Config, run, accelerator):
     together = strategy.of(recipe, config, accelerator)
-    optimizer = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
+    optimizer = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size, config.seed,
+                           config.memory.fused_backward)
     ema = recipe.ema = EmaWeights(recipe, config.ema.decay, config.ema.warm_up)  # LCM's target is made of it
     step = run.restore(recipe, ema, optimizer)
     parts = parts_of(config, accelerator.process_index, accelerator.num_processes)
@@ -23,6 +24,7 @@ def train(recipe, batches, config: Config, run, accelerator):
         # Random draws depend only on (seed, step), so a resumed run repeats the unbroken one.
         torch.manual_seed(config.seed * 1_000_003 + step)
         total = torch.zeros((), device=accelerator.device)
+        optimizer.begin(step)
         with run.rescuing(step, recipe, ema, optimizer, Exception):
             for i, part in enumerate(parts):
                 last = i == len(parts) - 1

@@ -14,6 +14,7 @@ from ..config import optimizers, rules
 from ..config.schema import Optimizer
 from ..distributed import sharded
 from ..libraries import QUANT_STATE
+from ..memory.rounding import Rounded
 from .groups import Group, divided
 
 SCALED_BATCH = 256  # the batch that scaled learning rates are given for
@@ -106,21 +107,32 @@ class Muon(torch.optim.Muon):
 class Optimizers:
     """One or more torch optimizers behind the few calls that the loop makes."""
 
-    def __init__(self, groups: list[Group], settings: Optimizer, steps: int, batch_size: int = 0):
-        self.settings, self.steps, self.batch_size = settings, steps, batch_size
+    def __init__(self, groups: list[Group], settings: Optimizer, steps: int, batch_size: int = 0, seed: int = 0,
+                 in_backward: bool = False):
+        """seed: of the run. in_backward: each parameter learns during the backward pass, once its gradient is there
+        (`begin`)."""
+        self.settings, self.steps, self.batch_size, self.seed = settings, steps, batch_size, seed
         self.kind = optimizers.kind(settings.name)
         self.learning_rate = scaled_learning_rate(settings, batch_size)
         self.clipped = {}
         for group in groups:
             self.clipped.setdefault(group.clipped, []).extend(p for _, p in group.params)
         self.parameters = [p for some in self.clipped.values() for p in some]
-        layout = self.laid_out(divided(groups, settings.groups))
+        self.in_backward = in_backward
+        layout = self.layout = self.laid_out(divided(groups, settings.groups))
+        if in_backward or any(p.dtype == torch.bfloat16 for p in self.parameters):
+            layout = [[{**g, "params": [one]}] for part in layout for g in part for one in g["params"]]
         self.names = [[names_of(g) for g in part] for part in layout]
         self.former_names = [[names_of(g) for g in part] for part in self.laid_out(groups)]
         self.parts = [self.make(some) for some in layout]
         self.full = [[g["lr"] for g in part.param_groups] for part in self.parts]
         self.initial = [[dict(g) for g in part.param_groups] for part in self.parts]
         self.training = {}
+        self.norms, self.at = {}, 0
+        if in_backward:
+            for i, (group,) in enumerate(layout):
+                (_, p), = group["params"]
+                p.register_post_accumulate_grad_hook(lambda p, i=i: self.step_one(i, p))
 
     def laid_out(self, groups: list[Group]) -> list[list[dict]]:
         """What each torch optimizer trains: all that Muon does not train in one, or what has one learning rate where
@@ -148,8 +160,11 @@ class Optimizers:
                 found["weight_decay"] = rule.weight_decay
         return found
 
-    def make(self, groups: list[dict]) -> torch.optim.Optimizer:
+    def make(self, groups: list[dict]) -> torch.optim.Optimizer | Rounded:
         """The optimizer of groups that `laid_out` gave. Raises ValueError where it refuses its arguments."""
+        (name, p), *_ = groups[0]["params"]
+        if p.dtype == torch.bfloat16:  # the only one
+            return Rounded(p, lambda stand_in: self.make([{**groups[0], "params": [(name, stand_in)]}]))
         muon = groups[0]["muon"]
         groups = [{k: [p for _, p in v] if k == "params" else v for k, v in g.items() if k != "muon"} for g in groups]
         if muon:
@@ -170,11 +185,18 @@ class Optimizers:
         """What [[optimizer.groups]] make of the parameters, in words."""
         if not self.settings.groups:
             return []
-        every = [(g, names) for part, some in zip(self.parts, self.names, strict=True)
-                 for g, names in zip(part.param_groups, some, strict=True)]
-        return [f"{sum(p.numel() for p in group['params']):,} at {group['lr']:.3g}, weight decay "
-                f"{group.get('weight_decay', 0):g}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
-                for group, names in every]
+        return [f"{sum(p.numel() for _, p in group['params']):,} at {group['lr']:.3g}, weight decay "
+                f"{group.get('weight_decay', self.settings.weight_decay):g}: {names[0]}"
+                + (f" and {len(names) - 1} more" if names[1:] else "")
+                for part in self.layout for group in part for names in [names_of(group)]]
+
+    def counted(self) -> dict[str, int]:
+        """Class -> how many numbers it trains."""
+        found = {}
+        for part in self.parts:
+            name = type(part.inner if isinstance(part, Rounded) else part).__name__
+            found[name] = found.get(name, 0) + sum(p.numel() for g in part.param_groups for p in g["params"])
+        return found
 
     def can_be_fused(self, parameters: Iterable[torch.nn.Parameter]) -> bool:
         """Whether torch's fused AdamW can train them. It reads gradients and moments as if they lay in memory as their
@@ -190,18 +212,43 @@ class Optimizers:
 
     def clip(self) -> torch.Tensor:
         """Limits the norm of the gradients, of each network by itself; the largest norm there was."""
+        if self.in_backward:  # which are gone
+            every = [[self.norms[id(p)] for p in some if id(p) in self.norms] for some in self.clipped.values()]
+            return torch.stack([torch.stack(some).norm() for some in every if some]).max()
         limit = self.settings.clip or float("inf")
         one = sharded.clip if any(map(sharded.is_part, self.parameters)) else torch.nn.utils.clip_grad_norm_
         return torch.stack([one(some, limit) for some in self.clipped.values()]).max()
 
-    def step(self, step: int):
-        share = learning_rate_share(step, self.steps, self.settings)
-        for part, learning_rates in zip(self.parts, self.full, strict=True):
-            for group, learning_rate in zip(part.param_groups, learning_rates, strict=True):
-                group["lr"] = learning_rate * share
+    def begin(self, step: int):
+        """Before the backward pass of a step."""
+        self.at, self.norms = step, {}
+
+    @property
+    def midway(self) -> bool:
+        """Whether some parameters have learned in this step, and others not yet."""
+        return bool(self.norms)
+
+    def step(self, step: int) -> float:
+        """The share of the learning rate at this step, at which everything has learned then."""
+        if not self.in_backward:
+            for i in range(len(self.parts)):
+                self.step_part(i, step)
+        self.norms = {}
+        return learning_rate_share(step, self.steps, self.settings)
+
+    def step_one(self, i: int, p: torch.nn.Parameter):
+        self.norms[id(p)] = p.grad.norm(dtype=torch.float32)
+        self.step_part(i, self.at)
+
+    def step_part(self, i: int, step: int):
+        part, share = self.parts[i], learning_rate_share(step, self.steps, self.settings)
+        for group, learning_rate in zip(part.param_groups, self.full[i], strict=True):
+            group["lr"] = learning_rate * share
+        if isinstance(part, Rounded):
+            part.step(((self.seed * 1_000_003 + step) * 65_537 + i) % 2**63)
+        else:
             part.step()
-            part.zero_grad(set_to_none=True)
-        return share
+        part.zero_grad(set_to_none=True)
 
     @contextmanager
     def averaged(self):
@@ -229,9 +276,9 @@ class Optimizers:
 
         A step of a small tensor of as many dimensions shows what is kept of each: sides that are alike grow alike.
         """
-        total = 0.0
+        total, kept = 0.0, {}
         for part in self.parts:
-            kept = {}
+            part = part.inner if isinstance(part, Rounded) else part
             for p in (p for g in part.param_groups for p in g["params"] if some is None or id(p) in some):
                 if isinstance(part, torch.optim.Muon):
                     total += 4 * p.numel()
@@ -303,8 +350,9 @@ class Optimizers:
                         continue
                     if torch.is_tensor(value):
                         value = sharded.part(value, p)
-                        if self.kind.library == optimizers.TORCH and value.shape == p.shape:
-                            value = torch.empty_like(p, dtype=value.dtype).copy_(value)
+                        like = part.p if isinstance(part, Rounded) else p
+                        if self.kind.library == optimizers.TORCH and value.shape == like.shape:
+                            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
                         elif p.device.type == "cpu":
                             value = value.clone()  # the file stays open for it else
                     name = came_name(name, p.ndim) if self.kind.cls == "CAME" else name

@@ -31,11 +31,11 @@ def describe(config: Config, collection: loader.Collection, recipe, batches: loa
         parents[name.split(".")[0]] = parents.get(name.split(".")[0], 0) + p.numel()
     lines += [f"           {parent}: {number:,}" for parent, number in parents.items()]
 
-    optimizers = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size)
-    lines.append("optimizer  " + ", ".join(
-        f"{type(part).__name__} on {sum(p.numel() for g in part.param_groups for p in g['params']):,}"
-        for part in optimizers.parts) + f"; learning rate {optimizers.learning_rate:.3g}, {config.optimizer.decay}, "
-                                        f"warm-up {config.optimizer.warm_up} steps")
+    optimizers = Optimizers(recipe.groups(config), config.optimizer, config.steps, config.batch_size, config.seed,
+                            config.memory.fused_backward)
+    trained = ", ".join(f"{name} on {count:,}" for name, count in optimizers.counted().items())
+    lines.append(f"optimizer  {trained}; learning rate {optimizers.learning_rate:.3g}, {config.optimizer.decay}, "
+                 f"warm-up {config.optimizer.warm_up} steps")
     lines += [f"           {line}" for line in optimizers.described()]
     images = config.steps * config.batch_size
     lines.append(f"steps      {config.steps:,} of {config.batch_size} pictures = {images:,} pictures, "
@@ -78,12 +78,14 @@ def captions(config: Config, collection: loader.Collection, text) -> list[str]:
 def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, processes: int,
            cpu: bool) -> dict[str, float]:
     """Bytes that a process holds in a step, by what they are."""
-    count = sum(p.numel() for p in recipe.parameters() if p.requires_grad)
+    learns = [p for p in recipe.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in learns)
     weights = sum(p.nbytes for net in (recipe, *recipe.teacher) for p in net.parameters())
     sizes = {
         "weights": weights - offload.spared(recipe, config),
-        "gradients": 4 * count,
-        "optimizer": optimizers.state_bytes(),
+        "gradients": max(p.nbytes for p in learns) if config.memory.fused_backward else sum(p.nbytes for p in learns),
+        "optimizer": optimizers.state_bytes()
+        + max((8 * p.numel() for p in learns if p.dtype == torch.bfloat16), default=0),  # one in float32, and gradient
         "ema": 4 * count if config.ema.decay else 0,
         "activations": recipe.activation_bytes(pictures, cpu),
     }

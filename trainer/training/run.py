@@ -48,8 +48,8 @@ MAY_CHANGE = {"name", "out", "resume", "resume_from", "init_from", "device", "th
               "checkpoint_activations", "micro_batch_size", "save_every", "save_minutes", "save_epochs", "keep",
               "log_every", "divergence", "log", "samples", "validation", "data.path", "data.held_out_path",
               "data.prior_path", "data.cache", "data.workers", "data.sets.path", "data.sets.held_out_path",
-              "data.sets.name", "text.cache", "text.tokenizer", "cache", "memory.swap_blocks", "memory.shard",
-              "model.previewer", "model.stage_a", "model.stage_b"}
+              "data.sets.name", "text.cache", "text.tokenizer", "cache", "memory.swap_blocks", "memory.fused_backward",
+              "memory.shard", "model.previewer", "model.stage_a", "model.stage_b"}
 """Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
 WAIT = 0.5  # seconds between two looks at a pause
 
@@ -352,12 +352,13 @@ class Run:
 
     @contextmanager
     def rescuing(self, step: int, recipe, ema, optimizer, *errors: type[Exception]):
-        """Block in which nothing of the run changes: where it ends in one of these errors, the step is saved first. Of
-        several processes the others would wait for a save that they do not know of, so then there is none."""
+        """Block that, where it ends in one of these errors, lets the step before it be saved first: nothing of the run
+        has changed then, unless weights learn in the backward pass, and some have. Of several processes the others
+        would wait for a save that they do not know of, so then there is none either."""
         try:
             yield
         except errors:
-            if step and self.saved_at != step and self.accelerator.num_processes == 1:
+            if step and self.saved_at != step and self.accelerator.num_processes == 1 and not optimizer.midway:
                 try:
                     self.save(step, recipe, ema, optimizer)
                     print(f"\nStep {step} was saved before the run ends by an error.", file=sys.stderr)
