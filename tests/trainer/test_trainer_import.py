@@ -359,6 +359,19 @@ def test_a_file_of_data_sets_may_be_given_beside(there, tmp_path):
         assert draft.get("data.path") == (there / "data/images").as_posix() and draft.get("data.resolution") == 32
 
 
+def test_what_saves_memory_where_all_weights_learn_is_kept(there, tmp_path, capsys):
+    plain = {key: value for key, value in ONETRAINER.items() if not key.startswith("lora_")}
+    full = {**plain, "training_method": "FINE_TUNE", "gradient_accumulation_steps": 1, "transformer": {
+        "weight_dtype": "BFLOAT_16"}, "optimizer": {"optimizer": "ADAFACTOR", "fused_back_pass": True}}
+    config, said = imported(tmp_path, "full.json", filled(full, there), capsys)
+    assert (config.memory.weights, config.memory.fused_backward, config.optimizer.clip) == ("bf16", True, 0)
+    assert "clip_grad_norm: with optimizer.fused_back_pass the gradients of each parameter are limited" in said
+    _, said = imported(tmp_path, "lora.json", filled({**full, "training_method": "LORA",
+                                                      "gradient_accumulation_steps": 2}, there), capsys)
+    assert "optimizer.fused_back_pass = true: memory.fused_backward takes one pass a step" in said
+    assert "memory.weights" not in said
+
+
 def test_what_a_recipe_leaves_unread_has_no_counterpart():
     draft = Draft("pixart_lcm")
     draft.apply("noise_offset", 0.1, kohya.ROWS["noise_offset"])

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...models_impl.pixart.buckets import TABLES
-from .rows import Absent, Draft, Row, number, to, whole
+from ..config import optimizers
+from .rows import Absent, Draft, Row, number, to, whole, yes
 
 OPTIMIZERS = {  # their names, without capitals and underscores -> ours
     "adamw": "adamw", "adam": "adamw", "adamwbf16": "adamw", "optimiadamw": "adamw", "adamw8bit": "adamw8bit",
@@ -58,6 +59,24 @@ def precision(draft: Draft, key: str, name):
     draft.set("precision", ours)
     if str(name).lower() in ("fp16", "float16", "float_16"):
         draft.changed.append(f"{key} = {name!r} is precision = 'bf16': half precision is not trained in here.")
+
+
+def early(draft: Draft, key: str, given: dict, clip: str):
+    """Weights that learn during the backward pass. To be asked when optimizer and batch are known. clip: what the limit
+    of the gradients is called there."""
+    value = given.pop(key, None)
+    if not yes(value):
+        return
+    if draft.get("batch_size", 1) != draft.get("micro_batch_size", 1):
+        draft.absent.append((key, value, "memory.fused_backward takes one pass a step, and passes are accumulated"))
+    elif not optimizers.kind(draft.get("optimizer.name", "adamw")).by_parameter:
+        draft.absent.append((key, value, "this optimizer looks at all parameters together"))
+    else:
+        draft.set("memory.fused_backward", True)
+        draft.set("optimizer.clip", 0)
+        if number(given.pop(clip, 0) or 0):
+            draft.changed.append(f"{clip}: with {key} the gradients of each parameter are limited by themselves there, "
+                                 "and not at all here; optimizer.name = 'stable_adamw' limits its updates.")
 
 
 def batch(draft: Draft, size, rounds=1):

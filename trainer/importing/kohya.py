@@ -33,7 +33,8 @@ ROWS: dict[str, Row] = {
     "seed": to("seed", value=whole),
     "gradient_checkpointing": to("checkpoint_activations", value=yes),
     "torch_compile": to("compile", value=yes),
-    "full_bf16": none("weights that learn stay in float32"),
+    "full_bf16": to("memory.weights", value=lambda v: "bf16" if yes(v) else None,
+                    changed="norms and biases stay in float32, and updates are rounded at random."),
     "full_fp16": none("weights that learn stay in float32"),
     "fp8_base": to("memory.base", value=lambda v: "fp8" if yes(v) else None),
     "blocks_to_swap": to("memory.swap_blocks", value=whole),
@@ -166,6 +167,7 @@ def own(draft: Draft, given: dict, raw: dict, read_beside):
         given.pop(key, None)
     for key, value in run.items():
         given.setdefault(key, value)
+    common.early(draft, "fused_backward_pass", given, "max_grad_norm")
     folders = sets.data(draft, folders)
     if "max_train_epochs" in given:
         often.epochs(draft, "max_train_epochs", given.pop("max_train_epochs"), folders)

@@ -35,6 +35,7 @@ SILENT = ("__version", "workspace_dir", "cache_dir", "debug_", "tensorboard", "c
 SILENT_ENDS = (".stop_training_after", ".stop_training_after_unit", ".train_embedding", ".guidance_scale", ".include",
                ".offload_fraction", ".activation_offloading", ".attention_mask", ".model_name", ".weight_dtype",
                ".gradient_checkpointing", ".train")
+BASES = chosen({"FLOAT_8": "fp8", "NFLOAT_4": "nf4", "BFLOAT_16": None, "FLOAT_16": None, "FLOAT_32": None})
 ROWS: dict[str, Row] = {
     "learning_rate": to("optimizer.learning_rate", value=number),
     "learning_rate_warmup_steps": to("optimizer.warm_up", value=lambda v: round(number(v))),
@@ -61,10 +62,8 @@ ROWS: dict[str, Row] = {
     "text_encoder_2.sequence_length": to("text.max_length", value=whole),
     "text_encoder_2_sequence_length": to("text.max_length", value=whole),
     "vae.weight_dtype": to("vae.precision", value=chosen({"BFLOAT_16": "bf16", "FLOAT_32": "fp32"})),
-    "transformer.weight_dtype": to("memory.base", value=chosen({"FLOAT_8": "fp8", "NFLOAT_4": "nf4", "BFLOAT_16": None,
-                                                                "FLOAT_16": None, "FLOAT_32": None})),
-    "prior.weight_dtype": to("memory.base", value=chosen({"FLOAT_8": "fp8", "NFLOAT_4": "nf4", "BFLOAT_16": None,
-                                                          "FLOAT_16": None, "FLOAT_32": None})),
+    "transformer.weight_dtype": to("memory.base", value=BASES),
+    "prior.weight_dtype": to("memory.base", value=BASES),
     "transformer.guidance_scale": to("recipe.guidance", value=number),
     "vb_loss_strength": to("recipe.variance", value=number),
     "rescale_noise_scheduler_to_zero_terminal_snr": to("model.zero_terminal_snr", value=yes),
@@ -113,6 +112,11 @@ def own(draft: Draft, given: dict, raw: dict, read_beside):
                  given.pop("learning_rate_cycles", None))
     common.precision(draft, "train_dtype", given.pop("train_dtype", "BFLOAT_16"))
     common.batch(draft, given.pop("batch_size"), given.pop("gradient_accumulation_steps"))
+    common.early(draft, "optimizer.fused_back_pass", given, "clip_grad_norm")
+    dtype = next((given[key] for key in ("transformer.weight_dtype", "prior.weight_dtype") if key in given), "")
+    if str(dtype).upper() == "BFLOAT_16" and draft.has("memory.weights"):
+        draft.apply("weight_dtype", dtype, to("memory.weights", value=lambda _: "bf16", changed="norms and biases stay "
+                                              "in float32, and updates are rounded at random in any case."))
     common.sizes(draft, "resolution", common.squared(given.pop("resolution")), given.pop("aspect_ratio_bucketing"))
     common.ema(draft, str(given.pop("ema", "OFF")).upper() != "OFF", given.pop("ema_decay", 0.999))
     if str(given.get("peft_type", "")).upper() == "LOKR":

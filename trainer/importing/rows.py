@@ -135,6 +135,8 @@ class Draft:
             return False
         if name in ("memory.base", "memory.swap_blocks") and "memory.base" not in self.kind.sections:
             return False
+        if name == "memory.weights" and self.kind().has_strength:  # of an adapter
+            return False
         if section == "optimizer.arguments" or name in ("optimizer.betas", "optimizer.eps", "optimizer.weight_decay"):
             takes = optimizers.arguments(optimizers.kind(self.get("optimizer.name", "adamw")))
             return not takes or key in takes
