@@ -32,7 +32,7 @@ class Layer:
     key: str
     rows: tuple[int, int] | None
     kind: str
-    """lora, dora, loha, lokr or diff. A loha or lokr may have a dora_scale too."""
+    """lora, dora, loha, lokr, oft or diff. A loha or lokr may have a dora_scale too."""
     tensors: dict[str, Tensor]
     scale: float
 
@@ -56,7 +56,7 @@ def names_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Target]
 
 
 def rank_of(parts: Mapping[str, Tensor]) -> int | None:
-    """Rank of a module's adapter; None for a lokr of two whole factors, which has none."""
+    """Rank of a module's adapter; None for an oft and a lokr of two whole factors, which have none."""
     for part in ("lora_down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
         if part in parts:
             return parts[part].shape[0]
@@ -73,11 +73,11 @@ def kind_of(parts: Mapping[str, object]) -> str | None:
         return "loha"
     if whole("lokr_w1") and whole("lokr_w2"):
         return "lokr"
-    return "diff" if "diff" in parts else None
+    return "oft" if "oft_blocks" in parts else "diff" if "diff" in parts else None
 
 
 def size_of(layer: Layer) -> tuple[int, int]:
-    """(outputs, inputs times kernel) of the matrix that a layer changes."""
+    """(outputs, inputs times kernel) of the matrix that a layer changes; 0 inputs of an oft, which takes any."""
     t = layer.tensors
 
     def kernel(part):
@@ -97,4 +97,6 @@ def size_of(layer: Layer) -> tuple[int, int]:
     if layer.kind == "lokr":
         (out1, in1), (out2, in2) = factor("lokr_w1"), factor("lokr_w2", "lokr_t2")
         return out1 * out2, in1 * in2
+    if layer.kind == "oft":
+        return math.prod(t["oft_blocks"].shape[:2]), 0
     return t["diff"].shape[0], t["diff"][0].numel()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Layer, size_of
-from .weights import delta
+from .weights import delta, turn
 
 Choose = Callable[[Tensor], int]
 """Singular values, from the largest -> how many of them are kept."""
@@ -58,21 +58,25 @@ def singular(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
 def shape_of(layer: Layer) -> tuple[int, ...]:
     """Shape of the weight that a layer changes, as far as the layer shows it."""
     outputs, inputs = size_of(layer)
+    if not inputs:
+        return (outputs,)
     kernel = next((layer.tensors[part].shape[2:] for part in ("lora_mid", "lora_down", "hada_t1", "lokr_t2", "lokr_w2",
                                                               "diff") if part in layer.tensors), ())
     return (outputs, inputs // math.prod(kernel), *kernel)
 
 
 def norm(layer: Layer) -> float:
-    """Frobenius norm of a layer's change, a DoRA's before its lengths."""
+    """Frobenius norm of a layer's change, a DoRA's before its lengths; of an OFT's R - I."""
+    if layer.kind == "oft":
+        return turn(layer.tensors["oft_blocks"].double()).norm().item()
     return layer.tensors["diff"].double().norm().item() * abs(layer.scale) if layer.kind == "diff" \
         else singular(layer)[1].norm().item()
 
 
 def resized(layer: Layer, choose: Choose, largest: int | None = None) -> tuple[Layer, float]:
     """(a LoRA of the ranks that are chosen, at least one and at most `largest`; the share of the Frobenius norm that it
-    has kept). A DoRA keeps its lengths, a LoHa or LoKr becomes a LoRA."""
-    if layer.kind == "diff":
+    has kept). A DoRA keeps its lengths, a LoHa or LoKr becomes a LoRA; an OFT, which has no rank, stays as it is."""
+    if layer.kind in ("diff", "oft"):
         return layer, 1.0
     u, s, vh = singular(layer)
     rank = min(max(choose(s), 1), len(s), largest or len(s))
@@ -92,7 +96,7 @@ def total(layers: Sequence[Layer], weights: Sequence[float]) -> Layer:
     """One layer that changes a weight as several do, each times its weight: LoRAs are put side by side, which is exact
     and has the sum of their ranks. Raises ValueError for others, which cannot be."""
     first = layers[0]
-    if len(layers) == 1 and first.kind not in ("lora", "dora") and "dora_scale" not in first.tensors:
+    if len(layers) == 1 and first.kind not in ("lora", "dora", "oft") and "dora_scale" not in first.tensors:
         return replace(first, scale=first.scale * weights[0])
     if {layer.kind for layer in layers} == {"diff"}:
         parts = [layer.tensors["diff"].double() * (layer.scale * w) for layer, w in zip(layers, weights, strict=True)]
@@ -100,6 +104,7 @@ def total(layers: Sequence[Layer], weights: Sequence[float]) -> Layer:
     if odd := next((layer for layer in layers if layer.kind != "lora" or "lora_mid" in layer.tensors), None):
         kind = "dora" if "dora_scale" in odd.tensors else "lora with a core" if "lora_mid" in odd.tensors else odd.kind
         cure = ("it changes a weight by its length, so merge it into the model (--base)" if kind == "dora" else
+                "it turns a weight, so merge it into the model (--base)" if kind == "oft" else
                 "bring its file to a LoRA by `lora resize` first")
         raise ValueError(f"{odd.key.rpartition('.')[0]} is a {kind}, which is not put side by side with others: "
                          f"{cure}.")

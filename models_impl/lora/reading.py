@@ -37,7 +37,8 @@ PART = re.compile(
     r"\.(?:(?P<ab>lora_[AB])(?:\.[^.]+)?\.(?P<ab_what>weight|bias)"  # peft may leave the adapter's name in between
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.[^.]+)*"
     r"|(?P<updown>lora_(?:up|down|mid))\.weight"
-    r"|(?P<other>alpha|scalar|dora_scale|diff|diff_b|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))$"
+    r"|(?P<other>alpha|scalar|dora_scale|diff|diff_b|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
+    r"|oft_blocks))$"
 )
 CANONICAL = {"lora_A": "lora_down", "lora_B": "lora_up", "w_norm": "diff", "b_norm": "diff_b"}
 SPELLINGS = [(re.compile(pattern), ours) for pattern, ours in (
@@ -51,7 +52,8 @@ SPELLINGS = [(re.compile(pattern), ours) for pattern, ours in (
     (r"\.network_alpha$", ".alpha"),
     (r"\.(lora_[AB]|lora_(?:up|down|mid))$", r".\1.weight"),
 )]
-UNSUPPORTED = {"OFT or BOFT": (".oft_", ".boft_"), "GLoRA": (".a1.weight", ".b1.weight"), "IA3": (".ia3_l",)}
+UNSUPPORTED = {"PEFT's OFT or BOFT": (".oft_", ".boft_"), "GLoRA": (".a1.weight", ".b1.weight"),
+               "IA3": (".ia3_l",)}
 ELSEWHERE = (  # family -> what its modules are called, with "_" for every "."
     ("FLUX", ("double_blocks", "single_blocks", "single_transformer_blocks")),
     ("Stable Diffusion 1, 2 or SDXL", ("down_blocks", "input_blocks", "up_blocks", "output_blocks")),
@@ -272,10 +274,14 @@ def _layers(name, parts, target, spelling, config, alpha) -> list[tuple[Layer, s
     """The layers that a module's parts make, each with where its scale comes from, in words."""
     layers, kind = [], kind_of(parts)
     if kind is not None:
-        scale, why = (1.0, "whole differences") if kind == "diff" else _scale(name, parts, spelling, config, alpha)
-        begin = {"lora": "lora_", "dora": "lora_", "loha": "hada_", "lokr": "lokr_", "diff": "diff"}[kind]
+        scale, why = (1.0, "whole differences") if kind == "diff" else (1.0, "turns") if kind == "oft" else \
+            _scale(name, parts, spelling, config, alpha)
+        begin = {"lora": "lora_", "dora": "lora_", "loha": "hada_", "lokr": "lokr_", "oft": "oft_",
+                 "diff": "diff"}[kind]
         of_their_own = ("lora_up_bias", "lora_magnitude_vector", "diff_b")
         own = {part: value for part, value in parts.items() if part.startswith(begin) and part not in of_their_own}
+        if kind == "oft":
+            own["oft_blocks"] = _constrained(own["oft_blocks"], parts.get("alpha"))
         if "scalar" in parts:  # LyCORIS with use_scalar, older files: not folded in
             scale *= parts["scalar"].item()
         length = parts.get("lora_magnitude_vector", parts.get("dora_scale"))
@@ -291,6 +297,13 @@ def _layers(name, parts, target, spelling, config, alpha) -> list[tuple[Layer, s
         bias = {"diff": parts["diff_b"]}
         layers.append((Layer(_bias(target.key), target.rows, "diff", bias, 1.0), "whole differences"))
     return layers
+
+
+def _constrained(blocks: Tensor, alpha: Tensor | None) -> Tensor:
+    """LyCORIS' alpha of an OFT is the largest norm that Q = B - B^T may have; 0 = any."""
+    if alpha is None or not 0 < alpha.item() < (norm := (blocks - blocks.mT).float().norm().item()):
+        return blocks
+    return (blocks.float() * (alpha.item() / norm)).to(blocks.dtype)
 
 
 def _bias(key: str) -> str:
@@ -321,6 +334,8 @@ def _scale(name, parts, spelling, config, alpha) -> tuple[float, str]:
 def _rank_fault(layer: Layer) -> str | None:
     """What is wrong with the ranks of a layer's matrices, in words."""
     t = layer.tensors
+    if layer.kind == "oft" and (t["oft_blocks"].ndim != 3 or len(set(t["oft_blocks"].shape[1:])) > 1):
+        return f"oft_blocks is {list(t['oft_blocks'].shape)}, and OFT has square blocks (BOFT is not read)"
     products = [("lora_up", "lora_down", "lora_mid")] + [
         (f"{factor}_a", f"{factor}_b", tucker) for factor, tucker in
         (("hada_w1", "hada_t1"), ("hada_w2", "hada_t2"), ("lokr_w1", None), ("lokr_w2", "lokr_t2"))]
@@ -342,7 +357,7 @@ def _misfit(layer: Layer, target: Target) -> str | None:
         return None
     own = tuple(target.shape[:1]) if layer.key.endswith(".bias") else tuple(target.shape)
     size = size_of(layer)
-    if size == (own[0], math.prod(own[1:])):
+    if size == (own[0], size[1] and math.prod(own[1:])):
         return None
     return f"it changes a {size[0]} x {size[1]} matrix, and {layer.key} is {own[0]} x {math.prod(own[1:])} here"
 
@@ -354,7 +369,8 @@ def _why_nothing(tensors, modules, wrong, text_encoder) -> str:
     if not modules:
         for what, marks in UNSUPPORTED.items():
             if any(mark in key for key in tensors for mark in marks):
-                return f"This is an {what} file, which PixStack does not read. Get it as LoRA, DoRA, LoHa or LoKr."
+                return (f"This is a file of {what}, which PixStack does not read. Get it as LoRA, DoRA, LoHa, LoKr or "
+                        "LyCORIS' diag-oft.")
         if "lora_controlnet" in tensors:
             return ("This is a Control-LoRA, a ControlNet of Stable Diffusion XL kept as a difference: load it with "
                     "core's 'Load ControlNet Model', for that model.")
@@ -371,6 +387,6 @@ def sizes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     sizes = {}
     tensors = spelled(tensors)
     for module, parts in _modules(tensors)[0].items():
-        if kind := kind_of(parts):
+        if (kind := kind_of(parts)) and kind != "oft":  # which says nothing of inputs
             sizes[module] = size_of(Layer("", None, kind, {part: tensors[key] for part, key in parts.items()}, 1.0))
     return sizes

@@ -15,8 +15,11 @@ def delta(layer: Layer, shape: Sequence[int], weight: Tensor | None = None) -> T
     """The change of a weight at strength 1, float32, of shape `shape`.
 
     shape and weight are those of what the layer changes: only of its rows when it has rows. weight: needed, and used,
-    only where there is a dora_scale; the result is on its device. Raises ValueError when the sizes do not fit.
+    only by an oft, and where there is a dora_scale; the result is on its device. Raises ValueError when the sizes do
+    not fit.
     """
+    if layer.kind == "oft":
+        return _turned(layer, shape, weight)
     t = {name: tensor.to("cpu" if weight is None else weight.device, torch.float32)
          for name, tensor in layer.tensors.items()}
     if layer.kind in ("lora", "dora"):
@@ -43,6 +46,23 @@ def delta(layer: Layer, shape: Sequence[int], weight: Tensor | None = None) -> T
     dims = tuple(range(1, whole.ndim)) if per_output else (0, *range(2, whole.ndim))
     length = torch.linalg.vector_norm(whole, dim=dims, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return magnitude * whole / length - weight
+
+
+def turn(blocks: Tensor) -> Tensor:
+    """R - I of blocks (K, n, n), R = (I + Q) (I - Q)^-1 with Q = B - B^T, as LyCORIS and ComfyUI have it."""
+    q = blocks - blocks.mT
+    return 2 * q @ torch.linalg.inv(torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - q)
+
+
+def _turned(layer: Layer, shape: Sequence[int], weight: Tensor | None) -> Tensor:
+    if weight is None:
+        raise ValueError(f"{layer.key}: an OFT layer turns a weight, so it needs the weight.")
+    blocks = layer.tensors["oft_blocks"].to(weight.device, torch.float32)
+    if size_of(layer)[0] != shape[0]:
+        raise ValueError(f"The OFT layer of {layer.key} is for {size_of(layer)[0]} outputs, and the weight is "
+                         f"{list(shape)}. It was made for another model.")
+    rows = weight.float().reshape(*blocks.shape[:2], -1)  # (K, n, inputs)
+    return layer.scale * (turn(blocks).mT @ rows).reshape(tuple(shape))
 
 
 def _product(up: Tensor, down: Tensor, mid: Tensor | None) -> Tensor:

@@ -64,6 +64,12 @@ def _part(layer: Layer, rows: tuple[int, int]) -> Layer:
             raise ValueError(f"{layer.key}: a DoRA of input lengths spans all rows, so it cannot be split. Write it as "
                              "original, comfyui or kohya.")
         own["dora_scale"] = own["dora_scale"][kept]
+    if layer.kind == "oft":
+        side = own["oft_blocks"].shape[1]
+        if start % side or length % side:
+            raise ValueError(f"{layer.key}: its oft blocks do not end where its modules do, so it cannot be split. "
+                             "Write it as original, comfyui or kohya.")
+        own["oft_blocks"] = own["oft_blocks"][start // side : (start + length) // side]
     if layer.kind == "lokr":
         w2_rows = own["lokr_w2" if "lokr_w2" in own else "lokr_w2_a"].shape[0]
         if start % w2_rows or length % w2_rows:
@@ -87,6 +93,12 @@ def _fused(layers: list[Layer], whole: Target) -> Layer:
     layers = sorted(layers, key=lambda layer: layer.rows)
     height = whole.shape[0]
     own, scale = {}, first.scale
+    if first.kind == "oft":
+        sides = {layer.tensors["oft_blocks"].shape[1] for layer in layers}
+        if len(sides) > 1 or sum(layer.rows[1] for layer in layers) != height:
+            raise ValueError(f"{first.key}: layers of kind oft are fused only when every part has one, with blocks of "
+                             "one size. Write it as diffusers.")
+        return replace(first, rows=None, tensors={"oft_blocks": torch.cat([x.tensors["oft_blocks"] for x in layers])})
     if first.kind == "diff":
         parts = [layer.tensors["diff"] * layer.scale for layer in layers]
         own["diff"] = _stacked(parts, layers, height, [slice(None)] * len(layers), parts[0].shape[1:])
@@ -139,7 +151,7 @@ def _spelled(module: str, layer: Layer, bias: bool, format: str) -> dict[str, Te
         if layer.kind == "dora" and own["dora_scale"].shape[0] != 1:
             vector = own.pop("dora_scale")
             own["lora_magnitude_vector"] = vector.flatten() if vector.ndim == 2 else vector.transpose(0, 1)
-    elif rank is None:  # a lokr of two whole factors: nobody scales it
+    elif rank is None and layer.kind == "lokr":  # of two whole factors: nobody scales it
         own["lokr_w1"] = _times(own["lokr_w1"], scale)
     return named(name, replace(layer, tensors=own, scale=scale), rank, kohya=format == "kohya")
 
@@ -163,7 +175,7 @@ def write_own(layers: dict[str, list[Layer]], kohya: bool) -> dict[str, Tensor]:
             if layer.kind == "diff":
                 part = "diff_b" if layer.key.endswith(".bias") else "diff"
                 tensors[f"{module}.{part}"] = _times(layer.tensors["diff"], layer.scale)
-            elif (rank := rank_of(layer.tensors)) is None:  # a lokr of two whole factors: nobody scales it
+            elif (rank := rank_of(layer.tensors)) is None and layer.kind == "lokr":  # of two whole factors: unscaled
                 whole = {**layer.tensors, "lokr_w1": _times(layer.tensors["lokr_w1"], layer.scale)}
                 tensors |= named(module, replace(layer, tensors=whole), None, kohya)
             else:

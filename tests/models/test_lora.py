@@ -347,19 +347,24 @@ OURS = {TO_OUT: "blocks.0.attn.proj", "pos_embed.proj": "x_embedder.proj"}
     # ComfyUI 0.3.75 cannot apply a LoKr in Tucker form: torch.kron fails on what its einsum leaves.
     *[(f"LoKr, {name}", OURS[case[0]], case[1]) for name, case in LOKR.items() if "Tucker" not in name],
     *[(f"LoHa, {name}", OURS[case[0]], case[1]) for name, case in LOHA.items()],
+    ("OFT", "blocks.0.attn.proj", dict(oft_blocks=(6, 4, 4))),
+    ("OFT of a convolution", "x_embedder.proj", dict(oft_blocks=(3, 8, 8))),
+    ("OFT whose turn is not limited by its alpha", "blocks.0.attn.qkv", dict(oft_blocks=(36, 2, 2), alpha=1e3)),
 ])  # fmt: skip
 def test_comfyui_makes_the_same_change(host, case, module, parts):
     import comfy.lora
 
     file = {}
-    for i, (part, shape) in enumerate(parts.items()):
+    for i, (part, shape) in enumerate((part, shape) for part, shape in parts.items() if part != "alpha"):
         suffix = ".weight" if part.startswith("lora_") else ""
         file[f"{module}.{part}{suffix}"] = random(*shape, seed=i)
-    file[f"{module}.alpha"] = torch.tensor(2.0)
+    file[f"{module}.alpha"] = torch.tensor(parts.get("alpha", 2.0))
     key = f"{module}.weight"
     weight = random(*SHAPES[key], seed=99)
     patches = comfy.lora.load_lora(file, {module: key})
-    theirs = comfy.lora.calculate_weight([(0.7, patches[key], 1.0, None, None)], weight.clone(), key)
+    # ComfyUI multiplies an OFT's change by the strength twice.
+    strength = 0.7**0.5 if "oft_blocks" in parts else 0.7
+    theirs = comfy.lora.calculate_weight([(strength, patches[key], 1.0, None, None)], weight.clone(), key)
     ours = merge({key: weight}, lora.read(file, NAMES), 0.7)
     torch.testing.assert_close(ours[key], theirs, rtol=0, atol=1e-5)
 
@@ -493,6 +498,8 @@ def lora_of(modules, kinds=("lora",), alphas=(6.0, 3.0), shared=False):
         if kind == "loha":
             file |= {f"{module}.hada_w{j}_{ab}": random(*s, seed=4 * i + j)
                      for j in (1, 2) for ab, s in (("a", (rows, 3)), ("b", (3, columns)))}
+        elif kind == "oft":
+            file |= {f"{module}.oft_blocks": random(rows // 4, 4, 4, seed=i)}
         elif kind == "lokr":
             file |= {f"{module}.lokr_w1": random(rows // 4, 2, seed=i), f"{module}.lokr_w2": random(4, columns // 2)}
         else:
@@ -507,10 +514,11 @@ def lora_of(modules, kinds=("lora",), alphas=(6.0, 3.0), shared=False):
 @pytest.mark.parametrize("format", lora.FORMATS)
 @pytest.mark.parametrize("modules, kinds", [
     (SPLIT, ("lora",)), (FUSED, ("lora",)), (SPLIT, ("loha",)), (FUSED, ("loha",)),
-    (SPLIT, ("dora",)), (FUSED, ("dora",)),
+    (SPLIT, ("dora",)), (FUSED, ("dora",)), (SPLIT, ("oft",)), (FUSED, ("oft",)),
     (FUSED, ("lora", "loha", "dora", "lokr")),
     ({m: v for m, v in SPLIT.items() if "qkv" in v[0] and "to_k" not in m}, ("lora",)),
-], ids=["split", "fused", "loha", "fused loha", "dora", "fused dora", "mixed", "only q and v"])  # fmt: skip
+], ids=["split", "fused", "loha", "fused loha", "dora", "fused dora", "oft", "fused oft", "mixed",
+        "only q and v"])  # fmt: skip
 def test_a_written_lora_makes_the_same_changes(format, modules, kinds):
     found = lora_of(modules, kinds)
     again = lora.read(lora.write(found, NAMES, format), NAMES)
@@ -555,6 +563,23 @@ def test_a_dora_of_input_lengths_is_not_split():
     file = {f"blocks.0.attn.qkv.{part}": value for part, value in parts.items()}
     with pytest.raises(ValueError, match="spans all rows"):
         lora.write(lora.read(file, NAMES), NAMES, "diffusers")
+
+
+def test_oft_blocks_that_reach_over_the_end_of_a_module_are_not_split():
+    file = {"blocks.0.attn.qkv.oft_blocks": random(1, 3 * WIDTH, 3 * WIDTH)}
+    with pytest.raises(ValueError, match="its oft blocks do not end where its modules do"):
+        lora.write(lora.read(file, NAMES), NAMES, "diffusers")
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (6, 4, 3)])
+def test_blocks_that_are_no_oft_are_refused(shape):
+    with pytest.raises(ValueError, match="OFT has square blocks"):
+        lora.read({"blocks.0.attn.proj.oft_blocks": random(*shape)}, NAMES)
+
+
+def test_an_oft_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="its sizes do not"):
+        lora.read({"blocks.0.attn.proj.oft_blocks": random(5, 4, 4)}, NAMES)
 
 
 def test_an_unknown_format_is_refused():

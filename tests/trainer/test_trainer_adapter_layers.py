@@ -1,6 +1,7 @@
 """Adapters whose layers differ in rank, alpha and dropout, and those that start from a file."""
 import pytest
 import tiny_pixart
+import tiny_run
 import torch
 from merged_lora import merge
 from pixstack.models_impl import lora, state_dict
@@ -10,6 +11,7 @@ from pixstack.trainer.config import load, rules
 from pixstack.trainer.config.schema import Adapter, AdapterLayers
 from pixstack.trainer.recipes import adapters
 from pixstack.trainer.recipes.pixart.task import TARGETS
+from pixstack.trainer.training.checkpoints import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,48 @@ def test_dropout_is_only_for_lora():
     assert "adapter.dropout is for adapter.kind='lora', not 'loha'." in rules.adapter(Adapter(kind="loha", dropout=0.1))
 
 
+# --- OFT
+
+
+def test_a_turn_keeps_the_lengths_and_angles_of_what_a_layer_knows(attached, released):
+    """Of its columns: what each input adds to the outputs."""
+    net = filled(attached(kind="oft", rank=5))
+    found = adapters.layers(net)
+    assert {layer.tensors["oft_blocks"].shape[1] for layer in found if "qkv" in layer.key} == {4}  # 5 do not divide 216
+    merged = merge(released[1], lora.Lora(found, [], []))
+    for layer in found:
+        before, after = released[1][layer.key].double(), merged[layer.key].double()
+        assert (after - before).norm() > 0.1 * before.norm()
+        torch.testing.assert_close(after.T @ after, before.T @ before, rtol=1e-4, atol=1e-4)
+
+
+def test_half_a_turn_s_strength_is_half_of_its_change(attached):
+    net = filled(attached(kind="oft", rank=4, targets=["final_layer.linear"]))
+    with adapters.without(net):
+        plain = predicted(net)
+    whole = predicted(net) - plain
+    with adapters.at_strength(net, 0.5):
+        torch.testing.assert_close(predicted(net) - plain, 0.5 * whole, rtol=1e-4, atol=1e-5)
+    assert whole.abs().max() > 0.01
+
+
+def test_turns_go_on_from_a_resumed_run_to_the_bit(path, parts, tmp_path):
+    base = tmp_path / "base.safetensors"
+    tiny_pixart.released(base)
+    made = [tiny_pixart.settings(path, tmp_path / name, parts, f"init_from={base}", "adapter.kind=oft", "steps=4",
+                                 "save_every=2", "validation.every=2", "adapter.rank=4", recipe="pixart_lora", model={})
+            for name in ("unbroken", "broken")]
+    tiny_run.train(made[0])
+    tiny_run.train(made[1], lambda run, step: setattr(run, "stop", step == 2))
+    assert not (tmp_path / "broken/checkpoints/00000004").exists()
+    recipe, _ = tiny_run.train(made[1])
+    assert all(".oft_blocks." in name for name, p in recipe.named_parameters() if p.requires_grad)
+    for file in ("model", "ema", "optimizer"):
+        a, b = (read_tensors(tmp_path / name / f"checkpoints/00000004/{file}.safetensors")
+                for name in ("unbroken", "broken"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 # --- Starting from a file
 
 
@@ -150,8 +194,8 @@ def test_an_adapter_starts_as_a_file_of_any_program_has_it(attached, tmp_path, f
 
 @pytest.mark.parametrize("settings", [
     {"dora": True}, {"kind": "loha"}, {"kind": "lokr", "factor": 4}, {"rslora": True}, {"alpha": 7.0},
-    {"layers": [AdapterLayers("qkv", rank=2)]},
-], ids=["dora", "loha", "lokr", "rslora", "another-alpha", "ranks"])
+    {"layers": [AdapterLayers("qkv", rank=2)]}, {"kind": "oft", "layers": [AdapterLayers("qkv", rank=2)]},
+], ids=["dora", "loha", "lokr", "rslora", "another-alpha", "ranks", "oft"])
 def test_every_kind_of_adapter_starts_from_its_file(attached, tmp_path, settings):
     net = filled(attached(rank=4, **{"alpha": 2.0, **settings}))
     again = {k: v for k, v in settings.items() if k != "layers"}
@@ -173,6 +217,7 @@ def test_a_dry_run_looks_into_the_start(attached, released, tmp_path):
     ({"rank": 8}, "has rank 4 in blocks.0.attn.qkv, and the settings say 8"),
     ({"dora": True}, "is a lora there, and the settings train a dora"),
     ({"kind": "lokr"}, "is a lora there, and the settings train a lokr"),
+    ({"kind": "oft"}, "is a lora there, and the settings train a oft"),
     ({"targets": ["mlp.fc1"]}, "layers that would get no adapter, such as blocks.0.attn.qkv"),
 ])
 def test_a_start_that_does_not_fit_the_settings_is_named(attached, tmp_path, settings, sentence):

@@ -99,6 +99,24 @@ def test_inspect_names_what_is_no_number(base, tmp_path, capsys):
     assert not (tmp_path / "b.safetensors").exists()
 
 
+def test_turns_are_inspected_and_go_into_a_model_but_not_beside_loras(base, tmp_path, capsys):
+    shapes = {k: v.shape for k, v in base[2].items()}
+    turns = lora.Lora([lora.Layer("blocks.0.attn.qkv.weight", None, "oft", {"oft_blocks": torch.randn(54, 4, 4)}, 1.0)],
+                      [], [])
+    file = saved(tmp_path / "a.safetensors", turns, base)
+    said = run(capsys, "inspect", file)
+    assert "1 oft" in said and "ranks: none" in said
+    run(capsys, "merge", file, "--base", base[0], "--out", tmp_path / "whole.safetensors")
+    whole = state_dict.read_file(tmp_path / "whole.safetensors")[0]
+    tensors, metadata = state_dict.read_file(file)
+    wanted = merge(base[2], lora.read(tensors, names(shapes), metadata))
+    torch.testing.assert_close(whole["blocks.0.attn.qkv.weight"].float(), wanted["blocks.0.attn.qkv.weight"].float())
+    assert "no layer that has a rank" in refusal("resize", file, tmp_path / "b.safetensors", "--rank", 2)
+    other = saved(tmp_path / "c.safetensors", random_lora(), base)
+    said = refusal("merge", file, other, "--out", tmp_path / "d.safetensors")
+    assert "it turns a weight, so merge it into the model" in said
+
+
 # --- resize
 
 

@@ -58,8 +58,9 @@ def test_it_begins_as_the_base_was(made, base):
 @pytest.mark.parametrize("words", [
     (), ("adapter.dora=true",), ("adapter.rslora=true", "adapter.alpha=3"), ("adapter.kind=loha", "adapter.alpha=3"),
     ("adapter.kind=lokr", "adapter.alpha=3"), ("adapter.kind=lokr", "adapter.factor=3", "adapter.alpha=3"),
-    ("adapter.kind=lokr", "adapter.rank=64", "adapter.alpha=3"),
-], ids=["lora", "dora", "rslora", "loha", "lokr", "lokr-factor", "lokr-whole"])
+    ("adapter.kind=lokr", "adapter.rank=64", "adapter.alpha=3"), ("adapter.kind=oft",),
+    ("adapter.kind=oft", "adapter.rank=7", 'adapter.targets=["qkv", "x_embedder.proj"]'),
+], ids=["lora", "dora", "rslora", "loha", "lokr", "lokr-factor", "lokr-whole", "oft", "oft-kernel"])
 def test_what_is_exported_makes_of_the_base_what_the_trainer_had(made, base, words):
     recipe, _ = recipe_of(made("adapter.rank=4", *words))
     for name, p in recipe.net.named_parameters():
@@ -67,6 +68,8 @@ def test_what_is_exported_makes_of_the_base_what_the_trainer_had(made, base, wor
             p.data *= 1.2
         if "lokr_" in name or "hada_" in name:
             p.data *= 4
+        if "oft_" in name:
+            torch.nn.init.normal_(p, std=0.3)
     tensors, metadata = recipe.files()["loras/{name}.safetensors"]
     weights = state_dict.read_file(base)[0]
     found = lora.read(tensors, names({k: v.shape for k, v in weights.items()}), metadata)
@@ -94,7 +97,8 @@ def trained(path, parts, base, tmp_path_factory):
             made[kind] = tmp_path_factory.mktemp("trained") / "run"
             settings = tiny_pixart.settings(path, made[kind], parts, f"init_from={base}", "steps=8", "save_every=8",
                                             "optimizer.learning_rate=3e-2", "optimizer.warm_up=0", "ema.decay=0.0",
-                                            "adapter.rank=4", "adapter.alpha=2", f"adapter.kind={kind}",
+                                            "adapter.rank=4", f"adapter.alpha={0 if kind == 'oft' else 2}",
+                                            f"adapter.kind={kind}",
                                             recipe="pixart_lora", model={})
             tiny_run.train(settings)
         return made[kind]
@@ -124,6 +128,7 @@ def trainers(recipe):
 @pytest.mark.parametrize("kind, loader, to", [
     ("lora", "ours", ""), ("lora", "ours", "kohya"), ("lora", "ours", "diffusers"), ("lora", "core", ""),
     ("loha", "ours", ""), ("loha", "core", ""), ("lokr", "ours", ""), ("lokr", "core", ""), ("lokr", "core", "kohya"),
+    ("oft", "ours", ""), ("oft", "core", ""), ("oft", "core", "kohya"), ("oft", "ours", "diffusers"),
 ])
 def test_comfyui_applies_an_export_at_the_scale_it_was_trained_with(trained, base, host, tmp_path, kind, loader, to):
     models, trained = Path(host.models), trained(kind)
@@ -159,7 +164,9 @@ def test_a_lora_trains_on_a_base_in_half_precision(made):
 @pytest.mark.parametrize("words, part", [
     (("adapter.rank=0",), "adapter.rank=0 must be at least 1"),
     (("adapter.kind=lokr", "adapter.dora=true"), "adapter.dora=true is for adapter.kind='lora'"),
-    (("adapter.kind=loca",), "adapter.kind='loca' is none of lora, loha, lokr; did you mean"),
+    (("adapter.kind=loca",), "adapter.kind='loca' is none of lora, loha, lokr, oft; did you mean"),
+    (("adapter.kind=oft", "adapter.alpha=3"), "adapter.alpha does not count with adapter.kind='oft'"),
+    (("adapter.kind=oft", "adapter.dropout=0.1"), "adapter.dropout is for adapter.kind='lora'"),
     (("adapter.factor=4",), "is for adapter.kind='lokr'"),
     (("adapter.rnk=4",), "adapter.rnk is not a setting; did you mean rank"),
     (("init_from=",), "init_from is empty"),

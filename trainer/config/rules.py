@@ -11,7 +11,7 @@ from .problems import Problems, nearest
 from .schema import LARGEST_SIDE, Adapter, Config, Data, Optimizer, SamplePrompt, Vae, look_up
 
 MOST_WORKERS, MOST_RATIO = 256, 64
-ADAPTERS = "lora", "loha", "lokr"
+ADAPTERS = "lora", "loha", "lokr", "oft"
 BASES = "fp8", "nf4"
 DDP, FSDP2, DEEPSPEED = "ddp", "fsdp2", "deepspeed"
 
@@ -324,6 +324,9 @@ def adapter(settings: Adapter) -> list[str]:
     problems.exists("adapter.start", settings.start, "file")
     problems += of_layers(settings)
     problems.one_of("adapter.kind", settings.kind, ADAPTERS)
+    alphas = [settings.alpha, *(table.alpha for table in settings.layers)]
+    problems.need(settings.kind != "oft" or not any(alphas),
+                  "adapter.alpha does not count with adapter.kind='oft', which turns a layer's outputs: take it out.")
     own = [name for name in ("dora", "rslora") if look_up(settings, name)]
     problems.need(not own or settings.kind == "lora",
                   f"adapter.{own and own[0]}=true is for adapter.kind='lora', not {settings.kind!r}.")

@@ -292,12 +292,14 @@ class AdapterLayers(Table):
 class Adapter:
     kind: str = "lora"
     """lora; loha: the product, place by place, of two of them (arXiv 2108.06098); lokr: a Kronecker product (LyCORIS,
-    arXiv 2309.14859), small files of high rank."""
+    arXiv 2309.14859), small files of high rank; oft: the outputs of a layer turned in blocks of `rank` (arXiv
+    2306.07280), LyCORIS' diag-oft, which keeps the lengths and angles of what the network knows."""
     factor: int = -1
     """With lokr, the side of the small one of its two matrices, or what comes nearest to it; -1 = about the root of the
     layer's."""
     rank: int | None = None
-    """Without it 16, or the rank that a layer has in `start`."""
+    """Without it 16, or the rank that a layer has in `start`. With oft the side of its blocks, or the next smaller one
+    that divides the outputs of a layer."""
     alpha: float = 0.0
     """The change counts alpha / rank times; 0 = the rank, so once, or as in `start`. peft's own scripts for PixArt mean
     8 by silence."""

@@ -127,12 +127,12 @@ def resize(source: Path, dest: Path, choose: arithmetic.Choose, largest: int | N
             for layer in own:
                 small, share = arithmetic.resized(layer, choose, largest)
                 layers[module].append(small)
-                if layer.kind != "diff":
+                if layer.kind not in ("diff", "oft"):
                     kept.append(share)
                     before.append(lora.rank_of(layer.tensors) or min(lora.size_of(layer)))
                     after.append(lora.rank_of(small.tensors))
     if not kept:
-        raise ValueError(f"{source.name} holds whole differences only, which have no rank.")
+        raise ValueError(f"{source.name} holds no layer that has a rank, only whole differences or turns (OFT).")
     write(dest, layers, file.rest, file.kohya, file.metadata, dtype, {"resized": file.path.name})
     return [f"{source}: ranks {span(before)} become {span(after)}, which keep {100 * min(kept):.1f}% of the Frobenius "
             f"norm of the layer that loses most, {100 * sum(kept) / len(kept):.1f}% in the mean", said(dest)]

@@ -62,6 +62,8 @@ def refuse_unknown(ends: list[str], modules: list[str]):
 def place(name: str, settings: Adapter, rule: AdapterLayers, start: lora.Layer | None) -> Place:
     wanted = settings.rank if rule.rank is None else rule.rank
     theirs = lora.rank_of(start.tensors) if start else None
+    if start and start.kind == "oft":
+        theirs = start.tensors["oft_blocks"].shape[1]
     if wanted is not None and theirs is not None and wanted != theirs:
         raise ValueError(f"adapter.start={settings.start!r} has rank {theirs} in {name}, and the settings say "
                          f"{wanted}: leave the rank out, or bring the file to it by `python -m trainer lora resize`.")

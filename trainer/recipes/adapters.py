@@ -1,5 +1,5 @@
-"""LoRA, DoRA, LoHa and LoKr on any network of ours, by peft: put in, switched off, and out again in the words of
-`models_impl.lora`."""
+"""LoRA, DoRA, LoHa and LoKr on any network of ours, by peft, and OFT (`rotation`): put in, switched off, and out again
+in the words of `models_impl.lora`."""
 from __future__ import annotations
 
 import contextlib
@@ -17,6 +17,7 @@ from .adapter_plan import NamesOf, Place, planned
 
 NAME = "default"  # of the one adapter, in peft's names
 PARTS = {"loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),  # in peft's and LyCORIS'
+         "oft": ("oft_blocks",),
          "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")}
 
 
@@ -48,7 +49,13 @@ def attach(net: nn.Module, settings: Adapter, targets: list[str], names: NamesOf
     plan = planned(net, settings, targets, names)
     plain = not settings.layers and not settings.start
     net.requires_grad_(False)
-    inject_adapter_in_model(of_peft(settings, settings.targets or targets if plain else list(plan), plan), net, NAME)
+    if settings.kind == "oft":
+        from . import rotation
+
+        rotation.put(net, {name: place.rank for name, place in plan.items()}, NAME)
+    else:
+        layers = settings.targets or targets if plain else list(plan)
+        inject_adapter_in_model(of_peft(settings, layers, plan), net, NAME)
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -108,7 +115,7 @@ def parts_of(module: nn.Module) -> tuple[str, dict[str, Tensor]]:
 def begin(module: nn.Module, name: str, start: lora.Layer):
     """One of peft's layers as a layer of a file has it. Raises ValueError where its weights are of other shapes."""
     kind, own = parts_of(module)
-    folded = {"lora": "lora_up", "dora": "lora_up", "loha": "hada_w1_a",
+    folded = {"lora": "lora_up", "dora": "lora_up", "loha": "hada_w1_a", "oft": "",
               "lokr": "lokr_w1" if "lokr_w1" in own else "lokr_w1_a"}[kind]
     shapes = [{part: list(value.squeeze().shape) for part, value in sorted(some.items())}
               for some in (own, start.tensors)]
@@ -184,6 +191,6 @@ def tensors(net: nn.Module, names: lora.Names, format: str = "comfyui") -> dict[
 def shapes(net: nn.Module) -> dict[str, torch.Size]:
     """Shapes of the network's own parameters, under its own names: what `lora.names` of a family reads."""
     found = {key.replace(".base_layer.", "."): value.shape for key, value in net.state_dict().items()
-             if not any(mark in key for mark in (".lora_", ".hada_", ".lokr_"))}
+             if not any(mark in key for mark in (".lora_", ".hada_", ".lokr_", ".oft_"))}
     few = {name.replace(".base_layer", ""): m for name, m in net.named_modules() if isinstance(m, QuantizedLinear)}
     return found | {f"{name}.weight": torch.Size((m.out_features, m.in_features)) for name, m in few.items()}
