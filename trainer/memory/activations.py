@@ -5,30 +5,23 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-
-
-def probing() -> FakeTensorMode:
-    """A context in which networks are made and run with sizes and no numbers: a probe as wide as a released network
-    takes a tenth of a second, and no memory."""
-    return FakeTensorMode()
 
 
 def kept_bytes(module: nn.Module, call, bf16: bool) -> int:
     """What `call()`, a forward pass of `module`, keeps for the backward pass on top of the weights."""
-    own, seen = {p.untyped_storage()._cdata for p in module.parameters()}, {}
+    own, seen = {id(s): s for s in (p.untyped_storage() for p in module.parameters())}, {}  # a storage is one object
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            seen[storage._cdata] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+        if id(storage) not in own:
+            seen[id(storage)] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         call()
-    return sum(size for size, _ in seen.values())
+    return sum(storage.nbytes() for storage in seen.values())
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -14,8 +14,9 @@ from ....models_impl.pixart.lora import names as lora_names
 from ....models_impl.pixart.model import PixArt
 from ...config.schema import Config
 from ...features import text_encoders, vaes
+from ...libraries import probing
 from ...memory import quantization
-from ...memory.activations import casts, fused, kept_bytes, of_network, probing
+from ...memory.activations import casts, fused, kept_bytes, of_network
 from ...training import objective
 from ...training.groups import Group, groups
 from ...training.noise import VALIDATION, generator, spread, state_noise, training_noise

@@ -23,8 +23,9 @@ from ....models_impl.pixelflow.stages import TRAIN_TIMESTEPS, Stages, stage_size
 from ...config.schema import Config
 from ...data.loader import Batch
 from ...features import text_encoders
+from ...libraries import probing
 from ...memory import quantization
-from ...memory.activations import casts, fused, kept_bytes, of_network, probing
+from ...memory.activations import casts, fused, kept_bytes, of_network
 from ...training import objective
 from ...training.groups import Group, groups
 from ...training.noise import generator, picture_noise, spread

@@ -19,7 +19,8 @@ from ....models_impl.ultrapixel.controlnet import ControlNet
 from ...config.schema import Config
 from ...data import pictures
 from ...features.store import Store
-from ...memory.activations import casts, kept_bytes, probing
+from ...libraries import probing
+from ...memory.activations import casts, kept_bytes
 from ...training.groups import Group, groups
 from ...training.noise import VALIDATION
 from ..contract import Files

@@ -16,7 +16,8 @@ from ....models_impl.ultrapixel.model import StageC
 from ...config.schema import Config
 from ...data import buckets
 from ...features import text_encoders
-from ...memory.activations import fused, kept_bytes, of_network, probing
+from ...libraries import probing
+from ...memory.activations import fused, kept_bytes, of_network
 from ...training import objective
 from ...training.noise import generator, spread, state_noise, training_noise
 from ...training.validation import certainty, quarters
