@@ -22,7 +22,7 @@ from virtual_gpu import VirtualGPU, Waits
 pytestmark = pytest.mark.long
 
 FOLDER = tempfile.TemporaryDirectory()
-STEPS, SMALLER = 3, 4
+STEPS, SMALLER = 2, 4
 IN_FP16 = ("pixart_controlnet", "pixart_emoji_controlnet", "pixelflow_text_to_image", "pixelponder_emoji",
            "ultrapixel_2048", "annotators")
 
