@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 from .options import accelerator_of, bar, with_recipe
@@ -46,7 +46,8 @@ def run(args):
         accelerator.print(said)
     class_pictures.draw_missing(config, accelerator,
                                 lambda groups: tqdm(groups, disable=not accelerator.is_main_process))
-    collection = build.collection(config)
+    with accelerator.local_main_process_first() if config.data.index else nullcontext():  # one lists for all
+        collection = build.collection(config)
     with closing(Run(config, accelerator, collection.held_out)) as run:
         recipe, batches = prepared(run, config, collection, accelerator)
         step = loop.train(recipe, batches, config, run, accelerator)

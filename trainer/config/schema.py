@@ -166,6 +166,10 @@ class Data(SetSettings):
     a bucket has fewer pictures than a batch. The rest of a bucket is padded with pictures of its own next round."""
     cache: bool = True
     """Keep decoded pictures in memory as uint8, where the crop is fixed (none or centre) and all fit into 2 GiB."""
+    index: str = ""
+    """Folder where the listing of jsonl, csv, parquet and data_info files and of shards is kept, and what pictures
+    measure where buckets need it: a run begins at once, and the processes of a machine share one copy. It is made anew
+    when a file has changed. Empty: everything is listed at each start, by each process."""
     workers: int = 4
     """Threads that decode pictures."""
     skip_broken: bool = False

@@ -238,7 +238,8 @@ def examine(settings: Data, need: str, tokens: Tokens | None = None, batch_size:
     """need: "captions", "classes", "pictures" for neither, or "" for whichever the data have."""
     report = Report()
     collection = loader.read(settings, need="", strict=False)
-    items, held = collection.train + collection.held_out, set(map(id, collection.held_out))
+    items = [*collection.train, *collection.held_out]
+    held = set(map(id, items[len(collection.train):]))
     need = need or ("classes" if all(i.label >= 0 and not i.texts for i in items) else "captions")
     missing = {id(i) for i in items if isinstance(i.file, Path) and not i.file.is_file()}
     with ThreadPoolExecutor(settings.workers) as pool:

@@ -6,11 +6,11 @@ A picture inside an archive is an item like any other, because it is read at its
 from __future__ import annotations
 
 import csv
-import io
 import re
 import tarfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from ...models_impl.folders import below
 from ...models_impl.parsing import from_json, without_surrogates
 from ...models_impl.pictures import readable, remedy
 from ..config.schema import Data
-from .mask_files import BESIDE, with_masks
+from .items import NOTHING, Found, InRow, InTar, Item, Items, Listing, kept
+from .mask_files import BESIDE, MASK, finder
 
 FILE_KEYS = ("file", "file_name", "image", "path")
 CAPTION_KEYS = ("captions", "caption", "text", "prompt")
@@ -28,79 +29,7 @@ HELD_OUT = ("validation", "val", "valid", "dev", "test")  # splits of data sets 
 LARGEST = 2**20  # of a side that a data set states
 DEEPEST = 10  # lists of captions in lists
 LISTED = 10
-NOTHING: dict = {}
-
-
-@dataclass(frozen=True)
-class InTar:
-    """A file inside an uncompressed tar."""
-
-    tar: Path
-    name: str
-    offset: int
-    length: int
-
-    def __str__(self) -> str:
-        return f"{self.tar}/{self.name}"
-
-    def read_bytes(self) -> bytes:
-        with open(self.tar, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.length)
-
-
-@dataclass(frozen=True)
-class InRow:
-    """A picture in a row of a Hugging Face data set, whose column holds undecoded pictures."""
-
-    path: Path
-    rows: Any
-    column: str
-    number: int
-
-    @property
-    def name(self) -> str:
-        return f"row {self.number}"
-
-    def __str__(self) -> str:
-        return f"{self.path}, {self.column} of row {self.number}"
-
-    def read_bytes(self) -> bytes:
-        picture = self.rows[self.number][self.column]
-        if picture is None:
-            raise ValueError(f"{self} is empty.")
-        return picture["bytes"] or Path(picture["path"]).read_bytes()
-
-
-@dataclass(frozen=True, slots=True)  # a million of them is an ordinary data set
-class Item:
-    file: Path | InTar | InRow
-    captions: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    label: int = -1
-    described: tuple[str, ...] = ()
-    """Captions that a model wrote, as Sigma's sharegpt4v; `data.described_share` mixes them with the others."""
-    conditions: dict[str, Path | InTar | InRow] = field(default_factory=lambda: NOTHING)
-    """What a ControlNet sees, by name, for the names in `data.conditions`; with data.masks="files" the mask too."""
-    size: tuple[int, int] | None = None
-    """(height, width) where the data set says it."""
-    prior: bool = False
-    """What the model must not forget (DreamBooth's class pictures)."""
-    set: int = 0
-    """Number of its data set in `Data.each`."""
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return self.captions + self.described
-
-
-@dataclass(frozen=True)
-class Found:
-    train: list[Item]
-    held_out: list[Item] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
-    left_out: list[Path] = field(default_factory=list)
-    """Pictures in a folder whose formats are not read here."""
+READ_AT_ONCE = 1000  # rows of a Hugging Face data set
 
 
 def listed(what: list, sentence: str, remedy: str = "") -> list[str]:
@@ -155,23 +84,36 @@ def item_of(entry: dict, place: Callable[[str], Path], conditions: list[str]) ->
     )
 
 
-def numbered(items: list[Item], numbers: dict[str, int]) -> list[Item]:
-    """The items with a number for each class that is named; numbers: those known before, and after it those added."""
-    return [replace(item, label=numbers.setdefault(item.label, len(numbers))) if isinstance(item.label, str) else item
-            for item in items]
+def numbered(item: Item, numbers: dict[str, int]) -> Item:
+    """With a number for a class that is named; numbers: those known before, and after it those added."""
+    return replace(item, label=numbers.setdefault(item.label, len(numbers))) if isinstance(item.label, str) else item
 
 
 def read_text(path: Path) -> str:
     """With or without the mark that Windows' editors put first."""
-    try:
+    with as_text(path):
         return path.read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def as_text(path: Path):
+    """Block that reads a file, which is named where it is not UTF-8."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from None
 
 
+def lines(path: Path) -> Iterator[str]:
+    """The lines of a file one after the other, without their ends: JSON may hold what else splitlines() splits at."""
+    with as_text(path), open(path, encoding="utf-8-sig", newline="\n") as file:
+        for line in file:
+            yield line.removesuffix("\n")
+
+
 def condition_names(path: Path) -> list[str]:
     """The keys of a jsonl's first entry that name pictures, but for the picture itself."""
-    first = next((line for line in read_text(path).split("\n") if line.strip()), "{}")
+    first = next((line for line in lines(path) if line.strip()), "{}")
     try:
         entry = from_json(first, str(path))
         entry = {**entry, **entry.get("conditions", {})}
@@ -185,40 +127,35 @@ def read_json(path: Path):
     return from_json(read_text(path), str(path))
 
 
-# --- Layouts: (path, settings, classes of the training set or None) -> Found
+# --- Layouts: (path, settings, classes of the training set or None, folder for the listing or None) -> Found
 
-def read_jsonl(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
+def read_jsonl(path: Path, settings: Data, classes: list[str] | None = None, folder: Path | None = None) -> Found:
     """One object a line: file (or file_name, image, path), captions (or caption, text, prompt), tags, class, split, and
     a key for every condition, as PixelPonder's (image, text, canny, depth, openpose, hed)."""
-    entries, wrong = [], []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON may hold what else splitlines() splits at
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                entries.append((where, from_json(line, where)))
-            except ValueError as error:
-                wrong.append(f"{where}: not an object with a \"file\" ({error}).")
-    return of_entries(path, entries, settings, classes, wrong)
+    return of_entries(path, ((f"{path}, line {number}", line) for number, line in enumerate(lines(path), 1)
+                             if line.strip()), settings, classes, folder)
 
 
-def read_csv(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
+def read_csv(path: Path, settings: Data, classes: list[str] | None = None, folder: Path | None = None) -> Found:
     """A Hugging Face folder's metadata.csv: a row for each picture, its columns a jsonl's keys (file_name, text)."""
+    def entries(reader) -> Iterator[tuple[str, dict]]:
+        for number, row in enumerate(reader, 1):
+            entry = {name: value for name, value in row.items() if name is not None and value not in ("", None)}
+            if entry.get("class", "").isdecimal():  # a CSV holds text
+                entry["class"] = int(entry["class"][:20])
+            yield f"{path}, row {number}", entry
+
     try:
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-        rows = list(reader)
+        with as_text(path), open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            if not set(reader.fieldnames or ()) & set(FILE_KEYS):
+                raise ValueError(f"{path} is of no known kind: none of its columns is {', '.join(FILE_KEYS)}.")
+            return of_entries(path, entries(reader), settings, classes, folder)
     except csv.Error as error:
         raise ValueError(f"{path} is not valid CSV: {error}.") from None
-    if not set(reader.fieldnames or ()) & set(FILE_KEYS):
-        raise ValueError(f"{path} is of no known kind: none of its columns is {', '.join(FILE_KEYS)}.")
-    entries = [{name: value for name, value in row.items() if name is not None and value not in ("", None)}
-               for row in rows]
-    for entry in entries:  # a CSV holds text
-        if entry.get("class", "").isdecimal():
-            entry["class"] = int(entry["class"][:20])
-    return of_entries(path, [(f"{path}, row {n}", entry) for n, entry in enumerate(entries, 1)], settings, classes)
 
 
-def read_table(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
+def read_table(path: Path, settings: Data, classes: list[str] | None = None, folder: Path | None = None) -> Found:
     """A Hugging Face folder's metadata.parquet, with the same columns."""
     try:
         from pyarrow import ArrowException, parquet
@@ -226,20 +163,22 @@ def read_table(path: Path, settings: Data, classes: list[str] | None = None) -> 
         raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow, or write the list as metadata.csv."
                          ) from None
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            return of_entries(path, ((f"{path}, row {n}", row) for n, row in enumerate(rows, 1)), settings, classes,
+                              folder)
     except (ArrowException, OSError) as error:
         raise ValueError(f"{path} is not valid parquet: {error}.") from None
-    return of_entries(path, [(f"{path}, row {n}", row) for n, row in enumerate(rows, 1)], settings, classes)
 
 
-def of_entries(path: Path, entries: list[tuple[str, Any]], settings: Data, classes: list[str] | None,
-               wrong: Sequence[str] = ()) -> Found:
-    """entries: where each stands, and what it says. Paths in them begin at the folder of the list. wrong: what is so
-    already; all that is wrong is said at once."""
-    splits, numbers = {"train": [], "held_out": []}, {name: i for i, name in enumerate(classes or ())}
-    wrong = list(wrong)
+def of_entries(path: Path, entries: Iterable[tuple[str, Any]], settings: Data, classes: list[str] | None,
+               folder: Path | None) -> Found:
+    """entries: where each stands, and what it says, as a line of JSON or read already. Paths in them begin at the
+    folder of the list. All that is wrong is said at once."""
+    listing, numbers, wrong = Listing(path.parent, folder), {name: i for i, name in enumerate(classes or ())}, []
     for where, entry in entries:
         try:
+            entry = from_json(entry, where) if isinstance(entry, str) else entry
             item = item_of(entry, lambda name: path.parent / name, settings.beside)
             split = entry.get("split", "train")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -248,12 +187,12 @@ def of_entries(path: Path, entries: list[tuple[str, Any]], settings: Data, class
         if split not in ("train", "held_out"):
             wrong.append(f"{where}: split {str(split)[:40]!r} is neither \"train\" nor \"held_out\".")
             continue
-        splits[split] += numbered([item], numbers)
+        listing.add(numbered(item, numbers), split == "held_out")
     if len(wrong) == 1:
         raise ValueError(wrong[0])
     if wrong:
         raise ValueError(f"{path} cannot be read:\n  " + "\n  ".join(listed(wrong, "entries are wrong")))
-    return Found(splits["train"], splits["held_out"], list(numbers))
+    return listing.found([*numbers])
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -286,7 +225,7 @@ def captions_beside(folder: Path) -> dict[tuple[Path, str], Path]:
 def read_folder(folder: Path, settings: Data, classes: list[str] | None = None) -> Found:
     """Pictures, each with a .txt or .caption (a caption a line) or a .json ({"caption": ...}) of its name, with or
     without the picture's own ending in between, in folders of any depth: UltraPixel's path/*/*.jpg too."""
-    items, wrong, there = [], [], captions_beside(folder)
+    listing, wrong, there = Listing(folder), [], captions_beside(folder)
     conditions = conditions_beside(folder, settings.conditions)
     for file in pictures_in(folder):
         captions, tags = (), ()
@@ -302,10 +241,10 @@ def read_folder(folder: Path, settings: Data, classes: list[str] | None = None) 
                 break
         place = file.relative_to(folder).with_suffix("")
         mine = {name: files[place] for name, files in conditions.items() if place in files}
-        items.append(Item(file, captions, tags, conditions=mine or NOTHING))
+        listing.add(Item(file, captions, tags, conditions=mine or NOTHING))
     if wrong:
         raise ValueError(f"{folder} cannot be read:\n  " + "\n  ".join(listed(wrong, "caption files are not readable")))
-    return Found(items, left_out=unread_in(folder))
+    return listing.found(left_out=unread_in(folder))
 
 
 def caption_file(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -321,7 +260,7 @@ def read_splits(folder: Path, settings: Data, classes: list[str] | None = None) 
     layout."""
     train = read(folder / "train", "auto", settings, classes)
     other = next((folder / name for name in HELD_OUT if (folder / name).is_dir()), None)
-    held_out = read(other, "auto", settings, train.classes or None).train if other else []
+    held_out = read(other, "auto", settings, train.classes or None).train if other else Items()
     return Found(train.train, train.held_out + held_out, train.classes, train.left_out)
 
 
@@ -333,9 +272,11 @@ def read_classes(folder: Path, settings: Data, classes: list[str] | None = None)
     if unknown := [name for name in named if name not in classes]:
         raise ValueError(f"{folder} cannot be used:\n  " + "\n  ".join(listed(
             unknown, "folders have the name of no class that is trained on", "Rename them, or take them out.")))
-    number = {name: i for i, name in enumerate(classes)}
-    return Found([Item(f, label=number[name]) for name, files in named.items() for f in files], classes=classes,
-                 left_out=unread_in(folder))
+    listing, number = Listing(folder), {name: i for i, name in enumerate(classes)}
+    for name, files in named.items():
+        for file in files:
+            listing.add(Item(file, label=number[name]))
+    return listing.found(classes, unread_in(folder))
 
 
 def read_sam(folder: Path, settings: Data, classes: list[str] | None = None) -> Found:
@@ -343,22 +284,22 @@ def read_sam(folder: Path, settings: Data, classes: list[str] | None = None) -> 
     parts = sorted((folder / "partition").glob("part*.txt"))
     if not parts:
         raise ValueError(f"{folder} is no SAM layout: it has no partition/part*.txt with the stems of its pictures.")
-    items = []
+    listing = Listing(folder)
     for stem in (line.strip() for part in parts for line in read_text(part).splitlines()):
         if stem:
             text = folder / "captions" / f"{stem}.txt"
             words = read_text(text).split() if text.is_file() else ()
-            items.append(Item(folder / "images" / f"{stem}.jpg", (" ".join(words),) if words else ()))
-    return Found(items)
+            listing.add(Item(folder / "images" / f"{stem}.jpg", (" ".join(words),) if words else ()))
+    return listing.found()
 
 
-def read_labels(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
+def read_labels(path: Path, settings: Data, classes: list[str] | None = None, folder: Path | None = None) -> Found:
     """PixArt's data_info.json, alpha's InternData and Sigma's: a list of objects (path, prompt, sharegpt4v, height,
     width, ratio). Pictures lie in InternImgs beside it or beside its folder, or in its own folder. Or kohya's metadata:
     an object for each picture, by its path or its name without ending."""
     entries = read_json(path)
     if isinstance(entries, dict):
-        return read_kohya(path, entries)
+        return read_kohya(path, entries, folder)
     if not isinstance(entries, list):
         raise ValueError(f"{path} holds {repr(entries)[:60]}, where a list or a table of pictures belongs.")
     try:
@@ -366,19 +307,21 @@ def read_labels(path: Path, settings: Data, classes: list[str] | None = None) ->
         first = next((e[k] for e in entries[:1] if isinstance(e, dict) for k in FILE_KEYS if k in e), "")
         home = next((h for h in homes if (h / str(first)).is_file()), path.parent)
         numbers = {name: i for i, name in enumerate(classes or ())}
-        items = [item_of(entry, lambda name: home / name, settings.beside) for entry in entries]
-        return Found(numbered(items, numbers), classes=list(numbers))
+        listing = Listing(home, folder)
+        for entry in entries:
+            listing.add(numbered(item_of(entry, lambda name: home / name, settings.beside), numbers))
+        return listing.found([*numbers])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not a list of objects with a \"path\" ({error}).") from None
 
 
-def read_kohya(path: Path, entries: dict) -> Found:
+def read_kohya(path: Path, entries: dict, folder: Path | None = None) -> Found:
     """The metadata of kohya's scripts: {"a/b.png" or "b": {"caption": ..., "tags": "one, two"}, ...}. Where there are
     only tags, they are the caption, as there."""
     named: dict[str, list[Path]] = {}
     for file in pictures_in(path.parent):
         named.setdefault(file.stem, []).append(file)
-    items, several = [], []
+    listing, several = Listing(path.parent, folder), []
     for key, facts in entries.items():
         try:
             captions, tags = texts(facts), tags_of(facts.get("tags") or ())
@@ -388,32 +331,37 @@ def read_kohya(path: Path, entries: dict) -> Found:
         if not file.is_file() and same:
             several += [f"{key}: {', '.join(map(str, same[:3]))}"] if len(same) > 1 else []
             file = same[0]
-        items.append(Item(file, captions or ((", ".join(tags),) if tags else ()), tags if captions else ()))
+        listing.add(Item(file, captions or ((", ".join(tags),) if tags else ()), tags if captions else ()))
     if several:
         raise ValueError(f"{path} cannot be read:\n  " + "\n  ".join(listed(
             several, "names are those of several pictures", "Make the metadata again with full paths (--full_path).")))
-    return Found(items)
+    return listing.found()
 
 
-def read_tars(path: Path, settings: Data, classes: list[str] | None = None) -> Found:
+def tars_in(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in below(path) if file.suffix.lower() == ".tar")
+
+
+def read_tars(path: Path, settings: Data, classes: list[str] | None = None, folder: Path | None = None) -> Found:
     """WebDataset shards: in every .tar, KEY.jpg (or .png, ...) with KEY.txt or KEY.json, KEY.cls, and for a condition
     KEY.NAME.png."""
-    tars = [path] if path.is_file() else sorted(file for file in below(path) if file.suffix.lower() == ".tar")
-    items = []
-    for tar in tars:
+    listing = Listing(path, folder)
+    for tar in tars_in(path):
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
         try:
             with tarfile.open(tar, "r:") as archive:
                 for member in archive:
-                    folder, _, name = member.name.rpartition("/")
+                    above, _, name = member.name.rpartition("/")
                     key, _, kind = name.partition(".")
                     if member.isfile() and key and not key.lower().endswith(MASKS):
-                        samples.setdefault(f"{folder}/{key}", {})[kind.lower()] = member
-                items += [item for sample in samples.values() if (item := in_tar(tar, archive, sample, settings))]
+                        samples.setdefault(f"{above}/{key}", {})[kind.lower()] = member
+                for sample in samples.values():
+                    if item := in_tar(tar, archive, sample, settings):
+                        listing.add(item)
         except tarfile.ReadError as error:
             raise ValueError(f"{tar} cannot be read as a plain tar ({error}). Unpack it if it is compressed: pictures "
                              "are read at their places inside.") from None
-    return Found(items)
+    return listing.found()
 
 
 def in_tar(tar: Path, archive: tarfile.TarFile, sample: dict[str, tarfile.TarInfo], settings: Data) -> Item | None:
@@ -466,10 +414,10 @@ def read_rows(path: Path, settings: Data, classes: list[str] | None = None) -> F
         raise ValueError(f"{path} has no split named train, but {', '.join(splits)}.")
     other = next((name for name in ("validation", "val", "test") if name in splits), None)
     train, names = rows_of(path, splits["train"], settings)
-    return Found(train, rows_of(path, splits[other], settings)[0] if other else [], names)
+    return Found(train, rows_of(path, splits[other], settings)[0] if other else Items(), names)
 
 
-def rows_of(path: Path, rows, settings: Data) -> tuple[list[Item], list[str]]:
+def rows_of(path: Path, rows, settings: Data) -> tuple[Items, list[str]]:
     from datasets import ClassLabel, Image
 
     def column(wanted) -> str | None:
@@ -485,13 +433,15 @@ def rows_of(path: Path, rows, settings: Data) -> tuple[list[Item], list[str]]:
         pictures[name] = rows.select_columns([name]).cast_column(name, Image(decode=False))
     text, described = column(lambda name: name.lower() in CAPTION_KEYS), column(lambda name: name == "sharegpt4v")
     label = column(lambda name: isinstance(rows.features[name], ClassLabel))
-    captions, longer, labels = (list(rows[c]) if c else None for c in (text, described, label))
-    items = [Item(
-        InRow(path, pictures[image], image, i), texts(captions[i] or []) if captions else (), (),
-        labels[i] if labels else -1, texts(longer[i] or []) if longer else (),
-        {name: InRow(path, pictures[name], name, i) for name in settings.beside} or NOTHING,
-    ) for i in range(len(rows))]
-    return items, rows.features[label].names if label else []
+    words, listing = rows.select_columns([c for c in (text, described, label) if c]), Listing(path)
+    for i in range(len(rows)):
+        if i % READ_AT_ONCE == 0 and words.column_names:
+            some = words[i:i + READ_AT_ONCE]
+        captions, longer, labels = (some[c][i % READ_AT_ONCE] if c else None for c in (text, described, label))
+        listing.add(Item(
+            InRow(path, pictures[image], image, i), texts(captions or []), (), -1 if labels is None else labels,
+            texts(longer or []), {name: InRow(path, pictures[name], name, i) for name in settings.beside} or NOTHING))
+    return listing.found().train, rows.features[label].names if label else []
 
 
 READERS = {"jsonl": read_jsonl, "folder": read_folder, "classes": read_classes, "sam": read_sam,
@@ -536,12 +486,33 @@ def recognised(path: Path) -> tuple[str, Path]:
     return "folder" if captioned or any(p.parent == path for p in pictures) else "classes", path
 
 
+def with_masks(items: Items, root: Path) -> Items:
+    """The items with the masks that lie beside their files; what is a mask itself is no item."""
+    mask_of, listing = finder(root), Listing(root)
+    masks = {mask for item in items if (mask := mask_of(item))}
+    for item in items:
+        if item.file not in masks:
+            mask = mask_of(item)
+            listing.add(replace(item, conditions={**item.conditions, MASK: mask}) if mask else item)
+    return listing.found().train
+
+
+LISTS = ("jsonl", "csv", "table", "data_info", "webdataset")
+"""Layouts whose listing may be kept: what they say is in few files, whose sizes and times tell whether it is new."""
+
+
 def read(path: Path, kind: str, settings: Data, classes: list[str] | None = None) -> Found:
     """The items of a data set as they are found, none looked into. Raises ValueError, FileNotFoundError."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder.")
     if kind == "auto":
         kind, path = recognised(path)
+    if kind in LISTS and settings.index and (settings.masks != "files" or kind == "webdataset"):
+        files = tars_in(path) if kind == "webdataset" else [path]
+        key = {"of": [kind, str(path.resolve()), str(path), settings.beside], "classes": classes, "files": [
+            [str(file), state.st_size, state.st_mtime_ns] for file in files for state in [file.stat()]]}
+        return kept(Path(settings.index).expanduser(), key,
+                    lambda folder: READERS[kind](path, settings, classes, folder))
     found = READERS[kind](path, settings, classes)
     if settings.masks != "files":
         return found

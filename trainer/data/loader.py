@@ -9,19 +9,21 @@ import math
 import os
 import random
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config.schema import Data
 from . import buckets, schedule, sets, wording
-from .layouts import Item, listed
+from .items import Item, Items, spread
+from .layouts import listed
 from .mask_files import MASK
-from .pictures import Picture, Pictures, has_alpha, measured, measured_or_none, oblong
+from .pictures import Picture, Pictures, has_alpha, measured, oblong
 
 Size = tuple[int, int]  # (height, width) in pixels
 LOOKED_INTO, STARTS = 256, 2**18  # pictures that identify a data set by their bytes, and bytes of each
@@ -59,9 +61,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Collection:
-    train: list[Item]
+    train: Items
     """Prior pictures, if there are, after all others."""
-    held_out: list[Item]
+    held_out: Items
     classes: list[str]
 
 
@@ -89,16 +91,19 @@ def read(settings: Data, need: str, strict: bool = True) -> Collection:
                            "pictures are not square, and data.crop=\"none\" takes squares",
                            "Set data.crop to centre or random, or crop them.")
         problems += [where + one for one in said]
-    if strict:
-        problems += of_masks([i for one in found.values() for i in one.train + one.held_out if not i.prior], settings)
+    own, prior = ([one for n, one in found.items() if settings.each[n].prior is kind] for kind in (False, True))
+    held_out = sum((one.held_out for one in found.values()), Items())
+    if strict and settings.masks:
+        problems += of_masks(sum((one.train for one in own), Items()) + held_out, settings)
     if problems:
         raise ValueError(cannot("the data" if several else Path(settings.path).expanduser(), problems))
-    items = [i for one in found.values() for i in one.train]
-    held_out = [i for one in found.values() for i in one.held_out]
-    return Collection([i for i in items if not i.prior] + [i for i in items if i.prior], held_out, classes)
+    found = Collection(sum((one.train for one in own + prior), Items()), held_out, classes)
+    if settings.index and len(buckets.sizes(settings)) > 1:
+        measured(found.train, settings.workers, settings.skip_broken)  # and keeps it
+    return found
 
 
-def complain(path: Path, items: list[Item], settings: Data, need: str):
+def complain(path: Path, items: Sequence[Item], settings: Data, need: str):
     """Raises ValueError for everything that the items lack."""
     if said := sets.complaints(items, settings, need):
         raise ValueError(cannot(path, said))
@@ -108,16 +113,17 @@ def cannot(what, problems: list[str]) -> str:
     return f"{what} cannot be trained on:\n  " + "\n  ".join(problems)
 
 
-def of_masks(items: list[Item], settings: Data) -> list[str]:
+def of_masks(items: Items, settings: Data) -> list[str]:
     """What is wrong with the masks of the items, as far as that shows without decoding a picture."""
-    if settings.masks == "alpha" and not any(has_alpha(i.file) for i in items):
+    some = spread(items, sets.LOOKED_FOR)
+    if settings.masks == "alpha" and not any(has_alpha(i.file) for i in some):
         return ["data.masks=\"alpha\", and no picture has transparency: save them with an alpha channel (PNG, WebP)."]
     if settings.masks != "files":
         return []
-    there = [i.conditions[MASK] for i in items if MASK in i.conditions]
-    if not there:
+    if not items.has(MASK).any():
         return ["data.masks=\"files\", and no picture has a mask: put a-masklabel.png beside each a.png, or masks of "
                 "the same names into a folder masks beside the folder images."]
+    there = [i.conditions[MASK] for i in some if MASK in i.conditions]
     return listed([file for file in there if isinstance(file, Path) and not file.is_file()],
                   "masks are named but not there")
 
@@ -126,11 +132,11 @@ def identity(collection: Collection) -> dict:
     """What identifies the training pictures and captions, wherever they lie: names and captions of all, and the bytes
     of LOOKED_INTO pictures evenly spread over them, the first STARTS of each."""
     digest, contents = hashlib.sha256(), hashlib.sha256()
-    for i in collection.train:
-        digest.update(repr((i.file.name, i.texts, i.tags, i.label, i.prior)).encode())
-    for i in collection.train[:: max(1, math.ceil(len(collection.train) / LOOKED_INTO))]:
+    for part in collection.train.parts:
+        digest.update(f"{part.records.digest} {len(part.chosen)} {part.set} {part.prior}".encode())
+    for i in spread(collection.train, LOOKED_INTO):
         contents.update(start_of(i.file))
-    return {"pictures": len(collection.train), "digest": digest.hexdigest()[:40],
+    return {"pictures": len(collection.train), "listing": digest.hexdigest()[:40],
             "contents": contents.hexdigest()[:40]}
 
 
@@ -146,19 +152,18 @@ def start_of(file) -> bytes:
         return b""
 
 
-def in_buckets(items: list[Item], settings: Data) -> dict[Size, list[int]]:
-    """The indices of the items that are shown at each (height, width). Looks into files only where sizes differ."""
-    known = buckets.sizes(settings)
+def in_buckets(items: Sequence[Item], settings: Data) -> dict[Size, np.ndarray]:
+    """The indices of the items, but for prior ones, that are shown at each (height, width). Looks into files only where
+    sizes differ, and the data set does not say them."""
+    items = Items.of(items)
+    wanted, known = items.column("prior") == 0, buckets.sizes(settings)
+    own = np.flatnonzero(wanted).astype(np.int32)
     if len(known) == 1:
-        return {known[0]: list(range(len(items)))}
-    if not settings.skip_broken:
-        return buckets.grouped(measured(items, settings.workers), settings)
-    sizes = measured_or_none(items, settings.workers)
-    whole = [i for i, size in enumerate(sizes) if size]
-    if not whole:
-        raise ValueError(f"None of the {len(items):,} pictures can be read.")
-    shown = buckets.grouped([sizes[i] for i in whole], settings)
-    return {size: [whole[i] for i in some] for size, some in shown.items()}
+        return {known[0]: own}
+    shown = buckets.grouped(measured(items.only(wanted), settings.workers, settings.skip_broken), settings)
+    if not shown:
+        raise ValueError(f"None of the {len(own):,} pictures can be read.")
+    return {size: own[indices] for size, indices in shown.items()}
 
 
 def priors(position: int, share: float) -> int:
@@ -172,22 +177,20 @@ class Batches:
     `data.prior_share` of every group of one size are prior pictures, brought to the size of the others.
     """
 
-    def __init__(self, items: list[Item], settings: Data, seed: int, batch_size: int, load=Pictures):
+    def __init__(self, items: Sequence[Item], settings: Data, seed: int, batch_size: int, load=Pictures):
         """load: Pictures, or what takes its place (`cache.loader`)."""
-        self.items, self.settings, self.seed, self.batch_size = items, settings, seed, batch_size
-        self.pictures = load(items, settings)
+        self.items, self.settings, self.seed, self.batch_size = Items.of(items), settings, seed, batch_size
+        self.pictures = load(self.items, settings)
         self.group = settings.bucket_group or batch_size
-        own = [i for i, item in enumerate(items) if not item.prior]
-        prior = [i for i, item in enumerate(items) if item.prior]
-        self.share = settings.prior_share if prior else 0.0
+        prior = np.flatnonzero(self.items.column("prior")).astype(np.int32)
+        self.share = settings.prior_share if len(prior) else 0.0
         mixed, groups = priors(self.group, self.share), batch_size // self.group
-        shown = in_buckets([items[i] for i in own], settings)
-        self.buckets = {size: [own[i] for i in some] for size, some in shown.items()}
-        times = sets.times(items, [i for some in self.buckets.values() for i in some], settings)
+        self.buckets = in_buckets(self.items, settings)
+        shown = np.concatenate([*self.buckets.values()])
         self.schedule = schedule.BucketSchedule(self.buckets, seed, batch_size - groups * mixed, self.group - mixed,
-                                                times)
+                                                sets.times(self.items, shown, settings))
         self.prior = schedule.BucketSchedule({(0, 0): prior}, seed + 1, groups * mixed, mixed,
-                                             sets.times(items, prior, settings)) if mixed else None
+                                             sets.times(self.items, prior, settings)) if mixed else None
         self.of_prior, self.broken = prior, set()
         self.weights = [one.loss_weight for one in settings.each]
         self.pending: dict[tuple, list] = {}
@@ -233,8 +236,8 @@ class Batches:
                 raise
             self.leave_out(index, error)
         others = self.of_prior if self.items[index].prior else self.buckets[size]
-        place = others.index(index)
-        for following in (*others[place + 1:], *others[:place]):
+        place = int(np.searchsorted(others, index))  # they are in the order of their indices
+        for following in map(int, chain(others[place + 1:], others[:place])):
             again = self.pictures.submit(following, size, self.rng(step, position, "picture"))
             try:
                 return self.items[following], again.result()
@@ -296,7 +299,7 @@ def refuse_spoilt(item: Item, loaded: Picture):
                              "infinite). Take the picture out, or make the cache anew.")
 
 
-def fixed(items: list[Item], settings: Data, at_once: int = 64, load=Pictures, first: int = 0) -> list[Batch]:
+def fixed(items: Sequence[Item], settings: Data, at_once: int = 64, load=Pictures, first: int = 0) -> list[Batch]:
     """All items with their first caption and nothing random, up to `at_once` of one size a batch, for validation and
     evaluation. first: the position of the first."""
     shown = [(i, size) for size, some in in_buckets(items, settings).items() for i in some] if items else []
@@ -320,17 +323,18 @@ def fixed(items: list[Item], settings: Data, at_once: int = 64, load=Pictures, f
 
 
 def summary(collection: Collection) -> str:
-    own = [i for i in collection.train if not i.prior]
-    lines = [f"{len(own):,} training pictures, {len(collection.held_out):,} held out"]
-    if len(own) < len(collection.train):
-        lines.append(f"{len(collection.train) - len(own):,} prior pictures")
-    if collection.classes or any(i.label >= 0 for i in own[:1]):
-        counts = Counter(i.label for i in own)
-        lines.append(f"{len(counts):,} classes, {min(counts.values())} to {max(counts.values())} pictures each")
-    if masked := sum(MASK in i.conditions for i in own):
+    train = Items.of(collection.train)
+    own = train.column("prior") == 0
+    count = int(own.sum())
+    lines = [f"{count:,} training pictures, {len(collection.held_out):,} held out"]
+    if count < len(train):
+        lines.append(f"{len(train) - count:,} prior pictures")
+    labels = train.column("label")[own]
+    if collection.classes or (labels[:1] >= 0).any():
+        kinds, counts = np.unique(labels, return_counts=True)
+        lines.append(f"{len(kinds):,} classes, {counts.min()} to {counts.max()} pictures each")
+    if masked := (train.has(MASK) & own).sum():
         lines.append(f"{masked:,} of them with a mask")
-    if own[0].texts:
-        number = sum(len(i.texts) for i in own)
-        lines.append(f"{number / len(own):.1f} captions and {sum(len(i.tags) for i in own) / len(own):.1f} tags a "
-                     "picture")
+    if (texts := train.column("texts")[own])[0]:
+        lines.append(f"{texts.mean():.1f} captions and {train.column('tags')[own].mean():.1f} tags a picture")
     return "; ".join(lines)

@@ -1,11 +1,10 @@
 """Where the masks of pictures lie, in the ways of other trainers: they are added to items as the condition MASK."""
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from ...models_impl.folders import below
 from ...models_impl.pictures import readable
@@ -14,24 +13,21 @@ MASK = "mask"
 BESIDE = "-masklabel"  # a.png has a-masklabel.png (OneTrainer)
 PICTURES, MASKS = "images", "masks"  # DIR/images/a.png has DIR/masks/a.png (kohya's folder of conditioning pictures)
 
-SomeItem = TypeVar("SomeItem")
 
-
-def with_masks(items: list[SomeItem], root: Path) -> list[SomeItem]:
-    """The items (layouts.Item) with the masks that lie beside their files; what is a mask itself is no item. root: the
-    folder of the data set, whose masks lie in `masks` beside it whatever it is called."""
+def finder(root: Path) -> Callable[[Any], Path | None]:
+    """What says of an item (items.Item) which mask lies beside its file. root: the folder of the data set, whose masks
+    lie in `masks` beside it whatever it is called."""
     in_folder, in_masks = cache(beside), cache(inside)
-    found: dict[Path, Path] = {}
-    for item in items:
-        if isinstance(item.file, Path) and MASK not in item.conditions:
-            mask = in_folder(item.file.parent).get(item.file.stem.lower())
-            for home in homes(item.file, root):
-                mask = mask or in_masks(home.parent / MASKS).get(item.file.relative_to(home).with_suffix(""))
-            if mask:
-                found[item.file] = mask
-    masks = set(found.values())
-    return [replace(item, conditions={**item.conditions, MASK: found[item.file]}) if item.file in found else item
-            for item in items if item.file not in masks]
+
+    def mask_of(item) -> Path | None:
+        if not isinstance(item.file, Path) or MASK in item.conditions:
+            return None
+        mask = in_folder(item.file.parent).get(item.file.stem.lower())
+        for home in homes(item.file, root):
+            mask = mask or in_masks(home.parent / MASKS).get(item.file.relative_to(home).with_suffix(""))
+        return mask
+
+    return mask_of
 
 
 def homes(file: Path, root: Path) -> Iterable[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import random
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch import Tensor
 from ...models_impl.pictures import levels, readable, remedy
 from ..config.schema import LARGEST_SIDE, Data
 from . import augment
-from .layouts import Item
+from .items import Item, Items, spread
 from .mask_files import MASK
 
 KEPT_BYTES = 2**31
 MEASURED = 10_000  # pictures of a set whose shape is looked at before a run
+AT_ONCE = 4096  # pictures whose sizes are asked for together
 MARGIN = 1.125  # of PixelFlow's random crop
 DOCTOR = "`python -m trainer doctor` finds all such pictures before a run does."
 Size = tuple[int, int]  # (height, width) in pixels
@@ -97,13 +99,32 @@ def measure(file, advice: str = DOCTOR) -> Size:
         raise unreadable(file, error, advice) from error
 
 
-def measured(items: list[Item], workers: int) -> list[Size]:
-    """The size of every picture; what the data set says itself is believed."""
+def measured(items: Sequence[Item], workers: int, broken: bool = False) -> np.ndarray:
+    """The size of every picture, (N, 2) int32; what the data set says itself is believed. broken: leave 0 for one that
+    cannot be read, which is named on stderr, in place of raising ValueError."""
+    items = Items.of(items)
+    sizes = np.stack([items.column("height"), items.column("width")], 1)
+
+    def size_of(i: int) -> Size:
+        try:
+            return measure(items[i].file)
+        except ValueError as error:
+            if not broken:
+                raise
+            print(f"{error} It is left out.", file=sys.stderr)
+            return 0, 0
+
+    unknown = np.flatnonzero(sizes[:, 0] == 0)
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda item: item.size or measure(item.file), items))
+        for some in np.array_split(unknown, -(-len(unknown) // AT_ONCE) or 1):
+            sizes[some] = np.array(list(pool.map(size_of, some.tolist())), np.int32).reshape(-1, 2)
+    for part, own in zip(items.parts if len(unknown) else (), np.split(sizes, items.ends[:-1]), strict=False):
+        if part.records.folder:
+            part.records.keep_sizes(np.asarray(part.chosen), own)
+    return sizes
 
 
-def oblong(items: list[Item], workers: int) -> list[str]:
+def oblong(items: Sequence[Item], workers: int) -> list[str]:
     """Of at most MEASURED items, evenly spread, those that are not square. What cannot be read is told later."""
     def said(item: Item) -> str:
         try:
@@ -113,20 +134,7 @@ def oblong(items: list[Item], workers: int) -> list[str]:
         return f"{item.file} is {width}x{height}" if height != width else ""
 
     with ThreadPoolExecutor(workers) as pool:
-        return list(filter(None, pool.map(said, items[::max(1, -(-len(items) // MEASURED))])))
-
-
-def measured_or_none(items: list[Item], workers: int) -> list[Size | None]:
-    """The same, and None for a picture that cannot be read, which is named on stderr."""
-    def size_of(item: Item) -> Size | None:
-        try:
-            return item.size or measure(item.file)
-        except ValueError as error:
-            print(f"{error} It is left out.", file=sys.stderr)
-            return None
-
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(size_of, items))
+        return list(filter(None, pool.map(said, spread(items, MEASURED))))
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,31 @@
-"""Which pictures of which bucket make up which batch."""
+"""Which pictures of which bucket make up which batch, by arrays of four bytes a picture."""
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import count
 
+import numpy as np
 import torch
 
-from .buckets import Size
+Size = tuple[int, int]  # (height, width) in pixels
 
-NOTHING: dict = {}
+
+@dataclass(frozen=True)
+class Times:
+    """How often an epoch shows each item."""
+
+    rates: list[Fraction] = field(default_factory=lambda: [Fraction(1)])
+    which: np.ndarray | None = None
+    """(N,) for each of all items the place in `rates`; None: the first."""
+
+    def of(self, indices) -> np.ndarray:
+        """(len(indices),) places in `rates`."""
+        return np.zeros(len(indices), np.int32) if self.which is None else self.which[indices]
+
+
+ONCE = Times()
 
 
 class Cycle:
@@ -20,14 +35,19 @@ class Cycle:
     their number of places more in every epoch, which they take in turn.
     """
 
-    def __init__(self, pictures: list[int], seed: int, times: Mapping[int, Fraction]):
-        """times: how often an epoch shows a picture; once where it says nothing."""
+    def __init__(self, pictures: Sequence[int], seed: int, times: Times):
+        """times: how often an epoch shows a picture."""
+        pictures, which = np.asarray(pictures, np.int32), times.of(pictures)
         self.seed, self.orders = seed, {}
-        self.always = [p for p in pictures for _ in range(int(times.get(p, 1)))]
-        self.rests: dict[Fraction, list[int]] = {}
-        for p in pictures:
-            if rest := times.get(p, 1) % 1:
-                self.rests.setdefault(rest, []).append(p)
+        whole = np.array([int(rate) for rate in times.rates])
+        self.always = pictures if (whole == 1).all() else np.repeat(pictures, whole[which])
+        self.rests: dict[Fraction, np.ndarray] = {}
+        rests = [rate % 1 for rate in times.rates]
+        if any(rests):
+            kinds, first = np.unique(which, return_index=True)
+            for kind in kinds[np.argsort(first)].tolist():
+                if (rest := rests[kind]) and rest not in self.rests:
+                    self.rests[rest] = pictures[np.isin(which, [k for k, r in enumerate(rests) if r == rest])]
         self.an_epoch = len(self.always) + sum(rest * len(some) for rest, some in self.rests.items())
 
     def taken(self, rest: Fraction, epoch: int) -> int:
@@ -51,20 +71,21 @@ class Cycle:
             for old in [e for e in self.orders if e < epoch - 1 - group / self.an_epoch]:
                 del self.orders[old]
             self.orders[epoch] = self.order(epoch)
-        return self.orders[epoch][place - self.before(epoch)]
+        return int(self.orders[epoch][place - self.before(epoch)])
 
-    def order(self, epoch: int) -> list[int]:
-        shown = self.always
+    def order(self, epoch: int) -> np.ndarray:
+        shown = [self.always]
         for number, (rest, some) in enumerate(self.rests.items()):
             turns = range(self.taken(rest, epoch), self.taken(rest, epoch + 1))
             orders = {turn // len(some): shuffled(len(some), self.seed + (1 + number) * 7_046_029_254_386_353_087
                                                   + turn // len(some) * 2_654_435_761) for turn in turns}
-            shown = shown + [some[orders[turn // len(some)][turn % len(some)]] for turn in turns]
-        return [shown[i] for i in shuffled(len(shown), self.seed + epoch)]
+            shown.append(some[[orders[turn // len(some)][turn % len(some)] for turn in turns]])
+        shown = np.concatenate(shown) if len(shown) > 1 else shown[0]
+        return shown[shuffled(len(shown), self.seed + epoch)]
 
 
-def shuffled(number: int, seed: int) -> list[int]:
-    return torch.randperm(number, generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
+def shuffled(number: int, seed: int) -> np.ndarray:
+    return torch.randperm(number, generator=torch.Generator().manual_seed(seed % 2**63)).numpy()
 
 
 class BucketSchedule:
@@ -77,46 +98,47 @@ class BucketSchedule:
     each order. With one bucket this is plain shuffling.
     """
 
-    def __init__(self, buckets: dict[Size, list[int]], seed: int, batch_size: int, group: int = 0,
-                 times: Mapping[int, Fraction] = NOTHING):
+    def __init__(self, buckets: Mapping[Size, Sequence[int]], seed: int, batch_size: int, group: int = 0,
+                 times: Times = ONCE):
         """group: so many pictures in a row have one size; it divides batch_size. 0: the whole batch. times: how often
-        an epoch shows a picture; once where it says nothing."""
+        an epoch shows a picture."""
         self.sizes = list(buckets)
         self.rows = [Cycle(pictures, seed * 1_000_003 + bucket * 1_000_000_007_000, times)
                      for bucket, pictures in enumerate(buckets.values())]
         self.seed, self.group = seed, group or batch_size
         self.batch_groups = batch_size // self.group
         self.pictures = sum(row.an_epoch for row in self.rows)
-        self.epochs: dict[int, tuple[int, list]] = {}
+        self.epochs: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
 
     def begun(self, epoch: int) -> int:
         """Groups that begin before an epoch."""
         return sum(-(-row.before(epoch) // self.group) for row in self.rows)
 
     def epoch_of(self, number: int) -> int:
-        for epoch, (before, groups) in self.epochs.items():
-            if before <= number < before + len(groups):
+        for epoch, (before, buckets, _) in self.epochs.items():
+            if before <= number < before + len(buckets):
                 return epoch
         # begun(last) > number: the row of a size is shorter than epochs * an_epoch by less than its number of rests
         last = (number * self.group + sum(len(row.rests) for row in self.rows)) // self.pictures + 1
         return bisect_right(range(last + 1), number, key=self.begun) - 1
 
-    def groups(self, epoch: int) -> tuple[int, list[tuple[int, int]]]:
-        """(groups before it, [(bucket, number of the group in the bucket's row)])"""
+    def groups(self, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """(groups before it, the bucket of each, its number in the bucket's row)"""
         if epoch not in self.epochs:
             self.epochs = {e: known for e, known in self.epochs.items() if e == epoch - 1}
             starts, ends = ([-(-row.before(e) // self.group) for row in self.rows] for e in (epoch, epoch + 1))
-            turns = [b for b, (start, end) in enumerate(zip(starts, ends, strict=True)) for _ in range(start, end)]
+            turns = np.repeat(np.arange(len(self.rows), dtype=np.int32), np.subtract(ends, starts))
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 7_919 % 2**63)
-            numbers = [count(start) for start in starts]  # every bucket's groups come in the order of its row
-            shuffled = [turns[i] for i in torch.randperm(len(turns), generator=generator).tolist()]
-            found = [(bucket, next(numbers[bucket])) for bucket in shuffled]
-            self.epochs[epoch] = (self.begun(epoch), found)
+            turns = turns[torch.randperm(len(turns), generator=generator).numpy()]
+            numbers = np.empty(len(turns), np.int64)
+            for bucket, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                numbers[turns == bucket] = np.arange(start, end)  # a bucket's groups come in the order of its row
+            self.epochs[epoch] = (self.begun(epoch), turns, numbers)
         return self.epochs[epoch]
 
     def at(self, step: int, position: int) -> tuple[int, Size]:
         """(index of the picture, size it is shown at)"""
         number = step * self.batch_groups + position // self.group
-        before, groups = self.groups(self.epoch_of(number))
-        bucket, turn = groups[number - before]
+        before, buckets, numbers = self.groups(self.epoch_of(number))
+        bucket, turn = int(buckets[number - before]), int(numbers[number - before])
         return self.rows[bucket].at(turn * self.group + position % self.group, self.group), self.sizes[bucket]

@@ -8,11 +8,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from ..config.schema import Data, SetSettings
-from .layouts import InRow, Item
+from .items import InRow, Item, Items
 
 ALTERNATIVES = re.compile(r"\{([^{}]*\|[^{}]*)\}")  # the innermost
 SIGNS = re.compile(r"[{|}]")
@@ -27,7 +26,7 @@ def of_name(file) -> str:
     return " ".join(stem.replace("_", " ").split())
 
 
-def named(items: list[Item], one: SetSettings) -> list[Item]:
+def named(items: Items, one: SetSettings) -> Items:
     """With a caption for pictures that have none, where the settings give one."""
     if not (one.caption or one.name_captions):
         return items
@@ -35,7 +34,7 @@ def named(items: list[Item], one: SetSettings) -> list[Item]:
     def words(item: Item) -> tuple[str, ...]:
         return tuple(filter(None, ((of_name(item.file) if one.name_captions else "") or one.caption,)))
 
-    return [i if i.texts else replace(i, captions=words(i)) for i in items]
+    return items.changed(words=words)
 
 
 def drawn(item: Item, one: SetSettings, rng: random.Random) -> str:

@@ -29,7 +29,7 @@ def recipe(config: Config, collection: loader.Collection, folder: Path | None = 
     """What is trained, at its start. The weights depend only on the seed."""
     torch.manual_seed(config.seed)
     text = text_encoders.make(config, wording.corpus(collection.train, config.data), folder)
-    classes = len(collection.classes) or 1 + max(i.label for i in collection.train)
+    classes = len(collection.classes) or 1 + int(collection.train.column("label").max())
     named = [*config.samples.classes, *(one.class_index or 0 for one in config.samples.tables.values())]
     if config.needs == "classes" and (unknown := [c for c in named if not 0 <= c < classes]):
         raise ValueError(f"samples.classes names {', '.join(map(str, unknown))}, and the data have the classes 0 to "

@@ -47,9 +47,10 @@ from .divergence import Divergence
 MAY_CHANGE = {"name", "out", "resume", "resume_from", "init_from", "device", "threads", "compile",
               "checkpoint_activations", "micro_batch_size", "save_every", "save_minutes", "save_epochs", "keep",
               "log_every", "divergence", "log", "samples", "validation", "data.path", "data.held_out_path",
-              "data.prior_path", "data.cache", "data.workers", "data.sets.path", "data.sets.held_out_path",
-              "data.sets.name", "text.cache", "text.tokenizer", "cache", "memory.swap_blocks", "memory.fused_backward",
-              "memory.shard", "model.previewer", "model.stage_a", "model.stage_b"}
+              "data.prior_path", "data.cache", "data.index", "data.workers", "data.sets.path",
+              "data.sets.held_out_path", "data.sets.name", "text.cache", "text.tokenizer", "cache",
+              "memory.swap_blocks", "memory.fused_backward", "memory.shard", "model.previewer", "model.stage_a",
+              "model.stage_b"}
 """Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
 WAIT = 0.5  # seconds between two looks at a pause
 
