@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,8 @@ import torch
 
 from ..config.schema import Config, Data
 from ..data import loader as data
-from ..data.layouts import Item, listed
+from ..data.items import Item, Items
+from ..data.layouts import listed
 from ..data.pictures import KEPT_BYTES, Picture, Pictures, Size, mask_of, plan
 from .store import Digests
 
@@ -36,13 +37,15 @@ def key_of(item: Item, of: str, size: Size, crop: str, mirrored: bool, digests: 
     return f"{content}@{size[0]}x{size[1]} {crop}{' mirrored' if mirrored else ''}"
 
 
-def shown(items: list[Item], settings: Data) -> Iterator[tuple[Item, Size]]:
+def shown(items: Sequence[Item], settings: Data) -> Iterator[tuple[Item, Size]]:
     """Every item with every size it is shown at: prior pictures take the size of whatever they stand beside."""
-    own = [i for i in items if not i.prior]
-    grouped = data.in_buckets(own, settings) if own else {}
-    for size, indices in grouped.items():
-        yield from ((own[i], size) for i in indices)
-        yield from ((i, size) for i in items if i.prior)
+    items = Items.of(items)
+    prior = items.column("prior") > 0
+    if prior.all():
+        return
+    for size, indices in data.in_buckets(items, settings).items():
+        yield from ((items[i], size) for i in indices.tolist())
+        yield from ((i, size) for i in items.only(prior))
 
 
 def lacking(items: list[Item], settings: Data, encoders: list, digests: Digests,

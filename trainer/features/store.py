@@ -27,6 +27,7 @@ from ...models_impl import state_dict
 from ...models_impl.files import flush, put, write_whole
 from ...models_impl.folders import below
 from ..files import entries
+from .table import KeyTable
 
 SHARD_BYTES = 2**28
 OPEN_SHARDS = 128
@@ -67,10 +68,13 @@ class Store:
     def __init__(self, root: Path, name: str, identity: Mapping, writer: int = 0):
         self.root, self.name, self.identity, self.writer = Path(root), name, dict(identity), writer
         self.folder = self.root / f"{name}-{digest(json.dumps(self.identity, sort_keys=True))[:16]}"
-        self.places: dict[str, tuple[Path, tuple[str, ...]]] = {}
+        self.shards: list[Path] = []
+        self.parts: dict[tuple[str, ...], int] = {}
+        """The names of what a key has -> their number: mostly one for all."""
+        self.places = KeyTable([("shard", "<i4"), ("parts", "<i4")])
         self.new: dict[str, dict[str, Tensor]] = {}
         self.new_bytes = 0
-        self.indexed: set[Path] = set()
+        self.indexed: set[str] = set()
         self.handles: OrderedDict[Path, object] = OrderedDict()
         self.lock = threading.Lock()
         self.refresh()
@@ -79,17 +83,17 @@ class Store:
         return key in self.places or key in self.new
 
     def __len__(self) -> int:
-        return len(self.places.keys() | self.new.keys())
+        return len(self.places) + sum(key not in self.places for key in self.new)
 
     def refresh(self):
         """Take in what other processes have written."""
         for shard in sorted(self.folder.glob("*.safetensors")):
-            if shard not in self.indexed:
+            if shard.name not in self.indexed:
                 self.index(shard)
 
     def index(self, shard: Path):
         parts: dict[str, list[str]] = {}
-        self.indexed.add(shard)
+        self.indexed.add(shard.name)
         try:
             with safe_open(shard, framework="pt") as file:
                 for name in file.keys():
@@ -99,13 +103,18 @@ class Store:
             print(f"{shard} is damaged ({error}): what it held counts as missing and is made again. Delete it.",
                   file=sys.stderr)
             return
-        self.places.update({key: (shard, tuple(found)) for key, found in parts.items()})
+        for key, found in parts.items():
+            self.places[key] = len(self.shards), self.parts.setdefault(tuple(found), len(self.parts))
+        self.shards.append(shard)
 
     def get(self, key: str) -> dict[str, Tensor]:
         """The tensors of a key. Raises KeyError where there are none."""
         if key in self.new:
             return self.new[key]
-        shard, parts = self.places[key]
+        place = self.places.get(key)
+        if place is None:
+            raise KeyError(key)
+        shard, parts = self.shards[place[0]], [*self.parts][place[1]]
         with self.lock:
             handle = self.handles.pop(shard, None) or safe_open(shard, framework="pt")
             self.handles[shard] = handle
@@ -149,49 +158,50 @@ class Store:
         return found
 
 
+def named(file) -> tuple[str, tuple[int, int]]:
+    """(where a picture lies, (size, time) of its file, or of the archive that it is in; zeros where that is unknown)"""
+    where, name = (file, str(file.resolve())) if isinstance(file, Path) else (getattr(file, "tar", None), str(file))
+    if where is None:
+        return name, (0, 0)
+    state = where.stat()
+    return name, (state.st_size, state.st_mtime_ns)
+
+
 class Digests:
     """The digest of every picture file's bytes, read again only where its size or time has changed."""
 
     def __init__(self, root: Path):
         self.file = Path(root) / "pictures.jsonl"
-        self.known: dict[str, tuple] = {}
+        self.known = KeyTable([("size", "<i8"), ("time", "<i8"), ("digest", "S40")])
         self.lock = threading.Lock()
         self.fresh: list[str] = []
         if self.file.exists():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                try:
-                    name, *rest = json.loads(line)
-                except (ValueError, TypeError):
-                    continue  # what a killed process was writing, or a disk lost
-                self.known[name] = tuple(rest)
+            with open(self.file, encoding="utf-8") as lines:
+                for line in lines:
+                    try:
+                        name, size, when, found = json.loads(line)
+                        self.known[name] = size, when, found.encode()
+                    except (ValueError, TypeError, AttributeError):
+                        continue  # what a killed process was writing, or a disk lost
 
     def of(self, file) -> tuple[str, bool]:
         """(digest, whether the same place held other bytes before). file: a Path, or what has `read_bytes` and says
         where it lies by `str`."""
-        name = str(file)
+        name, stamp = named(file)
         before = self.known.get(name)
-        if isinstance(file, Path):
-            name = str(file.resolve())
-            before, state = self.known.get(name), file.stat()
-            if before and before[:2] == (state.st_size, state.st_mtime_ns):
-                return before[2], False
-            stamp = (state.st_size, state.st_mtime_ns)
-        else:
-            stamp = (0, 0)
+        if before and any(stamp) and before[:2] == stamp:
+            return before[2].decode(), False
         found = digest(file.read_bytes())
         with self.lock:
-            self.known[name] = (*stamp, found)
+            self.known[name] = (*stamp, found.encode())
             self.fresh.append(json.dumps([name, *stamp, found]))
-        return found, bool(before) and before[2] != found
+        return found, bool(before) and before[2].decode() != found
 
     def known_of(self, file) -> tuple[str, bool]:
         """The same without reading the file: of one that is new or has changed, a digest that nothing has."""
-        name, stamp = str(file), [0, 0]
-        if isinstance(file, Path):
-            state = file.stat()
-            name, stamp = str(file.resolve()), [state.st_size, state.st_mtime_ns]
+        name, stamp = named(file)
         before = self.known.get(name)
-        return (before[2], False) if before and [*before[:2]] == stamp else ("unknown", False)
+        return (before[2].decode(), False) if before and before[:2] == stamp else ("unknown", False)
 
     def write(self):
         with self.lock:
