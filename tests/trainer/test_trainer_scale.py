@@ -7,11 +7,16 @@ import tracemalloc
 from dataclasses import replace
 
 import pytest
+import tiny_pixart
+import tiny_run
 from PIL import Image
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.config.schema import Data
 from pixstack.trainer.data import layouts, loader, pictures
 from pixstack.trainer.data.items import InTar, Item, Items
-from pixstack.trainer.features import table
+from pixstack.trainer.features import cache, table
+from pixstack.trainer.recipes import find
+from pixstack.trainer.training import build
 
 WORDS = "number {}, a photograph of a harbour in the evening, with small boats and the lamps of the town"
 
@@ -44,13 +49,13 @@ def test_a_picture_costs_its_words_and_a_few_bytes(tmp_path):
             tracemalloc.stop()
 
     sizes = {}
-    for count in (1000, 5000):
+    for count in (500, 2500):
         path = jsonl(tmp_path, count, height=64, width=64)
         found, listing = kept_by(lambda path=path: layouts.read(path, "jsonl", Data()))
         batches, plan = kept_by(lambda found=found: loader.Batches(found.train, Data(), 0, 10))
         batches.at(0, 0)
         sizes[count] = listing, plan
-    listing, plan = ((many - few) / 4000 for few, many in zip(*sizes.values(), strict=True))
+    listing, plan = ((many - few) / 2000 for few, many in zip(*sizes.values(), strict=True))
     assert listing < 2 * (len(WORDS) + 40)  # a list of Python objects takes 1,350
     assert plan < 16
 
@@ -118,3 +123,83 @@ def test_a_table_is_a_dict_whatever_comes_when(monkeypatch):
         other = f"{rng.randrange(900)}"
         assert made.get(other) == expected.get(other) and (other in made) == (other in expected)
     assert len(made) == len(expected)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Twelve shards of five pictures."""
+    (tmp_path / "shards").mkdir()
+    for i in range(12):
+        shard(tmp_path / "shards" / f"{i:02d}.tar", [f"{i:02d}_{n}" for n in range(5)])
+    return Data(path=str(tmp_path / "shards"), resolution=8, shards_at_once=2, streams=2)
+
+
+def shown(batches, steps, positions):
+    return [batches.items[batches.index(step, p)].file for step in steps for p in positions]
+
+
+@pytest.mark.parametrize("batch_size, streams, at_once", [(6, 2, 2), (7, 3, 1), (4, 4, 5), (8, 1, 2)])
+def test_shard_by_shard_each_picture_is_shown_once_an_epoch(shards, batch_size, streams, at_once):
+    settings = replace(shards, shards_at_once=at_once, streams=streams)
+    batches = loader.Batches(loader.read(settings, "captions").train, settings, 3, batch_size)
+    row = [batches.index(place // batch_size, place % batch_size) for place in range(240)]
+    epochs = [row[start:start + 60] for start in range(0, 240, 60)]
+    assert all(sorted(epoch) == list(range(60)) for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def test_each_process_reads_few_shards_at_a_time_and_of_its_own(shards):
+    batches = loader.Batches(loader.read(shards, "captions").train, shards, 0, 4)
+    for steps in (range(0, 5), range(5, 10), range(10, 15)):  # two shards of each process
+        one, other = ({file.tar for file in shown(batches, steps, part)} for part in (range(2), range(2, 4)))
+        assert len(one) == len(other) == 2 and not one & other
+    first, second = ([file.tar.name for file in shown(batches, range(15), part)] for part in (range(2), range(2, 4)))
+    assert len({*first, *second}) == 12 and first != sorted(first)
+
+
+def test_a_run_that_resumes_within_a_shard_shows_what_the_unbroken_one_would(shards):
+    whole, later = (loader.Batches(loader.read(shards, "captions").train, shards, 0, 4) for _ in range(2))
+    unbroken = shown(whole, range(40), range(4))
+    assert shown(later, range(23, 40), range(4)) == unbroken[23 * 4:]
+
+
+def test_pictures_of_all_sizes_come_from_the_same_shards(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"file": f"{i}.png", "caption": "x", "height": 64, "width": (32, 64, 96)[i % 3]})
+                            + "\n" for i in range(12_000)))
+    settings = Data(path=str(path), buckets="area", resolution=64, bucket_multiple=16, shards_at_once=1)
+    batches = loader.Batches(loader.read(settings, "captions", strict=False).train, settings, 0, 8)
+    thousands = {batches.index(step, 0) // 1000 for step in range(50)}  # 400 pictures of three sizes
+    assert len(batches.buckets) == 3 and len(thousands) <= 2
+
+
+def test_streams_without_shards_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="data.streams=2 are for pictures that are read shard by shard"):
+        tiny_run.settings(tiny_run.pictures(tmp_path / "set"), tmp_path / "run", "data.streams=2")
+
+
+def test_captions_may_be_embedded_when_they_are_first_shown(tmp_path, capsys):
+    path = tiny_run.pictures(tmp_path / "set", size=64)
+    made = tiny_pixart.settings(path, tmp_path / "run", tiny_pixart.parts(tmp_path), "text.ahead=false", "steps=1",
+                                "batch_size=2", "validation.every=0")
+    cli.main(["train", tiny_pixart.toml(tmp_path, made), "--dry-run"])
+    assert "each is embedded when it is first shown" in capsys.readouterr().out
+    cli.main(["train", tiny_pixart.toml(tmp_path, made)])
+    found = loader.read(made.data, "captions")
+    known = build.recipe(made, found, made.folder).text.missing(c for item in found.train for c in item.texts)
+    every = {c for item in found.train for c in item.texts}
+    assert 1 <= len(every) - len(known) <= 2 < len(every)
+
+
+def test_a_large_cache_is_looked_into_at_few_places(tmp_path, monkeypatch):
+    path = tiny_run.pictures(tmp_path / "set", size=64)
+    made = tiny_pixart.settings(path, tmp_path / "run", tiny_pixart.parts(tmp_path),
+                                f"cache.folder={tmp_path / 'cache'}")
+    cli.main(["cache", tiny_pixart.toml(tmp_path, made)])
+    found, said, looked = loader.read(made.data, "captions"), [], []
+    monkeypatch.setattr(cache, "LOOKED_FOR", 3)
+    monkeypatch.setattr(cache, "key_of", lambda item, *rest, plain=cache.key_of: looked.append(item) or plain(
+        item, *rest))
+    encoders = find(made.recipe.name).make_encoders(made)
+    load = cache.loader(made, encoders, found.train, made.data, said.append)
+    assert not said and len(looked) <= 3 < len(found.train)
+    assert loader.Batches(found.train, made.data, 0, 8, load)(0, range(8)).features

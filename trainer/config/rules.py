@@ -218,6 +218,14 @@ def data(settings: Data, batch_size: int, micro: int) -> list[str]:
     problems.one_of("data.buckets", settings.buckets, ("", "pixart", "ultrapixel", "area"))
     problems.need(1 <= settings.workers <= MOST_WORKERS,
                   f"data.workers={settings.workers} must be 1 to {MOST_WORKERS}: threads that decode pictures.")
+    problems.at_least("data.shards_at_once", settings.shards_at_once, 0)
+    problems.at_least("data.streams", settings.streams, 1)
+    problems.need(settings.streams == 1 or settings.shards_at_once,
+                  f"data.streams={settings.streams} are for pictures that are read shard by shard: say of how many "
+                  "shards are mixed, data.shards_at_once=16.")
+    size = settings.bucket_group or batch_size
+    problems.need(settings.streams <= size, f"data.streams={settings.streams} are more than the {size} pictures of one "
+                                            "size in a row of a batch.")
     name = "resolutions" if settings.resolutions else "resolution"
     problems.need(1 <= min(settings.sides) <= max(settings.sides) <= LARGEST_SIDE,
                   f"data.{name}={look_up(settings, name)} must be 1 to {LARGEST_SIDE} pixels.")

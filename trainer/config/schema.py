@@ -170,6 +170,14 @@ class Data(SetSettings):
     """Folder where the listing of jsonl, csv, parquet and data_info files and of shards is kept, and what pictures
     measure where buckets need it: a run begins at once, and the processes of a machine share one copy. It is made anew
     when a file has changed. Empty: everything is listed at each start, by each process."""
+    shards_at_once: int = 0
+    """Shards come in random order, and the pictures of so many at a time are mixed: files are read nearly from end to
+    end, as disks and networks like it. Of what is no shard, a thousand pictures in the order of their list are one.
+    0 = any picture may follow any other."""
+    streams: int = 1
+    """With shards_at_once, in so many places of the data at once, each for its stretch of every batch: as many as there
+    are processes, and each reads shards of its own. It is no matter of processes: a run may go on with other numbers of
+    them."""
     workers: int = 4
     """Threads that decode pictures."""
     skip_broken: bool = False
@@ -250,6 +258,9 @@ class Text:
     padded: bool = False
     """Read captions as FLUX does (recipes flux and pixelponder): padded to max_length, the padding attended to as if
     it were words."""
+    ahead: bool = True
+    """Embed all captions with a frozen encoder before the first step. false: each when it is first shown, and the
+    encoder stays in memory: a run on millions of captions begins at once."""
     clip: str = ""
     """Folder of CLIP-L (openai/clip-vit-large-patch14, or FLUX's text_encoder), whose vector FLUX reads beside the
     tokens of a frozen T5. Empty: zeros in its place."""

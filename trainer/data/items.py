@@ -27,6 +27,7 @@ from ...models_impl.parsing import from_json
 
 NOTHING: dict = {}
 VERSION = 1  # of what is kept
+A_SHARD = 1000  # items in a row that count as one where there are no tars
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Records:
     """(bytes,) uint8: JSON, [file, captions, tags, described, conditions] for each item, less what is empty behind."""
     digest: str
     """Of names and words of all items."""
+    starts: list[int]
+    """The first item of each tar; empty where there is none."""
     folder: Path | None = None
     """Where they are kept."""
 
@@ -163,6 +166,7 @@ class Listing:
             folder.mkdir(parents=True)
         self.rows, self.words = ((open(folder / name, "w+b") if folder else io.BytesIO()) for name in ("rows", "words"))
         self.tars: dict[Path, int] = {}
+        self.starts: list[int] = []
         self.tables: dict[tuple, tuple] = {}
         self.names: dict[str, int] = {}
         self.start, self.count, self.held_out = 0, 0, 0
@@ -190,6 +194,8 @@ class Listing:
 
     def place(self, file):
         if isinstance(file, InTar):
+            if file.tar not in self.tars:
+                self.starts.append(self.count)
             return [self.tars.setdefault(file.tar, len(self.tars)), file.name, file.offset, file.length]
         if isinstance(file, InRow):
             table = self.tables.setdefault((id(file.rows), file.column),
@@ -210,7 +216,7 @@ class Listing:
             rows = np.frombuffer(self.rows.getbuffer(), ROW)
             words = np.frombuffer(self.words.getbuffer(), np.uint8)
         records = Records(self.home, [*self.tars], [table[1:] for table in self.tables.values()], [*self.names], rows,
-                          words, self.identity.hexdigest()[:40])
+                          words, self.identity.hexdigest()[:40], self.starts)
         return found_in(records, self.held_out, classes, left_out)
 
 
@@ -249,8 +255,8 @@ def kept(folder: Path, key: dict, read: Callable[[Path], Found]) -> Found:
                 return found
             records = (found.train.parts or found.held_out.parts)[0].records
             facts = {"home": str(records.home), "tars": [*map(str, records.tars)], "names": records.names,
-                     "digest": records.digest, "held_out": len(found.held_out), "classes": found.classes,
-                     "left_out": [*map(str, found.left_out)]}
+                     "digest": records.digest, "starts": records.starts, "held_out": len(found.held_out),
+                     "classes": found.classes, "left_out": [*map(str, found.left_out)]}
             del found, records  # Windows renames nothing that is mapped
             (making / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
             try:
@@ -265,7 +271,7 @@ def kept(folder: Path, key: dict, read: Callable[[Path], Found]) -> Found:
                 shutil.rmtree(old, ignore_errors=True)
     facts = from_json((there / "facts.json").read_bytes(), str(there))
     records = Records(Path(facts["home"]), [Path(tar) for tar in facts["tars"]], [], facts["names"], *mapped(there),
-                      facts["digest"], there)
+                      facts["digest"], facts["starts"], there)
     return found_in(records, facts["held_out"], facts["classes"], [Path(file) for file in facts["left_out"]])
 
 
@@ -377,6 +383,17 @@ class Items(Sequence[Item]):
     def has(self, condition: str) -> np.ndarray:
         """(N,) bool: whether an item has a condition of this name."""
         return np.concatenate([part.has(condition) for part in self.parts]) if self.parts else np.empty(0, bool)
+
+    def starts(self) -> np.ndarray:
+        """The first item of each shard, or of each thousand where there are none."""
+        found, first = [np.empty(0, np.int64)], 0
+        for part in self.parts:
+            whole = part.records.starts or range(0, len(part.records.rows) - 1, A_SHARD)
+            chosen = part.chosen
+            inside = np.searchsorted(chosen, whole) if isinstance(chosen, np.ndarray) else np.asarray(whole)
+            found.append(first + np.unique(np.append(0, inside[inside < len(chosen)])))
+            first += len(chosen)
+        return np.concatenate(found)
 
     def at(self, indices) -> list[Item]:
         return [self[int(i)] for i in indices]

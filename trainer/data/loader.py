@@ -187,8 +187,10 @@ class Batches:
         mixed, groups = priors(self.group, self.share), batch_size // self.group
         self.buckets = in_buckets(self.items, settings)
         shown = np.concatenate([*self.buckets.values()])
+        shards = schedule.Shards(self.items.starts(), settings.shards_at_once, settings.streams) \
+            if settings.shards_at_once else None
         self.schedule = schedule.BucketSchedule(self.buckets, seed, batch_size - groups * mixed, self.group - mixed,
-                                                sets.times(self.items, shown, settings))
+                                                sets.times(self.items, shown, settings), shards)
         self.prior = schedule.BucketSchedule({(0, 0): prior}, seed + 1, groups * mixed, mixed,
                                              sets.times(self.items, prior, settings)) if mixed else None
         self.of_prior, self.broken = prior, set()

@@ -25,6 +25,32 @@ class Times:
         return np.zeros(len(indices), np.int32) if self.which is None else self.which[indices]
 
 
+@dataclass(frozen=True)
+class Shards:
+    """Pictures that lie together come together, so that files are read nearly from end to end."""
+
+    starts: np.ndarray
+    """The first picture of each shard."""
+    at_once: int
+    """So many shards at a time are mixed, ..."""
+    streams: int = 1
+    """... in so many places of the data at once: each has a stretch of its own of every batch."""
+
+    def ordered(self, shown: np.ndarray, seed: int, order_seed: int) -> np.ndarray:
+        """Pictures in a random order. order_seed: that of the shards, which the rows of all sizes have in common."""
+        ranks = np.empty(len(self.starts), np.int32)
+        ranks[shuffled(len(ranks), order_seed)] = np.arange(len(ranks), dtype=np.int32)
+        mixed = ranks[np.searchsorted(self.starts, shown, side="right") - 1] // self.at_once
+        return shown[np.lexsort((shuffled(len(shown), seed), mixed))]
+
+    def streamed(self, order: np.ndarray, before: int, group: int) -> np.ndarray:
+        """The same, so that each stream goes through a stretch of it. before: the places of the row before these."""
+        stream = (np.arange(before, before + len(order)) % group * self.streams // group).astype(np.int32)
+        found = np.empty_like(order)
+        found[np.argsort(stream, kind="stable")] = order
+        return found
+
+
 ONCE = Times()
 
 
@@ -35,10 +61,12 @@ class Cycle:
     their number of places more in every epoch, which they take in turn.
     """
 
-    def __init__(self, pictures: Sequence[int], seed: int, times: Times):
-        """times: how often an epoch shows a picture."""
+    def __init__(self, pictures: Sequence[int], seed: int, times: Times, group: int, shards: Shards | None = None,
+                 order_seed: int = 0):
+        """times: how often an epoch shows a picture; group: so many places may be asked for together."""
         pictures, which = np.asarray(pictures, np.int32), times.of(pictures)
-        self.seed, self.orders = seed, {}
+        self.seed, self.orders, self.group = seed, {}, group
+        self.shards, self.order_seed = shards, order_seed
         whole = np.array([int(rate) for rate in times.rates])
         self.always = pictures if (whole == 1).all() else np.repeat(pictures, whole[which])
         self.rests: dict[Fraction, np.ndarray] = {}
@@ -64,11 +92,11 @@ class Cycle:
         last = (place + len(self.rests)) // self.an_epoch + 1
         return bisect_right(range(last + 1), place, key=self.before) - 1
 
-    def at(self, place: int, group: int) -> int:
-        """The picture at a place. group: so many places may be asked for together."""
+    def at(self, place: int) -> int:
+        """The picture at a place."""
         epoch = self.epoch_of(place)
         if epoch not in self.orders:
-            for old in [e for e in self.orders if e < epoch - 1 - group / self.an_epoch]:
+            for old in [e for e in self.orders if e < epoch - 1 - self.group / self.an_epoch]:
                 del self.orders[old]
             self.orders[epoch] = self.order(epoch)
         return int(self.orders[epoch][place - self.before(epoch)])
@@ -81,7 +109,10 @@ class Cycle:
                                                   + turn // len(some) * 2_654_435_761) for turn in turns}
             shown.append(some[[orders[turn // len(some)][turn % len(some)] for turn in turns]])
         shown = np.concatenate(shown) if len(shown) > 1 else shown[0]
-        return shown[shuffled(len(shown), self.seed + epoch)]
+        if self.shards is None:
+            return shown[shuffled(len(shown), self.seed + epoch)]
+        order = self.shards.ordered(shown, self.seed + epoch, self.order_seed + epoch)
+        return self.shards.streamed(order, self.before(epoch), self.group)
 
 
 def shuffled(number: int, seed: int) -> np.ndarray:
@@ -99,13 +130,13 @@ class BucketSchedule:
     """
 
     def __init__(self, buckets: Mapping[Size, Sequence[int]], seed: int, batch_size: int, group: int = 0,
-                 times: Times = ONCE):
+                 times: Times = ONCE, shards: Shards | None = None):
         """group: so many pictures in a row have one size; it divides batch_size. 0: the whole batch. times: how often
         an epoch shows a picture."""
         self.sizes = list(buckets)
-        self.rows = [Cycle(pictures, seed * 1_000_003 + bucket * 1_000_000_007_000, times)
-                     for bucket, pictures in enumerate(buckets.values())]
         self.seed, self.group = seed, group or batch_size
+        self.rows = [Cycle(pictures, seed * 1_000_003 + bucket * 1_000_000_007_000, times, self.group, shards,
+                           seed * 1_000_003) for bucket, pictures in enumerate(buckets.values())]
         self.batch_groups = batch_size // self.group
         self.pictures = sum(row.an_epoch for row in self.rows)
         self.epochs: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
@@ -141,4 +172,4 @@ class BucketSchedule:
         number = step * self.batch_groups + position // self.group
         before, buckets, numbers = self.groups(self.epoch_of(number))
         bucket, turn = int(buckets[number - before]), int(numbers[number - before])
-        return self.rows[bucket].at(turn * self.group + position % self.group, self.group), self.sizes[bucket]
+        return self.rows[bucket].at(turn * self.group + position % self.group), self.sizes[bucket]
