@@ -1,7 +1,9 @@
 """`python -m trainer cache`."""
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
+from zlib import crc32
 
 from .options import accelerator_of, with_recipe
 
@@ -51,8 +53,8 @@ def run(args):
         return
     if text:
         asked = wording.every(collection.train, collection.held_out, config.data, config.seed)
-        captions = list(dict.fromkeys(["", *config.samples.captions, *asked]))
-        text.prepare(captions[number::count], accelerator.device, tqdm)
+        mine = (c for c in chain(["", *config.samples.captions], asked) if crc32(c.encode()) % count == number)
+        text.prepare(mine, accelerator.device, tqdm)
         accelerator.print(f"{text.store.folder}: {len(text.store):,} captions")
     for items, settings in parts if readers else ():
         cache.fill(items, settings, readers, root, accelerator.device, tqdm, (number, count))

@@ -4,6 +4,7 @@ from __future__ import annotations
 import sys
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from itertools import chain
 
 from .options import accelerator_of, bar, with_recipe
 
@@ -23,6 +24,7 @@ def run(args):
     from tqdm import tqdm
 
     from ..data import loader
+    from ..features import text_encoders
     from ..training import build, class_pictures, cost, loop
     from ..training.run import Run
 
@@ -51,6 +53,8 @@ def run(args):
     with closing(Run(config, accelerator, collection.held_out)) as run:
         recipe, batches = prepared(run, config, collection, accelerator)
         step = loop.train(recipe, batches, config, run, accelerator)
+        if isinstance(recipe.text, text_encoders.FROZEN):
+            recipe.text.store.write()  # what steps embedded
     if accelerator.is_main_process:
         print(f"step {step} of {config.steps}: {config.folder}")
     accelerator.end_training()
@@ -76,12 +80,20 @@ def prepared(run, config, collection, accelerator) -> tuple:
         recipe = build.recipe(config, collection, run.folder)
         offload.place(recipe, config, accelerator.device)
     if isinstance(recipe.text, text_encoders.FROZEN):
-        captions = wording.every(collection.train, collection.held_out, config.data, config.seed)
-        if config.data.caption_variants:
-            accelerator.print(f"{wording.counted(captions, collection.train, config.data)}: they are embedded first.")
+        def captions():
+            return wording.every(collection.train if config.text.ahead else (), collection.held_out, config.data,
+                                 config.seed)
+
+        if config.data.caption_variants and config.text.ahead and accelerator.is_main_process:
+            count = wording.different(captions())
+            print(f"{wording.counted(count, collection.train, config.data)}: they are embedded first.")
         with accelerator.main_process_first():
-            recipe.text.prepare(["", *config.samples.captions, *captions], accelerator.device,
-                                bar("embedding captions", accelerator.is_main_process))
+            if accelerator.is_local_main_process:  # of the others none need look through all captions
+                recipe.text.prepare(chain(["", *config.samples.captions], captions()), accelerator.device,
+                                    bar("embedding captions", accelerator.is_main_process))
+        accelerator.wait_for_everyone()
+        recipe.text.store.refresh()
+        recipe.text.store.writer = accelerator.process_index  # what a step embeds
     hashing = bar("looking for cached pictures", accelerator.is_main_process)
     load = cache.loader(config, recipe.encoders, collection.train, config.data, accelerator.print, hashing)
     run.load = cache.loader(config, recipe.encoders, run.items, config.data.unvaried(), accelerator.print, hashing)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..config.schema import Data, SetSettings
-from .items import InRow, Item, Items
+import numpy as np
 
+from ..config.schema import Data, SetSettings
+from .items import InRow, Item, Items, spread
+
+VOCABULARY_OF = 10**6
 ALTERNATIVES = re.compile(r"\{([^{}]*\|[^{}]*)\}")  # the innermost
 SIGNS = re.compile(r"[{|}]")
 NUMBERS = re.compile(r"^\(?\d+\)?([\s_.-]+|$)|[\s_.-]+\(?\d+\)?$|\(\d+\)$|[\s_.-]+$")  # at the ends of a name
@@ -90,9 +93,14 @@ def at(item: Item, settings: Data, seed: int, rng: random.Random) -> str:
     return drawn(item, one, rng)
 
 
-def counted(captions: list[str], train: list[Item], settings: Data) -> str:
+def different(captions: Iterable[str]) -> int:
+    """How many there are, each counted once."""
+    return len(np.unique(np.fromiter(map(hash, captions), np.int64)))
+
+
+def counted(captions: int, train: Sequence[Item], settings: Data) -> str:
     """How many captions there are to embed, in words."""
-    return (f"{len(captions):,} captions of {len(train):,} pictures can occur "
+    return (f"{captions:,} captions of {len(train):,} pictures can occur "
             f"(data.caption_variants={settings.caption_variants})")
 
 
@@ -100,25 +108,24 @@ def variant(item: Item, one: SetSettings, seed: int, number: int) -> str:
     return drawn(item, one, random.Random(f"{seed} {item.set} {item.file.name} variant {number}"))
 
 
-def corpus(items: Iterable[Item], settings: Data) -> list[str]:
-    """What a vocabulary is made of: captions, tags and templates, without the signs of alternatives."""
+def corpus(items: Sequence[Item], settings: Data) -> list[str]:
+    """What a vocabulary is made of: captions, tags and templates of at most VOCABULARY_OF items, evenly spread, without
+    the signs of alternatives."""
     found = []
-    for item in items:
+    for item in spread(items, VOCABULARY_OF):
         bare = settings.each[item.set].wildcards
         found += (SIGNS.sub(" ", text) if bare else text for text in (*item.texts, *item.tags))
     return found + [SIGNS.sub(" ", template) if one.wildcards else template.replace("{}", "")
                     for one in settings.sets or [settings] for template in one.templates]
 
 
-def every(train: Iterable[Item], held_out: Iterable[Item], settings: Data, seed: int) -> list[str]:
-    """Every caption that a run asks a frozen encoder for, none twice."""
-    found: dict[str, None] = {}
+def every(train: Iterable[Item], held_out: Iterable[Item], settings: Data, seed: int) -> Iterator[str]:
+    """Every caption that a run asks a frozen encoder for, as often as it occurs."""
     for item in train:
         one = settings.each[item.set]
         if settings.caption_variants and one.rewords:
-            found |= dict.fromkeys(variant(item, one, seed, n) for n in range(settings.caption_variants))
+            yield from (variant(item, one, seed, n) for n in range(settings.caption_variants))
         else:
-            found |= dict.fromkeys(item.texts)
+            yield from item.texts
     for item in held_out:
-        found |= dict.fromkeys((*item.texts, plain(item, settings.each[item.set])))
-    return list(found)
+        yield from (*item.texts, plain(item, settings.each[item.set]))

@@ -19,12 +19,13 @@ import torch
 
 from ..config.schema import Config, Data
 from ..data import loader as data
-from ..data.items import Item, Items
+from ..data.items import Item, Items, spread
 from ..data.layouts import listed
 from ..data.pictures import KEPT_BYTES, Picture, Pictures, Size, mask_of, plan
 from .store import Digests
 
 AT_ONCE = 8  # pictures decoded and encoded together
+LOOKED_FOR = 100_000  # pictures of a data set, evenly spread, that a run looks for in the cache before its first step
 ORIGINAL, BOX = "original", "box"  # parts beside an encoder's own: what `pictures.Picture` says of the cut
 
 
@@ -37,22 +38,30 @@ def key_of(item: Item, of: str, size: Size, crop: str, mirrored: bool, digests: 
     return f"{content}@{size[0]}x{size[1]} {crop}{' mirrored' if mirrored else ''}"
 
 
-def shown(items: Sequence[Item], settings: Data) -> Iterator[tuple[Item, Size]]:
+class Shown:
     """Every item with every size it is shown at: prior pictures take the size of whatever they stand beside."""
-    items = Items.of(items)
-    prior = items.column("prior") > 0
-    if prior.all():
-        return
-    for size, indices in data.in_buckets(items, settings).items():
-        yield from ((items[i], size) for i in indices.tolist())
-        yield from ((i, size) for i in items.only(prior))
+
+    def __init__(self, items: Sequence[Item], settings: Data):
+        self.items = Items.of(items)
+        prior = self.items.column("prior") > 0
+        self.prior = self.items.only(prior)
+        self.buckets = {} if prior.all() else data.in_buckets(self.items, settings)
+
+    def __len__(self) -> int:
+        return sum(len(indices) + len(self.prior) for indices in self.buckets.values())
+
+    def __iter__(self) -> Iterator[tuple[Item, Size]]:
+        for size, indices in self.buckets.items():
+            yield from ((self.items[i], size) for i in indices)
+            yield from ((i, size) for i in self.prior)
 
 
 def lacking(items: list[Item], settings: Data, encoders: list, digests: Digests,
-            progress: Callable = lambda some: some) -> tuple[list, list]:
-    """([(item, size, mirrored)] that some encoder has no features of, the files among them that have changed)."""
+            progress: Callable = lambda some: some, most: int = 0) -> tuple[list, list]:
+    """([(item, size, mirrored)] that some encoder has no features of, the files among them that have changed). most:
+    look at so many of the items, evenly spread; 0 = all."""
     missing, changed = [], []
-    for item, size in progress([*shown(items, settings)]):
+    for item, size in progress(Shown(spread(items, most or len(items)), settings)):
         altered = digests.of(item.file)[1] or any(digests.of(item.conditions[e.of])[1] for e in encoders if e.of)
         one = settings.each[item.set]
         for mirrored in (False, True) if one.flip else (False,):
@@ -73,7 +82,7 @@ def counted(config: Config, encoders: list, items: list[Item]) -> tuple[int, int
     """(how many pictures, at all sizes that they are shown at, the cache has everything of; how many there are). No
     picture is read."""
     settings, stores = config.data, [e.store for e in encoders]
-    every = sum(2 if settings.each[item.set].flip else 1 for item, _ in shown(items, settings))
+    every = sum(2 if settings.each[item.set].flip else 1 for item, _ in Shown(items, settings))
     if None in stores or any(settings.each[number].crop == "random" for number in {i.set for i in items}):
         return 0, every
     for store in stores:
@@ -140,7 +149,7 @@ def loader(config: Config, encoders: list, items: list[Item], settings: Data, sa
     for store in stores:
         store.refresh()
     digests = Digests(Path(config.cache.folder).expanduser())
-    missing, changed = lacking(items, settings, encoders, digests, progress)
+    missing, changed = lacking(items, settings, encoders, digests, progress, LOOKED_FOR)
     if not missing:
         return partial(Cached, encoders=encoders, digests=digests)
     lines = listed([f"{item.file} at {size[1]}x{size[0]}" for item, size, _ in missing],

@@ -2,7 +2,7 @@
 A frozen one is loaded only while something is to be encoded."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -137,12 +137,12 @@ class FrozenT5(nn.Module):
         self.encoder: list[nn.Module] = []  # in a list: not a part of what is trained, saved or moved
         self.pooler: list = []
 
-    def missing(self, captions: list[str]) -> list[str]:
-        """Those that the store does not have yet; another process may have filled it."""
+    def missing(self, captions: Iterable[str]) -> list[str]:
+        """Those that the store does not have yet, none twice; another process may have filled it."""
         self.store.refresh()
-        return [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
+        return [*dict.fromkeys(c for c in captions if digest(c) not in self.store)]
 
-    def prepare(self, captions: list[str], device, progress=lambda items: items):
+    def prepare(self, captions: Iterable[str], device, progress=lambda items: items):
         """Embed what is missing and write it down, then let the encoder go."""
         missing = self.missing(captions)
         try:
@@ -258,12 +258,12 @@ class FrozenClip(nn.Module):
         self.word_row = len(self.tokens)
         self.tokens.add_tokens([AddedToken(word, normalized=False)])
 
-    def missing(self, captions: list[str]) -> list[str]:
-        """Those that the store does not have yet; another process may have filled it."""
+    def missing(self, captions: Iterable[str]) -> list[str]:
+        """Those that the store does not have yet, none twice; another process may have filled it."""
         self.store.refresh()
-        return [c for c in dict.fromkeys(captions) if digest(c) not in self.store]
+        return [*dict.fromkeys(c for c in captions if digest(c) not in self.store)]
 
-    def prepare(self, captions: list[str], device, progress=lambda items: items):
+    def prepare(self, captions: Iterable[str], device, progress=lambda items: items):
         """Embed what is missing and write it down, then let the encoder go. With a word that is taught nothing can be
         prepared: captions are embedded anew at every step."""
         if self.word:

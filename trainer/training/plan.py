@@ -68,11 +68,16 @@ def captions(config: Config, collection: loader.Collection, text) -> list[str]:
     """How many captions a frozen encoder embeds before the first step, and how many of them it did before."""
     if not isinstance(text, text_encoders.FROZEN) or text.word:
         return []
-    asked = wording.every(collection.train, collection.held_out, config.data, config.seed)
-    missing = len(text.missing(asked))
-    said = wording.counted(asked, collection.train, config.data) if config.data.caption_variants else \
-        f"{len(asked):,} captions"
-    return [f"captions   {said}; {len(asked) - missing:,} are embedded already"]
+    if not config.text.ahead:
+        return ["captions   each is embedded when it is first shown (text.ahead=false)"]
+
+    def asked():
+        return wording.every(collection.train, collection.held_out, config.data, config.seed)
+
+    count, missing = wording.different(asked()), len(text.missing(asked()))
+    said = wording.counted(count, collection.train, config.data) if config.data.caption_variants else \
+        f"{count:,} captions"
+    return [f"captions   {said}; {count - missing:,} are embedded already"]
 
 
 def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, processes: int,

@@ -48,7 +48,7 @@ MAY_CHANGE = {"name", "out", "resume", "resume_from", "init_from", "device", "th
               "checkpoint_activations", "micro_batch_size", "save_every", "save_minutes", "save_epochs", "keep",
               "log_every", "divergence", "log", "samples", "validation", "data.path", "data.held_out_path",
               "data.prior_path", "data.cache", "data.index", "data.workers", "data.sets.path",
-              "data.sets.held_out_path", "data.sets.name", "text.cache", "text.tokenizer", "cache",
+              "data.sets.held_out_path", "data.sets.name", "text.cache", "text.tokenizer", "text.ahead", "cache",
               "memory.swap_blocks", "memory.fused_backward", "memory.shard", "model.previewer", "model.stage_a",
               "model.stage_b"}
 """Settings that a continued run may have otherwise, because they do not shape its result (or only move its files)."""
