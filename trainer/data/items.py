@@ -123,13 +123,17 @@ class Records:
     folder: Path | None = None
     """Where they are kept."""
 
-    def item(self, i: int) -> Item:
+    def item(self, i: int, said: Part) -> Item:
+        """said: what a run says of it."""
         start, label, height, width, *_, number, prior, _, _ = self.rows[i].item()
+        number, prior = number if said.set is None else said.set, bool(prior if said.prior is None else said.prior)
+        if said.labels is not None and label >= 0:
+            label = int(said.labels[label])
         text = self.words[start:self.rows["start"][i + 1]].tobytes().decode(errors="surrogatepass")
         file, captions, tags, described, conditions = (*json.loads(text), (), (), (), ())[:5]
         return Item(self.file(file), tuple(captions), tuple(tags), label, tuple(described),
                     {name: self.file(place) for name, place in conditions.items()} if conditions else NOTHING,
-                    (height, width) if height else None, bool(prior), number)
+                    (height, width) if height else None, prior, number)
 
     def keep_sizes(self, chosen: np.ndarray, sizes: np.ndarray):
         """What pictures measure of which the data set does not say it, (N, 2), for the next run."""
@@ -298,13 +302,8 @@ class Part:
     """The label of a run for each of the listing."""
 
     def item(self, i: int) -> Item:
-        item = self.records.item(int(self.chosen[i]))
-        changes = {name: value for name in ("set", "prior") if (value := getattr(self, name)) is not None}
-        if self.labels is not None and item.label >= 0:
-            changes["label"] = int(self.labels[item.label])
-        if self.words and not item.texts:
-            changes["captions"] = self.words(item)
-        return replace(item, **changes) if changes else item
+        item = self.records.item(int(self.chosen[i]), self)
+        return replace(item, captions=self.words(item)) if self.words and not item.texts else item
 
     def column(self, name: str) -> np.ndarray:
         if (value := getattr(self, name, None)) is not None and name in ("set", "prior"):
