@@ -275,8 +275,8 @@ class PixelFlow(nn.Module):
         flow = TokenLayout(
             rope=torch.cat([self._rope(*grid, x.device) for grid in layout.grids]),
             spread=lambda m: m[item],
-            attend_self=lambda q, k, v: attention(q, k, v, lengths, lengths),
-            attend_text=lambda q, k, v: attention(q, k, v, lengths, list(layout.context_lengths)),
+            attend_self=partial(attention, lengths_q=lengths, lengths_k=lengths),
+            attend_text=partial(attention, lengths_q=lengths, lengths_k=list(layout.context_lengths or ())),
         )
         h = self._transform(self.patch_embed.rows(x), timestep, latent_size, context, class_labels, flow)
         return h.unflatten(-1, (-1, self.config.out_channels)).transpose(-1, -2).flatten(-2)  # (p q c) -> (c p q)

@@ -1,3 +1,6 @@
+import random
+from dataclasses import replace
+
 import pytest
 import tiny_run
 import torch
@@ -10,6 +13,7 @@ from pixstack.trainer.data import loader
 from pixstack.trainer.recipes import adapters
 from pixstack.trainer.training import build, optim
 from pixstack.trainer.training.groups import Group
+from torch._dynamo.testing import CompileCounter
 
 
 @pytest.fixture
@@ -285,3 +289,20 @@ def test_an_encoder_that_is_none_is_refused_by_name(path, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="text.encoder="):
         recipe_of(path, tmp_path, text={"encoder": str(tmp_path / "empty")})
+
+
+def test_a_compiled_pixelflow_has_the_same_graphs_whatever_the_lengths_of_captions(path, tmp_path):
+    recipe, batches = recipe_of(path, tmp_path, "recipe.packing=packed", "batch_size=4")
+    counter, rng = CompileCounter(), random.Random(0)
+
+    def losses():
+        for step in range(3):
+            captions = [" ".join(["red card"] * rng.randint(1, 9)) for _ in range(4)]
+            yield recipe(replace(batches(step, range(4)), captions=captions)).detach()
+
+    plain = list(losses())
+    recipe.compile_blocks(backend=counter)
+    rng = random.Random(0)
+    counts, compiled = zip(*((counter.frame_count, loss) for loss in losses()), strict=True)
+    assert len(set(counts)) == 1 and counts[0] > 0
+    torch.testing.assert_close(list(compiled), plain)

@@ -74,8 +74,8 @@ class Recipe(Protocol):
     def forward(self, batch: Batch) -> Tensor:
         """The loss of each picture, (B,)."""
 
-    def compile_blocks(self):
-        """With compile=true."""
+    def compile_blocks(self, **how):
+        """With compile=true. how: arguments of torch.compile."""
 
     def described(self, step: int) -> list[str]:
         """The random draws for each picture of a step's batch, in words."""
@@ -134,6 +134,6 @@ class Base(nn.Module):
         """What compile=true compiles, one by one."""
         return []
 
-    def compile_blocks(self):
+    def compile_blocks(self, **how):
         for block in self.blocks():
-            block.compile()
+            block.compile(**how)

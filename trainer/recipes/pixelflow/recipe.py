@@ -61,6 +61,7 @@ class Recipe(Base):
             self.diffusion = quantization.frozen(adapters.attach(self.diffusion, config.adapter, TARGETS), config)
         self.bf16 = config.precision == "bf16"
         self.batch_size = config.batch_size
+        self.attend = attend
 
     @staticmethod
     def file_problems(config: Config) -> list[str]:
@@ -141,16 +142,18 @@ class Recipe(Base):
             given = {"class_labels": condition["class_labels"][batch.order]}
         else:
             given = {"context": condition["context"][batch.order][mask[batch.order]]}  # (K, C), padding dropped
-
-        def attend(q, k, v, lengths_q, lengths_k):  # norms leave float32 under autocast, which no fused kernel takes
-            return packed_attention(q.to(v.dtype), k.to(v.dtype), v, lengths_q, lengths_k)
-
-        velocity = self.diffusion.forward_packed(batch.x, batch.timestep, batch.layout, **given, attention=attend)
+        velocity = self.diffusion.forward_packed(batch.x, batch.timestep, batch.layout, **given, attention=self.attend)
         loss = packing.packed_loss(velocity, batch.target, batch.layout, self.objective, batch.cells)
         return loss[batch.order.argsort()]
 
     def blocks(self) -> list[nn.Module]:
         return list(self.diffusion.transformer_blocks)
+
+    def compile_blocks(self, **how):
+        """What depends on the numbers of tokens of single pictures and captions stays outside: there would be a graph
+        for each."""
+        self.attend = torch.compiler.disable(attend)
+        super().compile_blocks(dynamic=True, **how)
 
     def described(self, step: int) -> list[str]:
         times, dropped = self.draw(step)
@@ -238,6 +241,11 @@ class Recipe(Base):
             return {"loras/{name}.safetensors": found, **text_encoders.files(self.text)}
         path = f"diffusion_models/{{name}}_{shape.resolution}.safetensors"
         return {path: (self.diffusion.state_dict(), checkpoint.metadata(shape)), **text_encoders.files(self.text)}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int]) -> Tensor:
+    """Norms leave float32 under autocast, which no fused kernel takes."""
+    return packed_attention(q.to(v.dtype), k.to(v.dtype), v, lengths_q, lengths_k)
 
 
 def kept(shape: PixelFlowConfig, pictures: int, side: int, bf16: bool) -> int:
