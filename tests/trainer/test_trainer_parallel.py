@@ -16,7 +16,7 @@ import torch
 from pixstack.trainer.config import check, load, rules
 from pixstack.trainer.config.schema import Config
 from pixstack.trainer.recipes import RECIPES
-from pixstack.trainer.training import optim, plan
+from pixstack.trainer.training import footprint, optim
 from pixstack.trainer.training.checkpoints import read_tensors
 
 pytestmark = pytest.mark.long
@@ -125,7 +125,7 @@ def test_a_dry_run_counts_the_parts(path, parts, tmp_path, monkeypatch, way):
     made = tiny_pixart.settings(path, tmp_path / "run", parts)
     recipe, _ = tiny_pixart.recipe_of(made)
     optimizers = optim.Optimizers(recipe.groups(made), made.optimizer, made.steps)
-    one, four = (plan.memory(made, recipe, optimizers, 6, processes, cpu=True) for processes in (1, 4))
+    one, four = (footprint.estimate(made, recipe, optimizers, 6, processes, cpu=True) for processes in (1, 4))
     every, block = (sum(p.numel() for p in module.parameters()) for module in (recipe.net, recipe.net.blocks))
     fewer = {"weights": 4 * block, "gradients": 4 * block, "optimizer": 8 * block, "ema": 4 * block}
     if way == rules.DEEPSPEED:  # and its own copy of the weights

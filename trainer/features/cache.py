@@ -38,7 +38,7 @@ def key_of(item: Item, of: str, size: Size, crop: str, mirrored: bool, digests: 
     return f"{content}@{size[0]}x{size[1]} {crop}{' mirrored' if mirrored else ''}"
 
 
-class Shown:
+class ShownItems:
     """Every item with every size it is shown at: prior pictures take the size of whatever they stand beside."""
 
     def __init__(self, items: Sequence[Item], settings: Data):
@@ -61,7 +61,7 @@ def lacking(items: list[Item], settings: Data, encoders: list, digests: Digests,
     """([(item, size, mirrored)] that some encoder has no features of, the files among them that have changed). most:
     look at so many of the items, evenly spread; 0 = all."""
     missing, changed = [], []
-    for item, size in progress(Shown(spread(items, most or len(items)), settings)):
+    for item, size in progress(ShownItems(spread(items, most or len(items)), settings)):
         altered = digests.of(item.file)[1] or any(digests.of(item.conditions[e.of])[1] for e in encoders if e.of)
         one = settings.each[item.set]
         for mirrored in (False, True) if one.flip else (False,):
@@ -82,7 +82,7 @@ def counted(config: Config, encoders: list, items: list[Item]) -> tuple[int, int
     """(how many pictures, at all sizes that they are shown at, the cache has everything of; how many there are). No
     picture is read."""
     settings, stores = config.data, [e.store for e in encoders]
-    every = sum(2 if settings.each[item.set].flip else 1 for item, _ in Shown(items, settings))
+    every = sum(2 if settings.each[item.set].flip else 1 for item, _ in ShownItems(items, settings))
     if None in stores or any(settings.each[number].crop == "random" for number in {i.set for i in items}):
         return 0, every
     for store in stores:

@@ -11,7 +11,7 @@ import torch
 from ..config.schema import Data
 from ..data.layouts import Item, listed
 from ..data.pictures import measure, plan
-from .cache import BOX, ORIGINAL, Shown, key_of
+from .cache import BOX, ORIGINAL, ShownItems, key_of
 from .store import Digests, Store, digest
 
 
@@ -45,7 +45,7 @@ def read_released(items: list[Item], settings: Data, text: Store | None, latent:
     digests, done, absent, wrong = None, Counter(), [], []
     if latent is not None:
         digests = Digests(latent.root)
-    for item, size in Shown(items, settings):
+    for item, size in ShownItems(items, settings):
         names, crop = file_names(item, root_of(item, settings)), settings.each[item.set].crop
         if text is not None and item.texts:
             if file := _first(captions, names, ".npz"):
@@ -85,7 +85,7 @@ def write_released(items: list[Item], settings: Data, text: Store | None, latent
     import numpy as np
 
     digests, done, absent = Digests(latent.root) if latent is not None else None, Counter(), []
-    for item, size in Shown(items, settings):
+    for item, size in ShownItems(items, settings):
         name, crop = file_names(item, root_of(item, settings))[0], settings.each[item.set].crop
         if text is not None and item.texts:
             key = digest(item.texts[0])

@@ -5,6 +5,7 @@ import torch
 
 from ..config.schema import Config
 from ..distributed import strategy
+from . import footprint
 from .ema import EmaWeights
 from .optim import Optimizers
 
@@ -16,14 +17,17 @@ def train(recipe, batches, config: Config, run, accelerator):
     ema = recipe.ema = EmaWeights(recipe, config.ema.decay, config.ema.warm_up)  # LCM's target is made of it
     step = run.restore(recipe, ema, optimizer)
     parts = parts_of(config, accelerator.process_index, accelerator.num_processes)
-    together.start(optimizer, len(parts), len(parts[0]))
+    device, pictures = accelerator.device, len(parts[0])
+    sizes = footprint.estimate(config, recipe, optimizer, pictures, accelerator.num_processes, device.type == "cpu")
+    together.start(optimizer, len(parts), pictures)
     run.pictures = len(batches.items)
     run.baseline(step, recipe, ema, optimizer)
+    run.footprint.begin(step, sum(sizes.values()))
 
     while step < config.steps and run.goes_on(step, recipe, ema, optimizer):
         # Random draws depend only on (seed, step), so a resumed run repeats the unbroken one.
         torch.manual_seed(config.seed * 1_000_003 + step)
-        total = torch.zeros((), device=accelerator.device)
+        total = torch.zeros((), device=device)
         optimizer.begin(step)
         with run.rescuing(step, recipe, ema, optimizer, Exception):
             for i, part in enumerate(parts):

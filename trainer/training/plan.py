@@ -6,13 +6,11 @@ import warnings
 import torch
 
 from ...models_impl.state_dict import first_line
-from ..config import rules
 from ..config.schema import Config
 from ..data import loader, sets, wording
-from ..distributed import deepspeed, fsdp2
 from ..features import cache, text_encoders
 from ..memory import offload, quantization
-from . import cost
+from . import cost, footprint
 from .optim import Optimizers
 
 
@@ -45,7 +43,7 @@ def describe(config: Config, collection: loader.Collection, recipe, batches: loa
         lines.append("sizes      " + ", ".join(f"{w}x{h}: {len(some):,}" for (h, w), some in batches.buckets.items()))
     lines += [("buckets    " if i == 0 else "           ") + line for i, line in enumerate(recipe.buckets(0))]
 
-    sizes = memory(config, recipe, optimizers, len(parts[0]), processes, device.type == "cpu")
+    sizes = footprint.estimate(config, recipe, optimizers, len(parts[0]), processes, device.type == "cpu")
     swapped = offload.spared(recipe, config)
     lines.append(f"memory     about {sum(sizes.values()) / 2**30:.2f} GiB a process: "
                  + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
@@ -78,36 +76,6 @@ def captions(config: Config, collection: loader.Collection, text) -> list[str]:
     said = wording.counted(count, collection.train, config.data) if config.data.caption_variants else \
         f"{count:,} captions"
     return [f"captions   {said}; {count - missing:,} are embedded already"]
-
-
-def memory(config: Config, recipe, optimizers: Optimizers, pictures: int, processes: int,
-           cpu: bool) -> dict[str, float]:
-    """Bytes that a process holds in a step, by what they are."""
-    learns = [p for p in recipe.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in learns)
-    weights = sum(p.nbytes for net in (recipe, *recipe.teacher) for p in net.parameters())
-    sizes = {
-        "weights": weights - offload.spared(recipe, config),
-        "gradients": max(p.nbytes for p in learns) if config.memory.fused_backward else sum(p.nbytes for p in learns),
-        "optimizer": optimizers.state_bytes()
-        + max((8 * p.numel() for p in learns if p.dtype == torch.bfloat16), default=0),  # one in float32, and gradient
-        "ema": 4 * count if config.ema.decay else 0,
-        "activations": recipe.activation_bytes(pictures, cpu),
-    }
-    way = rules.way(config)
-    if way == rules.FSDP2:
-        blocks = [p for block in fsdp2.blocks(recipe) for p in block.parameters()]
-        learning = sum(p.numel() for p in blocks if p.requires_grad)
-        elsewhere = {"weights": sum(p.nbytes for p in blocks), "gradients": 4 * learning,
-                     "optimizer": optimizers.state_bytes({id(p) for p in blocks}),
-                     "ema": 4 * learning if config.ema.decay else 0}
-        for name, size in elsewhere.items():
-            sizes[name] -= (1 - 1 / processes) * size
-    if way == rules.DEEPSPEED:
-        gradients, moments = deepspeed.shares(processes)
-        sizes["gradients"] *= gradients
-        sizes["optimizer"] = moments * (sizes["optimizer"] + 4 * count)  # and a copy of the weights
-    return sizes
 
 
 SLOWER = 2  # than estimated were real steps of pixelflow_emoji (2.1 times) and flux_emoji (1.9), on one CPU core

@@ -43,6 +43,7 @@ from .checkpoints import (
 )
 from .control import LOCK, STATUS
 from .divergence import Divergence
+from .footprint import Footprint
 
 MAY_CHANGE = {"name", "out", "resume", "resume_from", "init_from", "device", "threads", "compile",
               "checkpoint_activations", "micro_batch_size", "save_every", "save_minutes", "save_epochs", "keep",
@@ -68,6 +69,7 @@ class Run:
         self.lock: FileLock | None = None
         self.losses, self.clock = [], None
         self.past = Divergence(config.divergence)
+        self.footprint = Footprint(accelerator.device)
         self.pictures = 0
         """How many there are in an epoch; the loop says so."""
         self.saved_when = self.told_when = 0.0
@@ -257,6 +259,8 @@ class Run:
         self.losses.append(loss)
         if self.main:
             self.bar.update()
+        if self.main and (said := self.footprint.complaint(step)):
+            self.bar.write(said)
         if step % self.config.log_every:
             return
         mean = torch.stack(self.losses).mean()
@@ -270,9 +274,10 @@ class Run:
             self.clock = (now, step)
             self.bar.set_postfix(loss=f"{mean.item():.4f}", images_s=f"{speed:.3g}")
             self.write(step, loss=mean.item(), grad_norm=grad_norm.item(), learning_rate=learning_rate,
-                       images_per_second=float(f"{speed:.3g}"))
+                       images_per_second=float(f"{speed:.3g}"), memory=self.footprint.peak(),
+                       memory_estimated=self.footprint.estimated)
             if time.monotonic() > self.told_when + 1 or step == self.config.steps:
-                self.tell(step, "training", memory=memory_in_use(self.accelerator.device),
+                self.tell(step, "training", memory=self.footprint.peak(),
                           seconds_left=round((self.config.steps - step) * self.config.batch_size / speed))
         if diverged := self.past.see(step, mean.item(), grad_norm.item()):
             raise FloatingPointError(self.diverged(step, diverged))
@@ -285,6 +290,7 @@ class Run:
         return f"step {step}: {words}; since step {self.past.calm} the run diverges. {go_on} (divergence=0 lets it.)"
 
     def write(self, step: int, **values):
+        values = {name: value for name, value in values.items() if value is not None}
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
@@ -389,14 +395,3 @@ class Run:
         if self.lock is not None:
             self.lock.release()
             (self.folder / LOCK).unlink(missing_ok=True)
-
-
-def memory_in_use(device: torch.device) -> int | None:
-    """Bytes, at most until now: of tensors on a GPU, else of the process, where the system says so."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
