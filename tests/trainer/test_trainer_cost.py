@@ -6,6 +6,7 @@ import tiny_pixart
 import tiny_run
 import torch
 from pixstack.trainer.data import loader
+from pixstack.trainer.features import precision
 from pixstack.trainer.training import build, cost, footprint, loop, optim, plan
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,3 +101,18 @@ def test_the_log_has_the_memory_of_a_run_beside_what_its_dry_run_says(tmp_path):
     assert len(losses) == 2 and all(line["memory_estimated"] == round(sum(sizes.values())) for line in losses)
     if most := footprint.at_most(torch.device("cpu")):
         assert all(0 < line["memory"] <= most for line in losses)
+
+
+@pytest.mark.parametrize("words, device, chosen", [
+    (["precision=bf16"], "cuda", "high"), (["precision=fp32"], "cuda", "highest"),
+    (["precision=bf16"], "cpu", "highest"), (["precision=fp32", "float32_matmul=high"], "cuda", "high"),
+    (["float32_matmul=highest"], "cuda", "highest")])
+def test_gpus_multiply_float32_as_the_settings_say(tmp_path, words, device, chosen):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        made = tiny_run.settings(tiny_run.pictures(tmp_path / "set"), tmp_path / "run", *words)
+        precision.set_float32_matmul(made, torch.device(device))
+        assert torch.get_float32_matmul_precision() == chosen
+    finally:
+        torch.set_float32_matmul_precision(before)

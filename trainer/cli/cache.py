@@ -25,7 +25,7 @@ def run(args):
     from tqdm import tqdm
 
     from ..data import wording
-    from ..features import cache, released, text_encoders
+    from ..features import cache, precision, released, text_encoders
     from ..recipes import find
     from ..training import build, class_pictures
 
@@ -33,6 +33,7 @@ def run(args):
         raise ValueError("cache.folder is empty: name where the features are to be kept.")
     cache.stop_once()
     accelerator = accelerator_of(config.device)
+    precision.set_float32_matmul(config, accelerator.device)
     number, count = accelerator.process_index, accelerator.num_processes
     class_pictures.draw_missing(config, accelerator,
                                 lambda groups: tqdm(groups, disable=not accelerator.is_main_process))

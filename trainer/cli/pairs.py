@@ -31,10 +31,12 @@ def run(args):
 
     from tqdm import tqdm
 
+    from ..features import precision
     from ..recipes.pixart import pairs
     from ..training import build
 
     accelerator = accelerator_of(config.device)
+    precision.set_float32_matmul(config, accelerator.device)
     pairs.make(config, build.collection(config).train, out, args.steps, args.cfg, args.batch, accelerator,
                lambda groups: tqdm(groups, unit="batch", disable=not accelerator.is_main_process))
     accelerator.print(f"{out}: {sum(1 for _ in (out / pairs.PAIRS[1]).rglob('*.npy')):,} pairs")

@@ -24,13 +24,14 @@ def run(args):
     from tqdm import tqdm
 
     from ..data import loader
-    from ..features import text_encoders
+    from ..features import precision, text_encoders
     from ..training import build, class_pictures, cost, loop
     from ..training.run import Run
 
     if config.threads:
         torch.set_num_threads(config.threads)
     accelerator = accelerator_of(config.device)
+    precision.set_float32_matmul(config, accelerator.device)
     parts = loop.parts_of(config, accelerator.process_index, accelerator.num_processes)
     if args.dry_run:
         from ..training import plan

@@ -39,6 +39,7 @@ def general(config: Config) -> list[str]:
     problems.one_of("optimizer.decay", config.optimizer.decay,
                     ("constant", "linear", "cosine", "cosine_restarts", "rex"))
     problems.one_of("precision", config.precision, ("bf16", "fp32"))
+    problems.one_of("float32_matmul", config.float32_matmul, ("auto", "highest", "high", "medium"))
     problems.one_of("device", config.device, ("auto", "cpu"))
     problems.one_of("resume", config.resume, ("auto", "changed", "never"))
     for name in ("init_from", "text.tokenizer", "text.clip", "vae.path"):

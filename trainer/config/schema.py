@@ -586,6 +586,10 @@ class Config:
     0 = as large as batch_size allows (in validation 64)."""
     precision: str = "bf16"
     """bf16: float32 weights under autocast. fp32."""
+    float32_matmul: str = "auto"
+    """How NVIDIA GPUs multiply matrices of float32, as torch calls it: highest, in float32; high, in TF32 (10 bits of
+    23), several times faster; medium, in bf16. auto: highest with precision=fp32; high with bf16, where only frozen
+    encoders and what autocast leaves are in float32. Convolutions are in TF32 anyway."""
     device: str = "auto"
     """auto: the GPUs that accelerate or torchrun gives (CUDA_VISIBLE_DEVICES narrows them), else the CPU. cpu."""
     threads: int = 0
