@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import tiny_run
 import torch
 from pixstack.trainer.config import check, load, rules
 from pixstack.trainer.config.schema import Config
+from pixstack.trainer.distributed import fsdp2
 from pixstack.trainer.recipes import RECIPES
 from pixstack.trainer.training import footprint, optim
 from pixstack.trainer.training.checkpoints import read_tensors
@@ -135,9 +137,39 @@ def test_a_dry_run_counts_the_parts(path, parts, tmp_path, monkeypatch, way):
         assert one[name] - four[name] == pytest.approx(0.75 * size), name
 
 
+@pytest.fixture
+def group():
+    """A group of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield types.SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    torch.distributed.destroy_process_group()
+
+
+def test_blocks_may_be_gathered_in_bf16_while_all_else_is_float32(path, parts, tmp_path, group):
+    made = tiny_pixart.settings(path, tmp_path / "run", parts, "precision=bf16", recipe="pixart")
+    plain, batches = tiny_pixart.recipe_of(made)
+    recipe, _ = tiny_pixart.recipe_of(made)
+    seen = []
+    fsdp2.spread(recipe, group, torch.bfloat16)
+    block = fsdp2.blocks(recipe)[0]
+    next(m for m in block.modules() if isinstance(m, torch.nn.Linear)).register_forward_pre_hook(
+        lambda layer, given: seen.append(layer.weight.dtype))
+    block.register_forward_pre_hook(lambda block, given: seen.append(given[0].dtype), prepend=True)
+    entered = []
+    plain.net.blocks[0].register_forward_pre_hook(lambda block, given: entered.append(given[0].dtype))
+    losses = [one(batches(0, range(6))) for one in (recipe, plain)]
+    assert set(seen) == {torch.bfloat16, *entered}
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0.02)
+    losses[0].mean().backward()
+    learns = [p for p in recipe.parameters() if p.requires_grad]
+    assert {p.dtype for p in learns} == {p.grad.dtype for p in learns if p.grad is not None} == {torch.float32}
+
+
 @pytest.mark.parametrize("told, words, part", [
     ({}, ["memory.shard=true", "optimizer.name=came"], "memory.shard=true goes with optimizer.name='adamw'"),
     ({}, ["memory.shard=true", "compile=true"], "memory.shard=true does not go with compile=True"),
+    ({}, ["memory.gather=bf16"], "it needs memory.shard=true"),
+    ({}, ["memory.shard=true", "memory.gather=bf16"], "is for precision=bf16"),
     ({"ACCELERATE_USE_FSDP": "true"}, [], "accelerate was asked to use FSDP 1"),
     (TOLD[rules.FSDP2], ["optimizer.name=muon"], "accelerate's FSDP goes with optimizer.name='adamw'"),
     ({"ACCELERATE_USE_MEGATRON_LM": "true"}, [], "Megatron-LM"),

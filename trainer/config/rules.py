@@ -281,6 +281,12 @@ def memory(config: Config) -> list[str]:
                       + ("." if recipe.lora is None else ", or train an adapter: recipe.lora=true."))
         problems.need(kind != "nf4" or find_spec("bitsandbytes"),
                       "memory.base='nf4' needs bitsandbytes: pip install bitsandbytes, or use fp8.")
+    problems.one_of("memory.gather", config.memory.gather, ("fp32", "bf16"))
+    if config.memory.gather == "bf16":
+        problems.need(config.precision == "bf16", f"memory.gather='bf16' is for precision=bf16, and precision="
+                                                  f"{config.precision}: leave it out.")
+        problems.need(way(config) == FSDP2, "memory.gather='bf16' says how FSDP2 gathers blocks: it needs "
+                                            "memory.shard=true.")
     problems.at_least("memory.swap_blocks", count, 0)
     if count > 0:
         problems.need(recipe.has_frozen_network,

@@ -418,6 +418,11 @@ class Memory:
     shard: bool = False
     """Each of several processes keeps only its part of the blocks' weights, gradients and moments (FSDP2). The same as
     `accelerate launch --use_fsdp --fsdp_version 2`."""
+    gather: str = "fp32"
+    """In what a block is gathered that FSDP2 has spread, for its forward and backward passes. fp32: what is learned is
+    what one process learns. bf16, with precision=bf16: half the traffic and half the memory of a block at work; gates,
+    norms and embeddings inside blocks are rounded too, which autocast leaves. Gradients are added up in float32, and
+    weights and moments stay float32."""
 
 
 @dataclass(frozen=True)

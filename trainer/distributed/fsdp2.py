@@ -6,24 +6,29 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ..config.schema import Config
+from ..features.precision import DTYPES
 from ..training.optim import Optimizers
 from . import sharded
 from .ddp import Whole, mean
 
 
-def spread(recipe: nn.Module, accelerator):
-    """Spreads the blocks of a recipe over the processes."""
+def spread(recipe: nn.Module, accelerator, gather: torch.dtype = torch.float32):
+    """Spreads the blocks of a recipe over the processes. gather: what weights are in a block at work. What enters it
+    stays as it is, for autocast decides that, as without FSDP."""
+    policy = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=torch.float32, cast_forward_inputs=False) \
+        if gather != torch.float32 else MixedPrecisionPolicy()
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     some = blocks(recipe)
     parts = {p for block in some for p in block.parameters()}
     for block in some:
         # A block that says nothing of this keeps its weights until the backward pass, if it is called by itself.
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     # What gathers the next block while one is at work, and knows when the last gradient is there.
     fully_shard(recipe, mesh=mesh, ignored_params={p for p in recipe.parameters() if p not in parts})
 
@@ -45,7 +50,7 @@ def has_forward(module: nn.Module) -> bool:
 class Parts(Whole):
     def __init__(self, recipe: nn.Module, config: Config, accelerator):
         super().__init__(recipe, config, accelerator)
-        spread(recipe, accelerator)
+        spread(recipe, accelerator, DTYPES[config.memory.gather])
 
     def start(self, optimizer: Optimizers, rounds: int, pictures: int):
         pass
