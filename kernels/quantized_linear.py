@@ -56,7 +56,8 @@ def dequantize_reference(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """(out, in) of this dtype."""
     functional = None if weight.table is None else library("bitsandbytes.functional")
-    if functional is None:
+    # On a CPU bitsandbytes (0.50) takes each row to begin a block: where that is not so, its weights are wrong.
+    if functional is None or (weight.packed.device.type == "cpu" and weight.shape[1] % BLOCK):
         return dequantize_reference(weight, dtype)
     return functional.dequantize_4bit(weight.packed, _state(functional, weight, dtype))
 

@@ -127,7 +127,7 @@ def bitsandbytes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, (48, 32), (16, 96)])  # rows that begin within a block
 @pytest.mark.parametrize("kind, step", [("fp8", 2**-4), ("nf4", 0.152)])  # half the widest gap, of 1 and of the largest
 def test_a_quantized_weight_is_within_half_a_step_of_the_weight(request, kind, step, size, dtype):
     if kind == "nf4":
