@@ -12,6 +12,7 @@ from pixstack.models_impl import lora, state_dict
 from pixstack.models_impl.pixart.lora import names
 from pixstack.trainer.cli import main as cli
 from pixstack.trainer.export.exporting import open_run
+from pixstack.trainer.features import text_encoders
 from pixstack.trainer.memory import offload, quantization
 from pixstack.trainer.training import build, plan
 from pixstack.trainer.training.checkpoints import module_tensors, read_tensors
@@ -216,3 +217,23 @@ def test_more_blocks_than_there_are_are_refused_with_their_number(made):
     settings = made("checkpoint_activations=true", "memory.swap_blocks=9")
     with pytest.raises(ValueError, match="there are 2 blocks that do not learn"):
         offload.place(recipe_of(settings)[0], settings, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_text_encoder_in_few_bits_says_what_its_rounded_weights_say(made, tmp_path, kind):
+    captions = ["a red card", "two of them"]
+    plain, few = (text_encoders.frozen(made(f"text.precision={p}"), tmp_path) for p in ("bf16", kind))
+    for text in (plain, few):
+        text.embed(captions, "cpu")
+    whole, rounded = (dict(text.encoder[0].named_modules()) for text in (plain, few))
+    layers = {n: m for n, m in rounded.items() if isinstance(m, quantization.QuantizedLinear)}
+    assert layers and not any(isinstance(m, nn.Linear) for m in rounded.values())
+    sizes = [sum(p.nbytes for p in text.encoder[0].parameters()) for text in (few, plain)]
+    assert sizes[0] < sizes[1]
+    before, said = (text.lookup(captions, "cpu")[0] for text in (plain, few))
+    assert few.store.folder != plain.store.folder and not torch.equal(before, said)  # none is taken for the other
+    for name, layer in layers.items():
+        assert 0 < (layer.weight - whole[name].weight).norm() < 0.12 * whole[name].weight.norm()
+        whole[name].weight.copy_(layer.weight)
+    plain.embed(captions, "cpu")
+    torch.testing.assert_close(said, plain.lookup(captions, "cpu")[0], rtol=0.02, atol=0.02)

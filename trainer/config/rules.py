@@ -34,7 +34,9 @@ def general(config: Config) -> list[str]:
                   f"log.wandb={config.log.wandb!r} needs wandb: pip install wandb.")
     problems.one_of("optimizer.learning_rate_scaling", config.optimizer.learning_rate_scaling,
                     ("none", "sqrt", "linear"))
-    problems.one_of("text.precision", config.text.precision, ("fp32", "bf16"))
+    problems.one_of("text.precision", config.text.precision, ("fp32", "bf16", *BASES))
+    problems.need(config.text.precision != "nf4" or find_spec("bitsandbytes"),
+                  "text.precision='nf4' needs bitsandbytes: pip install bitsandbytes, or use fp8.")
     problems.one_of("vae.precision", config.vae.precision, ("fp32", "bf16"))
     problems.one_of("optimizer.decay", config.optimizer.decay,
                     ("constant", "linear", "cosine", "cosine_restarts", "rex"))

@@ -265,7 +265,9 @@ class Text:
     """Folder of CLIP-L (openai/clip-vit-large-patch14, or FLUX's text_encoder), whose vector FLUX reads beside the
     tokens of a frozen T5. Empty: zeros in its place."""
     precision: str = "fp32"
-    """Precision of a frozen encoder: fp32, or bf16, which takes half the memory (T5-XXL: 9.5 GB)."""
+    """Precision of a frozen encoder: fp32; bf16, which takes half the memory (T5-XXL: 9.5 GB); or bf16 with the weights
+    of its blocks kept in fewer bits, fp8 (4.9 GB) or nf4 (2.9 GB, by bitsandbytes), which rounds what it says. It is
+    read in bf16 first, into host memory."""
 
     @property
     def frozen(self) -> bool:

@@ -15,6 +15,7 @@ from ...models_impl.text import captions as cleaning
 from ..config.schema import Config
 from ..files import entries
 from ..libraries import LOCAL, hide_broken_torchvision
+from ..memory import quantization
 from . import tokenizer
 from .precision import DTYPES
 from .store import Store, digest, fingerprint
@@ -98,6 +99,13 @@ def files(text: nn.Module | None) -> dict[str, tuple[dict, dict]]:
     return {"text_encoders/{name}_t5.safetensors": (text.weights(), text.metadata())}
 
 
+def read_frozen(kind: type, name: str | Path, precision: str) -> nn.Module:
+    """An encoder of transformers, frozen, on the CPU. precision: as `schema.Text` has it."""
+    model = kind.from_pretrained(name, **LOCAL, dtype=DTYPES.get(precision, torch.bfloat16))
+    model = model.eval().requires_grad_(False)
+    return model if precision in DTYPES else quantization.in_few_bits(model, precision)
+
+
 class FrozenT5(nn.Module):
     """Embeddings of a T5 encoder that does not learn; with `clip`, of a CLIP's text encoder too."""
 
@@ -112,7 +120,7 @@ class FrozenT5(nn.Module):
         from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import cached_file
 
-        self.name, self.max_length, self.clean, self.dtype = name, max_length, clean, DTYPES[precision]
+        self.name, self.max_length, self.clean, self.precision = name, max_length, clean, precision
         try:
             self.width = AutoConfig.from_pretrained(name, **LOCAL).d_model
             folder = Path(name).expanduser()
@@ -170,9 +178,8 @@ class FrozenT5(nn.Module):
             beside = self.clip.parent / "tokenizer"
             tokens = self.clip if any(self.clip.glob("*token*")) or not beside.is_dir() else beside
             try:
-                model = CLIPTextModel.from_pretrained(self.clip, **LOCAL, dtype=self.dtype)
                 self.pooler += [AutoTokenizer.from_pretrained(tokens, **LOCAL),
-                                model.to(device).eval()]
+                                read_frozen(CLIPTextModel, self.clip, self.precision).to(device)]
             except (OSError, ValueError) as error:
                 raise ValueError(f"text.clip={str(self.clip)!r} cannot be read as a CLIP: "
                                  f"{state_dict.first_line(error)}.") from error
@@ -186,8 +193,7 @@ class FrozenT5(nn.Module):
         if not self.encoder:
             from transformers import T5EncoderModel
 
-            encoder = T5EncoderModel.from_pretrained(self.name, **LOCAL, dtype=self.dtype)
-            self.encoder.append(encoder.to(device).eval())
+            self.encoder.append(read_frozen(T5EncoderModel, self.name, self.precision).to(device))
         texts = [cleaning.clean_caption(c) for c in captions] if self.clean else captions
         read = self.tokens(texts, padding="max_length" if self.padded else True, truncation=True,
                            max_length=self.max_length, return_tensors="pt")
@@ -226,7 +232,7 @@ class FrozenClip(nn.Module):
         super().__init__()
         from transformers import AutoConfig, CLIPTokenizerFast
 
-        self.name, self.dtype, folder = name, DTYPES[precision], Path(name).expanduser()
+        self.name, self.precision, folder = name, precision, Path(name).expanduser()
         try:
             shape = AutoConfig.from_pretrained(folder, **LOCAL)
             shape = getattr(shape, "text_config", shape)
@@ -283,8 +289,7 @@ class FrozenClip(nn.Module):
         if not self.encoder:
             from transformers import CLIPTextModelWithProjection
 
-            encoder = CLIPTextModelWithProjection.from_pretrained(self.name, **LOCAL, dtype=self.dtype)
-            self.encoder.append(encoder.to(device).eval().requires_grad_(False))
+            self.encoder.append(read_frozen(CLIPTextModelWithProjection, self.name, self.precision).to(device))
         return self.encoder[0]
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ ROWS: dict[str, Row] = {
     "train.unload_text_encoder": none(usual=(True,)),
     "model.quantize": to("memory.base", value=lambda v: "fp8" if yes(v) else None,
                          changed="the blocks that stay as they are, in 8 bits a weight."),
-    "model.quantize_te": none("text.precision has bf16"),
+    "model.quantize_te": to("text.precision", value=lambda v: "fp8" if yes(v) else None),
     "model.assistant_lora_path": none("a distilled FLUX is trained on as it is"),
     "model.vae_path": to("vae.path"),
     "save.save_every": to("save_every", value=whole),

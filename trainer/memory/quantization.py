@@ -9,13 +9,17 @@ from ..config.schema import Config
 
 
 def frozen(net: nn.Module, config: Config) -> nn.Module:
-    """`net` itself; with memory.base the linear layers of its blocks that do not learn become `QuantizedLinear`."""
-    if config.memory.base:
-        for blocks in [m for m in net.modules() if isinstance(m, nn.ModuleList)]:
-            for module in list(blocks.modules()):
-                for name, child in module.named_children():
-                    if type(child) is nn.Linear and not any(p.requires_grad for p in child.parameters()):
-                        setattr(module, name, QuantizedLinear(child, config.memory.base))
+    """`net` itself, as memory.base says."""
+    return in_few_bits(net, config.memory.base) if config.memory.base else net
+
+
+def in_few_bits(net: nn.Module, kind: str) -> nn.Module:
+    """`net` itself: the linear layers of its blocks that do not learn become `QuantizedLinear`."""
+    for blocks in [m for m in net.modules() if isinstance(m, nn.ModuleList)]:
+        for module in list(blocks.modules()):
+            for name, child in module.named_children():
+                if type(child) is nn.Linear and not any(p.requires_grad for p in child.parameters()):
+                    setattr(module, name, QuantizedLinear(child, kind))
     return net
 
 
