@@ -229,7 +229,7 @@ def release(folder, names, shape=(4, 8, 8)):
     entries = [{"path": f"{name}.png", "prompt": f"a {name}", "height": 64, "width": 64, "ratio": 1.0}
                for name in names]
     (folder / "data_info.json").write_text(json.dumps(entries))
-    return layouts.read(folder / "data_info.json", "auto", IMAGE).train
+    return [*layouts.read(folder / "data_info.json", "auto", IMAGE).train]
 
 
 IMAGE = Data(path="", resolution=64)

@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from ...models_impl.pixart import buckets as pixart
 from ...models_impl.ultrapixel import buckets as ultrapixel
 from ..config.schema import LARGEST_SIDE, Data
@@ -52,13 +50,3 @@ def nearest(settings: Data, height: int, width: int) -> Size:
         else:
             offered.append((side, side))
     return min(offered, key=lambda s: abs(s[0] * s[1] - height * width))
-
-
-def grouped(measures: np.ndarray, settings: Data) -> dict[Size, np.ndarray]:
-    """The indices of the pictures of every size that has some. measures: (N, 2), what the pictures measure themselves;
-    those of height 0 are left out."""
-    kinds, which = np.unique(measures[:, 0].astype(np.int64) << 32 | measures[:, 1], return_inverse=True)
-    places = [nearest(settings, *divmod(int(kind), 2**32)) if kind >> 32 else None for kind in kinds]
-    shown = sorted({size for size in places if size})
-    number = np.array([shown.index(size) if size else -1 for size in places], np.int32)[which]
-    return {size: np.flatnonzero(number == n).astype(np.int32) for n, size in enumerate(shown)}

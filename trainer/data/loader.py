@@ -160,10 +160,20 @@ def in_buckets(items: Sequence[Item], settings: Data) -> dict[Size, np.ndarray]:
     own = np.flatnonzero(wanted).astype(np.int32)
     if len(known) == 1:
         return {known[0]: own}
-    shown = buckets.grouped(measured(items.only(wanted), settings.workers, settings.skip_broken), settings)
+    shown = grouped(measured(items.only(wanted), settings.workers, settings.skip_broken), settings)
     if not shown:
         raise ValueError(f"None of the {len(own):,} pictures can be read.")
     return {size: own[indices] for size, indices in shown.items()}
+
+
+def grouped(measures: np.ndarray, settings: Data) -> dict[Size, np.ndarray]:
+    """The indices of the pictures of every size that has some. measures: (N, 2), what the pictures measure themselves;
+    those of height 0 are left out."""
+    kinds, which = np.unique(measures[:, 0].astype(np.int64) << 32 | measures[:, 1], return_inverse=True)
+    places = [buckets.nearest(settings, *divmod(int(kind), 2**32)) if kind >> 32 else None for kind in kinds]
+    shown = sorted({size for size in places if size})
+    number = np.array([shown.index(size) if size else -1 for size in places], np.int32)[which]
+    return {size: np.flatnonzero(number == n).astype(np.int32) for n, size in enumerate(shown)}
 
 
 def priors(position: int, share: float) -> int:

@@ -62,7 +62,7 @@ class Pairs:
                           *listed(others, "pairs were made of another caption", OTHERWISE),
                           *listed(shared, "files would be of several pictures", "Give the pictures other names.")]:
             raise ValueError(f"recipe.pairs={str(folder)!r} cannot be used:\n  " + "\n  ".join(complaints))
-        self.of(*next(cache.shown(items, settings)))
+        self.of(*next(iter(cache.ShownItems(items, settings))))
 
     def file(self, kind: str, names: tuple[str, ...]) -> Path | None:
         return next((file for name in names if (file := self.folder / kind / f"{name}.npy").is_file()), None)
@@ -107,7 +107,7 @@ def make(config: Config, items: list[Item], folder: Path, steps: int, cfg: float
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     todo = [(released.file_names(item, released.root_of(item, config.data))[0], item.texts[0], size)
-            for item, size in cache.shown([i for i in items if not i.prior], config.data)]
+            for item, size in cache.ShownItems([i for i in items if not i.prior], config.data)]
     counts = Counter(name for name, _, _ in todo)
     if twice := listed([f"{name}.npy" for name, count in counts.items() if count > 1],
                        "pairs would be of several pictures", "Give the pictures other names."):
