@@ -10,7 +10,7 @@ import tiny_run
 import torch
 from pixstack.trainer.config import check, load, rules, schema
 from pixstack.trainer.memory.rounding import rounded
-from pixstack.trainer.training import optim, plan
+from pixstack.trainer.training import footprint, optim
 from pixstack.trainer.training.checkpoints import read_tensors
 from pixstack.trainer.training.groups import Group
 
@@ -192,7 +192,7 @@ def test_a_dry_run_counts_what_they_take(every, tmp_path):
         recipe, _ = tiny_pixart.recipe_of(made)
         optimizers = optim.Optimizers(recipe.groups(made), made.optimizer, made.steps,
                                       in_backward=made.memory.fused_backward)
-        return recipe, plan.memory(made, recipe, optimizers, 4, 1, cpu=True)
+        return recipe, footprint.estimate(made, recipe, optimizers, 4, 1, cpu=True)
 
     recipe, plain = sizes({})
     few = [p.numel() for m in recipe.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d) for p in [m.weight]]
