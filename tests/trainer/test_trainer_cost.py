@@ -7,6 +7,7 @@ import tiny_run
 import torch
 from pixstack.trainer.data import loader
 from pixstack.trainer.features import precision
+from pixstack.trainer.memory import measured
 from pixstack.trainer.training import build, cost, footprint, loop, optim, plan
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -67,24 +68,24 @@ def test_a_faster_device_takes_less_time(path, parts, tmp_path):
     assert seconds(1) == pytest.approx(4 * seconds(4))
 
 
-@pytest.mark.parametrize("measured, said", [
+@pytest.mark.parametrize("taken, said", [
     (9.5, ""), (13.0, ""), (13.1, "takes 13.10 GiB, more than --dry-run's 10.00"),
     (7.0, "takes 7.00 GiB, less than --dry-run's 10.00")])
-def test_a_run_says_where_its_memory_is_not_what_the_dry_run_estimates(monkeypatch, measured, said):
+def test_a_run_says_where_its_memory_is_not_what_the_dry_run_estimates(monkeypatch, taken, said):
     now = 2**30
-    monkeypatch.setattr(footprint, "at_most", lambda device: now)
-    looks = footprint.Footprint(torch.device("cpu"))
+    monkeypatch.setattr(measured, "at_most", lambda device: now)
+    looks = measured.Footprint(torch.device("cpu"))
     looks.before = 2**28
     looks.begin(7, 10 * 2**30)
-    now = round(measured * 2**30) + looks.before
+    now = round(taken * 2**30) + looks.before
     assert not looks.complaint(8) and not looks.complaint(11)
     complaint = looks.complaint(10)
     assert said in complaint if said else not complaint
 
 
 def test_a_process_that_was_as_large_before_says_nothing_of_its_memory(monkeypatch):
-    monkeypatch.setattr(footprint, "at_most", lambda device: 50 * 2**30)
-    looks = footprint.Footprint(torch.device("cpu"))
+    monkeypatch.setattr(measured, "at_most", lambda device: 50 * 2**30)
+    looks = measured.Footprint(torch.device("cpu"))
     looks.begin(0, 2**30)
     assert looks.of_steps() is None and not looks.complaint(3) and looks.peak() == 50 * 2**30
 
@@ -99,7 +100,7 @@ def test_the_log_has_the_memory_of_a_run_beside_what_its_dry_run_says(tmp_path):
     sizes = footprint.estimate(made, recipe, optimizers, made.micro_batch_size or made.batch_size, 1, cpu=True)
     losses = [line for line in lines if "loss" in line]
     assert len(losses) == 2 and all(line["memory_estimated"] == round(sum(sizes.values())) for line in losses)
-    if most := footprint.at_most(torch.device("cpu")):
+    if most := measured.at_most(torch.device("cpu")):
         assert all(0 < line["memory"] <= most for line in losses)
 
 

@@ -27,6 +27,7 @@ from ..config.schema import Config
 from ..data import loader, sets
 from ..data.pictures import Pictures
 from ..files import entries, line_of_log
+from ..memory.measured import Footprint
 from . import control, samples, validation
 from .checkpoints import (
     STATE,
@@ -43,7 +44,6 @@ from .checkpoints import (
 )
 from .control import LOCK, STATUS
 from .divergence import Divergence
-from .footprint import Footprint
 
 MAY_CHANGE = {"name", "out", "resume", "resume_from", "init_from", "device", "threads", "compile",
               "checkpoint_activations", "micro_batch_size", "save_every", "save_minutes", "save_epochs", "keep",
