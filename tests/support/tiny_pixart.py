@@ -102,4 +102,4 @@ def case(name):
 
 def log(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory")} for line in lines]
+    return [{k: v for k, v in line.items() if k.split("_")[0] not in ("images", "memory")} for line in lines]

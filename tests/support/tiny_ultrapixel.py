@@ -190,4 +190,4 @@ def recipe_of(made):
 
 def log(folder: Path):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory")} for line in lines]
+    return [{k: v for k, v in line.items() if k.split("_")[0] not in ("images", "memory")} for line in lines]

@@ -25,7 +25,7 @@ def weights(folder, step=6):
 
 def log(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory")} for line in lines]
+    return [{k: v for k, v in line.items() if k.split("_")[0] not in ("images", "memory")} for line in lines]
 
 
 def interrupt(one, step):
