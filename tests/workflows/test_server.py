@@ -66,8 +66,9 @@ def test_a_prompt_comes_back_as_a_picture(server, graph):
     assert status == 200
     names = [name for name, _ in events]
     assert names[-1] == "execution_success", events[-1]
-    assert names.index("execution_start") < names.index("executing") < names.index("progress") < names.index("executed")
-    image = next(data for name, data in events if name == "executed")["output"]["images"][0]
+    saved = next(i for i, (name, data) in enumerate(events) if name == "executed" and "images" in data["output"])
+    assert names.index("execution_start") < names.index("executing") < names.index("progress") < saved
+    image = events[saved][1]["output"]["images"][0]
     status, picture = get(server, "/view", **image)
     assert status == 200
     assert Image.open(io.BytesIO(picture)).format == "PNG"

@@ -25,6 +25,14 @@ def problems(config: Config) -> list[str]:
     return problems
 
 
+def webhook(word: str) -> list[str]:
+    if word.startswith("$") and word[1:] not in os.environ:
+        return [f"log.webhook={word!r}: the environment variable {word[1:]} is not set."]
+    address = os.environ[word[1:]] if word.startswith("$") else word
+    return [] if not address or address.startswith(("https://", "http://")) else [
+        f"log.webhook={word!r} must be an address that begins with https:// or http://."]
+
+
 def general(config: Config) -> list[str]:
     problems = Problems()
     problems += optimizer(config.optimizer)
@@ -32,6 +40,9 @@ def general(config: Config) -> list[str]:
     problems.one_of("log.wandb", config.log.wandb, ("", "offline", "online"))
     problems.need(not config.log.wandb or find_spec("wandb"),
                   f"log.wandb={config.log.wandb!r} needs wandb: pip install wandb.")
+    problems.need(not config.log.trackio or find_spec("trackio"),
+                  "log.trackio=true needs trackio: pip install trackio.")
+    problems += webhook(config.log.webhook)
     problems.one_of("optimizer.learning_rate_scaling", config.optimizer.learning_rate_scaling,
                     ("none", "sqrt", "linear"))
     problems.one_of("text.precision", config.text.precision, ("fp32", "bf16", *BASES))

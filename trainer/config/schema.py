@@ -486,7 +486,12 @@ class Log:
     """Log to Weights & Biases what is logged to tensorboard: online, or offline, into RUN/wandb, which `wandb sync`
     sends later. A run that goes on goes on there. Empty: no."""
     project: str = "pixstack"
-    """Project in Weights & Biases; the run has the name of this one."""
+    """Project in Weights & Biases and trackio; the run has the name of this one."""
+    trackio: bool = False
+    """Log the same to trackio, which keeps it on this machine; `trackio show` shows it."""
+    webhook: str = ""
+    """Address that is sent a sentence as JSON when the run begins, has validated, ends or fails (text for Slack,
+    content for Discord); $NAME for one that stands in an environment variable. Empty: none."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ import shutil
 import signal
 import sys
 import time
-import uuid
 from contextlib import contextmanager, suppress
 from functools import cached_property
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
@@ -28,7 +26,7 @@ from ..data import loader, sets
 from ..data.pictures import Pictures
 from ..files import entries, line_of_log
 from ..memory.measured import Footprint
-from . import control, samples, validation
+from . import control, samples, sinks, validation
 from .checkpoints import (
     STATE,
     UNFINISHED,
@@ -62,7 +60,8 @@ class Run:
         self.main = accelerator.is_main_process
         self.measures = self.main or rules.way(config) != rules.DDP
         self.items, self.load = sets.taken(held_out, config.validation.items), Pictures
-        self.stop, self.saved_at, self.writer, self.bar, self.wandb = False, None, None, None, None
+        self.stop, self.saved_at, self.bar = False, None, None
+        self.sinks: list[sinks.Sink] = []
         self.stopped_by: int | None = None
         """The signal by which a person or the system ended the run."""
         self.ended_by_file = False
@@ -156,28 +155,11 @@ class Run:
             write_whole(path, "".join(line + "\n" for line in kept))
 
     def start(self, step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
-        if self.config.log.wandb:
-            self.wandb = self.start_wandb()
+        self.sinks = sinks.opened(self.config, self.folder, step)
+        self.announce(step, f"begins at step {step:,} of {self.config.steps:,}.")
         self.bar = tqdm(total=self.config.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05,
                         mininterval=0.1 if sys.stderr.isatty() else 60)  # a log file needs no line a step
         self.clock, self.saved_when = (time.perf_counter(), step), time.monotonic()
-
-    def start_wandb(self):
-        """The run of Weights & Biases, known by a name that stays in the folder. Of steps that are done again, because
-        they came after the last checkpoint, the first account stays there; it is the same."""
-        import wandb
-
-        name = self.folder / "wandb" / "id"
-        if not name.exists():
-            name.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(name, uuid.uuid4().hex[:12])
-        return wandb.init(project=self.config.log.project, name=self.config.name,
-                          id=name.read_text(encoding="utf-8"), resume="allow", dir=str(self.folder),
-                          mode=self.config.log.wandb, config=as_dict(self.config),
-                          settings=wandb.Settings(silent=True))
 
     def listen(self):
         """Ctrl-C and SIGTERM end the run after the step in work, in every process; a later second Ctrl-C at once."""
@@ -293,10 +275,12 @@ class Run:
         values = {name: value for name, value in values.items() if value is not None}
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(name.replace("validation_", "validation/"), value, step)
-        if self.wandb:
-            self.wandb.log({name.replace("validation_", "validation/"): v for name, v in values.items()}, step=step)
+        for sink in self.sinks:
+            sink.numbers(step, {name.replace("validation_", "validation/"): v for name, v in values.items()})
+
+    def announce(self, step: int, words: str):
+        for sink in self.sinks:
+            sink.event(step, words)
 
     def after(self, step: int, recipe, ema, optimizer):
         """What is due after this step: validation, samples, a checkpoint. The clock of images/s stands still."""
@@ -308,6 +292,7 @@ class Run:
                 self.write(step, **{f"validation_{k}": v for k, v in found.items()})
                 count = sum(len(batch.positions) for batch in self.held_out)
                 self.bar.write(f"Step {step}: {validation.in_words(found, count)}.")
+                self.announce(step, f"step {step:,}: {validation.in_words(found, count)}.")
         if self.measures and config.samples.every and step % config.samples.every == 0:
             with optimizer.averaged(), ema.applied():
                 self.sample(step, recipe)
@@ -334,11 +319,8 @@ class Run:
         if not self.main:
             return
         page = samples.write(self.folder, step, found, files=self.config.needs == "pictures")
-        self.writer.add_image("samples", np.asarray(page), step, dataformats="HWC")
-        if self.wandb:
-            import wandb
-
-            self.wandb.log({"samples": wandb.Image(page)}, step=step)
+        for sink in self.sinks:
+            sink.picture(step, page)
 
     def save(self, step: int, recipe, ema, optimizer):
         with optimizer.averaged():
@@ -381,17 +363,17 @@ class Run:
                 control.take(self.folder, name)
                 self.bar.write(f"{self.folder / name} came too late: the run has ended.")
             self.tell(step, "ended", seconds_left=None)
+            self.announce(step, f"ended at step {step:,} of {self.config.steps:,}.")
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self.wandb:
-            self.wandb.finish()
 
     def close(self):
         """Ends the line of the progress bar, so that what is said next, an error perhaps, has its own, and lets other
         processes into the folder."""
-        for one in (self.bar, self.writer):
-            if one is not None:
-                one.close()
+        if isinstance(error := sys.exc_info()[1], Exception):  # which ends the `with` that closes this
+            self.announce(self.status.get("step", 0), f"failed: {error}")
+        for one in filter(None, (self.bar, *self.sinks)):
+            one.close()
         if self.lock is not None:
             self.lock.release()
             (self.folder / LOCK).unlink(missing_ok=True)
