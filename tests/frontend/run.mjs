@@ -74,7 +74,7 @@ async function queue(page) {
     const save = app.graph._nodes.find((node) => node.type === 'SaveImage')
     for (let i = 0; i < 100 && !save?.imgs?.[0]?.naturalWidth; i++) await new Promise((r) => setTimeout(r, 100))
     const images = (save?.imgs ?? []).map((image) => [image.naturalWidth, image.naturalHeight])
-    return { ...result, images, text: document.body.innerText }
+    return { ...result, images, text: document.body.innerText, next: (await app.graphToPrompt()).output }
   })
 }
 

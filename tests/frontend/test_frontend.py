@@ -61,6 +61,13 @@ def test_a_queued_workflow_shows_its_picture_on_the_canvas(opened):
     assert result["images"] and all(width > 0 for width, _ in result["images"])
 
 
+def test_run_takes_another_seed_each_time(opened):
+    result = opened["workflows"][QUEUED]
+    seeds = [node["inputs"]["seed"] for prompt in (result["prompt"], result["next"]) for node in prompt.values()
+             if "seed" in node["inputs"]]
+    assert len(seeds) == 2 and seeds[0] == 1 != seeds[1]
+
+
 def test_the_size_of_a_picture_is_read_below_its_canvas(opened):
     assert "16x16 → 32x32 → 64x64 pixels" in opened["workflows"][QUEUED]["text"]
 

@@ -1,15 +1,17 @@
-"""What every shipped workflow has besides running: a prompt, a picture, notes, fixed seeds, places to download from."""
+"""What every shipped workflow has besides running: a prompt, a picture, notes with titles, canvases, changing seeds."""
 
 import json
 
 import pytest
 from conftest import ROOT, WORKFLOWS
 from PIL import Image
+from pixstack.models_impl.pixart.buckets import TABLES, nearest
 from pixstack.models_impl.pixart.sampling import time_uniform
 from pixstack.tools import workflow as conversion
 from pixstack.tools.make_workflow_pictures import CARDS, calls, cascade_calls, competing
 
-SEEDS = {"PixStack_PixelFlowSample": 1, "RandomNoise": 1, "KSampler": 1, "SamplerCustom": 2}  # place of the control
+SEEDS = {"PixStack_PixelFlowSample": 1, "RandomNoise": 1, "KSampler": 1, "SamplerCustom": 2,
+         "PrimitiveInt": 1}  # place of the control
 
 
 def nodes(workflow):
@@ -36,9 +38,38 @@ def test_notes_say_what_to_change(workflow):
     assert any(n["type"] == "MarkdownNote" and len(n["widgets_values"][0]) > 200 for n in nodes(workflow))
 
 
-def test_its_seeds_stay_as_they_are(workflow):
-    controls = [n["widgets_values"][SEEDS[n["type"]]] for n in nodes(workflow) if n["type"] in SEEDS]
-    assert set(controls) <= {"fixed"}
+def test_a_second_run_draws_something_new(workflow):
+    """The first run draws with the seed of the file, as on the card; the browser then chooses another."""
+    adds_noise = [n for n in nodes(workflow) if n["type"] in SEEDS and n["widgets_values"][0] is not False]
+    own = [n for n in adds_noise if "seed" not in {i["name"] for i in n.get("inputs", []) if i.get("link")}]
+    assert {n["widgets_values"][SEEDS[n["type"]]] for n in own} <= {"randomize"}
+    assert own or not adds_noise
+
+
+def test_strengths_of_a_lora_are_compared_with_one_seed(host):
+    graph = conversion.read(ROOT / "workflows/pixart_emoji_lora.json", host.object_info())
+    seeds = [n["inputs"]["seed"] for n in graph.values() if n["class_type"] == "KSampler"]
+    assert len(seeds) == 3 and len({tuple(seed) for seed in seeds}) == 1
+
+
+def test_notes_and_boxes_of_text_say_what_they_are_for(workflow):
+    for node in nodes(workflow):
+        linked = {i["name"] for i in node.get("inputs", []) if i.get("link")}
+        assert node["type"] != "MarkdownNote" or node.get("title"), "a note without a title"
+        assert "text" not in linked or node.get("title") not in ("Prompt", "Negative prompt"), "text by a link"
+
+
+def test_numbers_below_the_menus_of_a_canvas_are_the_size_that_it_gives(workflow, host):
+    """A menu that is on and a width that is not: people change the one that does nothing."""
+    graph = conversion.read(workflow, host.object_info())
+    for node in graph.values():
+        inputs = node["inputs"]
+        if node["class_type"] == "PixStack_PixArtCanvas" and inputs["resolution"] != "auto" and "image" not in inputs:
+            across, down = map(int, inputs["shape"].split(":"))
+            _, height, width = nearest(TABLES[int(inputs["resolution"])], down, across)
+            assert (inputs["width"], inputs["height"]) == (width, height)
+        if node["class_type"] == "PixStack_UltraPixelCanvas" and inputs["shape"].startswith("custom"):
+            assert inputs["side"] == pytest.approx((inputs["width"] * inputs["height"]) ** 0.5, abs=32)
 
 
 def test_every_node_that_has_a_seed_is_known(workflow, host):
