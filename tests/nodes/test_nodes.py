@@ -1,6 +1,7 @@
 """What holds for every node: named, explained, documented and translated."""
 
 import json
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -51,6 +52,24 @@ def test_every_node_has_a_help_page_that_names_all_its_inputs(ours):
         page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
         for part in schema.inputs:
             assert f"`{part.id}`" in page, f"{name}.md does not mention {part.id}"
+
+
+def test_a_help_page_lists_what_comes_out(ours):
+    for name, schema in ours.items():
+        page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        what = page.partition("## What comes out\n")[2].partition("\n## ")[0]
+        for part in schema.outputs:
+            assert f"`{part.display_name or part.get_io_type()}`" in what, f"{name}.md does not say {part.id}"
+
+
+def test_a_help_page_fits_its_narrow_panel(ours):
+    """Lists, for a table of two columns is cut off there; and pictures that are there, all of them used."""
+    docs, shown = ROOT / "web" / "docs", set()
+    for name in ours:
+        page = (docs / f"{name}.md").read_text(encoding="utf-8")
+        assert not re.search(r"^\|", page, re.MULTILINE), f"{name}.md has a table"
+        shown |= set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", page))
+    assert shown == {path.name for path in docs.glob("*.jpg")}
 
 
 def test_no_help_page_is_left_of_a_node_that_is_gone(ours):

@@ -8,7 +8,7 @@ import uuid
 import aiohttp
 import dynamic_vram
 import pytest
-from conftest import WORKFLOWS
+from conftest import ROOT, WORKFLOWS
 from PIL import Image
 from pixstack.tools import workflow as conversion
 
@@ -104,6 +104,8 @@ def test_every_node_of_ours_has_a_help_page(server, info):
     ours = [name for name in info if name.startswith("PixStack_")]
     assert ours
     assert [name for name in ours if get(server, f"/extensions/pixstack/docs/{name}.md")[0] != 200] == []
+    pictures = [path.name for path in (ROOT / "web/docs").glob("*.jpg")]
+    assert pictures and [name for name in pictures if get(server, f"/extensions/pixstack/docs/{name}")[0] != 200] == []
 
 
 def test_the_workflows_are_offered_as_templates_with_their_pictures(server):
