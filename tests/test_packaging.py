@@ -115,5 +115,7 @@ def test_what_is_published_leaves_the_tests_out_and_the_trainer_in():
     published = {path.split("/")[0] for path in files}
     page = ("index.html", "uPlot.iife.min.js", "uPlot.LICENSE")
     assert {f"trainer/monitor/static/{name}" for name in page} <= set(files)
+    pictures = {path for path in tracked.stdout.splitlines() if path.startswith(("assets/pictures/", "web/docs/"))}
+    assert pictures <= set(files), "Example Picture's menu and the help pages' pictures"
     assert {"__init__.py", "assets", "nodes", "models_impl", "trainer", "web", "workflows", "package"} <= published
     assert not published & {"tests", "benchmarks", ".ci", "Makefile"}
