@@ -21,7 +21,7 @@ COMES_AS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless"} 
 STANDARD = set(sys.stdlib_module_names) | {"tomllib"}  # Python 3.10 has none, and files import tomli there
 # Used where they are installed.
 OPTIONAL = {"triton", "flash_attn", "xformers", "ftfy", "bs4", "h5py", "diffusers", "datasets", "pyarrow",
-            "ai_edge_litert", "kornia", "bitsandbytes", "wandb", "deepspeed"}
+            "ai_edge_litert", "kornia", "bitsandbytes", "wandb", "trackio", "deepspeed"}
 
 
 def requirements(lines) -> set[str]:
