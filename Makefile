@@ -4,6 +4,8 @@
 # make bench   PixelFlow against a plain loop of the released algorithm, PixArt against ComfyUI, diffusers and peft,
 #              PixelPonder's selection against the release's,
 #              UltraPixel's decodes, guide and Stage B against ComfyUI's and the release's ways
+# make count   launches, bytes, casts, waits, FLOPs and peak memory of a step of every network beside ComfyUI's and
+#              diffusers', without a GPU (ARGS="PixArt --operations" for where they are, "--write" for benchmarks/counts.md)
 #
 # Each works from a fresh clone: the first run fetches a ComfyUI and fills .venv with what it requires.
 # COMFYUI_PATH  another ComfyUI; .venv is changed to what that one requires
@@ -22,7 +24,7 @@ READY := $(VENV)/ready
 HOST := $(VENV)/host
 FRONTEND := tests/frontend/node_modules/ready
 
-.PHONY: demo serve test soak bench clean always
+.PHONY: demo serve test soak bench count clean always
 
 demo: $(READY)
 	$(RUN) -m pixstack.tools.demo $(ARGS)
@@ -45,6 +47,9 @@ bench: $(READY)
 	$(RUN) benchmarks/pixelponder.py
 	$(RUN) benchmarks/trainer.py
 	$(RUN) benchmarks/ultrapixel.py
+
+count: $(READY)
+	$(RUN) benchmarks/count.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .comfyui tests/artifacts tests/frontend/node_modules
