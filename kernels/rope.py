@@ -19,8 +19,12 @@ def rope_matrices(angle: Tensor) -> Tensor:
 
 
 def rotate_reference(x: Tensor, table: Tensor) -> Tensor:
-    a, b = x.float().unflatten(-1, (-1, 1, 2)).unbind(-1)  # each (..., D/2, 1)
-    return torch.addcmul(table[..., 0] * a, table[..., 1], b).flatten(-2).to(x.dtype)
+    a, b = x.unflatten(-1, (-1, 1, 2)).unbind(-1)  # each (..., D/2, 1)
+    turned = table[..., 0] * a  # float32, for the table is: a GPU casts x as it reads it
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.addcmul(turned, table[..., 1], b).flatten(-2).to(x.dtype)
+    # Rounded as it is written, which autograd cannot follow.
+    return torch.addcmul(turned, table[..., 1], b, out=torch.empty_like(turned, dtype=x.dtype)).flatten(-2)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
