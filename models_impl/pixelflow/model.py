@@ -72,7 +72,9 @@ class PixelFlowPatchEmbed(nn.Module):
         self.proj = operations.Conv2d(config.in_channels, config.hidden, kernel_size=p, stride=p, **to)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D)
+        # (B, C, H, W) -> (B, N, D). Contiguous, because every tensor of the residual stream inherits these strides, and
+        # norms and projections would copy each of them.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
     def rows(self, x: Tensor) -> Tensor:
         """Tokens (N, D) of packed patches (N, C*p*p), whose rows are ordered (c ph pw)."""
@@ -144,10 +146,10 @@ class PixelFlowBlock(nn.Module):
         # x: (..., N, D); condition: (B, D), spread over the tokens of its picture
         shift1, scale1, gate1, shift2, scale2, gate2 = (flow.spread(m) for m in self.norm1(condition))
         h = modulated_norm(x, shift1, scale1)
-        x = x + gate1 * self.attn1(h, flow.rope, flow.attend_self)
+        x = torch.addcmul(x, gate1, self.attn1(h, flow.rope, flow.attend_self))
         if context is not None:
             x = x + self.attn2(self.norm2(x), flow.rope, flow.attend_text, context)
-        return x + gate2 * self.mlp(modulate(self.norm3(x), shift2, scale2))
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm3(x), shift2, scale2)))
 
 
 @dataclass(frozen=True)
