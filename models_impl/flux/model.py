@@ -143,18 +143,19 @@ class DoubleStreamBlock(nn.Module):
         L = txt.shape[1]
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
-        streams = zip(
-            self.txt_attn.split(modulated_norm(txt, txt_shift1, txt_scale1)),
-            self.img_attn.split(modulated_norm(img, img_shift1, img_scale1)),
-            strict=True,
-        )
-        q, k, v = (torch.cat(pair, dim=2) for pair in streams)
-        h = attention(rotate(q, rope), rotate(k, rope), v).transpose(1, 2).flatten(2)  # (B, L+N, D)
+        h = self._attend(modulated_norm(txt, txt_shift1, txt_scale1), modulated_norm(img, img_shift1, img_scale1), rope,
+                         attention)
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(h[:, L:]))
         img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(h[:, :L]))
         txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
         return img, txt
+
+    def _attend(self, txt: Tensor, img: Tensor, rope: Tensor, attention: Callable) -> Tensor:
+        """(B, L+N, D). On its own, so that queries, keys and values are gone before the MLPs need memory."""
+        streams = zip(self.txt_attn.split(txt), self.img_attn.split(img), strict=True)
+        q, k, v = (torch.cat(pair, dim=2) for pair in streams)
+        return attention(rotate(q, rope), rotate(k, rope), v).transpose(1, 2).flatten(2)
 
 
 class SingleStreamBlock(nn.Module):
@@ -176,7 +177,9 @@ class SingleStreamBlock(nn.Module):
         q, k, v = split_heads(qkv, 3, self.heads)  # each (B, heads, L+N, D/heads)
         q, k = self.norm.query_norm.rotated(q, rope), self.norm.key_norm.rotated(k, rope)
         attended = attention(q, k, v).transpose(1, 2).flatten(2)
-        return torch.addcmul(x, gate, self.linear2(torch.cat((attended, F.gelu(h, approximate="tanh")), dim=-1)))
+        del qkv, q, k, v  # with h the largest tensor of the block goes, before the next largest is made
+        h = F.gelu(h, approximate="tanh")
+        return torch.addcmul(x, gate, self.linear2(torch.cat((attended, h), dim=-1)))
 
 
 class FluxFinalLayer(nn.Module):
