@@ -212,6 +212,7 @@ HOOKS = {
     "comfy.conds.CONDRegular.concat": "others",
     "comfy.conds.CONDRegular.size": "",
     "comfy.ldm.cascade.common.AttnBlock.forward": "x, kv, transformer_options",
+    "comfy.ldm.cascade.common.GlobalResponseNorm.forward": "x",
     "comfy.ldm.cascade.stage_c.StageC.forward":
         "x, r, clip_text, clip_text_pooled, clip_img, control, transformer_options, **kwargs",
     "comfy.model_base.BaseModel.extra_conds": "**kwargs",

@@ -20,6 +20,7 @@ from pixstack.models_impl.state_dict import read_file, write_file
 from pixstack.models_impl.ultrapixel import checkpoint, lora, sampling
 from pixstack.models_impl.ultrapixel.model import StageC
 from safetensors import safe_open
+from test_counts import count
 
 STAGE_C, STAGE_B, GUIDE, CLIP = "stage_c_tiny.safetensors", "stage_b_tiny.safetensors", "ultrapixel_tiny.safetensors", \
     "stable_cascade_tiny.safetensors"
@@ -402,7 +403,7 @@ def test_the_memory_asked_for_is_that_of_a_resblock_and_only_while_sampling(ultr
     monkeypatch.setattr(mm, "load_models_gpu", lambda models, memory_required=0, **k: asked.append(memory_required)
                         or real(models, memory_required=memory_required, **k))
     draw(ultra, guided(ultra), noise=noise_of(size=(12, 12)))
-    assert asked == [pytest.approx(1.1 * 4 * 19 * tiny.HIDDEN * 2 * 144)]  # with a negative prompt, in float32
+    assert asked == [pytest.approx(1.1 * 4 * 15 * tiny.HIDDEN * 2 * 144)]  # with a negative prompt, in float32
     assert "memory_required" not in vars(ultra.base.model)
     with pytest.raises(ValueError, match="conditioning areas"):
         draw(ultra, guided(ultra), positive=text(1, area=(4, 4, 0, 0)))
@@ -440,6 +441,33 @@ def test_the_sizes_of_the_levels_are_those_of_the_features(ultra, switch, patch_
     sizes = ultra.guided.level_sizes(net, *size)
     assert [x.shape[-2:] for x in tap.features.down] == sizes
     assert [x.shape[-2:] for x in tap.features.up] == sizes[::-1]
+
+
+def test_a_guided_network_goes_over_its_features_less_often_than_cores(ultra, monkeypatch):
+    attention = import_module("comfy.ldm.modules.attention").attention_pytorch  # as on a GPU
+    monkeypatch.setattr(import_module("comfy.ldm.cascade.common"), "optimized_attention", attention)
+    core = import_module("comfy.ldm.cascade.stage_c").StageC(
+        operations=import_module("comfy.ops").disable_weight_init, **count.BF16)
+    given = *count.stage_c_inputs(24), count.meta(1, 1, 768)
+    plain = count.counted(lambda: ([core], lambda: core(*given)))
+    net = ultra.guided.guided_network(core)
+    ours = count.counted(lambda: ([net], lambda: net(*given, transformer_options={})))
+    assert ours.launches < plain.launches and ours.bytes < 0.65 * plain.bytes and ours.peak < 0.8 * plain.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_of_a_guided_network_is_as_near_to_float64_as_cores(ultra, dtype):
+    core = import_module("comfy.ldm.cascade.common").GlobalResponseNorm(64)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng))
+        x = torch.randn(2, 9, 7, 64, generator=rng).to(dtype)
+        exact = core.double()(x.double())
+        core.to(dtype)
+        ours = ultra.guided.made_of(core, ultra.guided.GuidedResponseNorm)(x)
+        far, near = ((y.double() - exact).norm() for y in (core(x), ours))
+    assert ours.dtype == dtype and near <= 1.05 * far
 
 
 def test_a_second_run_with_another_seed_loads_nothing_again(ultra, monkeypatch):

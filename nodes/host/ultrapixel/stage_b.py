@@ -138,7 +138,7 @@ def res_block(block: ResBlock, x: Tensor, x_skip: Tensor | None = None, *, strip
         if len(strips) > 1:
             kept = None  # before the next one is made
             kept = wide(piece)
-        kept = dropout(kept.mul_(factor).add_(beta))
+        kept = dropout(torch.addcmul(beta, kept, factor))
         h[:, :, piece] = x[:, :, piece] + narrow(kept).permute(0, 3, 1, 2)  # the strip has read its part of h
     return h
 
