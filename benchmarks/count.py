@@ -265,10 +265,10 @@ def pixart(name: str, controls: int = 0):
     net = PixArt(config, **BF16)
     nets = [PixArtControlNet(config, 13, **BF16) for _ in range(controls)]
     inputs = pixart_inputs(config, 2)
-    text, mask = net.encode_text(meta(2, max(LENGTHS), config.context_dim)), meta(2, max(LENGTHS), dtype=torch.int64)
+    text = net.encode_text(meta(2, max(LENGTHS), config.context_dim), meta(2, max(LENGTHS), dtype=torch.int64))
     sizes = dict(size=meta(1, 2, dtype=torch.float32), aspect_ratio=meta(1, 1, dtype=torch.float32))
     hint = meta(1, 4, config.sample_size, config.sample_size)
-    return [net, *nets], lambda: net(*inputs, mask=mask, text=text, **sizes if config.micro_conditions else {},
+    return [net, *nets], lambda: net(*inputs, text=text, **sizes if config.micro_conditions else {},
                                      control=[HintedControlNet(control, hint) for control in nets])
 
 
@@ -305,7 +305,7 @@ def pixelflow(name: str):
     config = pixelflow_config.PRESETS[name]
     net = PixelFlow(config, **BF16)
     inputs = {"class_labels": meta(2, dtype=torch.int64)} if config.num_classes else {
-        "context": meta(2, max(LENGTHS), config.context_dim), "mask": meta(2, max(LENGTHS), dtype=torch.int64)}
+        "text": net.encode_text(meta(2, max(LENGTHS), config.context_dim), meta(2, max(LENGTHS), dtype=torch.int64))}
     x, t = meta(2, 3, config.resolution, config.resolution), meta(2, dtype=torch.float32)
     return [net], lambda: net(x, t, **inputs)
 

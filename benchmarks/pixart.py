@@ -68,8 +68,8 @@ def networks(args, size: int, batch: int) -> dict:
         if "both" not in kept:
             rows = [F.pad(text, (0, 0, 0, max(LENGTHS) - text.shape[1])).expand(B, -1, -1) for text in texts]
             keep = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).repeat_interleave(B)[:, None]
-            kept["both"] = dict(text=net.encode_text(torch.cat(rows)), mask=keep.to(x.device))
-        return net(x.repeat(2, 1, 1, 1), t.repeat(2), **kept["both"], attention=attention)[:, :4].chunk(2)
+            kept["both"] = net.encode_text(torch.cat(rows), keep.to(x.device))
+        return net(x.repeat(2, 1, 1, 1), t.repeat(2), text=kept["both"], attention=attention)[:, :4].chunk(2)
 
     def two_passes(x, t, texts):
         if "each" not in kept:

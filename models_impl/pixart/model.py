@@ -7,7 +7,7 @@ differ in where the table of positions comes from, and here it is always compute
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -49,6 +49,10 @@ class TextTokens:
     """(B, L, D) after y_embedder."""
     keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
     """(keys, values) of each block, (B, heads, L, D/heads) each; None: the blocks compute their own."""
+    mask: Tensor | None = None
+    """(B, 1, 1, L) to add to scores, the lowest number where a token is not read; None: all are read."""
+    has_text: Tensor | None = None
+    """(B, 1, 1, 1) bool: whether a prompt has a token left; where not, its values are zeros."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,7 @@ class SharedInputs:
 
     modulation: Tensor
     """(B, 6, D) of t_block."""
-    tokens: Tensor
-    """(B, L, D) of the text."""
-    keep: Tensor | None
-    """(B, 1, 1, L) bool, True = keep."""
-    has_text: Tensor | None
-    """(B, 1, 1, 1) bool: whether a prompt has a token left."""
+    text: TextTokens
     grid: tuple[int, int]
     """(height, width) in tokens."""
     attention: Callable
@@ -207,16 +206,15 @@ class CrossAttention(nn.Module):
         self.kv_linear = operations.Linear(D, 2 * D, **to)
         self.proj = operations.Linear(D, D, **to)
 
-    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> keys and values, (B, heads, L, D/heads) each."""
-        return self.kv_linear(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    def keys_values(self, text: TextTokens) -> tuple[Tensor, Tensor]:
+        """Keys and values, (B, heads, L, D/heads) each."""
+        k, v = self.kv_linear(text.tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return k, v if text.has_text is None else v * text.has_text
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], shared: SharedInputs) -> Tensor:
         k, v = keys_values
-        if shared.has_text is not None:
-            v = v * shared.has_text
         q = self.q_linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return self.proj(shared.attention(q, k, v, mask=shared.keep).transpose(1, 2).flatten(2))
+        return self.proj(shared.attention(q, k, v, mask=shared.text.mask).transpose(1, 2).flatten(2))
 
 
 class PixArtBlock(nn.Module):
@@ -236,10 +234,9 @@ class PixArtBlock(nn.Module):
         # x: (B, N, D); keys_values: of the text, if they are known
         modulation = self.scale_shift_table.to(shared.modulation) + shared.modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # each (B, 1, D)
-        h = modulated_norm(x, shift1, scale1)
-        x = torch.addcmul(x, gate1, self.attn(h, shared.grid, shared.attention))
+        x = torch.addcmul(x, gate1, self.attn(modulated_norm(x, shift1, scale1), shared.grid, shared.attention))
         if keys_values is None:
-            keys_values = self.cross_attn.keys_values(shared.tokens)
+            keys_values = self.cross_attn.keys_values(shared.text)
         x = x + self.cross_attn(x, keys_values, shared)
         return torch.addcmul(x, gate2, self.mlp(modulated_norm(x, shift2, scale2)))
 
@@ -256,17 +253,18 @@ class PixArtFinalLayer(nn.Module):
         return self.linear(modulated_norm(x, shift, scale))
 
 
-def _text_mask(mask: Tensor | None, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(keep, has_text) of `SharedInputs` for a mask (B or 1, L), True = keep. Raises ValueError for another shape."""
+def _masked(tokens: Tensor, mask: Tensor | None) -> TextTokens:
+    """Tokens (B, L, D) with a mask (B or 1, L), True = keep. Raises ValueError for another shape."""
     if mask is None:
-        return None, None
+        return TextTokens(tokens)
     B, L, _ = tokens.shape
     if mask.shape not in ((B, L), (1, L)):
         raise ValueError(f"The text mask is {tuple(mask.shape)}, the text tokens are {(B, L)}.")
     keep = mask.bool()[:, None, None]  # (B, 1, 1, L)
-    any_kept = keep.any(dim=-1, keepdim=True)
+    has_text = keep.any(dim=-1, keepdim=True)
     # A softmax over nothing is NaN: where no token is kept, all are, and their values are zeros.
-    return keep | ~any_kept, any_kept
+    added = torch.zeros_like(keep, dtype=tokens.dtype).masked_fill(~keep & has_text, torch.finfo(tokens.dtype).min)
+    return TextTokens(tokens, mask=added, has_text=has_text)
 
 
 class PixArt(nn.Module):
@@ -312,11 +310,14 @@ class PixArt(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
         return self
 
-    def encode_text(self, context: Tensor) -> TextTokens:
-        """context: (B, L, context_dim) of the text encoder -> what `forward` takes as `text`, once for all steps."""
+    def encode_text(self, context: Tensor, mask: Tensor | None = None) -> TextTokens:
+        """context, mask: see `forward`, which takes the result as `text`, once for all steps."""
+        text = self._read(context, mask)
+        return replace(text, keys_values=tuple(block.cross_attn.keys_values(text) for block in self.blocks))
+
+    def _read(self, context: Tensor | None, mask: Tensor | None) -> TextTokens:
         self._refuse_wrong_context(context)
-        tokens = self.y_embedder(context)
-        return TextTokens(tokens, tuple(block.cross_attn.keys_values(tokens) for block in self.blocks))
+        return _masked(self.y_embedder(context), mask)
 
     def forward(
         self,
@@ -337,28 +338,26 @@ class PixArt(nn.Module):
         context_dim) text tokens with mask (B or 1, L), True = keep, of which a row may be all False: its cross
         attention then adds nothing but the bias of its projection, as if it read no token; size: (B or 1, 2) (height,
         width) in pixels and aspect_ratio: (B or 1, 1) height/width of the picture, by default those of x, read only by
-        micro-conditioned networks; control: see `HintedControlNet`; text: `encode_text(context)`, in which case
-        context is not read; before_block: called with each of `blocks` before it runs, so that a host can fetch its
-        weights, and with None after the last. Returns (B, out_channels, H, W): in_channels of prediction, then as many
-        of variance.
+        micro-conditioned networks; control: see `HintedControlNet`; text: `encode_text(context, mask)`, in
+        which case neither of these is read; before_block: called with each of `blocks` before it runs, so that a host
+        can fetch its weights, and with None after the last. Returns (B, out_channels, H, W): in_channels of prediction,
+        then as many of variance.
         """
         p, (B, _, H, W) = self.config.patch_size, x.shape
         if H % p or W % p:
             raise ValueError(f"PixArt cannot cut a latent of {W}x{H} cells into patches of {p}x{p}: width and height "
                              f"in pixels must be multiples of {self.config.size_multiple}.")
         if text is None:
-            self._refuse_wrong_context(context)
-            text = TextTokens(self.y_embedder(context))
+            text = self._read(context, mask)
         if len(text.tokens) != B:
             raise ValueError(f"There are {len(text.tokens)} texts for {B} latents.")
-        keep, has_text = _text_mask(mask, text.tokens)
         grid = (H // p, W // p)
         h = self._embed(x)  # (B, N, D), float32 under autocast, as the reference keeps its residual stream
         t = self.t_embedder(timestep, h.dtype)  # (B, D)
         if self.config.micro_conditions:
             t = t + self._micro_conditions(x, size, aspect_ratio, h.dtype)
         modulation = self.t_block(t).to(h.dtype).unflatten(1, (6, -1))  # (B, 6, D)
-        shared = SharedInputs(modulation, text.tokens, keep, has_text, grid, attention)
+        shared = SharedInputs(modulation, text, grid, attention)
 
         keys_values = text.keys_values or (None,) * len(self.blocks)
         before_block(self.blocks[0])
@@ -403,10 +402,10 @@ class PixArt(nn.Module):
     def _micro_conditions(self, x: Tensor, size: Tensor | None, aspect_ratio: Tensor | None, dtype) -> Tensor:
         """(B or 1, D): height, width and aspect ratio, a third of the channels each."""
         H, W = x.shape[2:]
-        if size is None:
-            size = torch.tensor([[VAE_FACTOR * H, VAE_FACTOR * W]], device=x.device)
+        if size is None:  # filled in on the device: copying a tensor there waits
+            size = torch.stack([x.new_full((1,), VAE_FACTOR * n, dtype=torch.float32) for n in (H, W)], dim=1)
         if aspect_ratio is None:
-            aspect_ratio = torch.tensor([[H / W]], device=x.device)
+            aspect_ratio = x.new_full((1, 1), H / W, dtype=torch.float32)
         height, width = (self.csize_embedder(n, dtype) for n in size.unbind(1))
         return torch.cat((height, width, self.ar_embedder(aspect_ratio.flatten(), dtype)), dim=1)
 

@@ -108,14 +108,16 @@ class PixelFlowAttention(nn.Module):
         self.q_norm = operations.RMSNorm(D, eps=EPS, **to)
         self.k_norm = operations.RMSNorm(D, eps=EPS, **to)
 
-    def forward(self, x: Tensor, rope: Tensor, attend: Callable, context: Tensor | None = None) -> Tensor:
-        # x: (..., N, D); context: (..., L, C); heads are split as (..., N, H, D/H)
-        source = x if context is None else context
-        q = self.q_norm(self.q_proj(x)).unflatten(-1, (-1, self.head_dim))
-        k = self.k_norm(self.k_proj(source)).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(source).unflatten(-1, (-1, self.head_dim))
-        q = rotate(q, rope)
-        if context is None:  # released behaviour: cross attention turns the queries but not the keys
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., L, C) -> keys, not turned, and values, (..., L, H, D/H) each."""
+        k, v = self.k_norm(self.k_proj(source)), self.v_proj(source)
+        return k.unflatten(-1, (-1, self.head_dim)), v.unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Callable, text: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        # x: (..., N, D); text: its keys and values; heads are split as (..., N, H, D/H)
+        q = rotate(self.q_norm(self.q_proj(x)).unflatten(-1, (-1, self.head_dim)), rope)
+        k, v = self.keys_values(x) if text is None else text
+        if text is None:  # released behaviour: cross attention turns the queries but not the keys
             k = rotate(k, rope)
         return self.o_proj(attend(q, k, v).flatten(-2))
 
@@ -142,13 +144,16 @@ class PixelFlowBlock(nn.Module):
         self.norm3 = operations.RMSNorm(D, eps=EPS, **to)
         self.mlp = PixelFlowMLP(D, operations, to)
 
-    def forward(self, x: Tensor, condition: Tensor, context: Tensor | None, flow: TokenLayout) -> Tensor:
-        # x: (..., N, D); condition: (B, D), spread over the tokens of its picture
+    def forward(self, x: Tensor, condition: Tensor, context: Tensor | None, flow: TokenLayout,
+                text: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        # x: (..., N, D); condition: (B, D), spread over the tokens of its picture; text: keys and values of the
+        # context, if they are known
         shift1, scale1, gate1, shift2, scale2, gate2 = (flow.spread(m) for m in self.norm1(condition))
-        h = modulated_norm(x, shift1, scale1)
-        x = torch.addcmul(x, gate1, self.attn1(h, flow.rope, flow.attend_self))
-        if context is not None:
-            x = x + self.attn2(self.norm2(x), flow.rope, flow.attend_text, context)
+        x = torch.addcmul(x, gate1, self.attn1(modulated_norm(x, shift1, scale1), flow.rope, flow.attend_self))
+        if text is None and context is not None:
+            text = self.attn2.keys_values(context)
+        if text is not None:
+            x = x + self.attn2(self.norm2(x), flow.rope, flow.attend_text, text)
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm3(x), shift2, scale2)))
 
 
@@ -160,6 +165,24 @@ class TokenLayout:
     spread: Callable[[Tensor], Tensor]
     attend_self: Callable
     attend_text: Callable
+
+
+@dataclass(frozen=True)
+class TextKeysValues:
+    """A prompt as the blocks read it; depends on neither the picture nor the timestep nor the stage."""
+
+    blocks: tuple[tuple[Tensor, Tensor], ...]
+    """(keys, values) for each block, (B, L, H, D/H) each."""
+    mask: Tensor | None
+    """See `attention_mask`."""
+
+
+def attention_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(B, L), True = keep -> (B, 1, 1, L) to add to scores in `dtype`, made once for all blocks."""
+    if mask is None:
+        return None
+    keep = mask.bool()[:, None, None]
+    return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True)
@@ -210,6 +233,12 @@ class PixelFlow(nn.Module):
             nn.init.zeros_(linear.bias)
         return self
 
+    def encode_text(self, context: Tensor, mask: Tensor | None = None) -> TextKeysValues:
+        """context, mask: see `forward`, which takes the result as `text`, once for all steps."""
+        self._refuse_wrong_context(context)
+        blocks = tuple(block.attn2.keys_values(context) for block in self.transformer_blocks)
+        return TextKeysValues(blocks, attention_mask(mask, blocks[0][0].dtype))
+
     def forward(
         self,
         x: Tensor,
@@ -220,17 +249,19 @@ class PixelFlow(nn.Module):
         latent_size: Tensor | float | None = None,
         rope: Tensor | None = None,
         attention: Callable = dense_attention,
+        text: TextKeysValues | None = None,
         before_block: Callable[[nn.Module | None], None] = lambda block: None,
     ) -> Tensor:
         """Velocity of the flow inside a stage.
 
         x: (B, C, H, W) noisy pixels in the range of [-1, 1]; timestep: (B,) in [0, 1000); context: (B, L, context_dim)
         text tokens with mask (B, L), True = keep; class_labels: (B,), `num_classes` is the null class; latent_size:
-        tokens per side, by default sqrt(rows*columns), as training did for a square; rope: see
-        `rope_table`, made here when not given; before_block: called with each of `transformer_blocks` before it runs,
-        so that a host can fetch its weights, and with None after the last. Returns (B, out_channels, H, W).
+        tokens per side, by default sqrt(rows*columns), as training did for a square; rope: see `rope_table`, made here
+        when not given; text: `encode_text(context, mask)`, in which case neither of these is read; before_block: called
+        with each of `transformer_blocks` before it runs, so that a host can fetch its weights, and with None after the
+        last. Returns (B, out_channels, H, W).
         """
-        self._refuse_wrong_conditions(context, class_labels)
+        self._refuse_wrong_conditions(context, class_labels, text)
         B, _, H, W = x.shape
         p = self.config.patch_size
         if H % p or W % p:
@@ -239,19 +270,22 @@ class PixelFlow(nn.Module):
         grid = (H // p, W // p)
         if latent_size is None:
             latent_size = math.sqrt(grid[0] * grid[1])
-        latent_size = torch.as_tensor(latent_size, dtype=torch.float32, device=x.device).expand(B)
-        keep = None if mask is None else mask.bool()[:, None, None, :]  # (B, 1, 1, L)
+        if not isinstance(latent_size, Tensor):
+            latent_size = torch.full((B,), latent_size, dtype=torch.float32, device=x.device)  # waits for nothing
+        latent_size = latent_size.to(x.device, torch.float32).expand(B)
+        # Under autocast, attention casts it as it does queries and keys.
+        added = attention_mask(mask, x.dtype) if text is None else text.mask
 
         def attend(q, k, v, mask=None):  # (B, N, H, D/H), as the blocks split heads
             return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask).transpose(1, 2)
 
         flow = TokenLayout(
-            rope=(self._rope(*grid, x.device) if rope is None else rope)[None],
+            rope=(self.rope(*grid, x.device) if rope is None else rope)[None],
             spread=lambda m: m[:, None],
             attend_self=attend,
-            attend_text=partial(attend, mask=keep),
+            attend_text=partial(attend, mask=added),
         )
-        h = self._transform(self.patch_embed(x), timestep, latent_size, context, class_labels, flow,
+        h = self._transform(self.patch_embed(x), timestep, latent_size, context, class_labels, flow, text,
                             before_block)  # (B, N, p*p*C)
         return unpatchify(h, grid, p)
 
@@ -275,7 +309,7 @@ class PixelFlow(nn.Module):
         item = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(x.device)  # (N,)
         latent_size = torch.tensor([math.sqrt(h * w) for h, w in layout.grids], device=x.device)
         flow = TokenLayout(
-            rope=torch.cat([self._rope(*grid, x.device) for grid in layout.grids]),
+            rope=torch.cat([self.rope(*grid, x.device) for grid in layout.grids]),
             spread=lambda m: m[item],
             attend_self=partial(attention, lengths_q=lengths, lengths_k=lengths),
             attend_text=partial(attention, lengths_q=lengths, lengths_k=list(layout.context_lengths or ())),
@@ -284,19 +318,22 @@ class PixelFlow(nn.Module):
         return h.unflatten(-1, (-1, self.config.out_channels)).transpose(-1, -2).flatten(-2)  # (p q c) -> (c p q)
 
     def _transform(self, h, timestep, latent_size, context, class_labels, flow: TokenLayout,
-                   before_block: Callable = lambda block: None) -> Tensor:
+                   text: TextKeysValues | None = None, before_block: Callable = lambda block: None) -> Tensor:
         condition = self.timestep_embedder(timestep, h.dtype)  # (B, D)
         if class_labels is not None:
             condition = condition + self.class_embedder(class_labels, h.dtype)
         condition = condition + self.latent_size_embedder(latent_size, h.dtype)
-        for block in self.transformer_blocks:
+        known = (None,) * len(self.transformer_blocks) if text is None else text.blocks
+        for block, keys_values in zip(self.transformer_blocks, known, strict=True):
             before_block(block)
-            h = checkpointing.run(block, h, condition, context, flow, checkpointed=self.gradient_checkpointing)
+            h = checkpointing.run(block, h, condition, context, flow, keys_values,
+                                  checkpointed=self.gradient_checkpointing)
         before_block(None)
         shift, scale = (flow.spread(m) for m in self.proj_out_1(F.silu(condition)).chunk(2, dim=-1))
         return self.proj_out_2(modulated_norm(h, shift, scale))
 
-    def _rope(self, height: int, width: int, device) -> Tensor:
+    def rope(self, height: int, width: int, device) -> Tensor:
+        """`rope_table` of a grid of tokens, kept for the next pass."""
         key = (height, width, device)
         if key not in self._ropes:
             if len(self._ropes) == KEPT_ROPES:
@@ -304,17 +341,22 @@ class PixelFlow(nn.Module):
             self._ropes[key] = rope_table(height, width, self.config.head_dim, device)
         return self._ropes[key]
 
-    def _refuse_wrong_conditions(self, context, class_labels):
+    def _refuse_wrong_conditions(self, context, class_labels, text=None):
         config = self.config
-        if config.text_conditional and context is None:
-            raise ValueError("This PixelFlow checkpoint is text-conditional: it needs the tokens of a text encoder.")
-        if not config.text_conditional and context is not None:
-            raise ValueError("This PixelFlow checkpoint is class-conditional: it takes no text.")
+        if text is None:
+            self._refuse_wrong_context(context)
         if config.num_classes and class_labels is None:
             raise ValueError(f"This PixelFlow checkpoint needs a class: 0 to {config.num_classes - 1}, or the null "
                              f"class {config.num_classes}.")
         if not config.num_classes and class_labels is not None:
             raise ValueError("This PixelFlow checkpoint has no class embedding: it takes a text, not a class.")
+
+    def _refuse_wrong_context(self, context: Tensor | None):
+        config = self.config
+        if config.text_conditional and context is None:
+            raise ValueError("This PixelFlow checkpoint is text-conditional: it needs the tokens of a text encoder.")
+        if not config.text_conditional and context is not None:
+            raise ValueError("This PixelFlow checkpoint is class-conditional: it takes no text.")
         if context is not None and context.shape[-1] != config.context_dim:
             raise ValueError(f"The text tokens are {context.shape[-1]} wide, this PixelFlow checkpoint was trained "
                              f"with {config.context_dim}: use the text encoder that belongs to it.")

@@ -417,9 +417,10 @@ def test_a_prompt_without_tokens_adds_only_the_bias_of_the_projection():
 def test_text_that_was_encoded_before_gives_the_same_picture():
     model, (x, t, context) = network(), inputs()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    text = model.encode_text(context)
-    for more in (dict(), dict(mask=mask), dict(control=[HintedControlNet(control_network(), x)])):
-        assert torch.equal(model(x, t, None, text=text, **more), model(x, t, context, **more))
+    for given in (None, mask):
+        text = model.encode_text(context, given)
+        for more in (dict(), dict(control=[HintedControlNet(control_network(), x)])):
+            assert torch.equal(model(x, t, None, text=text, **more), model(x, t, context, given, **more))
 
 
 @torch.no_grad()

@@ -218,6 +218,8 @@ HOOKS = {
     "comfy.model_base.BaseModel.extra_conds": "**kwargs",
     "comfy.model_base.BaseModel.apply_model":
         "x, t, c_concat, c_crossattn, control, transformer_options, **kwargs",
+    "comfy.model_base.BaseModel._apply_model":
+        "x, t, c_concat, c_crossattn, control, transformer_options, **kwargs",
     "comfy.model_base.BaseModel.memory_required": "input_shape, cond_shapes",
     "comfy.model_sampling.EPS.calculate_input": "sigma, noise",
     "comfy.model_sampling.EPS.calculate_denoised": "sigma, model_output, model_input",

@@ -323,6 +323,28 @@ def test_prompts_of_different_lengths_share_a_forward_pass(flow):
     assert seen == [(2, side) for side in (16, 16, 32, 32, 64, 64)]
 
 
+@pytest.mark.parametrize("how, times", [({}, 1), ({"how": "custom"}, 2)])
+def test_a_prompt_is_read_once_for_all_steps_and_stages(flow, how, times):
+    """Again only where guidance 1 leaves the negative prompt out."""
+    calls, block = [], flow.text.model.diffusion_model.transformer_blocks[0]
+    hook = block.attn2.k_proj.register_forward_hook(lambda *_: calls.append(1))
+    if how:
+        how = {"how": sampler(flow, guidance="custom", custom_guidance="1, 3, 1")}
+    try:
+        draw(flow, flow.text, (prompt(flow, "a red apple on the blue car"), prompt(flow, "")), **how)
+    finally:
+        hook.remove()
+    assert len(calls) == times
+
+
+def test_a_lora_changes_the_prompt_that_was_read_before(flow):
+    plain, patched = draw(flow, flow.text), flow.text.clone()
+    key = "diffusion_model.transformer_blocks.0.attn2.v_proj.weight"
+    patched.add_patches({key: (torch.full(flow.text.model.state_dict()[key].shape, 0.5),)}, 1.0)
+    assert (draw(flow, patched) - plain).abs().max() > 1e-3
+    assert torch.equal(draw(flow, flow.text), plain)
+
+
 def test_class_guidance_does_without_the_null_class_in_the_first_stage(flow):
     model, seen = watched(flow, flow.classes)
     draw(flow, model)

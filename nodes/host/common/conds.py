@@ -1,11 +1,15 @@
 """Conditions whose rows share a batch where core's would not, or reach the network as they are."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import comfy.conds
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+T = TypeVar("T")
 FEW = 512
 """Patch tokens. With more of them, a CPU finishes two passes sooner than one of twice the rows."""
 
@@ -40,11 +44,12 @@ class TextCond(comfy.conds.CONDRegular):
 
 
 class TextMask(TextCond):
-    """1 = keep, (B, L), padded like the tokens; None where all are kept, because a mask rules out flash attention."""
+    """1 = keep, (B, L), padded like the tokens. It arrives as a tuple of one, so that ComfyUI does not send it to the
+    device in every step; as None where all are kept, because a mask rules out flash attention."""
 
-    def concat(self, others) -> Tensor | None:
+    def concat(self, others) -> tuple[Tensor] | None:
         mask = super().concat(others)
-        return None if mask.all() else mask
+        return None if mask.all() else (mask,)
 
 
 class Exact(comfy.conds.CONDRegular):
@@ -59,6 +64,20 @@ class PromptCache:
 
     def __init__(self):
         self.kept = {}
+
+
+def once_per_prompt(prompts: tuple | None, rows: int, device: torch.device, encode: Callable[[], T]) -> T:
+    """`encode()`, what a network computes on a device only from the prompts of a batch, kept as long as their sampling
+    run.
+
+    prompts: of `PromptKey`, None where nothing may be kept; rows: of the batch.
+    """
+    if not prompts or sum(n for _, n in prompts) != rows:
+        return encode()
+    kept, key = prompts[0][0].kept, (prompts[1:], prompts[0][1], device)
+    if key not in kept:
+        kept[key] = encode()
+    return kept[key]
 
 
 class PromptKey(comfy.conds.CONDRegular):

@@ -13,11 +13,11 @@ from torch import Tensor
 from ....models_impl.pixart import buckets
 from ....models_impl.pixart.checkpoint import FAMILY
 from ....models_impl.pixart.config import PixArtConfig
-from ....models_impl.pixart.model import PixArt, TextTokens
+from ....models_impl.pixart.model import PixArt
 from ....models_impl.pixart.sampling import PixArtDiffusion
 from ....models_impl.state_dict import config_tensor
 from ..common.attention import host_attention
-from ..common.conds import Exact, PromptCache, PromptKey, TextCond, TextMask, one_pass_is_faster
+from ..common.conds import Exact, PromptCache, PromptKey, TextCond, TextMask, once_per_prompt, one_pass_is_faster
 from ..common.control import AREA, Area
 from ..common.prefetch import host_prefetch
 from ..common.text import check_type
@@ -71,8 +71,8 @@ class PixArtNetwork(PixArt):
     def __init__(self, image_model=None, dtype=None, device=None, operations=None, **config):
         super().__init__(PixArtConfig.from_dict(config), operations=operations, dtype=dtype, device=device)
 
-    def forward(self, x, timesteps, context=None, control=None, transformer_options=None, mask=None, prompts=None,
-                size=None, aspect_ratio=None, **unused):
+    def forward(self, x, timesteps, context=None, control=None, transformer_options=None, text=None, size=None,
+                aspect_ratio=None, **unused):
         """Prediction of the shape of x, (B, C, H, W). Channels of x behind the latent's ask for the variance: they are
         not read, and hold its logits in the result, or NaN where one of core's caches answers for the network."""
         transformer_options = transformer_options or {}
@@ -89,28 +89,19 @@ class PixArtNetwork(PixArt):
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
         prediction = WrapperExecutor.new_class_executor(predict, self, wrappers).execute(
             # core's EasyCache looks for the options at the end
-            x, timesteps, context, control, mask, prompts, size, aspect_ratio, transformer_options
+            x, timesteps, context, control, text, size, aspect_ratio, transformer_options
         )
         return torch.cat([prediction, variance], dim=1) if asked else prediction
 
-    def _forward(self, x, timesteps, context, control, mask, prompts, size, aspect_ratio, transformer_options):
+    def _forward(self, x, timesteps, context, control, text, size, aspect_ratio, transformer_options):
         size, aspect_ratio = (entry[0].to(x.device) if entry else None for entry in (size, aspect_ratio))
         return super().forward(
-            x, timesteps, context, None if mask is None else mask.bool(), size, aspect_ratio,
+            x, timesteps, context, size=size, aspect_ratio=aspect_ratio,
             attention=host_attention(transformer_options),
             control=(control or {}).get(CONTROL, ()),
-            text=self._text(context, prompts),
+            text=text,
             before_block=host_prefetch(self.blocks, x.device, transformer_options.get("prefetch_dynamic_vbars", False)),
         )
-
-    def _text(self, context: Tensor, prompts: tuple | None) -> TextTokens:
-        """Keys and values of the prompt depend on neither the picture nor the timestep: once per sampling run."""
-        if not prompts or sum(rows for _, rows in prompts) != len(context):
-            return self.encode_text(context)
-        kept, key = prompts[0][0].kept, (prompts[1:], prompts[0][1], context.dtype, context.device)
-        if key not in kept:
-            kept[key] = self.encode_text(context)
-        return kept[key]
 
 
 class ModelConfig(comfy.supported_models_base.BASE):
@@ -152,13 +143,26 @@ class PixArtModel(comfy.model_base.PixArt):
     def config(self) -> PixArtConfig:
         return self.diffusion_model.config
 
-    def extra_conds(self, cross_attn=None, attention_mask=None, noise=None, hooks=None, **entries) -> dict:
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, *args, prompts=None, mask=None, **kwargs):
+        """Keys and values of the prompts depend on neither the picture nor the timestep: they are made once in a
+        sampling run, and outside of what torch.compile may have made of the network."""
+        if c_crossattn is not None:
+            net = self.diffusion_model
+            kwargs["text"] = once_per_prompt(prompts, len(c_crossattn), x.device, lambda: net.encode_text(
+                c_crossattn.to(x.device, self._dtype()), mask and mask[0].to(x.device)))
+        return super()._apply_model(x, t, c_concat, c_crossattn, *args, **kwargs)
+
+    def _dtype(self) -> torch.dtype:
+        return self.manual_cast_dtype or self.get_dtype()
+
+    def extra_conds(self, cross_attn=None, attention_mask=None, noise=None, hooks=None, device=None, **entries) -> dict:
         """The inputs that the network is conditioned on, from one entry of a conditioning; refuses another model's."""
         self._check_latent(noise)
         check_type(entries, padded=False, model="PixArt")
         context, mask = self._trim(self._context(cross_attn), attention_mask)
         fill = noise is None or one_pass_is_faster(self._patches(noise), noise.device)
-        conds = {"c_crossattn": TextCond(context, fill), "mask": TextMask(mask, fill)}
+        # On the device, else every step would send it; but a mask is asked whether it masks, which waits for a device.
+        conds = {"c_crossattn": TextCond(context.to(device, self._dtype()), fill), "mask": TextMask(mask.cpu(), fill)}
         if hooks is None:  # hooks may change the weights during the run
             conds["prompts"] = PromptKey(PromptCache())
         if "control" in entries and noise is not None:
@@ -166,8 +170,8 @@ class PixArtModel(comfy.model_base.PixArt):
         if self.config.micro_conditions:
             height, width = entries["height"], entries["width"]
             ratio = entries.get("aspect_ratio") or _ratio(height, width)
-            conds["size"] = Exact(torch.tensor([[height, width]], dtype=torch.float32))
-            conds["aspect_ratio"] = Exact(torch.tensor([[ratio]], dtype=torch.float32))
+            conds["size"] = Exact(torch.tensor([[height, width]], dtype=torch.float32, device=device))
+            conds["aspect_ratio"] = Exact(torch.tensor([[ratio]], dtype=torch.float32, device=device))
         return conds
 
     def _patches(self, noise: Tensor) -> int:

@@ -15,7 +15,7 @@ from ....models_impl.pixelflow.model import PixelFlow
 from ....models_impl.pixelflow.stages import TRAIN_TIMESTEPS, Stages
 from ....models_impl.state_dict import config_tensor
 from ..common.attention import host_attention
-from ..common.conds import TextCond, TextMask
+from ..common.conds import PromptCache, PromptKey, TextCond, TextMask, once_per_prompt
 from ..common.prefetch import host_prefetch
 from ..common.text import check_type
 
@@ -78,17 +78,18 @@ class PixelFlowNetwork(PixelFlow):
     def __init__(self, image_model=None, dtype=None, device=None, operations=None, **config):
         super().__init__(PixelFlowConfig.from_dict(config), operations=operations, dtype=dtype, device=device)
 
-    def forward(self, x, timesteps, context=None, control=None, transformer_options=None, mask=None, class_labels=None,
-                **unused):
+    def forward(self, x, timesteps, context=None, control=None, transformer_options=None, class_labels=None, text=None,
+                rope=None, **unused):
         transformer_options = transformer_options or {}
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
         return WrapperExecutor.new_class_executor(self._forward, self, wrappers).execute(
-            x, timesteps, context, mask, class_labels, transformer_options
+            x, timesteps, context, class_labels, text, rope, transformer_options
         )
 
-    def _forward(self, x, timesteps, context, mask, class_labels, transformer_options):
+    def _forward(self, x, timesteps, context, class_labels, text, rope, transformer_options):
         dynamic = transformer_options.get("prefetch_dynamic_vbars", False)
-        return super().forward(x, timesteps, context, mask=mask, class_labels=class_labels,
+        return super().forward(x, timesteps, context, class_labels=class_labels, text=text,
+                               rope=rope[0] if rope else None,
                                attention=host_attention(transformer_options),
                                before_block=host_prefetch(self.transformer_blocks, x.device, dynamic))
 
@@ -122,17 +123,32 @@ class PixelFlowModel(comfy.model_base.BaseModel):
     def config(self) -> PixelFlowConfig:
         return self.diffusion_model.config
 
-    def extra_conds(self, cross_attn=None, attention_mask=None, **entries) -> dict:
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, *args, prompts=None, mask=None, **kwargs):
+        """What does not change from step to step is made here, outside of what torch.compile may have made of the
+        network: the table of positions, and keys and values of the prompts."""
+        net, p = self.diffusion_model, self.config.patch_size
+        kwargs["rope"] = (net.rope(x.shape[-2] // p, x.shape[-1] // p, x.device),)  # in a tuple: else it would be cast
+        if c_crossattn is not None:
+            kwargs["text"] = once_per_prompt(prompts, len(c_crossattn), x.device, lambda: net.encode_text(
+                c_crossattn.to(x.device, self._dtype()), mask and mask[0].to(x.device)))
+        return super()._apply_model(x, t, c_concat, c_crossattn, *args, **kwargs)
+
+    def _dtype(self) -> torch.dtype:
+        return self.manual_cast_dtype or self.get_dtype()
+
+    def extra_conds(self, cross_attn=None, attention_mask=None, device=None, hooks=None, **entries) -> dict:
         """The inputs that the network is conditioned on, from one entry of a conditioning; refuses another model's."""
         labels, conds = entries.get(CLASS_LABELS), {}
         if self.config.text_conditional:
             context = self._text(cross_attn, labels)
             check_type(entries, padded=False, model="PixelFlow")
             mask = torch.ones(context.shape[:2]) if attention_mask is None else attention_mask
-            conds["c_crossattn"] = TextCond(context)
-            conds["mask"] = TextMask(mask.to(context.device, torch.long))  # ComfyUI would make a bool one floats
+            conds["c_crossattn"] = TextCond(context.to(device, self._dtype()))  # else every step would send it
+            conds["mask"] = TextMask(mask.to("cpu", torch.long))  # so that asking whether it masks waits for nothing
+            if hooks is None:  # hooks may change the weights during the run
+                conds["prompts"] = PromptKey(PromptCache())
         if self.config.num_classes:
-            conds["class_labels"] = comfy.conds.CONDRegular(self._classes(labels))
+            conds["class_labels"] = comfy.conds.CONDRegular(self._classes(labels).to(device))
         return conds
 
     def _text(self, context: Tensor | None, labels: Tensor | None) -> Tensor:
