@@ -12,9 +12,11 @@ import pytest
 import torch
 from parity_cases import cases
 from pixstack.models_impl.pixelflow import sampling
+from pixstack.models_impl.pixelflow.config import PRESETS
 from pixstack.models_impl.pixelflow.schedule import CascadeSchedule, guidance_scales
 from pixstack.models_impl.state_dict import read_file, write_file
 from safetensors import safe_open
+from test_counts import count
 from torch.nn import functional as F
 from weights import tiny_pixelflow, tiny_t5
 
@@ -343,6 +345,17 @@ def test_a_lora_changes_the_prompt_that_was_read_before(flow):
     patched.add_patches({key: (torch.full(flow.text.model.state_dict()[key].shape, 0.5),)}, 1.0)
     assert (draw(flow, patched) - plain).abs().max() > 1e-3
     assert torch.equal(draw(flow, flow.text), plain)
+
+
+@pytest.mark.parametrize("preset", ["xl_c2i", "xl_t2i"])
+def test_the_memory_asked_for_is_what_a_step_takes(flow, monkeypatch, preset):
+    monkeypatch.setattr(flow.comfy.model_management, "pytorch_attention_flash_attention", lambda: True)  # on a GPU
+    config = PRESETS[preset]
+    described = sys.modules[type(flow.text.model).__module__].ModelConfig(config)
+    described.set_inference_dtype(torch.bfloat16, None)
+    model = described.get_model({}, device=torch.device("meta"))
+    asked = model.memory_required((2, 3, config.resolution, config.resolution))
+    assert 1 <= asked / count.counted(count.CASES[f"PixelFlow {preset}"]["ours"]).peak <= 1.2
 
 
 def test_class_guidance_does_without_the_null_class_in_the_first_stage(flow):

@@ -20,6 +20,7 @@ from ..common.prefetch import host_prefetch
 from ..common.text import check_type
 
 CLASS_LABELS = "pixelflow_class_labels"  # where the class node leaves (K,) indices in a conditioning; -1: null class
+ACTIVATIONS = 12  # values for each channel of a token that live at once; counted, see the tests
 
 
 class PixelFormat(comfy.latent_formats.LatentFormat):
@@ -102,9 +103,8 @@ class ModelConfig(comfy.supported_models_base.BASE):
     def __init__(self, config: PixelFlowConfig):
         super().__init__({"image_model": "pixelflow", **config.as_dict()})
         self.pixelflow = config
-        # ComfyUI's factor counts pixels, activations come per token of patch_size**2 pixels and grow with the width.
-        # Scaled from ChromaRadiance, which core gives 0.038 at a width of 3072 and 256 pixels per token.
-        self.memory_usage_factor = 0.038 * (config.hidden / 3072) * (256 / config.patch_size**2)
+        # ComfyUI multiplies it by pixels, bytes of a value and 2**20 / 100.
+        self.memory_usage_factor = ACTIVATIONS * config.hidden / config.patch_size**2 / (2**20 / 100)
 
     def process_unet_state_dict_for_saving(self, state_dict):
         """What core's nodes save, with the configuration."""
