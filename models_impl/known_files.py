@@ -8,6 +8,7 @@ from .state_dict import BESIDE_A_MODEL, PREFIXES
 
 PERSONALISATION = "a personalisation of UltraPixel"
 DIFFUSION_MODEL = "core's 'Load Diffusion Model'"
+CASCADE = f"{DIFFUSION_MODEL}, or 'Load Small Stable Cascade Model' if PixStack's trainer made it"
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ KINDS = (  # the first that fits
          "core's 'Load ControlNet Model'", "controlnet"),
     Kind("FLUX", ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
          f"{DIFFUSION_MODEL}, or 'Load Small FLUX Model' if PixStack's trainer made it", "diffusion_models"),
-    Kind("Stable Cascade's Stage C", ("clip_txt_mapper.weight",), DIFFUSION_MODEL, "diffusion_models"),
-    Kind("Stable Cascade's Stage B", ("effnet_mapper.0.weight",), DIFFUSION_MODEL, "diffusion_models"),
+    Kind("Stable Cascade's Stage C", ("clip_txt_mapper.weight",), CASCADE, "diffusion_models"),
+    Kind("Stable Cascade's Stage B", ("effnet_mapper.0.weight",), CASCADE, "diffusion_models"),
     Kind("Stable Cascade's Stage A", ("in_block.1.weight",), "'Load UltraPixel Stage A'", "vae"),
     Kind("a ControlNet of Stable Cascade", ("projections.0.0.weight",), "core's 'Load ControlNet Model'", "controlnet"),
     Kind("Stable Cascade's semantic encoder", ("mapper.1.running_mean", "encoder.mapper.1.running_mean"),

@@ -5,8 +5,11 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from .checks import CheckedNode, first_problem, known_file, one_of
+from .host.common import files
+from .host.common.load import DTYPES
 from .host.ultrapixel import guide as ultrapixel
 from .host.ultrapixel import sizes as ultrapixel_sizes
+from .host.ultrapixel.load import load_cascade
 from .host.ultrapixel.sampling import GuidedSampler
 from .schema import schema
 
@@ -28,6 +31,37 @@ SHAPES = {  # width : height
     "portrait 1:2": (1, 2),
     "portrait 9:21": (9, 21),
 }
+
+
+class CascadeLoader(CheckedNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="PixStack_CascadeLoader",
+            display_name="Load Small Stable Cascade Model",
+            category=CATEGORY,
+            search_aliases=["tiny stable cascade", "small stage c", "small stage b", "ultrapixel emoji"],
+            description="Loads a Stage C or Stage B of any size that PixStack's trainer made: its file states its shape. "
+            "Released files of Stable Cascade load with core's Load Diffusion Model.",
+            inputs=[
+                io.Combo.Input("model_name", options=files.listed("diffusion_models"),
+                               tooltip="A file in models/diffusion_models that the trainer exported."),
+                io.Combo.Input("dtype", options=list(DTYPES), default="default",
+                               tooltip="How the weights are stored. default: as ComfyUI finds best for this machine."),
+            ],
+            outputs=[io.Model.Output(tooltip="Core's own Stage C or B: for 'UltraPixel Guide', 'UltraPixel Stage B', "
+                                     "LoRA loaders and any sampler. Prompts come from 'Load T5 Text Encoder', type "
+                                     "flux.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name=None, dtype=None):
+        return first_problem(known_file("diffusion_models", model_name), one_of("dtype", dtype, DTYPES))
+
+    @classmethod
+    def execute(cls, model_name, dtype) -> io.NodeOutput:
+        path = files.find_or_raise("diffusion_models", model_name)
+        return io.NodeOutput(load_cascade(path, DTYPES[dtype]))
 
 
 class UltraPixelGuideLoader(CheckedNode):
@@ -200,4 +234,4 @@ class UltraPixelCanvas(CheckedNode):
         return io.NodeOutput(*latents, report, ui=ui.PreviewText(report))
 
 
-NODES = [UltraPixelGuideLoader, UltraPixelGuide, UltraPixelSampler, UltraPixelCanvas]
+NODES = [CascadeLoader, UltraPixelGuideLoader, UltraPixelGuide, UltraPixelSampler, UltraPixelCanvas]

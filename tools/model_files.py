@@ -39,6 +39,7 @@ LOADERS = {  # node -> (its name, the folder of models/ where it looks); its fir
     "PixStack_PixelFlowTextEncoderLoader": ("Load T5 Text Encoder", "text_encoders"),
     "PixStack_FluxLoader": ("Load Small FLUX Model", "diffusion_models"),
     "PixStack_PixelPonderLoader": ("Load PixelPonder", "controlnet"),
+    "PixStack_CascadeLoader": ("Load Small Stable Cascade Model", "diffusion_models"),
     "PixStack_UltraPixelGuideLoader": ("Load UltraPixel Guide", "model_patches"),
     "PixStack_UltraPixelPersonalise": ("UltraPixel Personalise", "loras"),
     "PixStack_UltraPixelStageALoader": ("Load UltraPixel Stage A", "vae"),

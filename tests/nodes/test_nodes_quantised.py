@@ -231,6 +231,7 @@ def test_a_scaled_t5_may_be_made_whole_in_another_dtype(text, host, t5):  # noqa
      dict(variant="auto", prediction="auto", positions="auto", weights="ema", dtype="default")),
     ("PixelFlowLoader", "model_name", "diffusion_models", dict(weights="ema", dtype="default")),
     ("FluxLoader", "model_name", "diffusion_models", dict(dtype="default")),
+    ("CascadeLoader", "model_name", "diffusion_models", dict(dtype="default")),
     ("PixArtControlNetLoader", "control_net_name", "controlnet", dict(dtype="default")),
     ("PixelPonderLoader", "control_net_name", "controlnet", dict(dtype="default", selection_network="leave out")),
     ("PixelFlowTextEncoderLoader", "encoder_name", "text_encoders", dict(dtype="default", device="default")),

@@ -23,7 +23,7 @@ BY_NAME = [  # what is typed, ids without PixStack_ of which one must be first o
     ("pixart sigma", "PixArtLoader PixArtSigmas"), ("pixart lora", "PixArtLoraLoader"),
     ("pixart controlnet", "PixArtControlNetLoader PixArtControlNetApply"), ("multi controlnet", "PixelPonderApply"),
     ("pixelponder", "PixelPonderLoader PixelPonderApply PixelPonderCondition PixelPonderMap"),
-    ("small flux", "FluxLoader"), ("t5", "PixelFlowTextEncoderLoader"),
+    ("small flux", "FluxLoader"), ("small stable cascade", "CascadeLoader"), ("t5", "PixelFlowTextEncoderLoader"),
     ("text encoder", "PixelFlowTextEncoderLoader"), ("consistency decoder", "ConsistencyDecoderLoader"),
     ("null caption", "PixArtNullCaption"), ("emoji", "ExamplePicture"), ("data set", "LoadEntry SaveEntry"),
     ("ultrapixel vae", "UltraPixelStageALoader"), ("pixelflow class", "PixelFlowClass"),
