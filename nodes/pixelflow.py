@@ -113,8 +113,8 @@ class PixelFlowTextEncoderLoader(CheckedNode):
                 ),
                 io.Combo.Input(
                     "type", options=list(TEXT_TYPES), default=next(iter(TEXT_TYPES)), optional=True,
-                    tooltip="Which models the text is for. flux: for a FLUX or a small Stable Cascade trained with this "
-                    "encoder; the text is padded to the encoder's full length, as both attend to all of it.",
+                    tooltip="Which models the text is for. flux: for a FLUX or a small Stable Cascade trained with "
+                    "this encoder; the text is padded to the encoder's full length, as both attend to all of it.",
                 ),
             ],
             outputs=[io.Clip.Output(tooltip="Goes to core's CLIP Text Encode, once for each prompt.")],

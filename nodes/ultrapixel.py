@@ -1,7 +1,6 @@
 """UltraPixel's nodes around core's Stage C: the guide, its sampler, and sizes."""
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from .checks import CheckedNode, first_problem, known_file, one_of
@@ -41,8 +40,8 @@ class CascadeLoader(CheckedNode):
             display_name="Load Small Stable Cascade Model",
             category=CATEGORY,
             search_aliases=["tiny stable cascade", "small stage c", "small stage b", "ultrapixel emoji"],
-            description="Loads a Stage C or Stage B of any size that PixStack's trainer made: its file states its shape. "
-            "Released files of Stable Cascade load with core's Load Diffusion Model.",
+            description="Loads a Stage C or Stage B of any size that PixStack's trainer made: its file states its "
+            "shape. Released files of Stable Cascade load with core's Load Diffusion Model.",
             inputs=[
                 io.Combo.Input("model_name", options=files.listed("diffusion_models"),
                                tooltip="A file in models/diffusion_models that the trainer exported."),
@@ -75,7 +74,7 @@ class UltraPixelGuideLoader(CheckedNode):
             description="Loads UltraPixel's guide, the small network that turns the features of a low-resolution pass "
             "into those of a large picture. Stage C itself, Stage B and Stage A load with core's nodes.",
             inputs=[
-                io.Combo.Input("guide_name", options=folder_paths.get_filename_list(FOLDER),
+                io.Combo.Input("guide_name", options=files.listed(FOLDER),
                                tooltip="ultrapixel_t2i.safetensors, released or converted, in models/model_patches."),
             ],
             outputs=[GuideType.Output("guide", display_name="GUIDE", tooltip="For 'UltraPixel Guide'.")],
@@ -87,7 +86,7 @@ class UltraPixelGuideLoader(CheckedNode):
 
     @classmethod
     def execute(cls, guide_name) -> io.NodeOutput:
-        return io.NodeOutput(ultrapixel.load_guide(folder_paths.get_full_path_or_raise(FOLDER, guide_name)))
+        return io.NodeOutput(ultrapixel.load_guide(files.find_or_raise(FOLDER, guide_name)))
 
 
 class UltraPixelGuide(CheckedNode):

@@ -130,16 +130,16 @@ class CascadeConfig(UltraPixelConfiguration):
         return renamed
 
     def repeated_kinds(self) -> tuple[tuple[str, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
-        """The reference's `level_config` and `blocks`: the string that each level repeats, and how many times on the way
-        down and up. Raises ValueError for levels that repeat none."""
+        """The reference's `level_config` and `blocks`: the string that each level repeats, and how many times on the
+        way down and up. Raises ValueError for levels that repeat none."""
         kinds = []
         for level, (down, up) in enumerate(zip(self.down, reversed(self.up), strict=True)):
             candidates = (down[:n] for n in range(1, len(down) + 1))
             found = next((k for k in candidates if k * (len(down) // len(k)) == down and k * (len(up) // len(k)) == up),
                          None)
             if not found:
-                raise ValueError(f"Level {level} has the blocks {down} on the way down and {up} on the way up: the same "
-                                 "few must repeat in both.")
+                raise ValueError(f"Level {level} has the blocks {down} on the way down and {up} on the way up: the "
+                                 "same few must repeat in both.")
             kinds.append(found)
         counts = (tuple(len(some) // len(kind) for some, kind in zip(self.down, kinds, strict=True)),
                   tuple(len(some) // len(kind) for some, kind in zip(self.up, reversed(kinds), strict=True)))

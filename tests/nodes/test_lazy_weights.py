@@ -140,6 +140,7 @@ FILES = {  # what is loaded: folder, file, what makes the file
     "pixart": ("diffusion_models", "lazy_pixart.safetensors", weights.tiny_pixart),
     "pixart of settings": ("diffusion_models", "lazy_pixart.safetensors", weights.tiny_pixart),
     "flux": ("diffusion_models", "flux_lazy.safetensors", weights.tiny_emoji),
+    "small stage c": ("diffusion_models", "lazy_small_c.safetensors", cascade.small_stage_c),
     "pixart controlnet": ("controlnet", "lazy_controlnet.pth", weights.tiny_pixart_controlnet),
     "pixelponder": ("controlnet", "pixelponder_lazy.safetensors", weights.tiny_emoji),
     "guide": ("model_patches", "lazy_guide.safetensors", cascade.tiny_guide),
@@ -156,7 +157,7 @@ def ours(host) -> SimpleNamespace:
     return SimpleNamespace(host=host, **{name: import_module(f"{package}.{file}") for name, file in {
         "patcher": "common.patcher", "text": "common.text", "flux": "flux.load", "pixart": "pixart.load",
         "pixart_lora": "pixart.lora", "consistency": "pixart.consistency_decoder", "pixelflow": "pixelflow.load",
-        "pixelponder": "pixelponder.load", "ultrapixel": "ultrapixel.guide",
+        "pixelponder": "pixelponder.load", "ultrapixel": "ultrapixel.guide", "cascade": "ultrapixel.load",
         "ultrapixel_stage_a": "ultrapixel.stage_a"}.items()})
 
 
@@ -171,6 +172,7 @@ def load(ours, what: str, dtype=torch.float32):
         "pixart": lambda: ours.pixart.load_pixart(path, dtype=dtype),
         "pixart of settings": lambda: ours.pixart.load_pixart(path, dtype=dtype, settings={"position_range": 2.0}),
         "flux": lambda: ours.flux.load_flux(path, dtype),
+        "small stage c": lambda: ours.cascade.load_cascade(path, dtype),
         "pixart controlnet": lambda: ours.pixart.load_pixart_controlnet(path, dtype),
         "pixelponder": lambda: ours.pixelponder.load_pixelponder(path, dtype=dtype),
         "guide": lambda: ours.ultrapixel.load_guide(path),

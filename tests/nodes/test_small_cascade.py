@@ -4,15 +4,17 @@ from importlib import import_module
 import pytest
 import torch
 import weights
-from cascade_weights import random_state
+from cascade_weights import A, random_state
 from pixstack.models_impl.state_dict import write_file
 from pixstack.models_impl.ultrapixel import checkpoint
-from pixstack.models_impl.ultrapixel.config import StageBConfig, StageCConfig
+from pixstack.models_impl.ultrapixel.config import GuideConfig, StageBConfig, StageCConfig
+from pixstack.models_impl.ultrapixel.guidance import Guide
 from pixstack.models_impl.ultrapixel.model import StageC
+from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.models_impl.ultrapixel.stage_b import StageB
 
 WIDTH = weights.WIDTH  # of its T5
-C = StageCConfig(hidden=(24, 32), heads=(3, 2), down=("CTA", "CTA" * 2), up=("CTA", "CTA" * 3), up_repeats=(2, 1),
+C = StageCConfig(hidden=(24, 32), heads=(3, 2), down=("CTA", "CTA" * 2), up=("CTA", "CTA" * 3),
                  context_dim=12, text_dim=WIDTH, pooled_dim=WIDTH, pooled_tokens=2, image_dim=1, timestep_dim=16)
 B = StageBConfig(hidden=(8, 16, 24), heads=(-1, -1, 2), down=("CT", "CT" * 2, "CTA"), up=("CTA", "CT", "CT"),
                  down_repeats=(1, 1, 1), up_repeats=(1, 2, 1), context_dim=12, pooled_dim=WIDTH, dropout=(0.0,) * 3,
@@ -99,6 +101,35 @@ def test_both_stages_follow_a_prompt_of_a_t5(small):
         (positive,) = small("StableCascade_StageB_Conditioning", conditioning=text, stage_c={"samples": latent})
         pictures.append(drawn(small, stage_b, positive, torch.zeros(1, 4, 16, 24)))
     assert all((p - pictures[0]).abs().max() > 1e-3 for p in pictures[1:])
+
+
+def test_a_small_ultrapixel_draws_a_picture_and_its_guide_changes_it(small, host):
+    shape = GuideConfig(down=C.hidden, up=C.hidden[::-1], width=16, heads=2, feedforward=16, max_tokens=64, groups=4,
+                        layers=(16, 16), frequencies=4, timestep_dim=16, scale_dim=16)
+    write_file(host.models / "model_patches/small_guide.safetensors", random_state(Guide(shape)),
+               checkpoint.metadata(shape))
+    write_file(host.models / "vae/small_a.safetensors", StageA(A).state_dict(), checkpoint.metadata(A))
+    positive, negative = prompt(small, "red apple"), prompt(small, "")
+    (guide,) = small("UltraPixelGuideLoader", guide_name="small_guide.safetensors")
+    latent, _, empty_b, _ = small("UltraPixelCanvas", shape="square", side=256, width=256, height=256, batch_size=1)
+    low, _ = small("StableCascade_EmptyLatentImage", width=256, height=256, compression=64, batch_size=1)
+    (noise,), (sampler,) = small("RandomNoise", noise_seed=1), small("UltraPixelSampler", reference=False,
+                                                                     low_latent=low)
+    latents = []
+    for strength in (0.0, 1.0):
+        (guided,) = small("UltraPixelGuide", model=model(small, "small_c"), guide=guide, down=strength, up=strength,
+                          rescale=0.7, shift=1.0)
+        (guider,) = small("CFGGuider", model=guided, positive=positive, negative=negative, cfg=4.0)
+        (sigmas,) = small("BasicScheduler", model=guided, scheduler="simple", steps=2, denoise=1.0)
+        latents.append(small("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
+                             latent_image=latent)[0])
+    plain, guided = (one["samples"] for one in latents)
+    assert plain.shape == (1, 16, 6, 6) and (guided - plain).abs().max() > 1e-3
+    (positive,) = small("StableCascade_StageB_Conditioning", conditioning=positive, stage_c=latents[1])
+    (stage_b,) = small("UltraPixelStageB", model=model(small, "small_b"), rescale=0.7)
+    (vae,) = small("UltraPixelStageALoader", vae_name="small_a.safetensors", dtype="fp32")
+    (image,) = small("VAEDecode", vae=vae, samples={"samples": drawn(small, stage_b, positive, empty_b["samples"])})
+    assert image.shape == (1, 256, 256, 3) and image.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["small_c", "small_b"])

@@ -98,6 +98,7 @@ LOADERS = (
     Loader("FluxLoader", "model_name", "diffusion_models", weights.tiny_emoji, name="flux_soak"),
     Loader("PixelPonderLoader", "control_net_name", "controlnet", weights.tiny_pixelponder, ".pth"),
     Loader("PixelPonderLoader", "control_net_name", "controlnet", weights.tiny_emoji, name="pixelponder_soak"),
+    Loader("CascadeLoader", "model_name", "diffusion_models", cascade_weights.small_stage_c),
     Loader("UltraPixelGuideLoader", "guide_name", "model_patches", cascade_weights.tiny_guide, ".pth"),
     Loader("UltraPixelStageALoader", "vae_name", "vae", cascade_weights.tiny_stage_a),
     Loader("UltraPixelPersonalise", "lora_name", "loras", cascade_weights.tiny_personalisation, ".pth",

@@ -73,6 +73,11 @@ def tiny_stage_c(path: Path):
     write_file(path, checkpoint.released_attention_names(random_state(StageC(C))))
 
 
+def small_stage_c(path: Path):
+    """A Stage C as the trainer exports it."""
+    write_file(path, checkpoint.released_attention_names(random_state(StageC(C))), checkpoint.metadata(C))
+
+
 def tiny_stage_b(path: Path):
     write_file(path, checkpoint.released_attention_names(random_state(StageB(B))))
 

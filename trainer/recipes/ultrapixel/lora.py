@@ -23,7 +23,7 @@ from ...training.groups import Group, groups
 from ...training.noise import VALIDATION
 from ..contract import Files
 from .encoders import Low, make_encoders
-from .networks import guide_of, read
+from .networks import base, guide_of, read
 from .task import BothLatents, StageCRecipe, file_problems, in_transformer
 
 RANK = 4  # where neither the settings nor a file say one
@@ -67,7 +67,7 @@ def rank_of(found: lora.Personalisation) -> int:
 
 class Recipe(StageCRecipe):
     def __init__(self, config: Config, text: nn.Module | None, classes: int, network: dict | None = None):
-        super().__init__(config, text, reopened=bool(network))
+        super().__init__(config, text, base(config, reopened=bool(network)))
         s = self.settings
         self.shape = StageCConfig.from_dict({k: v for k, v in network.items() if k != "rank"}) if network \
             else self.net.config

@@ -3,6 +3,7 @@ and back to pictures. (arXiv 2407.02158 and 2306.00637; train/ of Stability-AI/S
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ....models_impl.ultrapixel import checkpoint, sampling
 from ....models_impl.ultrapixel.config import StageCConfig
 from ....models_impl.ultrapixel.guidance import Guide
 from ....models_impl.ultrapixel.model import StageC
+from ....models_impl.ultrapixel.texts import pooled
 from ...config.schema import Config
 from ...data import buckets
 from ...features import text_encoders
@@ -25,7 +27,7 @@ from ..contract import Base
 from .decoder import Decoder
 from .encoders import Low
 from .loss_weight import LossWeight
-from .networks import base, dtype_of, fitting, read
+from .networks import dtype_of, fitting, read
 from .settings import PIXELS
 
 LOW_NOISE = 2  # the kind of `noise.picture_noise` that goes on low-resolution latents
@@ -34,17 +36,37 @@ PROBED = 128  # channels of the nets that memory is measured on; what a net keep
 
 
 def file_problems(config: Config) -> list[str]:
-    """Problems with the files that every UltraPixel recipe reads."""
-    problems, model, text = [], config.model, Path(config.text.encoder).expanduser()
+    """Problems with the files that the recipes on a Stage C read."""
+    problems, model = [], config.model
     try:
         shape = read(model.stage_c)[0]
         if model.guide:
             fitting(read(model.guide, checkpoint.read_guide)[0], shape, f"model.guide={model.guide}")
     except (ValueError, OSError) as error:
         problems.append(f"[model]: {error}")
-    if text.is_dir() and not text_encoders.is_clip(config.text.encoder):
-        problems.append(f"text.encoder={config.text.encoder!r} is no CLIP: Stage C reads CLIP-G.")
-    return problems
+    return problems + text_problems(config)
+
+
+def text_problems(config: Config) -> list[str]:
+    """Problems with the folder of a text encoder."""
+    text = config.text
+    if not text.frozen or not Path(text.encoder).expanduser().is_dir() or text_encoders.is_clip(text.encoder):
+        return []
+    return [f"text.encoder={text.encoder!r} is no CLIP: Stage C reads CLIP-G."]
+
+
+def read_text(text: nn.Module, captions: list[str], device, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(tokens (B, L, D), vectors (B, D')) of captions, float32. change: of the word that a CLIP was taught."""
+    if isinstance(text, text_encoders.FrozenClip):
+        return text.lookup(captions, device) if text.word is None else text.read(captions, device, change)
+    tokens, _ = text_encoders.encode(text, captions, device, padded=True)
+    return tokens, pooled(tokens)
+
+
+def text_widths(text: nn.Module) -> tuple[int, int]:
+    """Widths of the tokens and of the vector of `read_text`."""
+    width = text_encoders.width(text)
+    return width, text.pooled_width if isinstance(text, text_encoders.FrozenClip) else width
 
 
 @dataclass(frozen=True)
@@ -93,15 +115,16 @@ class BothLatents:
 class StageCDenoising:
     """Everything about Stage C but what learns: latents, captions, noise, the loss, samples."""
 
-    def __init__(self, config: Config, net: StageC | None, text: text_encoders.FrozenClip, readers: list,
+    def __init__(self, config: Config, net: StageC | None, text: nn.Module, readers: list,
                  low: Low | None = None):
         """readers: of `make_encoders`."""
         self.config, self.net, self.text, self.readers, self.low = config, net, text, readers, low
         self.seed, self.diffusion, self.decoder = config.seed, sampling.CosineDiffusion(), Decoder(config)
         self.draws, self.objective = objective.draws(config.noise, sampling.DRAWN), objective.objective(config.loss)
-        if net is not None and (text.width, text.pooled_width) != (net.config.text_dim, net.config.pooled_dim):
-            raise ValueError(f"text.encoder makes tokens of width {text.width} and vectors of {text.pooled_width}, "
-                             f"this Stage C reads {net.config.text_dim} and {net.config.pooled_dim}: use CLIP-G.")
+        if net is not None and (made := text_widths(text)) != (net.config.text_dim, net.config.pooled_dim):
+            raise ValueError(f"text.encoder makes tokens of width {made[0]} and vectors of {made[1]}, this Stage C "
+                             f"reads {net.config.text_dim} and {net.config.pooled_dim}: use the encoder that it was "
+                             "trained with, CLIP-G for the released ones.")
 
     @property
     def device(self) -> torch.device:
@@ -144,9 +167,8 @@ class StageCDenoising:
         zeros where none is given; change: of the word that the text encoder was taught."""
         if dropped is not None:
             captions = ["" if drop else c for c, drop in zip(captions, dropped.tolist(), strict=True)]
-        text, pooled = self.text.lookup(captions, self.device) if self.text.word is None \
-            else self.text.read(captions, self.device, change)
-        found = {"text": text.to(self.dtype), "pooled": pooled[:, None].to(self.dtype)}
+        text, vectors = read_text(self.text, captions, self.device, change)
+        found = {"text": text.to(self.dtype), "pooled": vectors[:, None].to(self.dtype)}
         if images is not None:
             found["image"] = images[:, None].to(self.device, self.dtype)
         return found
@@ -260,10 +282,9 @@ class StageCRecipe(Base):
     denoising: StageCDenoising
     weight: LossWeight
 
-    def __init__(self, config: Config, text: nn.Module | None, reopened: bool):
+    def __init__(self, config: Config, text: nn.Module | None, net: StageC | None):
         super().__init__()
-        self.settings, self.config, self.text = config.recipe, config, text
-        self.net = base(config, reopened)
+        self.settings, self.config, self.text, self.net = config.recipe, config, text, net
 
     def prepare(self, low: Low | None = None):
         """When everything that learns is there. low: how the low-resolution pictures are made, if they are."""
@@ -286,6 +307,16 @@ class StageCRecipe(Base):
         draws = d.draw(batch.step).part(batch.positions)
         return self.weight(d.diffusion.logsnr(draws.t), loss(draws), batch)
 
+    @contextmanager
+    def at_rest(self):
+        """Inside, what learns drops nothing out."""
+        learning = self.net.training
+        self.net.eval()
+        try:
+            yield
+        finally:
+            self.net.train(learning)
+
     def blocks(self) -> list[nn.Module]:
         return [block for level in (*self.net.down_blocks, *self.net.up_blocks) for block in level]
 
@@ -302,6 +333,11 @@ class StageCRecipe(Base):
 
     def activation_bytes(self, pictures: int, cpu: bool) -> float:
         return pictures * activation_bytes(self.net.config, self.config)
+
+
+def of_unet(name: str) -> bool:
+    """Whether a parameter of Stage C or B is a matrix that Muon may train."""
+    return name.endswith("weight") and any(part in name for part in (".channelwise.", ".attention.", ".kv_mapper."))
 
 
 def in_transformer(name: str) -> bool:
