@@ -195,6 +195,12 @@ def test_the_emoji_set_reads_like_people_speak(packages, tmp_path):
         ["automobile", "car", "red car"], ["waving hand", "waving hand sign", "wave"]]
 
 
+def test_an_emoji_is_of_the_class_of_its_subcategory(packages, tmp_path):
+    settings = Data(kind="jsonl", path=str(emoji.build(tmp_path / "emoji", packages)))
+    found = loader.read(settings, "classes")
+    assert found.classes == ["s"] and {i.label for i in (*found.train, *found.held_out)} == {0}
+
+
 def test_the_emoji_set_stands_on_white(packages, tmp_path):
     path = emoji.build(tmp_path / "emoji", packages)
     assert Image.open(path.parent / "images/noto/1f697.png").getpixel((5, 5)) == (255, 127, 127)

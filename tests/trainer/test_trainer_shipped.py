@@ -64,7 +64,7 @@ def words(root, name):
     kind, recipe = raw["data"].get("kind", "folder"), raw["recipe"]["name"]
     on_flux = recipe in ("flux", "pixelponder")
     found.append(f"data.path={root}/" + {"jsonl": "set/data.jsonl", "classes": "classes"}.get(kind, "set/images"))
-    if kind == "classes":  # those of ImageNet are not here
+    if raw.get("samples", {}).get("classes"):  # those of ImageNet and of emoji are not here
         found.append("samples.classes=[0, 5]")
     if "prior_path" in raw["data"]:
         found += [f"data.path={root}/subject", f"data.prior_path={root}/class", "data.prior_count=0"]

@@ -2,6 +2,7 @@
 
 Pictures: npm `emoji-datasource-google` (noto: 64 pixels, Apache-2.0), npm `@lobehub/fluent-emoji-3d` (fluent-3d: 256
 pixels, MIT). Words: emoji.json of the first (MIT) and npm `emojibase-data` (MIT).
+Its class, for runs without captions, is its subcategory: one of 99 kinds such as "food-fruit".
 An emoji is held out by a hash of only its code points, so that nobody chose which, and in every style the same.
 """
 from __future__ import annotations
@@ -120,6 +121,7 @@ def records(google: Path, base: Path, skin_tones: bool):
                 "label": plain(label),
                 "category": entry["category"],
                 "subcategory": entry["subcategory"],
+                "class": entry["subcategory"],
                 "code_point": one["unified"],
                 "split": "held_out" if is_held_out(entry["unified"]) else "train",  # skins go with their base
             }

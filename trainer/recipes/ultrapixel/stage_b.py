@@ -43,7 +43,7 @@ CALIBRATED = 32  # pictures by which the norms of a new encoder begin
 
 
 @dataclass(frozen=True)
-class Draws:
+class StageBDraws:
     """Random draws for the pictures of a batch, (B,) each."""
 
     t: Tensor
@@ -126,13 +126,13 @@ class Recipe(Base):
         net = self.encoder if self.learned else self.frozen(EffnetEncoder)
         return net(self.small(image)).float()
 
-    def draw(self, step: int) -> Draws:
+    def draw(self, step: int) -> StageBDraws:
         """For a whole batch, by (seed, step) only."""
         rng, B, s = generator(self.config.seed, step), self.config.batch_size, self.settings
         t = self.diffusion.draw(B, rng, self.draws)
-        return Draws(t, *(torch.rand(B, generator=rng) < share for share in (s.dropout, s.blind)))
+        return StageBDraws(t, *(torch.rand(B, generator=rng) < share for share in (s.dropout, s.blind)))
 
-    def losses(self, batch, draws: Draws, seed: int) -> tuple[Tensor, Tensor]:
+    def losses(self, batch, draws: StageBDraws, seed: int) -> tuple[Tensor, Tensor]:
         """(loss of each picture, half the mean square of its semantic latent), (B,)."""
         image, device = batch.pictures.to(self.device).float() / 255, self.device
         with torch.no_grad():
@@ -156,7 +156,7 @@ class Recipe(Base):
     def forward(self, batch) -> Tensor:
         own = slice(batch.positions.start, batch.positions.stop)
         draws = self.draw(batch.step)
-        draws = Draws(draws.t[own], draws.dropped[own], draws.blind[own])
+        draws = StageBDraws(draws.t[own], draws.dropped[own], draws.blind[own])
         loss, squares = self.losses(batch, draws, self.config.seed)
         loss = self.weight(self.diffusion.logsnr(draws.t), loss, batch)
         if self.learned:
@@ -201,7 +201,7 @@ class Recipe(Base):
         for batch in batches:
             t = (spread(batch.positions, T_STEPS) + 0.5) / T_STEPS
             no = torch.zeros(len(t), dtype=torch.bool)
-            found.append(self.losses(batch, Draws(t, no, no), VALIDATION)[0].cpu())
+            found.append(self.losses(batch, StageBDraws(t, no, no), VALIDATION)[0].cpu())
             ts.append(t)
         loss = torch.cat(found)
         return {"loss": loss.mean().item(), **certainty(loss), **quarters(loss, torch.cat(ts))}
