@@ -266,6 +266,7 @@ def test_core_calls_our_functions_with_the_parameters_that_they_know(name, versi
 
 RESTATED = {
     "comfy.model_base.Flux.extra_conds", "comfy.model_base.PixArt.extra_conds",  # BaseModel's, restated by core
+    "comfy.model_base.StableCascade_B.extra_conds", "comfy.model_base.StableCascade_C.extra_conds",  # likewise
     "comfy.samplers.Sampler.sample",  # empty; KSAMPLER's says how it is called
 }
 

@@ -50,8 +50,8 @@ def engine(recipe: nn.Module, optimizer: Optimizers, config: Config, rounds: int
     parameters = [p for group in part.param_groups for p in group["params"]]
     moments = part.state_dict()["state"]
     part.state.clear()
-    for p in parameters:  # DeepSpeed lays them out flat
-        p.data = p.data.contiguous()
+    for p in parameters:  # DeepSpeed lays them out flat; to `contiguous` 1x1 kernels are that, whatever their strides
+        p.data = p.data.clone(memory_format=torch.contiguous_format)
     made, *_ = deepspeed.initialize(model=recipe, optimizer=part,
                                     config=settings(config, rounds, pictures, processes))
     optimizer.parts = [Stretches(made, parameters)]

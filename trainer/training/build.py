@@ -34,10 +34,10 @@ def recipe(config: Config, collection: loader.Collection, folder: Path | None = 
     if config.needs == "classes" and (unknown := [c for c in named if not 0 <= c < classes]):
         raise ValueError(f"samples.classes names {', '.join(map(str, unknown))}, and the data have the classes 0 to "
                          f"{classes - 1}.")
-    made = rounding.lowered(find(config.recipe.name)(config, text, classes), config)
+    made = find(config.recipe.name)(config, text, classes)
     divided(made.groups(config), config.optimizer.groups)  # whose patterns are looked at before anything takes long
     made.look_at(collection.train)
-    return made
+    return rounding.lowered(made, config)
 
 
 def write_facts(folder: Path, recipe: nn.Module, collection: loader.Collection, config: Config):
