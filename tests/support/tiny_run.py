@@ -8,7 +8,8 @@ from shutil import copytree, rmtree
 from accelerate import Accelerator
 from PIL import Image
 from pixstack.trainer.config import check, rules
-from pixstack.trainer.data import loader
+from pixstack.trainer.data import loader, wording
+from pixstack.trainer.features import text_encoders
 from pixstack.trainer.training import build, loop
 from pixstack.trainer.training.run import Run
 
@@ -56,6 +57,10 @@ def train(settings, interrupt=None):
         with accelerator.main_process_first():
             run.open()
             recipe = build.recipe(settings, items, run.folder)
+            if isinstance(recipe.text, text_encoders.FROZEN) and settings.text.ahead:
+                # As the command does: embedded with others than in the step before, a caption is rounded otherwise.
+                recipe.text.prepare(wording.every(items.train, items.held_out, settings.data, settings.seed),
+                                    accelerator.device)
         if accelerator.is_main_process:
             build.write_facts(run.folder, recipe, items, settings)
         if interrupt:

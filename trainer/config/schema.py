@@ -260,7 +260,8 @@ class Text:
     max_length, the padding attended to as if it were words."""
     ahead: bool = True
     """Embed all captions with a frozen encoder before the first step. false: each when it is first shown, and the
-    encoder stays in memory: a run on millions of captions begins at once."""
+    encoder stays in memory: a run on millions of captions begins at once. A run that goes on may then differ by the
+    rounding of embeddings, which depends on the captions that are embedded together."""
     clip: str = ""
     """Folder of CLIP-L (openai/clip-vit-large-patch14, or FLUX's text_encoder), whose vector FLUX reads beside the
     tokens of a frozen T5. Empty: zeros in its place."""
