@@ -72,7 +72,7 @@ class ModelFile:
     name: str
     """As it lies in its folder, under whose name workflows look for it."""
     folder: str
-    """Of models/."""
+    """Folder in models/ where it belongs."""
     loaders: tuple[str, ...]
     about: str
     zh: str

@@ -68,7 +68,7 @@ class MBConv(nn.Module):
 class EffnetConfig:
     latent_channels: int = LATENT_CHANNELS
     blocks: tuple[int, ...] = tuple(stage[-1] for stage in STAGES)
-    """Of each stage; the release has those of EfficientNetV2-S."""
+    """Numbers of blocks, a number for each stage; the release has those of EfficientNetV2-S."""
 
     def __post_init__(self):
         if len(self.blocks) != len(STAGES) or min(self.blocks) < 1 or self.latent_channels < 1:

@@ -142,7 +142,7 @@ def test_dropout_is_only_for_lora():
 
 
 def test_a_turn_keeps_the_lengths_and_angles_of_what_a_layer_knows(attached, released):
-    """Of its columns: what each input adds to the outputs."""
+    """What it knows are its columns: what each input adds to the outputs."""
     net = filled(attached(kind="oft", rank=5))
     found = adapters.layers(net)
     assert {layer.tensors["oft_blocks"].shape[1] for layer in found if "qkv" in layer.key} == {4}  # 5 do not divide 216

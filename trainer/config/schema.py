@@ -74,8 +74,7 @@ class SetSettings:
     template_share: float = 0.0
     """... this often."""
     wildcards: bool = False
-    """Of "a {red|blue} car" in a caption or template one alternative is drawn each time. In validation it is the
-    first."""
+    """Draw one alternative each time of "a {red|blue} car" in a caption or template. In validation it is the first."""
     shuffle_tags: bool = False
     """A caption is a list with commas, whose parts come in another order each time ..."""
     keep_tags: int = 0
@@ -501,7 +500,7 @@ class SamplePrompt(Table):
 
     prompt: str = ""
     class_index: int | None = None
-    """Of a class-conditional run, in place of a prompt."""
+    """Class to draw in a class-conditional run, in place of a prompt."""
     negative: str = ""
     """What guidance leads away from, in place of the empty prompt; counts with cfg other than 1."""
     hint: str = ""

@@ -111,7 +111,7 @@ class Records:
     tables: list[tuple[Path, Any, str]]
     """(path, rows, column) of Hugging Face data sets."""
     names: list[str]
-    """Of conditions."""
+    """Names of conditions; a bit of `ROW`'s conditions stands for each."""
     rows: np.ndarray
     """(N + 1,) ROW; of the last only `start` counts."""
     words: np.ndarray

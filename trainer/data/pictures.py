@@ -125,7 +125,8 @@ def measured(items: Sequence[Item], workers: int, broken: bool = False) -> np.nd
 
 
 def oblong(items: Sequence[Item], workers: int) -> list[str]:
-    """Of at most MEASURED items, evenly spread, those that are not square. What cannot be read is told later."""
+    """Files and sizes of pictures that are not square, among at most MEASURED items, evenly spread. What cannot be read
+    is refused later."""
     def said(item: Item) -> str:
         try:
             height, width = item.size or measure(item.file, advice="")

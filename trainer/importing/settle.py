@@ -90,7 +90,7 @@ def tables(draft: Draft, config: Config):
     for number, one in enumerate(listed if any(isinstance(t, dict) for t in listed) else [], 1):
         key, cfg = f"negative prompt of sample {number}", one.get("cfg", config.samples.cfg)
         if "negative" in one and (distilled or cfg == 1 or not recipe.guides(config)):
-            why = "a distilled FLUX is told its guidance, and knows no negative prompt" if distilled else \
+            why = "a distilled FLUX is conditioned on its guidance, and knows no negative prompt" if distilled else \
                 "it counts nothing at cfg 1" if cfg == 1 else f"{draft.recipe} draws without"
             draft.absent.append((key, one.pop("negative"), why))
         strength = one.get("strength", 1)

@@ -44,7 +44,7 @@ class FluxSettings(Settings):
     """Guidance that a distilled network (dev) is conditioned on while training."""
 
     def guides(self, config: Config) -> bool:
-        return not config.model.guidance  # a distilled network is told its guidance instead
+        return not config.model.guidance  # a distilled network is conditioned on it instead
 
     def problems(self, config: Config) -> list[str]:
         problems, shape = Problems(), None
