@@ -5,7 +5,7 @@ import comfy.model_management as mm
 import comfy.utils
 import torch
 
-from ....models_impl.state_dict import check_fit
+from ....models_impl.state_dict import check_fit, config_tensor
 from . import quantised
 from .patcher import is_dynamic, patcher, put
 
@@ -18,6 +18,13 @@ DTYPES = {
 }
 FAST = "fp8_e4m3fn_fast"  # stored as fp8_e4m3fn, and multiplied in it where the device can
 MODEL_DTYPES = {**DTYPES, FAST: torch.float8_e4m3fn}
+
+
+def save_configuration(model_config, family: str, entries: dict):
+    """Have core's nodes that save a model write its configuration too. model_config: of core's own class."""
+    with_prefix = model_config.process_unet_state_dict_for_saving
+    model_config.process_unet_state_dict_for_saving = lambda state_dict: {
+        **with_prefix(state_dict), **config_tensor(family, entries)}
 
 
 def as_model(model_config, tensors: dict, dtype: torch.dtype | None, what: str, disable_dynamic: bool,

@@ -213,6 +213,17 @@ class Encode(comfy.sd1_clip.SD1ClipModel):
         return tokens, pooled, {FILLED: self.padded}  # core puts these entries into the conditioning
 
 
+def check_padded(tokens: torch.Tensor | None, width: int, entries: Mapping, model: str):
+    """Raise ValueError if a conditioning has no tokens (B, L, width) of a padded text, as small FLUX and Stable Cascade
+    models read it. entries: its other ones."""
+    if tokens is None or tokens.shape[-1] != width:
+        fault = "has no text" if tokens is None else f"has text tokens {tokens.shape[-1]} wide"
+        raise ValueError(f"This {model} reads text tokens {width} wide, but its conditioning {fault}. Load the encoder "
+                         "that it was trained with ('Load T5 Text Encoder', type flux) and encode the prompt with that "
+                         "CLIP.")
+    check_type(entries, padded=True, model=model)
+
+
 def check_type(entries: Mapping, padded: bool, model: str):
     """Raise ValueError if the entries of a conditioning from `load_t5` have another `padded` than the model reads."""
     is_padded = entries.get(FILLED, padded)

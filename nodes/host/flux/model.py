@@ -10,8 +10,8 @@ from comfy.ldm.flux.model import FluxParams
 
 from ....models_impl.flux.checkpoint import FAMILY
 from ....models_impl.flux.config import FluxConfig
-from ....models_impl.state_dict import config_tensor
-from ..common.text import check_type
+from ..common.load import save_configuration
+from ..common.text import check_padded
 
 LATENT_CHANNELS = comfy.supported_models.Flux.latent_format.latent_channels
 
@@ -21,12 +21,7 @@ class FluxModel(comfy.model_base.Flux):
 
     def extra_conds(self, cross_attn=None, noise=None, **entries) -> dict:
         width = self.diffusion_model.params.context_in_dim
-        if cross_attn is None or cross_attn.shape[-1] != width:
-            fault = "has no text" if cross_attn is None else f"has text tokens {cross_attn.shape[-1]} wide"
-            raise ValueError(f"This FLUX reads text tokens {width} wide, but its conditioning {fault}. Load the "
-                             "encoder that it was trained with ('Load T5 Text Encoder', type flux) and encode the "
-                             "prompt with that CLIP.")
-        check_type(entries, padded=True, model="FLUX")
+        check_padded(cross_attn, width, entries, "FLUX")
         if noise is not None and noise.shape[1] != LATENT_CHANNELS:
             raise ValueError(f"This latent has {noise.shape[1]} channels, FLUX's have {LATENT_CHANNELS}: take it from "
                              "core's EmptySD3LatentImage, or encode the picture with the VAE of this FLUX.")
@@ -50,8 +45,6 @@ def model_config(config: FluxConfig):
         qkv_bias=config.qkv_bias, guidance_embed=config.guidance, **newer,
     ))
     kind = comfy.model_base.ModelType.FLUX if config.guidance else comfy.model_base.ModelType.FLOW
-    with_prefix = core.process_unet_state_dict_for_saving
-    core.process_unet_state_dict_for_saving = lambda state_dict: {  # what core's nodes save, with the configuration
-        **with_prefix(state_dict), **config_tensor(FAMILY, config.as_dict())}
+    save_configuration(core, FAMILY, config.as_dict())
     core.get_model = lambda state_dict, prefix="", device=None: FluxModel(core, model_type=kind, device=device)
     return core

@@ -15,15 +15,15 @@ import torch
 
 from ....models_impl.guard import reading
 from ....models_impl.known_files import whose
-from ....models_impl.state_dict import config_tensor, metadata_config, read_file
+from ....models_impl.state_dict import metadata_config, read_file
 from ....models_impl.ultrapixel import checkpoint
 from ....models_impl.ultrapixel.config import CascadeConfig, StageBConfig, StageCConfig
 from ....models_impl.ultrapixel.texts import pooled
 from ..common import quantised
-from ..common.load import as_model
+from ..common.load import as_model, save_configuration
 from ..common.patcher import reloadable
 from ..common.previews import colour
-from ..common.text import check_type
+from ..common.text import check_padded
 
 READERS = {"stage_c": checkpoint.read_stage_c, "stage_b": checkpoint.read_stage_b}
 CHANNELS = {StageCConfig: comfy.supported_models.Stable_Cascade_C.latent_format.latent_channels,
@@ -53,12 +53,7 @@ class SmallTexts:
     """What core's models of Stable Cascade read of a prompt, where it is a T5's."""
 
     def pooled_of(self, cross_attn: torch.Tensor | None, width: int, entries: dict) -> torch.Tensor:
-        if cross_attn is None or cross_attn.shape[-1] != width:
-            fault = "has no text" if cross_attn is None else f"has text tokens {cross_attn.shape[-1]} wide"
-            raise ValueError(f"This Stable Cascade reads text tokens {width} wide, but its conditioning {fault}. Load "
-                             "the encoder that it was trained with ('Load T5 Text Encoder', type flux) and "
-                             "encode the prompt with that CLIP.")
-        check_type(entries, padded=True, model="Stable Cascade")
+        check_padded(cross_attn, width, entries, "Stable Cascade")
         return pooled(cross_attn)
 
 
@@ -100,9 +95,7 @@ def model_config(config: CascadeConfig):
         t_conds=list(config.conditions), **own,
     ))
     family = f"{checkpoint.FAMILY}.{checkpoint.PARTS[type(config)]}"
-    with_prefix = core.process_unet_state_dict_for_saving
-    core.process_unet_state_dict_for_saving = lambda state_dict: {  # what core's nodes save, with the configuration
-        **with_prefix(state_dict), **config_tensor(family, config.as_dict())}
+    save_configuration(core, family, config.as_dict())
     kind = SmallStageC if is_c else SmallStageB
     core.get_model = lambda state_dict, prefix="", device=None: kind(core, device=device)
     return core
