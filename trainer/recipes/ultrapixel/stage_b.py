@@ -84,8 +84,10 @@ class Recipe(Base):
         for name, path, reader in (("init_from", config.init_from, checkpoint.read_stage_b),
                                    ("model.encoder", config.model.encoder, read_effnet),
                                    ("vae.path", config.vae.path, checkpoint.read_stage_a)):
+            if not path:
+                continue
             try:
-                read(path, reader) if path else None
+                read(path, reader)
             except (ValueError, OSError) as error:
                 problems.append(f"{name}={path}: {error}")
         return problems
