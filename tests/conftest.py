@@ -84,13 +84,14 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Server:
-    """A ComfyUI server of its own process, as a person starts it."""
+    """A ComfyUI server of its own process, as a person starts it. PIXSTACK_FRONTEND_ROOT: another frontend's folder."""
     import dynamic_vram
 
     base = _base(tmp_path_factory)
     if way := dynamic_vram.wanted():
         dynamic_vram.begin_in_server(base, way)
-    with served(base, base / "server.log") as address:
+    frontend = os.environ.get("PIXSTACK_FRONTEND_ROOT")
+    with served(base, base / "server.log", ["--front-end-root", frontend] if frontend else []) as address:
         yield Server(address, base)
 
 

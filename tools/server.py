@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .comfyui import enter, find_comfyui, make_base, prepare_torch
@@ -26,13 +26,13 @@ def serve(base: Path, arguments: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def served(base: Path, log: Path, timeout: float = 180) -> Iterator[str]:
-    """The address of a server that runs until the block ends. What it prints goes into `log`."""
+def served(base: Path, log: Path, arguments: Sequence[str] = (), timeout: float = 180) -> Iterator[str]:
+    """The address of a server that runs until the block ends. What it prints goes into `log`; arguments are its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = Path(__file__).with_name("comfy_host.py")
-    command = [sys.executable, str(script), "serve", "--base", str(base), "--port", str(port)]
+    command = [sys.executable, str(script), "serve", "--base", str(base), "--port", str(port), *arguments]
     with log.open("wb") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:

@@ -86,7 +86,7 @@ def test_no_help_page_is_left_of_a_node_that_is_gone(ours):
     assert {p.name for p in DOCS.iterdir() if p.is_dir()} <= set(ours)
 
 
-@pytest.mark.parametrize("language", sorted(p.name for p in (ROOT / "locales").iterdir()))
+@pytest.mark.parametrize("language", sorted(p.parent.name for p in (ROOT / "locales").glob("*/nodeDefs.json")))
 def test_a_translation_knows_every_node_and_every_input(ours, language):
     translated = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
     assert set(translated) == set(ours)
@@ -143,3 +143,35 @@ def test_a_file_of_the_user_comes_before_the_embedded_one_of_its_name(ours, host
     finally:
         mine.unlink()
     assert files.find("text_encoders", "../vae/pixart_emoji_vae.safetensors") is None
+
+
+@pytest.mark.parametrize("language", sorted(p.name for p in (ROOT / "locales").iterdir()))
+def test_the_texts_of_the_browser_are_there_in_every_language(language):
+    """Those that scripts ask for, with the same gaps to fill in."""
+    english, translated = (_texts(ROOT / "locales" / one / "main.json") for one in ("en", language))
+    assert set(english) == set(translated)
+    gaps = re.compile(r"\{\w+\}")
+    assert [key for key, text in english.items()
+            if sorted(gaps.findall(text)) != sorted(gaps.findall(translated[key]))] == []
+    scripts = [path.read_text(encoding="utf-8") for path in (ROOT / "web").glob("*.*js")]
+    asked = {key for script in scripts for key in re.findall(r"\btext\('([\w.]+)'", script)}
+    assert asked <= set(english)
+
+
+@pytest.mark.parametrize("language", sorted(p.parent.name for p in (ROOT / "locales").glob("*/settings.json")))
+def test_the_settings_of_the_browser_are_translated(language):
+    translated = json.loads((ROOT / "locales" / language / "settings.json").read_text(encoding="utf-8"))
+    scripts = [path.read_text(encoding="utf-8") for path in (ROOT / "web").glob("*.js")]
+    settings = {f"PixStack_{name}" for script in scripts for name in re.findall(r"toggle\('(\w+)'", script)}
+    assert settings and set(translated) == settings
+    assert all(one["name"] and one["tooltip"] for one in translated.values())
+
+
+def _texts(path: Path) -> dict[str, str]:
+    """The texts of a file of a language by their keys, parts joined by dots."""
+    def flat(part, name):
+        return {name: part} if isinstance(part, str) else {
+            key: text for inner, below in part.items() for key, text in flat(below, f"{name}.{inner}").items()}
+
+    return {key.removeprefix("pixstack."): text for key, text in
+            flat(json.loads(path.read_text(encoding="utf-8"))["pixstack"], "pixstack").items()}

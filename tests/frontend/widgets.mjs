@@ -1,0 +1,58 @@
+// Runs checks of our widgets in one Chromium, a page for each renderer.
+// node widgets.mjs ADDRESS JOBS.json    jobs: {artifacts, checks: [[script, check, renderer]]}; the answer on stdout is
+// JSON: {errors, results: {"script check renderer": "" or what failed}}.
+//
+// A check is an async function that widgets/SCRIPT.mjs exports. It gets ({page, renderer, address, shot}), where
+// `shot(name)` leaves a picture in tests/artifacts/, and fails by throwing; page.mjs and node:assert are its tools.
+import fs from 'node:fs'
+import path from 'node:path'
+import { drawn, launch, open, RENDERERS } from './page.mjs'
+
+const LIMIT = 120000 // ms for one check
+
+const [address, jobsPath] = process.argv.slice(2)
+const { artifacts, checks } = JSON.parse(fs.readFileSync(jobsPath))
+const answer = { errors: [], results: {} }
+const browser = await launch()
+try {
+  for (const renderer of RENDERERS) {
+    const wanted = checks.filter((check) => check[2] === renderer)
+    if (!wanted.length) continue
+    let page
+    for (const [script, name] of wanted) {
+      page ??= await open(browser, address, { renderer, errors: answer.errors })
+      const shot = async (of) => {
+        await drawn(page)
+        await page.screenshot({ path: path.join(artifacts, `${script}-${of}-${renderer}.png`) })
+      }
+      const problem = await run(script, name, { page, renderer, address, shot })
+      answer.results[`${script} ${name} ${renderer}`] = problem
+      if (problem) {
+        await shot(`failed-${name}`).catch(() => {})
+        await page.close() // what a failed check left behind is not the next one's
+        page = undefined
+      }
+    }
+    await page?.close()
+  }
+} finally {
+  await browser.close()
+}
+process.stdout.write(JSON.stringify(answer))
+process.exit(0) // a check that ran out of time may still wait
+
+async function run(script, name, given) {
+  let timer
+  const late = new Promise((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`no end in ${LIMIT / 1000} s`)), LIMIT)
+  })
+  try {
+    const module = await import(`./widgets/${script}.mjs`)
+    await Promise.race([module[name](given), late])
+    return ''
+  } catch (error) {
+    return error.stack ?? String(error)
+  } finally {
+    clearTimeout(timer)
+  }
+}
