@@ -79,9 +79,9 @@ setInterval(() => {
 /**
  * Put an element below the widgets of a node, on LiteGraph's canvas as in Nodes 2.0. It is not saved and not sent.
  * height: pixels, the least in both; it grows with the node. state: () => plain data; `draw(state)` is called when that
- * changes. shown: () => names of the node's own widgets to show, by what counts; all without it, and a linked one always.
+ * changes. hidden: () => names of the node's own widgets that do not count now; a linked one is shown all the same.
  */
-export function mount(node, name, element, { height, state, draw, shown }) {
+export function mount(node, name, element, { height, state, draw, hidden }) {
   element.classList.add('pixstack')
   element.style.minHeight = `${height}px`
   style()
@@ -94,7 +94,7 @@ export function mount(node, name, element, { height, state, draw, shown }) {
   let last
   const one = {
     look() {
-      if (shown) hideOthers(node, shown(), element, rows)
+      if (hidden) hide(node, hidden(), element, rows)
       const now = state()
       const key = JSON.stringify(now)
       if (key === last) return
@@ -110,7 +110,7 @@ export function mount(node, name, element, { height, state, draw, shown }) {
   ready.then(one.redraw)
   after(node, 'onRemoved', () => mounted.delete(one))
   after(node, 'onConfigure', () => {
-    if (shown) hideOthers(node, shown(), element, rows, false)
+    if (hidden) hide(node, hidden(), element, rows, false)
     one.look()
     fitted(node)
   })
@@ -138,13 +138,12 @@ function after(object, method, more) {
   }
 }
 
-/** Show a node's own widgets of these names, and linked ones. What is free below them stays so, unless it is not `roomy`. */
-function hideOthers(node, names, element, rows, roomy = true) {
+/** Hide a node's own widgets of these names, and no others. roomy: what is free below them stays free. */
+function hide(node, names, element, rows, roomy = true) {
   const free = node.size[1] - node.computeSize()[1]
   let changed = false
   for (const widget of node.widgets) {
-    if (widget.element === element || widget.name.startsWith('$')) continue // $: the frontend's own previews
-    const hidden = !names.includes(widget.name) && !linked(node, widget.name)
+    const hidden = names.includes(widget.name) && !linked(node, widget.name)
     if (!!widget.hidden === hidden) continue
     widget.hidden = hidden
     changed = true

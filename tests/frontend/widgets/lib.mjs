@@ -20,7 +20,7 @@ async function button(page) {
       height: 60,
       state: () => lib.values(node, ['width']),
       draw: ({ width }) => { element.textContent = `width ${width}` },
-      shown: () => ['width', ...(lib.widgetOf(node, 'width').value > 1024 ? ['height'] : [])]
+      hidden: () => ['aspect_ratio', ...(lib.widgetOf(node, 'width').value > 1024 ? [] : ['height'])]
     })
     window.app.canvas.setDirty(true, true)
   }, [LIB, NODE])
