@@ -266,9 +266,12 @@ def counted(core, monkeypatch):
     import_module("torch._dynamo").reset()
 
 
-def test_a_compiled_model_draws_the_same_picture(core, family, counted):
-    plain = family.draw()
-    torch.testing.assert_close(family.draw(compiled(core, family.model)), plain, **CLOSE)
+def test_a_compiled_model_draws_the_same_picture_with_its_lora_and_controlnet(core, family, counted):
+    model, control = with_lora(core, family), {} if family.control is None else {"control": family.control}
+    plain = family.draw(model, **control)
+    assert not torch.equal(plain, family.draw(**control))
+    assert not control or not torch.equal(plain, family.draw(model, control=None))
+    torch.testing.assert_close(family.draw(compiled(core, model), **control), plain, **CLOSE)
     assert counted, "nothing was compiled"
 
 
@@ -325,16 +328,6 @@ def test_a_compiled_stage_c_without_guide_stays_without_when_another_is_guided(c
     torch.testing.assert_close(unguided(model), plain, **CLOSE)
     torch.testing.assert_close(guided.draw(compiled(core, guided.model)), guided.draw(), **CLOSE)
     torch.testing.assert_close(unguided(model), plain, **CLOSE)
-
-
-def test_a_lora_and_a_controlnet_count_in_a_compiled_model(core, family, counted):
-    if family.control is None:
-        pytest.skip(f"there is no ControlNet for {family.name}")
-    model = with_lora(core, family)
-    plain = family.draw(model, control=family.control)
-    assert not torch.equal(plain, family.draw(control=family.control))
-    assert not torch.equal(plain, family.draw(model, control=None))
-    torch.testing.assert_close(family.draw(compiled(core, model), control=family.control), plain, **CLOSE)
 
 
 # --- Other devices

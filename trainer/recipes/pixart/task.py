@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -298,11 +299,16 @@ TARGETS = ["attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear
 def activation_bytes(shape: PixArtConfig, resolution: int, bf16: bool, checkpointed: bool) -> float:
     """Bytes kept of one picture; see `activations.of_network`."""
     def probe(depth: int, side: int) -> int:
-        with probing():
-            net = PixArt(replace(shape, depth=depth, kv_compression=None))
-            cells = side * shape.patch_size
-            x, context = torch.zeros(1, shape.in_channels, cells, cells), torch.zeros(1, 16, shape.context_dim)
-            return kept_bytes(net, lambda: net(x, torch.zeros(1), context, attention=fused), bf16)
+        return kept(replace(shape, depth=depth, kv_compression=None), side, bf16)
 
     tokens = (resolution // VAE_FACTOR // shape.patch_size) ** 2
     return of_network(probe, (4, 8), tokens, shape.depth, tokens * shape.hidden * 4, checkpointed)
+
+
+@cache
+def kept(shape: PixArtConfig, side: int, bf16: bool) -> int:
+    """What one forward pass keeps of one picture; side: in tokens."""
+    with probing():
+        net, cells = PixArt(shape), side * shape.patch_size
+        x, context = torch.zeros(1, shape.in_channels, cells, cells), torch.zeros(1, 16, shape.context_dim)
+        return kept_bytes(net, lambda: net(x, torch.zeros(1), context, attention=fused), bf16)

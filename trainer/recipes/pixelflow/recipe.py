@@ -6,6 +6,7 @@ one of the last stage. Classes or captions are dropped for classifier-free guida
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -248,6 +249,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: lis
     return packed_attention(q.to(v.dtype), k.to(v.dtype), v, lengths_q, lengths_k)
 
 
+@cache
 def kept(shape: PixelFlowConfig, pictures: int, side: int, bf16: bool) -> int:
     """What one forward pass keeps; side: of a picture, in tokens."""
     with probing():

@@ -6,6 +6,7 @@ noise, and other ones in every process.
 """
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -130,10 +131,7 @@ class Recipe(StageCRecipe):
         return self.weighted(batch, lambda draws: self.losses(batch, draws, self.denoising.seed))
 
     def activation_bytes(self, pictures: int, cpu: bool) -> float:
-        with probing():
-            net, c = ControlNet(self.controlnet.config).eval(), self.controlnet.config.in_channels
-            few, many = (kept_bytes(net, lambda side=side: net(torch.zeros(1, c, side, side)), self.bf16)
-                         for side in (64, 128))
+        few, many = (kept(self.controlnet.config, side, self.bf16) for side in (64, 128))
         own = few + (many - few) * (self.config.data.resolution**2 - 64**2) / (128**2 - 64**2)
         return pictures * own + super().activation_bytes(pictures, cpu) + casts(self.controlnet, self.bf16)
 
@@ -175,3 +173,11 @@ class Recipe(StageCRecipe):
     def files(self) -> Files:
         net = self.controlnet
         return {"controlnet/{name}.safetensors": (net.state_dict(), checkpoint.metadata(net.config))}
+
+
+@cache
+def kept(shape: ControlNetConfig, side: int, bf16: bool) -> int:
+    """What one forward pass keeps of one hint; side: in pixels."""
+    with probing():
+        net = ControlNet(shape).eval()
+        return kept_bytes(net, lambda: net(torch.zeros(1, shape.in_channels, side, side)), bf16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -356,14 +357,19 @@ def activation_bytes(shape: StageCConfig, config: Config) -> float:
         small = replace(shape, hidden=(narrow,) * levels, heads=(heads,) * levels, context_dim=narrow,
                         down=("CTA" * rounds,) * levels, up=("CTA" * rounds,) * levels, down_repeats=(1,) * levels,
                         up_repeats=(1,) * levels, switch=(False,) * (levels - 1))
-        dtype = dtype_of(config)
-        with probing():
-            net = StageC(small, dtype=dtype).eval().requires_grad_(False)
-            x = torch.zeros(1, shape.in_channels, side, side, dtype=dtype, requires_grad=True)
-            text = torch.zeros(1, 77, shape.text_dim, dtype=dtype), torch.zeros(1, 1, shape.pooled_dim, dtype=dtype)
-            return times * kept_bytes(net, lambda: net(x, torch.zeros(1), *text, attention=fused), False)
+        return times * kept(small, side, dtype_of(config))
 
     cells = max(h * w for h, w in buckets.sizes(config.data)) // PIXELS**2
     rounds = sum(s.count("A") for s in (*shape.down, *shape.up))
     inputs = 3 * cells * shape.hidden[0] * (2 if config.precision == "bf16" else 4)  # of the three blocks of a round
     return of_network(probe, (8, 16), cells, rounds, inputs, config.checkpoint_activations, blocks=2 * levels)
+
+
+@cache
+def kept(shape: StageCConfig, side: int, dtype: torch.dtype) -> int:
+    """What one forward pass of a frozen Stage C keeps of one picture; side: in cells."""
+    with probing():
+        net = StageC(shape, dtype=dtype).eval().requires_grad_(False)
+        x = torch.zeros(1, shape.in_channels, side, side, dtype=dtype, requires_grad=True)
+        text = torch.zeros(1, 77, shape.text_dim, dtype=dtype), torch.zeros(1, 1, shape.pooled_dim, dtype=dtype)
+        return kept_bytes(net, lambda: net(x, torch.zeros(1), *text, attention=fused), False)
