@@ -97,7 +97,9 @@ def in_this_process(args) -> int:
     faulthandler.enable()
     logging.getLogger().setLevel(logging.CRITICAL + 1)
     if args.verbose:
-        logging.getLogger("soak").setLevel(logging.DEBUG)
+        logger = logging.getLogger("soak")
+        logger.setLevel(logging.DEBUG)
+        logger.addHandler(logging.StreamHandler())
     warnings.simplefilter("ignore")
     until, table = time.monotonic() + 60 * args.minutes, Table()
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
@@ -127,7 +129,8 @@ def all_parts(args) -> int:
     from trials import Table
 
     table, waiting, running = Table(), list(PARTS), {}
-    until = time.monotonic() + 60 * args.minutes
+    started = time.monotonic()
+    until = started + 60 * args.minutes
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "package")}
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         while waiting or running:
@@ -152,7 +155,7 @@ def all_parts(args) -> int:
                 else:
                     table.add(part, "the whole part", "wrong", f"its process ended with {process.returncode}")
             time.sleep(0.2)
-    print("\n".join([str(table), "", *table.complaints]))
+    print("\n".join([str(table), f"in {(time.monotonic() - started) / 60:.1f} minutes", *table.complaints]))
     return 0 if table.good else 1
 
 
