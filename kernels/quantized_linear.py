@@ -1,6 +1,7 @@
 """Linear layer whose weight is kept in few bits and dequantised where it is used, in the backward pass once more.
 
     y = x W^T + bias        fp8   W = packed * scale, float8 (e4m3) with one scale a row
+                            int8  the same of whole numbers from -127 to 127: for devices without float8, as Apple's
                             nf4   W[i] = table[code i] * scale[i // 64], 4 bits a weight (arXiv 2305.14314, section 3)
 
 x: (..., in); W: (out, in); bias: (out,); y: (..., out) in x.dtype. Only x gets a gradient, and nothing dequantised is
@@ -22,21 +23,23 @@ FP8 = torch.float8_e4m3fn
 
 class QuantizedWeight(NamedTuple):
     packed: Tensor
-    """fp8: (out, in) float8; nf4: (ceil(out * in / 2), 1) uint8, the first of two weights in the upper four bits."""
+    """fp8: (out, in) float8; int8: (out, in) int8; nf4: (ceil(out * in / 2), 1) uint8, the first of two weights in the upper four bits."""
     scale: Tensor
-    """float32; fp8: (out, 1); nf4: (ceil(out * in / 64),)."""
+    """float32; fp8 and int8: (out, 1); nf4: (ceil(out * in / 64),)."""
     table: Tensor | None
-    """nf4: the 16 values that there are, (16,) float32; None for fp8."""
+    """nf4: the 16 values that there are, (16,) float32; None otherwise."""
     shape: tuple[int, int]
     """(out, in)"""
 
 
 def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
-    """weight: (out, in); kind: fp8, or nf4, which needs bitsandbytes."""
+    """weight: (out, in); kind: fp8, int8, or nf4, which needs bitsandbytes."""
     shape = tuple(weight.shape)
-    if kind == "fp8":
-        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / torch.finfo(FP8).max
-        return QuantizedWeight((weight.float() / scale).to(FP8), scale, None, shape)
+    if kind in ("fp8", "int8"):
+        whole, largest = kind == "int8", 127 if kind == "int8" else torch.finfo(FP8).max
+        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / largest
+        scaled = weight.float() / scale
+        return QuantizedWeight(scaled.round().to(torch.int8) if whole else scaled.to(FP8), scale, None, shape)
     if weight.is_meta:  # bitsandbytes' kernel wants values
         sizes = (-(-weight.numel() // 2), 1), (-(-weight.numel() // BLOCK),), (16,)
         dtypes = torch.uint8, torch.float32, torch.float32

@@ -41,7 +41,7 @@ def made(path, parts, base, tmp_path):
     return settings
 
 
-@pytest.mark.parametrize("kind, far, bytes", [(*FP8.values, 0.03, 96 * 64 + 4 * 96),
+@pytest.mark.parametrize("kind, far, bytes", [(*FP8.values, 0.03, 96 * 64 + 4 * 96), ("int8", 0.01, 96 * 64 + 4 * 96),
                                               pytest.param("nf4", 0.12, 96 * 32 + 4 * 96 + 64, marks=NF4.marks)])
 def test_a_layer_in_few_bits_says_nearly_the_same_and_lets_its_gradient_through(kind, far, bytes):
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_gradients_reach_a_controlnet_through_blocks_in_few_bits(tmp_path, kind)
 @pytest.mark.parametrize("words, part", [
     (("recipe.name=pixart", "memory.base=fp8"), "memory.base='fp8': recipe.name='pixart' trains all weights"),
     (("recipe.name=pixart_dreambooth", "recipe.lora=false", "memory.base=fp8"), "recipe.lora=true"),
-    (("memory.base=fp4",), "memory.base='fp4' is none of fp8, nf4; did you mean"),
+    (("memory.base=fp4",), "memory.base='fp4' is none of fp8, int8, nf4; did you mean"),
     (("memory.bse=fp8",), "memory.bse is not a setting; did you mean base"),
 ])
 def test_few_bits_that_cannot_work_are_refused(made, words, part):

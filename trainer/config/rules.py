@@ -12,7 +12,7 @@ from .schema import LARGEST_SIDE, Adapter, Config, Data, Optimizer, SamplePrompt
 
 MOST_WORKERS, MOST_RATIO = 256, 64
 ADAPTERS = "lora", "loha", "lokr", "oft"
-BASES = "fp8", "nf4"
+BASES = "fp8", "int8", "nf4"
 DDP, FSDP2, DEEPSPEED = "ddp", "fsdp2", "deepspeed"
 
 
@@ -47,7 +47,7 @@ def general(config: Config) -> list[str]:
                     ("none", "sqrt", "linear"))
     problems.one_of("text.precision", config.text.precision, ("fp32", "bf16", *BASES))
     problems.need(config.text.precision != "nf4" or find_spec("bitsandbytes"),
-                  "text.precision='nf4' needs bitsandbytes: pip install bitsandbytes, or use fp8.")
+                  "text.precision='nf4' needs bitsandbytes: pip install bitsandbytes, or use int8.")
     problems.one_of("vae.precision", config.vae.precision, ("fp32", "bf16"))
     problems.one_of("optimizer.decay", config.optimizer.decay,
                     ("constant", "linear", "cosine", "cosine_restarts", "rex"))
@@ -293,7 +293,7 @@ def memory(config: Config) -> list[str]:
                       "learn cannot be kept in few bits. Take it out"
                       + ("." if recipe.lora is None else ", or train an adapter: recipe.lora=true."))
         problems.need(kind != "nf4" or find_spec("bitsandbytes"),
-                      "memory.base='nf4' needs bitsandbytes: pip install bitsandbytes, or use fp8.")
+                      "memory.base='nf4' needs bitsandbytes: pip install bitsandbytes, or use int8.")
     problems.one_of("memory.gather", config.memory.gather, ("fp32", "bf16"))
     if config.memory.gather == "bf16":
         problems.need(config.precision == "bf16", f"memory.gather='bf16' is for precision=bf16, and precision="

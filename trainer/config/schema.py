@@ -266,8 +266,8 @@ class Text:
     tokens of a frozen T5. Empty: zeros in its place."""
     precision: str = "fp32"
     """Precision of a frozen encoder: fp32; bf16, which takes half the memory (T5-XXL: 9.5 GB); or bf16 with the weights
-    of its blocks kept in fewer bits, fp8 (4.9 GB) or nf4 (2.9 GB, by bitsandbytes), which rounds what it says. It is
-    read in bf16 first, into host memory."""
+    of its blocks kept in fewer bits, fp8 or int8 (4.9 GB), or nf4 (2.9 GB, by bitsandbytes), which rounds what it
+    says. It is read in bf16 first, into host memory."""
 
     @property
     def frozen(self) -> bool:
@@ -406,7 +406,8 @@ class Ema:
 class Memory:
     base: str = ""
     """How the blocks of a network that stays as it is are kept, under an adapter or a ControlNet: empty, in the run's
-    precision; fp8, a byte a weight; nf4, half a byte, by bitsandbytes. They are dequantised as they are used."""
+    precision; fp8 or int8, a byte a weight; nf4, half a byte, by bitsandbytes. They are dequantised as they are used.
+    int8 also works where a device has no float8, as Apple's."""
     swap_blocks: int = 0
     """So many of those blocks are kept in host memory and copied to the device around their forward and backward
     passes, one ahead; needs checkpoint_activations."""

@@ -35,7 +35,8 @@ SILENT = ("__version", "workspace_dir", "cache_dir", "debug_", "tensorboard", "c
 SILENT_ENDS = (".stop_training_after", ".stop_training_after_unit", ".train_embedding", ".guidance_scale", ".include",
                ".offload_fraction", ".activation_offloading", ".attention_mask", ".model_name", ".weight_dtype",
                ".gradient_checkpointing", ".train")
-BASES = chosen({"FLOAT_8": "fp8", "NFLOAT_4": "nf4", "BFLOAT_16": None, "FLOAT_16": None, "FLOAT_32": None})
+BASES = chosen({"FLOAT_8": "fp8", "INT_8": "int8", "NFLOAT_4": "nf4", "BFLOAT_16": None, "FLOAT_16": None,
+                "FLOAT_32": None})
 ROWS: dict[str, Row] = {
     "learning_rate": to("optimizer.learning_rate", value=number),
     "learning_rate_warmup_steps": to("optimizer.warm_up", value=lambda v: round(number(v))),
@@ -58,7 +59,7 @@ ROWS: dict[str, Row] = {
     "transformer.gradient_checkpointing": to("checkpoint_activations", value=lambda v: str(v).upper() != "OFF"),
     "text_encoder.dropout_probability": to("recipe.dropout", value=number),
     "text_encoder.weight_dtype": to("text.precision", value=chosen({"BFLOAT_16": "bf16", "FLOAT_16": "bf16",
-                                                                    "FLOAT_8": "fp8", "NFLOAT_4": "nf4",
+                                                                    "FLOAT_8": "fp8", "INT_8": "int8", "NFLOAT_4": "nf4",
                                                                     "FLOAT_32": "fp32"})),
     "text_encoder_2.sequence_length": to("text.max_length", value=whole),
     "text_encoder_2_sequence_length": to("text.max_length", value=whole),

@@ -42,7 +42,7 @@ ROWS: dict[str, Row] = {
     "seed": to("seed", value=whole),
     "gradient_checkpointing": to("checkpoint_activations", value=yes),
     "base_model_precision": to("memory.base", value=chosen({
-        "no_change": None, "fp8-torchao": "fp8", "fp8-quanto": "fp8", "int8-quanto": "fp8", "int8-torchao": "fp8",
+        "no_change": None, "fp8-torchao": "fp8", "fp8-quanto": "fp8", "int8-quanto": "int8", "int8-torchao": "int8",
         "nf4-bnb": "nf4", "int4-quanto": "nf4"}), changed="the blocks that stay as they are, in as many bits."),
     "base_model_default_dtype": none(usual=("bf16",)),
     "snr_gamma": to("loss.snr_gamma", value=positive),
