@@ -22,6 +22,8 @@ FAULTS = (
 LONGEST = 500  # characters of a cause
 LONGEST_WORD = 300  # of a key or value that a sentence names
 LONG = re.compile(rf"\S{{{LONGEST_WORD},}}")
+INNER = LookupError, TypeError, AttributeError, ArithmeticError, AssertionError
+"""Whose words are about Python and say nothing of the file; the log has them."""
 
 
 @contextmanager
@@ -41,7 +43,7 @@ def sentence(name: str, error: BaseException) -> str:
     """What is wrong with the file of this name, and what to do."""
     said = str(error)
     if isinstance(error, ValueError) and said.endswith((".", "?")):  # ours say everything
-        said = LONG.sub(lambda word: f"{word[0][:LONGEST_WORD // 2]}...", said)
+        said = shortened(said)
         return said if name in said else f"{name}: {said}"
     if isinstance(error, MemoryError):
         cause = "what it holds needs more memory than there is"
@@ -50,10 +52,16 @@ def sentence(name: str, error: BaseException) -> str:
     elif isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         cause = f"it has no {error.args[0][:LONGEST]}"
     else:
-        lines = said.strip().splitlines() or [""]
-        cause = f"its contents are not those of such a file ({type(error).__name__}: {lines[0][:LONGEST]})"
+        lines = [] if isinstance(error, INNER) else said.strip().splitlines()
+        words = ": ".join([type(error).__name__, *(line[:LONGEST] for line in lines[:1])])
+        cause = f"its contents are not those of such a file ({words})"
     return (f"{name} cannot be read: {cause}. If other files of its kind can, this one is damaged: compare its size "
             "with the original and download it again.")
+
+
+def shortened(said: str) -> str:
+    """A sentence with the keys and names in it cut to a length that a person may read."""
+    return LONG.sub(lambda word: f"{word[0][:LONGEST_WORD // 2]}...", said)
 
 
 def shape_of(tensors: Mapping[str, Tensor], key: str, axes: int) -> torch.Size:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..models_impl.guard import shortened
+from ..models_impl.parsing import without_surrogates
 from .host.common import files
 from .host.common.pictures import check, check_mask
 from .host.common.shown import show
@@ -65,11 +68,16 @@ def _validating(validate: Callable) -> Callable:
 
     @functools.wraps(validate)
     def run(cls, *args, **inputs):
-        kinds = {one.id: _WIDGETS.get(one.io_type) for one in cls.define_schema().inputs}
+        specs = {one.id: one for one in cls.define_schema().inputs}
+        kinds = {name: _WIDGETS.get(one.io_type) for name, one in specs.items()}
         for name, value in inputs.items():
             if kinds.get(name) and value is not None and not isinstance(value, kinds[name]):
                 return f"{name}={value!r:.100} is not {_NAMES[kinds[name]]}."
-        return validate(cls, *args, **inputs)
+            # ComfyUI leaves the bounds of what this function looks at to it.
+            if name in specs and value is not None and (problem := _broken(value) or _beyond(value, specs[name])):
+                return f"{name} {problem}."
+        answer = validate(cls, *args, **inputs)
+        return shortened(answer) if isinstance(answer, str) else answer
 
     run.__signature__ = signature  # ComfyUI gives what the arguments name, and looks without following wrappers
     return run
@@ -77,9 +85,13 @@ def _validating(validate: Callable) -> Callable:
 
 _WIDGETS = {"COMBO": str, "STRING": str, "INT": Integral, "FLOAT": Real, "BOOLEAN": bool}
 _NAMES = {str: "text", Integral: "a whole number", Real: "a number", bool: "true or false"}
-_OBJECTS = {"MODEL", "CLIP", "VAE", "CONTROL_NET", "SAMPLER", "GUIDER", "NOISE"}
+_OBJECTS = {"MODEL": ("get_model_object", "model"), "CLIP": ("tokenize", "tokenizer", "cond_stage_model"),
+            "VAE": ("decode", "encode", "first_stage_model"), "CONTROL_NET": ("get_control", "copy"),
+            "SAMPLER": ("sample",), "GUIDER": ("sample",), "NOISE": ("generate_noise",)}
+"""Of what core asks of an object of this kind it has at least one, of whatever pack it is."""
 _PLAIN = (str, Real, Sequence, Mapping, Tensor, numpy.ndarray)
 """Plain values, which no such object is; whether an object is the right one, the node itself says."""
+_OWN = "PIXSTACK_"
 
 
 def refuse(name: str, value, spec):
@@ -99,7 +111,7 @@ def _problem(kind: str, value) -> str:
     if value is None:
         return "is empty (None)"
     if kind in _WIDGETS:
-        return "" if isinstance(value, _WIDGETS[kind]) else f"is {_type(value)}"
+        return _broken(value) if isinstance(value, _WIDGETS[kind]) else f"is {_type(value)}"
     if kind in ("IMAGE", "MASK") or kind == "SIGMAS" and not isinstance(value, Tensor):
         return f"is {_type(value)}"
     if kind == "SIGMAS":
@@ -111,9 +123,19 @@ def _problem(kind: str, value) -> str:
         if not isinstance(value, Sequence) or isinstance(value, str):
             return f"is {_type(value)}"
         return next(filter(None, map(_prompt_problem, value)), "")
-    elif kind in _OBJECTS and isinstance(value, _PLAIN):
+    elif kind in _OBJECTS and (isinstance(value, _PLAIN) or not any(hasattr(value, n) for n in _OBJECTS[kind])):
+        return f"is {_type(value)}"
+    elif kind.startswith(_OWN) and isinstance(value, (str, Real, Mapping, Tensor, numpy.ndarray)):
         return f"is {_type(value)}"
     return ""
+
+
+def _broken(value) -> str:
+    """What is wrong with a text that UTF-8 cannot hold."""
+    if not isinstance(value, str) or value == without_surrogates(value):
+        return ""
+    return f"holds half of a sign (U+{next(ord(s) for s in value if 0xd800 <= ord(s) <= 0xdfff):X}), as of an emoji cut " \
+           "in two: delete it and type it again"
 
 
 def _prompt_problem(entry) -> str:
@@ -122,7 +144,10 @@ def _prompt_problem(entry) -> str:
     tensors = [value for value in (entry[0], entry[1].get("pooled_output")) if isinstance(value, Tensor)]
     if any(not one.numel() for one in tensors):
         return f"holds a prompt of no tokens ({list(tensors[0].shape)})"
-    return "" if all(one.isfinite().all() for one in tensors) else "holds a prompt with values that are no numbers"
+    if not all(one.isfinite().all() for one in tensors):
+        return "holds a prompt with values that are no numbers"
+    endless = [name for name, one in entry[1].items() if isinstance(one, Real) and not math.isfinite(one)]
+    return f"holds a prompt whose {endless[0]} is {entry[1][endless[0]]}" if endless else ""
 
 
 def _beyond(value, spec) -> str:

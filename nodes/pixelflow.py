@@ -1,6 +1,8 @@
 """PixelFlow's nodes: load, condition, choose a size, sample. The VAE is core's `pixel_space`."""
 from __future__ import annotations
 
+import math
+
 import comfy.model_management as mm
 import torch
 from comfy_api.latest import io, ui
@@ -270,7 +272,9 @@ def numbers(text: str, name: str, kind: type = float) -> list:
     try:
         values = [kind(entry) for entry in text.split(",") if entry.strip()]
     except ValueError as error:
-        raise ValueError(f"{name}={text!r} is not a number, or numbers with commas between.") from error
+        raise ValueError(f"{name}={text!r:.100} is not a number, or numbers with commas between.") from error
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{name}={text!r:.100} holds a number without an end.")
     if not values:
         raise ValueError(f"{name} is empty: give one number, or one for each stage with commas between.")
     return values

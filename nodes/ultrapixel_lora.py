@@ -56,12 +56,13 @@ class UltraPixelPersonalise(CheckedNode):
     def execute(cls, model, clip, lora_name, strength, token_strength, token, base_token) -> io.NodeOutput:
         personal = ultrapixel_lora.read(files.find_or_raise("loras", lora_name), model)
         token, base = token.strip() or personal.token or "", base_token.strip() or personal.base or ""
-        if personal.token_rows:
-            try:
+        try:
+            if personal.token_rows:
                 clip = ultrapixel_lora.learn(clip, personal, token_strength, token, base)
-            except ValueError as error:
-                raise ValueError(f"{lora_name}: {error}") from error
-        return io.NodeOutput(ultrapixel_lora.patch(model, personal, strength), clip, token, base)
+            model = ultrapixel_lora.patch(model, personal, strength)
+        except ValueError as error:
+            raise ValueError(f"{lora_name}: {error}") from error
+        return io.NodeOutput(model, clip, token, base)
 
 
 NODES = [UltraPixelPersonalise]

@@ -59,6 +59,11 @@ def tokenizer(text: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json's text. Raises ValueError for a text that is none."""
     from_json(text, "The tokenizer in this file")  # its own errors do not say where
     try:
-        return Tokenizer.from_str(text)
+        made = Tokenizer.from_str(text)
+        end = made.encode("").ids
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"The tokenizer in this file cannot be read: {str(error)[:200]}.") from error
+    if not end:
+        raise ValueError("The tokenizer in this file ends a text with no token of its own (post_processor), as T5's "
+                         "does: the file is incomplete.")
+    return made

@@ -180,7 +180,10 @@ def test_a_text_encoder_is_not_built_from_what_its_metadata_say_against_its_shap
         text_shapes.configuration(*t5(**stated))
 
 
-@pytest.mark.parametrize("text", ["{}", "[" * 100_000, "{", '{"model": {"type": "Unigram"}}'])
+NO_END = '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
+
+
+@pytest.mark.parametrize("text", ["{}", "[" * 100_000, "{", '{"model": {"type": "Unigram"}}', NO_END])
 def test_a_tokenizer_that_is_none_is_refused_in_a_sentence(text):
     with pytest.raises(ValueError, match="The tokenizer in this file"):
         text_shapes.tokenizer(text)
@@ -274,6 +277,13 @@ def test_a_configuration_in_the_metadata_is_read_by_the_kinds_of_its_entries(tmp
     stated = json.dumps({**config.as_dict(), entry: value})
     with pytest.raises(ValueError, match=words):
         pixelflow.read(tensors, {**metadata, "pixstack.config": stated})
+
+
+@pytest.mark.parametrize("error", [IndexError("list index out of range"), AttributeError("'list' has no 'items'"),
+                                   TypeError("'NoneType' object is not iterable")])
+def test_a_sentence_says_nothing_of_python(error):
+    said = guard.sentence("a.pth", error)
+    assert str(error) not in said and said.startswith("a.pth cannot be read") and "download it again" in said
 
 
 def test_a_sentence_does_not_repeat_a_key_of_any_length():

@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -51,15 +52,15 @@ def kept(graph: dict, node: str, info: dict) -> dict:
     return part
 
 
-def pictures_of(run) -> str:
-    """A digest of the pixels that a run drew."""
+def pictures_of(run) -> Counter:
+    """Digests of the pixels of each picture that a run drew, and how often."""
     from PIL import Image
 
-    digest = hashlib.sha256()
+    found = Counter()
     for path in run.images:
         with Image.open(path) as picture:
-            digest.update(picture.tobytes())
-    return digest.hexdigest()
+            found[hashlib.sha256(picture.tobytes()).hexdigest()] += 1
+    return found
 
 
 def by_cost(host, paths: list[Path], longest: float = 8.0) -> list[tuple[str, dict]]:

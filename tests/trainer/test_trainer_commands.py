@@ -147,6 +147,10 @@ def test_what_the_system_refuses_is_said_in_a_sentence(trained, tmp_path, capsys
     assert output.startswith("error: ") and str(tmp_path / "file") in output
 
 
+def test_a_name_of_any_length_is_not_repeated_whole(trained, tmp_path, capsys):
+    assert len(refusal(capsys, "export", trained, "--out", tmp_path / ("x" * 6000))) < 600
+
+
 def test_a_file_that_the_disk_has_no_room_for_is_named(tmp_path):
     with pytest.raises(OSError, match="nowhere/model.safetensors cannot be written"):
         checkpoints.write_tensors(tmp_path / "nowhere/model.safetensors", {"x": torch.zeros(1)})

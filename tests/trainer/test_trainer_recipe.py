@@ -202,6 +202,13 @@ def test_a_decay_starts_and_ends_where_the_settings_say(decay):
     assert shares == pytest.approx([1, 1, 1, 0.25])
 
 
+def test_a_vocabulary_smaller_than_the_captions_signs_is_refused():
+    from pixstack.trainer.features import tokenizer
+
+    with pytest.raises(ValueError, match="text.vocabulary=8 is too small for these captions, in which 27 different"):
+        tokenizer.train(["the quick brown fox", "jumps over a lazy dog"], 8)
+
+
 @pytest.fixture(scope="module")
 def outside_t5(tmp_path_factory):
     """A T5 as transformers saves one."""

@@ -49,7 +49,9 @@ def main(words: list[str] | None = None):
     except BrokenPipeError:  # `settings | head`: who reads has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        from ...models_impl.guard import shortened
+
+        sys.exit(f"error: {shortened(str(error))}")
     except KeyboardInterrupt:
         print("\nstopped; what was written is whole, and the same command goes on or begins anew.", file=sys.stderr)
         sys.exit(130)

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 
 from ....models_impl.guard import reading
 from ....models_impl.known_files import whose
+from ....models_impl.parsing import without_surrogates
 from ....models_impl.state_dict import check_values, expected_shapes, metadata_tensor, read_file, without_prefix
 from ....models_impl.text import MAX_LENGTH, shapes
 from . import quantised
@@ -142,7 +143,7 @@ class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
 
     def tokenize_with_weights(self, text: str, return_word_ids=False, **kwargs):
         # core breaks a long text into sequences of max_length, each with its own </s>: taken apart again here
-        chunks = super().tokenize_with_weights(text, return_word_ids=True, **kwargs)
+        chunks = super().tokenize_with_weights(without_surrogates(text), return_word_ids=True, **kwargs)
         words = [token for chunk in chunks for token in chunk if token[2]]  # (token, weight, word id), id 0 for </s>
         if len(words) > self.max_length - 1:
             warn(f"The text encoder reads {self.max_length - 1} tokens, this prompt has {len(words)}. Its end is left "
