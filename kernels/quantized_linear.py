@@ -23,7 +23,8 @@ FP8 = torch.float8_e4m3fn
 
 class QuantizedWeight(NamedTuple):
     packed: Tensor
-    """fp8: (out, in) float8; int8: (out, in) int8; nf4: (ceil(out * in / 2), 1) uint8, the first of two weights in the upper four bits."""
+    """fp8: (out, in) float8; int8: (out, in) int8; nf4: (ceil(out * in / 2), 1) uint8, the first of two weights in the
+    upper four bits."""
     scale: Tensor
     """float32; fp8 and int8: (out, 1); nf4: (ceil(out * in / 64),)."""
     table: Tensor | None

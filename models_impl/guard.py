@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .parsing import shortened
+
 FAULTS = (
     ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, AssertionError,
     EOFError, SafetensorError, re.error, pickle.PickleError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 """What Python and its libraries raise over contents that nobody expected."""
 LONGEST = 500  # characters of a cause
-LONGEST_WORD = 300  # of a key or value that a sentence names
-LONG = re.compile(rf"\S{{{LONGEST_WORD},}}")
 INNER = LookupError, TypeError, AttributeError, ArithmeticError, AssertionError
 """Whose words are about Python and say nothing of the file; the log has them."""
 
@@ -57,11 +57,6 @@ def sentence(name: str, error: BaseException) -> str:
         cause = f"its contents are not those of such a file ({words})"
     return (f"{name} cannot be read: {cause}. If other files of its kind can, this one is damaged: compare its size "
             "with the original and download it again.")
-
-
-def shortened(said: str) -> str:
-    """A sentence with the keys and names in it cut to a length that a person may read."""
-    return LONG.sub(lambda word: f"{word[0][:LONGEST_WORD // 2]}...", said)
 
 
 def shape_of(tensors: Mapping[str, Tensor], key: str, axes: int) -> torch.Size:

@@ -55,6 +55,15 @@ def from_yaml(text: str | bytes, what: str) -> Any:
         raise ValueError(f"{what} is not valid YAML: {error}.") from error
 
 
+LONGEST_WORD = 300  # of a key or value that a sentence names
+LONG = re.compile(rf"\S{{{LONGEST_WORD},}}")
+
+
+def shortened(said: str) -> str:
+    """A sentence with the keys and names in it cut to a length that a person may read."""
+    return LONG.sub(lambda word: f"{word[0][:LONGEST_WORD // 2]}...", said)
+
+
 def without_surrogates(text: str) -> str:
     """A text that UTF-8 can hold: the two halves of a sign beyond 16 bits as that sign, a lone half as U+FFFD.
 

@@ -16,8 +16,7 @@ import numpy
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..models_impl.guard import shortened
-from ..models_impl.parsing import without_surrogates
+from ..models_impl.parsing import shortened, without_surrogates
 from .host.common import files
 from .host.common.pictures import check, check_mask
 from .host.common.shown import show
@@ -134,8 +133,8 @@ def _broken(value) -> str:
     """What is wrong with a text that UTF-8 cannot hold."""
     if not isinstance(value, str) or value == without_surrogates(value):
         return ""
-    return f"holds half of a sign (U+{next(ord(s) for s in value if 0xd800 <= ord(s) <= 0xdfff):X}), as of an emoji cut " \
-           "in two: delete it and type it again"
+    half = next(ord(sign) for sign in value if "\ud800" <= sign <= "\udfff")
+    return f"holds half of a sign (U+{half:X}), as of an emoji cut in two: delete it and type it again"
 
 
 def _prompt_problem(entry) -> str:

@@ -62,7 +62,8 @@ def test_numbers_of_numpy_are_numbers(ours):
     ("latent", {"samples": torch.zeros(1, 3, 8, 8, dtype=torch.int64)}, "no finite numbers"),
 ])  # fmt: skip
 def test_an_object_that_is_none_is_told_by_its_input(ours, name, value, words):
-    good = {"model": SimpleNamespace(get_model_object=None), "positive": PROMPT, "negative": PROMPT, "latent": {"samples": torch.zeros(1, 3, 8, 8)}}
+    good = {"model": SimpleNamespace(get_model_object=None), "positive": PROMPT, "negative": PROMPT,
+            "latent": {"samples": torch.zeros(1, 3, 8, 8)}}
     numbers = {"seed": 0, "steps": 1, "cfg": 1.0, "shift": 1.0, "solver": "euler", "start_stage": 0, "end_stage": 0}
     with pytest.raises(ValueError, match=words):
         ours["PixelFlowSample"].execute(**{**good, **numbers, name: value})

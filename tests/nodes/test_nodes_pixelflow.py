@@ -785,4 +785,5 @@ def test_a_list_must_have_an_entry_for_each_stage(flow):
 
 def test_a_model_of_another_family_is_refused(flow):
     with pytest.raises(ValueError, match="This MODEL is a Linear, not a PixelFlow model"):
-        run(flow, "Canvas", model=SimpleNamespace(model=torch.nn.Linear(1, 1)), shape="square", width=64, height=64, batch_size=1)
+        run(flow, "Canvas", model=SimpleNamespace(model=torch.nn.Linear(1, 1)), shape="square", width=64, height=64,
+            batch_size=1)

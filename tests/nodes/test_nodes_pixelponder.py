@@ -767,7 +767,8 @@ def test_a_part_of_the_sampling_that_is_empty_is_refused_before_anything_runs(gr
     prompt["5"]["inputs"].update(start_percent=0.6, end_percent=0.4)
     prompt["7"]["inputs"].update(end_percent=1.2)
     message = " ".join(map(str, graph_host.check(prompt)))
-    assert "start_percent=0.6 and end_percent=0.4 leave no part" in message and "end_percent is 1.2, not in 0.0 to 1.0" in message
+    assert "start_percent=0.6 and end_percent=0.4 leave no part" in message
+    assert "end_percent is 1.2, not in 0.0 to 1.0" in message
 
 
 def test_another_control_net_is_refused(flux):

@@ -139,7 +139,8 @@ def all_parts(args) -> int:
                 minutes = max(0.1, (until - time.monotonic()) / 60)
                 running[part] = subprocess.Popen(
                     [sys.executable, __file__, "--part", part, "--minutes", str(minutes), "--share", str(args.share),
-                     "--seed", str(args.seed), "--out", f"{folder}/{part}.json", "--stand-ins", folder],
+                     "--seed", str(args.seed), "--out", f"{folder}/{part}.json", "--stand-ins", folder,
+                     *(["--verbose"] if args.verbose else [])],
                     env=environment, stdout=subprocess.DEVNULL, stderr=None if args.verbose else subprocess.DEVNULL)
             for part, process in list(running.items()):
                 if process.poll() is None:

@@ -88,6 +88,15 @@ def test_a_size_that_the_stages_do_not_allow_is_refused(path, tmp_path):
     ("cat", "a value with spaces is written in quotes"), ("text=small", "is a section"),
     ("data.templates=[\"no place\"]", "needs a {}"), ("model.preset=xl_t2", "did you mean xl_t2i"),
     ("text.padded=true", "recipe.name='pixelflow' masks their padding"),
+    ("samples.cfg=nan", "samples.cfg=nan should be a number, and finite"),
+    ("save_minutes=inf", "save_minutes=inf should be a number, and finite"),
+    ("recipe.stage_weights=[1,nan]", "should be a list of float, finite"),
+    ("optimizer.arguments.d_coef=inf", "optimizer.arguments"),
+    (f"steps={10**21}", "should be a whole number, finite and below 2**63"),
+    (f"optimizer.clip={10**400}", "should be a number, finite"),
+    (f"seed={10**13}", "seed=10000000000000 is outside"), ("samples.shift=-1.0", "samples.shift=-1.0 must be more"),
+    ("optimizer.muon_momentum=1.0", "optimizer.muon_momentum=1.0 is outside"),
+    ("text.learning_rate_multiple=-1.0", "must not be negative"), ("text.hidden=0", "must be at least 1"),
 ])
 def test_a_setting_that_cannot_work_is_refused(path, tmp_path, word, part):
     assert part in refusal(path, tmp_path, word)
@@ -246,8 +255,8 @@ def test_a_run_folder_whose_settings_are_none_is_refused_with_its_file(tmp_path,
     (("data.resolution=1000000000", "data.buckets=area", "data.bucket_multiple=1"), "resolution=1000000000 must be"),
     (("data.resolutions=[64, 99999]",), "data.resolutions=[64, 99999] must be 1 to 16384 pixels"),
     (("data.workers=1000000",), "data.workers=1000000 must be 1 to 256"),
-    (("data.buckets=area", "data.bucket_multiple=8", "data.bucket_ratio=inf"), "data.bucket_ratio=inf must be 1 to 64"),
-    (("data.buckets=area", "data.bucket_multiple=8", "data.bucket_ratio=nan"), "data.bucket_ratio=nan must be 1 to 64"),
+    (("data.buckets=area", "data.bucket_multiple=8", "data.bucket_ratio=99"), "bucket_ratio=99.0 must be 1 to 64"),
+    (("data.buckets=area", "data.bucket_multiple=8", "data.bucket_ratio=nan"), "bucket_ratio=nan should be a number"),
 ])  # fmt: skip
 def test_sizes_beyond_any_picture_are_refused_before_they_are_listed(path, tmp_path, words, sentence):
     assert sentence in refusal(path, tmp_path, *words)

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 
+from ...models_impl.parsing import shortened
 from . import (
     cache,
     caption,
@@ -49,8 +50,6 @@ def main(words: list[str] | None = None):
     except BrokenPipeError:  # `settings | head`: who reads has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
     except (ValueError, OSError, FloatingPointError) as error:
-        from ...models_impl.guard import shortened
-
         sys.exit(f"error: {shortened(str(error))}")
     except KeyboardInterrupt:
         print("\nstopped; what was written is whole, and the same command goes on or begins anew.", file=sys.stderr)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 import typing
 from pathlib import Path
@@ -163,7 +164,9 @@ def build(cls, raw: dict, kinds: dict, problems: list[str], prefix=""):
             if fits:
                 good[key] = value
             else:
-                problems.append(f"{full}={value!r} should be {in_words(kind)}.")
+                bound = ", and finite" if isinstance(value, float) else ", finite and below 2**63"
+                bound = "" if finite(value) else bound
+                problems.append(f"{full}={value!r:.100} should be {in_words(kind)}{bound}.")
     for key, value in tables.items():
         good[key] = build_list(hints[key], value, good, problems, prefix + key)
     try:
@@ -212,7 +215,7 @@ def convert(value, kind):
                 return converted, True
         return value, False
     if origin is dict:
-        return value, isinstance(value, dict)
+        return value, isinstance(value, dict) and finite(list(value.values()))
     if origin is list:
         if isinstance(value, str) and args[0] is str:
             value = [value]
@@ -220,9 +223,16 @@ def convert(value, kind):
             return value, False
         pairs = [convert(v, args[0]) for v in value]
         return [v for v, _ in pairs], all(fits for _, fits in pairs)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value), True
-    return value, isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (float(value), True) if finite(value) else (value, False)
+    return value, isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) and finite(value)
+
+
+def finite(value) -> bool:
+    """Whether a value holds no nan, no inf, and no whole number beyond 63 bits."""
+    if isinstance(value, list):
+        return all(map(finite, value))
+    return abs(value) < 2**63 if isinstance(value, int) else not isinstance(value, float) or math.isfinite(value)
 
 
 def in_words(kind) -> str:

@@ -13,6 +13,7 @@ from .schema import LARGEST_SIDE, Adapter, Config, Data, Optimizer, SamplePrompt
 MOST_WORKERS, MOST_RATIO = 256, 64
 ADAPTERS = "lora", "loha", "lokr", "oft"
 BASES = "fp8", "int8", "nf4"
+MOST_SEED = 2**40  # times a million, and a step: what a generator of torch takes
 DDP, FSDP2, DEEPSPEED = "ddp", "fsdp2", "deepspeed"
 
 
@@ -145,12 +146,17 @@ def missing_library(name: str) -> list[str]:
 def numbers(config: Config) -> list[str]:
     problems = Problems()
     for name in ("steps", "batch_size", "log_every", "samples.steps", "text.max_length",
-                 "text.vocabulary", "text.width", "text.depth", "text.heads", "optimizer.decay_cycles"):
+                 "text.vocabulary", "text.width", "text.depth", "text.heads", "text.hidden",
+                 "optimizer.decay_cycles"):
         problems.at_least(name, look_up(config, name), 1)
     for name in ("micro_batch_size", "threads", "keep", "save_every", "save_minutes", "save_epochs", "samples.every",
                  "validation.every", "optimizer.warm_up", "optimizer.weight_decay", "optimizer.clip",
-                 "optimizer.eps"):
+                 "optimizer.eps", "text.learning_rate_multiple", "validation.items", "data.tag_count"):
         problems.at_least(name, look_up(config, name), 0)
+    problems.need(abs(config.seed) <= MOST_SEED, f"seed={config.seed} is outside -{MOST_SEED} to {MOST_SEED}.")
+    problems.above_zero("samples.shift", config.samples.shift)
+    momentum = config.optimizer.muon_momentum
+    problems.need(0 <= momentum < 1, f"optimizer.muon_momentum={momentum} is outside [0, 1).")
     problems.share("optimizer.decay_from", config.optimizer.decay_from)
     problems.share("optimizer.decay_to", config.optimizer.decay_to)
     rate = config.optimizer.muon_learning_rate

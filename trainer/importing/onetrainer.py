@@ -58,9 +58,9 @@ ROWS: dict[str, Row] = {
     "prior.gradient_checkpointing": to("checkpoint_activations", value=lambda v: str(v).upper() != "OFF"),
     "transformer.gradient_checkpointing": to("checkpoint_activations", value=lambda v: str(v).upper() != "OFF"),
     "text_encoder.dropout_probability": to("recipe.dropout", value=number),
-    "text_encoder.weight_dtype": to("text.precision", value=chosen({"BFLOAT_16": "bf16", "FLOAT_16": "bf16",
-                                                                    "FLOAT_8": "fp8", "INT_8": "int8", "NFLOAT_4": "nf4",
-                                                                    "FLOAT_32": "fp32"})),
+    "text_encoder.weight_dtype": to("text.precision", value=chosen({
+        "BFLOAT_16": "bf16", "FLOAT_16": "bf16", "FLOAT_8": "fp8", "INT_8": "int8", "NFLOAT_4": "nf4",
+        "FLOAT_32": "fp32"})),
     "text_encoder_2.sequence_length": to("text.max_length", value=whole),
     "text_encoder_2_sequence_length": to("text.max_length", value=whole),
     "vae.weight_dtype": to("vae.precision", value=chosen({"BFLOAT_16": "bf16", "FLOAT_32": "fp32"})),
