@@ -52,7 +52,10 @@ def from_yaml(text: str | bytes, what: str) -> Any:
     except RecursionError:
         raise ValueError(f"{what} is not valid YAML: {TOO_DEEP}.") from None
     except (yaml.YAMLError, ValueError) as error:  # the latter of a date that is none
-        raise ValueError(f"{what} is not valid YAML: {error}.") from error
+        said, mark = getattr(error, "problem", None) or str(error), getattr(error, "problem_mark", None)
+        said = said.replace("unhashable key", "a key that is a list or a table")
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{what} is not valid YAML: {place}{said}.") from error
 
 
 LONGEST_WORD = 300  # of a key or value that a sentence names

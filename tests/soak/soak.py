@@ -74,10 +74,12 @@ def run_part(part: str, folder: Path, stand_ins: Path, share: float, seed: int, 
         table.merge(supervised(lambda: soak_loaders.of_nodes(host, seed, chosen), until))
         table.merge(supervised(lambda: soak_loaders.of_poses(host, folder, seed, 12 if share >= 1 else 3), until))
     elif part == "data":
-        count = max(4, int(160 * share))
+        count = max(4, int(120 * share))
         table.merge(supervised(lambda: soak_loaders.of_lists(folder, seed, count), until))
         table.merge(supervised(lambda: soak_loaders.of_pictures(host, folder, seed, count), until))
+        table.merge(supervised(lambda: soak_loaders.of_imports(folder, seed, count), until))
         table.merge(supervised(lambda: soak_loaders.of_converted(folder, seed, chosen), until))
+        table.merge(supervised(lambda: soak_loaders.of_lora_commands(folder, seed, chosen), until))
     else:
         workflows = soak_graphs.by_cost(host, conftest.WORKFLOWS if share >= 1 else [
             path for path in conftest.WORKFLOWS if path.stem in soak_server.NAMES])

@@ -389,6 +389,92 @@ def of_converted(folder: Path, seed: int, chosen: Callable[[int], bool] = lambda
                             lambda make=make_bytes, must=must, trial=trial: trial(make, must))
 
 
+def of_lora_commands(folder: Path, seed: int, chosen: Callable[[int], bool] = lambda number: True) -> Iterator[Trial]:
+    """Broken LoRAs for `lora inspect`, `lora resize` and `lora merge`."""
+    good, path, out = (folder / f"lora_{name}.safetensors" for name in ("good", "broken", "out"))
+    weights.tiny_pixart_lora(good)
+    commands = {"inspect": (str(path),), "resize": (str(path), str(out), "--rank", "2"),
+                "merge": (f"{path}=0.5", f"{good}=0.5", "--out", str(out))}
+    number = 0
+    for name, words in commands.items():
+        for kind, what, _, make in broken_files.every(good, random.Random(seed)):
+            number += 1
+            if chosen(number):
+                def run(make=make, name=name, words=words):
+                    out.unlink(missing_ok=True)
+                    try:
+                        path.write_bytes(make())
+                    except (SafetensorError, RuntimeError, UnicodeEncodeError):
+                        return RECOVERED
+                    outcome = command("lora", name, *words)
+                    if outcome == CLEAN and (out.exists() or [*folder.glob("*.unfinished")]):
+                        raise Wrong("refused, and something was written")
+                    return outcome
+
+                yield Trial(f"files: lora {name}", f"{kind}: {what}", run)
+
+
+OTHERS = {  # settings of other trainers, a file and the one beside it
+    "onetrainer.json": json.dumps({
+        "__version": 10, "training_method": "LORA", "model_type": "PIXART_SIGMA", "base_model_name": "BASE",
+        "concepts": [{"path": "DATA", "text": {"prompt_source": "sample"}, "image": {"enable_random_flip": True}}],
+        "learning_rate": 0.0002, "epochs": 3, "batch_size": 2, "resolution": "64", "lora_rank": 12, "seed": 77,
+        "optimizer": {"optimizer": "ADAMW", "beta1": 0.9}, "samples": [{"prompt": "a card", "height": 64, "seed": 5}]}),
+    "kohya.toml": """
+pretrained_model_name_or_path = "BASE"
+network_module = "networks.lora"
+network_dim = 8
+learning_rate = 3e-4
+optimizer_type = "AdamW"
+optimizer_args = ["weight_decay=0.1", "betas=(0.9, 0.95)"]
+max_train_steps = 500
+seed = 42
+dataset_config = "data.toml"
+""",
+    "config.json": json.dumps({
+        "--model_type": "full", "--model_family": "flux", "--pretrained_model_name_or_path": "BASE",
+        "--learning_rate": 1e-5, "--optimizer": "adamw_bf16", "--max_train_steps": 900, "--train_batch_size": 2,
+        "--data_backend_config": "multidatabackend.json", "--validation_resolution": "32x32", "--seed": 11}),
+    "ai_toolkit.yaml": """
+job: extension
+config:
+  name: my_cards
+  process:
+    - type: sd_trainer
+      network: {type: lora, linear: 6, linear_alpha: 3}
+      datasets:
+        - {folder_path: DATA, caption_ext: txt, resolution: [64], flip_x: true}
+      train: {batch_size: 4, steps: 700, lr: 4e-4, optimizer: adamw, optimizer_params: {weight_decay: 1.0e-4}}
+      model: {name_or_path: BASE, arch: flux, quantize: true}
+      sample: {sampler: flowmatch, sample_every: 250, width: 64, height: 64, prompts: ["a red card"], seed: 42}
+""",
+}
+
+
+def of_imports(folder: Path, seed: int, count: int) -> Iterator[Trial]:
+    """Broken settings of other trainers for `import`."""
+    place = folder / "others"
+    pictures(place / "pictures")
+    beside = [{"id": "cards", "type": "local", "instance_data_dir": str(place / "pictures"), "resolution": 32}]
+    sets = "\n".join(["[[datasets]]", "resolution = 64", "[[datasets.subsets]]", f"image_dir = '{place / 'pictures'}'",
+                      "class_tokens = 'a card'"])
+    for name, good in OTHERS.items():
+        def trial(content, name=name):
+            out = place / "recipe.toml"
+            out.unlink(missing_ok=True)
+            (place / "multidatabackend.json").write_text(json.dumps(beside))
+            (place / "data.toml").write_text(sets)
+            (place / name).write_bytes(content)
+            outcome = command("import", str(place / name), "--out", str(out))
+            if outcome == CLEAN and out.exists():
+                raise Wrong("refused, and something was written")
+            return outcome
+
+        good = good.replace("DATA", str(place / "pictures")).replace("BASE", str(folder / "PixArt-Sigma.safetensors"))
+        for what, content in broken_texts(good, random.Random(seed), count):
+            yield Trial(f"texts: {name}", what, lambda content=content, trial=trial: trial(content))
+
+
 # --- Pictures
 
 def encoded(format: str, rng: random.Random) -> bytes:

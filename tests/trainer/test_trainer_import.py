@@ -405,7 +405,7 @@ def test_every_row_of_the_tables_is_of_a_setting_that_some_recipe_has():
     ("a.yaml", "config: {process: [1]}", "a.yaml (ai-toolkit): config.process holds no process"),
     ("a.yaml", "config: {process: [{model: {name_or_path: x, arch: wan21}}]}", "model.arch = wan21"),
     ("a.json", json.dumps({**ONETRAINER, "model_type": "STABLE_DIFFUSION_XL_10_BASE"}), "model_type = 'STABLE"),
-    ("a.json", json.dumps({**ONETRAINER, "batch_size": "many"}), "(OneTrainer): 'many' is no number"),
+    ("a.json", json.dumps({**ONETRAINER, "batch_size": "many"}), "(OneTrainer): batch_size: 'many' is no number"),
     ("a.json", json.dumps({**ONETRAINER, "concepts": [{"path": "x", "image": 3}]}), "has another form than that"),
     ("a.json", json.dumps(BACKENDS), "it holds data sets only: give the config.json too"),
     ("a.toml", KOHYA_DATA, "it holds data sets only: give the TOML of the arguments too"),
@@ -418,6 +418,16 @@ def test_a_file_that_cannot_be_imported_is_one_sentence(tmp_path, name, text, se
         cli.main(["import", str(tmp_path / name), "--out", str(out)])
     said = str(caught.value.code)
     assert sentence in said and said.startswith("error: ") and not out.exists()
+
+
+@pytest.mark.parametrize("changed, named", [({"noising_bias": [None]}, "noising_bias: '[None]' is no number"),
+                                            ({"concepts": [{"path": "a", "balancing": "much"}]},
+                                             "concepts.0.balancing: 'much' is no number")])
+def test_an_entry_of_another_kind_is_named(tmp_path, capsys, changed, named):
+    (tmp_path / "mine.json").write_text(json.dumps({**ONETRAINER, **changed}), encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["import", str(tmp_path / "mine.json"), "--out", str(tmp_path / "out.toml")])
+    assert str(caught.value.code) == f"error: mine.json (OneTrainer): {named}, which that program wants there."
 
 
 def test_a_recipe_that_is_there_is_replaced_only_by_force(tmp_path):

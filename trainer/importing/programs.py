@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ...models_impl.parsing import from_json, from_yaml
@@ -36,13 +36,28 @@ def imported(files: Sequence[Path]) -> tuple[Draft, str]:
         draft = families.begun(trained)
         draft.set("name", file.stem)
         apply(draft, program, contents[file], reader(file, others))
-    except (Absent, ValueError, OSError) as error:
+    except Absent as error:
+        named = next((f"{key}: " for key, value in entries(contents[file]) if same(value, error.given)), "")
+        raise ValueError(f"{file.name} ({program.NAME}): {named}{error}, which that program wants there.") from None
+    except (ValueError, OSError) as error:
         raise ValueError(f"{file.name} ({program.NAME}): {error}") from None
     except (AttributeError, TypeError, LookupError, OverflowError) as error:
         raise ValueError(f"{file.name} ({program.NAME}): an entry has another form than that program gives it "
-                         f"({type(error).__name__}: {error}).") from error
+                         f"({type(error).__name__}).") from error
     finish(draft, trained)
     return draft, program.NAME
+
+
+def entries(raw, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(name, value) of everything in nested tables and lists."""
+    inside = raw.items() if isinstance(raw, Mapping) else enumerate(raw) if isinstance(raw, list) else ()
+    for key, value in inside:
+        yield f"{prefix}{key}", value
+        yield from entries(value, f"{prefix}{key}.")
+
+
+def same(value, given) -> bool:
+    return type(value) is type(given) and value == given
 
 
 def alone(raw) -> bool:

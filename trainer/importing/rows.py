@@ -15,7 +15,11 @@ PLAIN = "no counterpart"
 
 
 class Absent(Exception):
-    """A value without counterpart; its argument is the reason."""
+    """A value without counterpart; `given` is the value, where one can look for it."""
+
+    def __init__(self, reason: str, given: Any = None):
+        super().__init__(reason)
+        self.given = given
 
 
 Value = Callable[[Any], Any]
@@ -65,13 +69,13 @@ def number(given) -> float:
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
-        raise Absent(f"{str(given)[:60]!r} is no number")
+        raise Absent(f"{str(given)[:60]!r} is no number", given)
     return found
 
 
 def whole(given) -> int:
     if (found := number(given)) != int(found):
-        raise Absent(f"{given!r} is no whole number")
+        raise Absent(f"{given!r} is no whole number", given)
     return int(found)
 
 
