@@ -17,7 +17,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..models_impl.parsing import shortened, without_surrogates
-from .host.common import files
+from .host.common import files, wrong_file
 from .host.common.pictures import check, check_mask
 from .host.common.shown import show
 
@@ -54,7 +54,12 @@ def _executing(execute: Callable) -> Callable:
         looked_at = {name: inputs[name] for name in cls.CHECKED if name in inputs}
         if looked_at and isinstance(answer := cls.validate_inputs(**looked_at), str):
             raise ValueError(answer)
-        output = execute(cls, *args, **inputs)
+        try:
+            output = execute(cls, *args, **inputs)
+        except ValueError as error:
+            wrong_file.offer(error, {name: value for name, value in inputs.items()
+                                     if name in schema and schema[name].io_type == "COMBO"})
+            raise
         if isinstance(output, io.NodeOutput) and isinstance(output.ui, ui.PreviewText):
             show(output.ui.value)
         return output

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import state_dict
-from ..known_files import whose
+from ..known_files import WrongFile
 
 BGR_MEAN = (104.00699, 116.66877, 122.67892)  # of ImageNet, what Caffe's VGG16 subtracts from pixels of 0 to 255
 
@@ -119,8 +119,7 @@ def read(tensors: Mapping[str, Tensor]) -> tuple[HEDConfig, dict[str, Tensor]]:
         channels.append(tensors[f"{block}0.weight"].shape[0])
         layers.append(sum(key.startswith(block) and key.endswith(".weight") for key in tensors))
     if not layers or "norm" not in tensors:
-        raise ValueError(f"This is not HED: the weights have no norm and block1.convs.0. {whose(tensors)} Use "
-                         "ControlNetHED.pth.")
+        raise WrongFile("This is not HED (ControlNetHED.pth): the weights have no norm and block1.convs.0.", tensors)
     return HEDConfig(tuple(channels), tuple(layers), "fuse.weight" in tensors), tensors
 
 

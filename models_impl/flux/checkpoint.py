@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..guard import shape_of
-from ..known_files import family_of, whose
+from ..known_files import WrongFile, family_of
 from ..state_dict import (
     config_metadata,
     count,
@@ -53,7 +53,7 @@ def read(
     """
     tensors = without_prefix(tensors)
     if family_of(tensors) != "FLUX":
-        raise ValueError(f"This is not a FLUX checkpoint. {whose(tensors)}")
+        raise WrongFile("This is not a FLUX checkpoint.", tensors)
     if "transformer_blocks.0.attn.add_q_proj.weight" in tensors:
         tensors = from_diffusers(tensors)
     tensors = {re.sub(r"\.(query|key)_norm\.weight$", r".\1_norm.scale", key): value  # core's after 0.3.75

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..known_files import whose
+from ..known_files import WrongFile
 from ..parsing import from_json
 from ..patterns import Ends
 from ..state_dict import check_values
@@ -133,7 +133,7 @@ def read(
                 layers.append(layer)
                 kinds[spelling, layer.kind, why] += 1
     if not layers:
-        raise ValueError(_why_nothing(tensors, modules, wrong, text_encoder))
+        raise _why_nothing(tensors, modules, wrong, text_encoder)
     if len(unmatched) > len(tensors) - len(text_encoder) - len(unmatched):
         raise ValueError(f"Most of this LoRA has no place in this network: {len(unmatched)} of "
                          f"{len(tensors) - len(text_encoder)} keys, such as {unmatched[0]}. It was made for another "
@@ -158,7 +158,7 @@ def own_layers(
     keys, odd = _modules(tensors)
     modules = {module: {part: tensors[key] for part, key in parts.items()} for module, parts in keys.items()}
     if not modules:
-        raise ValueError(_why_nothing(tensors, modules, [], []))
+        raise _why_nothing(tensors, modules, [], [])
     inside, _ = _config(_from_metadata(metadata or {}), "its metadata", modules)
     outside, _ = _config(adapter_config, "adapter_config.json", modules)
     layers, rest, spellings = {}, {key: tensors[key] for key in odd}, []
@@ -362,24 +362,26 @@ def _misfit(layer: Layer, target: Target) -> str | None:
     return f"it changes a {size[0]} x {size[1]} matrix, and {layer.key} is {own[0]} x {math.prod(own[1:])} here"
 
 
-def _why_nothing(tensors, modules, wrong, text_encoder) -> str:
+def _why_nothing(tensors, modules, wrong, text_encoder) -> ValueError:
     start = f"No layer of this LoRA ({len(modules)} modules) fits this network: "
     if wrong:
-        return start + f"its names do, its sizes do not. {wrong[0].capitalize()}. It was made for another model."
+        return ValueError(start + f"its names do, its sizes do not. {wrong[0].capitalize()}. It was made for another "
+                          "model.")
     if not modules:
         for what, marks in UNSUPPORTED.items():
             if any(mark in key for key in tensors for mark in marks):
-                return (f"This is a file of {what}, which PixStack does not read. Get it as LoRA, DoRA, LoHa, LoKr or "
-                        "LyCORIS' diag-oft.")
+                return ValueError(f"This is a file of {what}, which PixStack does not read. Get it as LoRA, DoRA, "
+                                  "LoHa, LoKr or LyCORIS' diag-oft.")
         if "lora_controlnet" in tensors:
-            return ("This is a Control-LoRA, a ControlNet of Stable Diffusion XL kept as a difference: load it with "
-                    "core's 'Load ControlNet Model', for that model.")
-        return f"This is no LoRA file. {whose(tensors)}"
+            return ValueError("This is a Control-LoRA, a ControlNet of Stable Diffusion XL kept as a difference: load "
+                              "it with core's 'Load ControlNet Model', for that model.")
+        return WrongFile("This is no LoRA file.", tensors)
     if all(TEXT_ENCODER.search(m) for m in modules):
-        return start + f"all its {len(text_encoder)} keys belong to the text encoder."
+        return ValueError(start + f"all its {len(text_encoder)} keys belong to the text encoder.")
     first = next(m for m in modules if not TEXT_ENCODER.search(m))
     owner = family_of(modules)
-    return start + (f"its modules are those of {owner}" if owner else "its modules are unknown here") + f" ({first})."
+    what = f"its modules are those of {owner}" if owner else "its modules are unknown here"
+    return ValueError(f"{start}{what} ({first}).")
 
 
 def sizes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import typed
-from ..known_files import family_of, whose
+from ..known_files import WrongFile, family_of
 from ..parsing import from_json
 from ..state_dict import (
     config_metadata,
@@ -105,7 +105,7 @@ def read_controlnet(
     tensors = _unwrap(tensors, weights)
     layout = _controlnet_layout(tensors)
     if layout is None:
-        raise ValueError(f"This is not a PixArt ControlNet. {whose(tensors)}")
+        raise WrongFile("This is not a PixArt ControlNet.", tensors)
     own = metadata_config(metadata or {}, CONTROLNET_FAMILY)
     net = {m[1]: value for key, value in tensors.items() if (m := layout.fullmatch(key))}
     blocks = count((f"controlnet.{key}" for key in net), "controlnet")
@@ -196,7 +196,7 @@ def _controlnet_layout(tensors: Mapping) -> re.Pattern | None:
 
 def _refuse_others(tensors: Mapping):
     if family_of(tensors) != "PixArt":
-        raise ValueError(f"This is not a PixArt checkpoint. {whose(tensors)}")
+        raise WrongFile("This is not a PixArt checkpoint.", tensors)
     patch = tensors.get("x_embedder.proj.weight", tensors.get("pos_embed.proj.weight"))
     if patch is not None and patch.ndim != 4:
         raise ValueError("This is not a PixArt checkpoint: it has PixArt's keys, but its patches are "

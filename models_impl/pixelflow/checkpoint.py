@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..guard import shape_of
-from ..known_files import family_of, whose
+from ..known_files import WrongFile, family_of
 from ..parsing import LONGEST, from_yaml
 from ..state_dict import (
     config_metadata,
@@ -44,7 +44,7 @@ def read(
         raise ValueError(f"weights={weights!r} must be 'ema' or 'model'.")
     tensors = unwrapped(tensors, ("ema", "model") if weights == "ema" else ("model",))
     if family_of(tensors) != "PixelFlow":
-        raise ValueError(f"This is not a PixelFlow checkpoint. {whose(tensors)}")
+        raise WrongFile("This is not a PixelFlow checkpoint.", tensors)
     refuse_incomplete(tensors, NEEDED, "PixelFlow checkpoint")
     own = metadata_config(metadata or {}, FAMILY, PixelFlowConfig) or {}
     stated = {**own, **PixelFlowConfig.entries_of(config or {})}

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import typed
 from ..flux.checkpoint import NEEDED, complete, from_shapes
 from ..flux.config import FluxConfig
-from ..known_files import family_of, whose
+from ..known_files import WrongFile, family_of
 from ..state_dict import (
     config_metadata,
     count,
@@ -41,7 +41,7 @@ def read(
     """
     tensors = unwrapped(tensors, ("state_dict", "model"))
     if family_of(tensors) != "PixelPonder":
-        raise ValueError(f"This is not a PixelPonder checkpoint. {whose(tensors)}")
+        raise WrongFile("This is not a PixelPonder checkpoint.", tensors)
     refuse_incomplete(tensors, (f"{STEMS}.0.0.weight", "pos_embed_input.weight", *NEEDED, f"{TOWER}.8.weight"),
                       "PixelPonder checkpoint")
     ours = metadata_config(metadata or {}, FAMILY, PixelPonderConfig) or {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..guard import shape_of
-from ..known_files import whose
+from ..known_files import WrongFile
 from ..state_dict import config_metadata, metadata_config, refuse_contradictions, unwrapped
 from .config import (
     ControlNetConfig,
@@ -60,7 +60,7 @@ def _checked(cls: type, stated: dict, shapes: dict):
 
 
 def _refuse(tensors: Mapping, what: str):
-    raise ValueError(f"This is not {what}. {whose(tensors)}")
+    raise WrongFile(f"This is not {what}.", tensors)
 
 
 def unwrap(tensors: Mapping) -> dict:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..known_files import whose
+from ..known_files import WrongFile
 from ..state_dict import without_prefix
 
 PIXELS = 8  # along a side of a cell
@@ -41,5 +41,5 @@ def read(tensors: Mapping) -> tuple[dict[str, int], dict[str, Tensor]]:
     tensors = without_prefix(tensors)
     first = tensors.get("blocks.0.weight")
     if first is None or "blocks.24.weight" not in tensors:
-        raise ValueError(f"This is not Stable Cascade's previewer. {whose(tensors)}")
+        raise WrongFile("This is not Stable Cascade's previewer.", tensors)
     return {"latent_channels": first.shape[1], "hidden": first.shape[0]}, tensors

@@ -90,12 +90,32 @@ def test_a_loader_says_whose_the_wrong_file_is_and_what_loads_it(host, node, wha
         graph["0"] = {"class_type": "EmptyImage", "inputs": dict(width=32, height=32, batch_size=1, color=0)}
         inputs["image"] = ["0", 0]
     try:
-        message = str(host.run(graph).error)
+        run = host.run(graph)
     finally:
         (host.models / folder / name).unlink()
+    message = str(run.error)
     assert name in message and f" is not {what}" in message
     where = f"In ComfyUI it goes into models/{place} and is loaded with {loader}"
     assert f"The keys are those of {kind}. {where}" in message
+    (told,) = [data for event, data in run.events if event == "pixstack.wrong_file"]
+    about = {"kind": kind, "folder": place, "file": name, "node_id": "1"}
+    assert about.items() <= told.items() and graph["1"]["inputs"][told["input"]] == name
+    assert f"'{shown(told['nodes'][0])}'" in loader
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k.loader], ids=lambda kind: kind.name)
+def test_the_nodes_of_a_kind_are_those_that_its_sentence_names(host, kind):
+    named = re.findall(r"(?<!\w)'([^']+)'", kind.loader)
+    assert {shown(node) for node in kind.nodes} <= set(named) and (kind.nodes or kind.name in IN_PAIRS)
+
+
+def test_nobody_is_offered_another_node_for_a_file_that_only_its_own_takes(host):
+    (host.models / "diffusion_models" / "damaged_known.safetensors").write_bytes(b"nothing")
+    graph = {"1": {"class_type": "PixStack_FluxLoader",
+                   "inputs": {"model_name": "damaged_known.safetensors", "dtype": "default"}},
+             "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}}
+    run = host.run(graph)
+    assert run.error and not [event for event, _ in run.events if event == "pixstack.wrong_file"]
 
 
 def test_a_checkpoint_with_its_vae_is_sent_to_core_s_checkpoint_loader():

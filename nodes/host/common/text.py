@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 
 from ....models_impl.guard import reading
-from ....models_impl.known_files import whose
+from ....models_impl.known_files import WrongFile
 from ....models_impl.parsing import without_surrogates
 from ....models_impl.state_dict import check_values, expected_shapes, metadata_tensor, read_file, without_prefix
 from ....models_impl.text import MAX_LENGTH, shapes
@@ -105,7 +105,7 @@ def encoder_weights(tensors: dict, name: str) -> dict:
     tensors = without_prefix({key: value for key, value in tensors.items() if key not in BESIDE_SAVED})
     tensors = {key.removeprefix(SAVED): value for key, value in tensors.items()}
     if "encoder.block.0.layer.0.SelfAttention.q.weight" not in tensors:
-        raise ValueError(f"{name} is not a T5 text encoder. {whose(tensors)}")
+        raise WrongFile(f"{name} is not a T5 text encoder.", tensors)
     if "encoder.embed_tokens.weight" in tensors:  # shared.weight under another name
         tensors = {"shared.weight": tensors["encoder.embed_tokens.weight"], **tensors}
     if "shared.weight" not in tensors:

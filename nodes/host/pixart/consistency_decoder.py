@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ....models_impl.guard import reading
-from ....models_impl.known_files import whose
+from ....models_impl.known_files import WrongFile
 from ....models_impl.state_dict import load_into, read_file, unwrapped
 from ..common.patcher import patcher, reloadable
 
@@ -50,7 +50,7 @@ def load(path: str, disable_dynamic: bool = False) -> comfy.sd.VAE:
     with reading(file):
         tensors = unwrapped(read_file(file)[0], ("state_dict",))
         if not any(key.startswith("decoder_unet.") for key in tensors):
-            raise ValueError(f"{file.name} is not the consistency decoder in diffusers' format. {whose(tensors)}")
+            raise WrongFile(f"{file.name} is not the consistency decoder in diffusers' format.", tensors)
         net = ConsistencyDecoderVAE(**sizes(tensors))
         load_into(net, tensors, f"the consistency decoder ({file.name})")
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})

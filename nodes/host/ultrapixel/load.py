@@ -14,7 +14,7 @@ import comfy.supported_models
 import torch
 
 from ....models_impl.guard import reading
-from ....models_impl.known_files import whose
+from ....models_impl.known_files import WrongFile
 from ....models_impl.state_dict import metadata_config, read_file
 from ....models_impl.ultrapixel import checkpoint
 from ....models_impl.ultrapixel.config import CascadeConfig, StageBConfig, StageCConfig
@@ -38,7 +38,7 @@ def load_cascade(path: str, dtype: torch.dtype | None = None, disable_dynamic: b
         tensors, metadata = read_file(file, quantised.runnable())
         part = checkpoint.kind(tensors)
         if part not in READERS:
-            raise ValueError(f"This is not a Stage C or a Stage B of Stable Cascade. {whose(tensors)}")
+            raise WrongFile("This is not a Stage C or a Stage B of Stable Cascade.", tensors)
         if metadata_config(metadata, f"{checkpoint.FAMILY}.{part}") is None:
             raise ValueError("This file of Stable Cascade does not state its configuration, as exports of PixStack's "
                              "trainer do. Load released files with core's 'Load Diffusion Model'.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ....models_impl import patterns
 from ....models_impl.guard import reading
-from ....models_impl.known_files import PERSONALISATION, family_of, names, whose
+from ....models_impl.known_files import PERSONALISATION, WrongFile, family_of, names
 from ....models_impl.state_dict import read_file
 from ....models_impl.ultrapixel import lora
 from ....models_impl.ultrapixel.config import StageCConfig
@@ -52,7 +52,7 @@ def read(path: str, model) -> Personalisation:
         except ValueError as error:
             if family_of(names(tensors)) in (None, PERSONALISATION):
                 raise
-            raise ValueError(f"{error} {whose(tensors)}") from error
+            raise WrongFile(str(error), tensors) from error
 
 
 def patch(model, personal: Personalisation, strength: float):
