@@ -1,0 +1,68 @@
+// Nodes of a graph: which takes a file, and another in a node's place. Nodes 2.0 draw a node as it is when it is added.
+
+/** The menu of a node that lists a file; undefined where none does. */
+export const menuWith = (node, file) =>
+  node?.widgets?.find((widget) => widget.type === 'combo' && listed(widget).includes(file))
+
+function listed(widget) {
+  const values = widget.options?.values
+  return (typeof values === 'function' ? values(widget) : Array.isArray(values) ? values : Object.keys(values ?? {}))
+}
+
+/** Put a node of another type in a node's place, with this file: links whose types fit stay, and values of the same name. */
+export function replace(old, type, file) {
+  const { graph } = old
+  const node = window.LiteGraph.createNode(type)
+  node.pos = [old.pos[0], old.pos[1]]
+  if (old.title !== old.constructor.title) node.title = old.title
+  for (const name of ['mode', 'color', 'bgcolor']) if (old[name] !== undefined) node[name] = old[name]
+  node.setSize([Math.max(old.size[0], node.size[0]), node.size[1]])
+  for (const widget of old.widgets ?? []) {
+    const own = node.widgets?.find((one) => one.name === widget.name && one.type === widget.type)
+    if (own && (own.type !== 'combo' || listed(own).includes(widget.value))) own.value = widget.value
+  }
+  const menu = menuWith(node, file)
+  if (menu) menu.value = file
+  const links = linksOf(old)
+  graph.add(node)
+  graph.remove(old)
+  for (const link of links) link(node)
+  graph.setDirtyCanvas(true, true)
+  return node
+}
+
+/** Functions that tie a link of this node to another node, where its type fits. */
+function linksOf(old) {
+  const { graph } = old, links = []
+  const fits = (from, to) => window.LiteGraph.isValidConnection(from, to)
+  for (const input of old.inputs ?? []) {
+    const link = input.link == null ? null : graph.getLink(input.link)
+    if (!link) continue
+    const { origin_id, origin_slot, type } = link
+    links.push((node) => {
+      const free = (one) => one.link == null && fits(type, one.type)
+      const slot = [node.inputs.findIndex((one) => one.name === input.name && free(one)),
+        input.widget ? -1 : node.inputs.findIndex((one) => !one.widget && free(one))].find((i) => i >= 0)
+      if (slot === undefined) return
+      if (origin_id === IN) graph.inputNode.slots[origin_slot]?.connect(node.inputs[slot], node)
+      else graph.getNodeById(origin_id)?.connect(origin_slot, node, slot)
+    })
+  }
+  for (const output of old.outputs ?? []) {
+    const place = old.outputs.filter((one) => one.type === output.type).indexOf(output)
+    for (const id of [...(output.links ?? [])]) {
+      const { target_id, target_slot, type } = graph.getLink(id) ?? {}
+      if (target_id === undefined) continue
+      links.push((node) => {
+        const fitting = node.outputs.filter((one) => fits(one.type, type === '*' ? output.type : type))
+        const slot = node.outputs.indexOf(fitting[place] ?? fitting[0])
+        if (slot < 0) return
+        if (target_id === OUT) graph.outputNode.slots[target_slot]?.connect(node.outputs[slot], node)
+        else node.connect(slot, graph.getNodeById(target_id), target_slot)
+      })
+    }
+  }
+  return links
+}
+
+const IN = -10, OUT = -20 // what a link inside of a subgraph has for the id of the subgraph's own inputs and outputs
