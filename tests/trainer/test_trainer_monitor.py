@@ -2,6 +2,8 @@
 import asyncio
 import json
 import os
+import re
+import subprocess
 import sys
 
 import pytest
@@ -9,7 +11,8 @@ import tiny_run
 from aiohttp.test_utils import TestClient, TestServer
 from filelock import FileLock
 from PIL import Image
-from pixstack.trainer.monitor import curves, folders, server
+from pixstack.trainer.cli import main
+from pixstack.trainer.monitor import curves, exports, folders, server
 from pixstack.trainer.training import checkpoints, control
 
 TOKEN = "token"
@@ -154,3 +157,62 @@ def test_a_run_obeys_the_buttons(tmp_path):
     found = json.loads(ask(runs, "/token/api/samples?run=tiny")[1])
     assert found == {"steps": [{"step": 1, "count": 1}], "titles": ["red card"]}
     assert ask(runs, "/token/api/picture?run=tiny&step=1&index=0")[0] == 200
+    check_export(runs, tmp_path / "models")
+
+
+def check_export(runs, out):
+    """The command itself: its weights come out under a name that says which they are."""
+    async def exported():
+        async with TestClient(TestServer(server.application(runs, TOKEN, out), host=server.HOST)) as client:
+            assert (await client.post("/token/api/export?run=tiny&step=7")).status == 409
+            assert (await client.post("/token/api/export?run=tiny&step=3")).status == 200
+            answer = await client.post("/token/api/export?run=tiny&step=3")
+            assert answer.status == 409 and "wait for its end" in await answer.text()
+            await client.app[server.EXPORTS].task
+            return await (await client.get("/token/api/exports?run=tiny")).json()
+
+    said = asyncio.run(exported())
+    assert said["steps"] == [3] and said["last"]["state"] == "done", said
+    assert [(file["folder"], file["step"]) for file in said["files"]][0] == ("diffusion_models", 3)
+    assert all((out / file["folder"] / file["name"]).is_file() for file in said["files"])
+
+
+def test_an_export_that_fails_says_why(runs, monkeypatch):
+    (runs / "one/checkpoints/00000002").mkdir(parents=True)
+    (runs / "one/checkpoints/00000002/model.safetensors").touch()
+    monkeypatch.setattr(exports, "command", lambda *words: [sys.executable, "-c", "raise SystemExit('error: no T5')"])
+
+    async def exported():
+        async with TestClient(TestServer(server.application(runs, TOKEN), host=server.HOST)) as client:
+            assert (await client.post("/token/api/export?run=one&step=2")).status == 200
+            await client.app[server.EXPORTS].task
+            return await (await client.get("/token/api/exports?run=one")).json()
+
+    assert asyncio.run(exported())["last"] == {"state": "failed", "run": "one", "step": 2, "said": "error: no T5"}
+
+
+@pytest.mark.parametrize("run", ["one", "group/one", "group_one", "-o", "<img src=x>", "..", "{name}", "a" * 300])
+def test_the_name_of_an_export_is_one_that_every_folder_takes(run):
+    name = exports.name_of(run, 3)
+    assert re.fullmatch(r"[\w][\w.-]{0,130}_step3", name) and name.format(name="") == name
+    assert name != exports.name_of(run + "_", 3)
+
+
+def test_exports_are_asked_for_by_post_only_and_not_from_other_sites(runs):
+    path = "/token/api/export?run=one&step=2"
+    assert ask(runs, path)[0] == 405
+    assert ask(runs, path, "POST", headers={"Origin": "https://evil.example"})[0] == 403
+    assert ask(runs, path, "POST")[0] == 409  # there is no such checkpoint
+
+
+def test_the_command_that_is_begun_is_one_of_the_trainer(tmp_path):
+    given = main.parser().parse_args(exports.command("export", "/r", "--out=/m", "--name=-n", "--step=3")[2:])
+    assert (str(given.run_folder), str(given.out), given.name, given.step) == ("/r", "/m", "-n", 3)
+
+
+def test_the_monitor_ends_when_its_input_does(runs):
+    process = subprocess.Popen(exports.command("monitor", str(runs), "--port=0", "--until-input-ends"),
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("http://127.0.0.1:")
+    process.stdin.close()
+    assert process.wait(60) == 0

@@ -113,6 +113,12 @@ class RunFolders:
             return self.file(run, "samples", f"{step:08d}.png")
         return self.file(run, "samples", f"{step:08d}", f"{index:02d}.png")
 
+    def steps(self, run: str) -> list[int]:
+        """Steps of the checkpoints that lie in the folder itself, oldest first."""
+        inside = self.folder(run) / "checkpoints"
+        found = [int(p.name) for p in inside.glob("*") if p.name.isdecimal() and len(p.name) < 16]
+        return sorted(step for step in found if self.file(run, "checkpoints", f"{step:08d}", "model.safetensors"))
+
     def settings(self, runs: list[str]) -> list[dict]:
         """The settings of runs beside each other: {"name", "values", "differs"}."""
         flat = [flattened(self.table(run, "config.json")) for run in runs]

@@ -6,13 +6,17 @@ browser was led to by a changed name (DNS rebinding) has another Host, and is re
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
+import os
 import secrets
+import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from .exports import Exports
 from .folders import RunFolders
 
 HOST, POINTS, MOST_POINTS, MOST_RUNS = "127.0.0.1", 800, 5000, 8
@@ -27,6 +31,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 FOLDERS, TOKEN = web.AppKey("folders", RunFolders), web.AppKey("token", str)
+EXPORTS = web.AppKey("exports", Exports)
 
 
 def own_name(address: str) -> bool:
@@ -121,16 +126,46 @@ async def order(request: web.Request) -> web.Response:
     return web.json_response({})
 
 
-def application(root: Path, token: str = "") -> web.Application:
-    """token: what addresses begin with; a random one without it."""
+async def exports(request: web.Request) -> web.Response:
+    run = asked(request, "run")
+    steps, made = request.app[FOLDERS].steps(run), request.app[EXPORTS]
+    files = await asyncio.to_thread(made.files, request.app[FOLDERS].folder(run), run, steps)
+    return web.json_response({"steps": steps, "files": files, "last": made.state})
+
+
+async def export(request: web.Request) -> web.Response:
+    run, step, folders = asked(request, "run"), int(asked(request, "step")), request.app[FOLDERS]
+    if step not in folders.steps(run):
+        raise ValueError(f"{run} has no checkpoint of step {step}.")
+    await request.app[EXPORTS].begin(folders.folder(run), run, step)
+    return web.json_response({})
+
+
+def application(root: Path, token: str = "", out: Path | None = None) -> web.Application:
+    """token: what addresses begin with; a random one without it. out: the folder for exports."""
     app = web.Application(middlewares=[guard])
-    app[FOLDERS], app[TOKEN] = RunFolders(root), token or secrets.token_urlsafe(24)
+    app[FOLDERS], app[TOKEN], app[EXPORTS] = RunFolders(root), token or secrets.token_urlsafe(24), Exports(out)
+    app.on_cleanup.append(lambda app: app[EXPORTS].close())
     app.add_routes([
         web.get("/{token}/", page), web.get("/{token}/static/{file}", static), web.get("/{token}/api/runs", runs),
         web.get("/{token}/api/curves", curves), web.get("/{token}/api/samples", samples),
         web.get("/{token}/api/picture", picture), web.get("/{token}/api/settings", settings),
+        web.get("/{token}/api/exports", exports), web.post("/{token}/api/export", export),
         web.post("/{token}/api/order", order)])
     return app
+
+
+def cancel_when_input_ends():
+    """Cancel the current task when standard input is closed, as it is when the program at its other end is no more."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def wait():
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        loop.call_soon_threadsafe(task.cancel)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 async def serve(app: web.Application, port: int, ready=print):

@@ -8,10 +8,12 @@ export async function ask(what, query = {}) {
   return answer.json()
 }
 
-export async function order(run, what) {
-  const answer = await fetch(`api/order?${new URLSearchParams({ run, order: what })}`, { method: 'POST' })
+export async function demand(what, query) {
+  const answer = await fetch(`api/${what}?${new URLSearchParams(query)}`, { method: 'POST' })
   if (!answer.ok) throw new Error(await answer.text())
 }
+
+export const order = (run, what) => demand('order', { run, order: what })
 
 export function picture(run, step, index) {
   const words = new URLSearchParams({ run, step })

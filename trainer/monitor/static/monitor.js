@@ -1,6 +1,7 @@
 // The page: which run is shown, what it says of itself, its orders and settings. Asked anew every few seconds.
 import { ask, order } from './api.js'
 import { colour, draw, shorter } from './charts.js'
+import * as exports from './exports.js'
 import * as samples from './samples.js'
 
 const EVERY = 3000 // milliseconds
@@ -30,7 +31,7 @@ async function refresh() {
     by('shown').hidden = state.shown === null
     if (state.shown === null) return
     figures(state.runs.find((run) => run.name === state.shown))
-    await Promise.all([curves(), samples.refresh(state.shown), settings()])
+    await Promise.all([curves(), samples.refresh(state.shown), exports.refresh(state.shown), settings()])
   } catch (error) {
     by('connection').textContent = `The monitor does not answer (${error.message}). Trying again.`
   }
@@ -180,6 +181,7 @@ for (const id of ['smoothing', 'logarithmic']) by(id).addEventListener('input', 
 for (const id of ['search', 'differing']) by(id).addEventListener('input', settings)
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => curves(true))
 samples.listen()
+exports.listen()
 
 async function turn() {
   if (!document.hidden) await refresh()
