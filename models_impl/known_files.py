@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from .state_dict import BESIDE_A_MODEL, PREFIXES
 
 PERSONALISATION = "a personalisation of UltraPixel"
+LORA = "a LoRA"
 DIFFUSION_MODEL = "core's 'Load Diffusion Model'"
 CASCADE = f"{DIFFUSION_MODEL}, or 'Load Small Stable Cascade Model' if PixStack's trainer made it"
 UNET, CONTROLNET, VAE = ("UNETLoader",), ("ControlNetLoader",), ("VAELoader",)
@@ -30,7 +31,7 @@ class Kind:
 KINDS = (  # the first that fits
     Kind(PERSONALISATION, ("0.lora_up", "retoken.embeddings"), "'UltraPixel Personalise'", "loras",
          ("PixStack_UltraPixelPersonalise",)),
-    Kind("a LoRA", ("*.lora_A.weight", "*.lora_down.weight", "*.lora_A.default.weight", "*.lokr_w1", "*.hada_w1_a"),
+    Kind(LORA, ("*.lora_A.weight", "*.lora_down.weight", "*.lora_A.default.weight", "*.lokr_w1", "*.hada_w1_a"),
          "'Load PixArt LoRA' if it is PixArt's, else core's 'Load LoRA'", "loras",
          ("PixStack_PixArtLoraLoader", "LoraLoader")),
     Kind("a PixArt ControlNet", (
@@ -100,14 +101,14 @@ def names(tensors: Mapping) -> list[str]:
 
 def family_of(keys: Iterable[str]) -> str | None:
     """The `name` of the kind of file that has such keys; None when none of KINDS has."""
-    kind = _kind_of(list(keys))
+    kind = _marked(list(keys))
     return kind and kind.name
 
 
 def whose(tensors: Mapping) -> str:
     """A sentence on what the file is and how and from where ComfyUI loads it; its first keys if that is not known."""
     keys = names(tensors)
-    kind = _as_it_lies(keys)
+    kind = kind_of(keys)
     if kind is None:
         return f"Its first keys are {', '.join(keys[:3])}." if keys else "It holds no weights."
     description = f"The keys are those of {kind.name}."
@@ -121,19 +122,19 @@ class WrongFile(ValueError):
 
     def __init__(self, words: str, tensors: Mapping):
         super().__init__(f"{words} {whose(tensors)}")
-        self.kind = _as_it_lies(names(tensors))
+        self.kind = kind_of(names(tensors))
         """What it is; None where that is not known."""
 
 
-def _as_it_lies(keys: list[str]) -> Kind | None:
+def kind_of(keys: list[str]) -> Kind | None:
     """The kind, with the folder and the loader of a checkpoint where other models lie beside the weights."""
-    kind = _kind_of(keys)
+    kind = _marked(keys)
     if kind and (kind.loader or "").startswith(DIFFUSION_MODEL) and any(key.startswith(BESIDE_A_MODEL) for key in keys):
         return replace(kind, loader="core's 'Load Checkpoint'", folder="checkpoints", nodes=("CheckpointLoaderSimple",))
     return kind
 
 
-def _kind_of(keys: list[str]) -> Kind | None:
+def _marked(keys: list[str]) -> Kind | None:
     known = {key[len(prefix):] for prefix in ("", *PREFIXES) for key in keys if key.startswith(prefix)}
     for kind in KINDS:
         for mark in kind.keys:

@@ -20,12 +20,14 @@ from . import (
     ultrapixel_lora,
 )
 from .host.common import files
+from .host.training import routes
 
 
 class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         files.register(nodes.NODE_CLASS_MAPPINGS.get("VAELoader"))
         annotators.register_folder()
+        routes.register()
         modules = (
             pixelflow,
             pixart,

@@ -51,7 +51,7 @@ export async function open(browser, address, { renderer = 'classic', settings = 
 /** What the page reads and changes of the user's settings stays with it. */
 async function ownSettings(page, wanted) {
   const own = { 'Comfy.TutorialCompleted': true, ...wanted }
-  await page.route(/\/api\/settings(\/|$|\?)/, async (route) => {
+  await page.route(/^[a-z]+:\/\/[^/]+\/api\/settings(\/|$|\?)/, async (route) => {
     const request = route.request()
     if (request.method() === 'GET') {
       const answer = await route.fetch()
