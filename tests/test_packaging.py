@@ -105,17 +105,33 @@ def test_comfyui_reads_our_metadata(host):
     assert not read.tool_comfy.web, "WEB_DIRECTORY names it, so that help pages follow the name of the folder"
 
 
-def test_what_is_published_leaves_the_tests_out_and_the_trainer_in():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode or not tracked.stdout:
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or not listed.stdout:
         pytest.skip("not a git checkout")
+    return listed.stdout.splitlines()
+
+
+def published_files() -> list[str]:
     lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
     ignored = tuple(line for line in lines if line and not line.startswith("#"))
-    files = [path for path in tracked.stdout.splitlines() if not path.startswith(ignored)]
+    return [path for path in tracked() if not path.startswith(ignored)]
+
+
+def test_published_sources_hold_only_characters_that_a_windows_console_can_print():
+    """comfy-test's rule: a traceback or print of another one ends in UnicodeEncodeError in code page 1252."""
+    for path in published_files():
+        if path.endswith(".py"):
+            for number, line in enumerate((ROOT / path).read_text(encoding="utf-8").splitlines(), 1):
+                assert line.encode("cp1252", errors="ignore").decode("cp1252") == line, f"{path}:{number} {line!a}"
+
+
+def test_what_is_published_leaves_the_tests_out_and_the_trainer_in():
+    files = published_files()
     published = {path.split("/")[0] for path in files}
     page = ("index.html", "uPlot.iife.min.js", "uPlot.LICENSE")
     assert {f"trainer/monitor/static/{name}" for name in page} <= set(files)
-    pictures = {path for path in tracked.stdout.splitlines() if path.startswith(("assets/pictures/", "web/docs/"))}
+    pictures = {path for path in tracked() if path.startswith(("assets/pictures/", "web/docs/"))}
     assert pictures <= set(files), "Example Picture's menu and the help pages' pictures"
     assert {"__init__.py", "assets", "nodes", "models_impl", "trainer", "web", "workflows", "package"} <= published
     assert not published & {"tests", "benchmarks", ".ci", "Makefile"}

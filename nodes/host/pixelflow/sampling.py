@@ -55,7 +55,7 @@ def about_size(height: int, width: int, config: PixelFlowConfig) -> str:
     """The pixels of every stage in words, with a warning where the model was trained on far fewer."""
     sizes = [stage_size(height, width, stage, config.num_stages) for stage in range(config.num_stages)]
     stages = [f"{w}x{h}" for h, w in sizes]
-    text, times = " → ".join(stages) + " pixels", height * width / config.resolution**2
+    text, times = " \N{RIGHTWARDS ARROW} ".join(stages) + " pixels", height * width / config.resolution**2
     if times > 2:
         text += (f"\n{times:.3g} times the {config.resolution}x{config.resolution} pixels of its training: things may "
                  "repeat or fall apart.")
