@@ -11,7 +11,8 @@ def entries(path: Path) -> dict:
     """The table of a JSON file. Raises ValueError where it holds something else, FileNotFoundError."""
     found = from_json(path.read_bytes(), str(path))
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not a table of entries.")
+        kind = "nothing" if found is None else f"a {type(found).__name__}"
+        raise ValueError(f"{path} holds {kind}, not a table of entries.")
     return found
 
 

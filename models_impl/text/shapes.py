@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..guard import reading
 from ..parsing import from_json
 from ..state_dict import count, metadata_config
 from . import MAX_LENGTH, T5_FAMILY
@@ -55,15 +57,22 @@ def configuration(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     return config
 
 
-def tokenizer(text: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json's text. Raises ValueError for a text that is none."""
+def tokenizer_of(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json. Raises ValueError where it is none, with its name."""
+    with reading(path):
+        return tokenizer(path.read_text(encoding="utf-8"), ends=False)
+
+
+def tokenizer(text: str, ends: bool = True) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's text. Raises ValueError for a text that is none, and with `ends` for one that
+    puts no token behind a text."""
     from_json(text, "The tokenizer in this file")  # its own errors do not say where
     try:
         made = Tokenizer.from_str(text)
         end = made.encode("").ids
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"The tokenizer in this file cannot be read: {str(error)[:200]}.") from error
-    if not end:
+    if ends and not end:
         raise ValueError("The tokenizer in this file ends a text with no token of its own (post_processor), as T5's "
                          "does: the file is incomplete.")
     return made

@@ -61,6 +61,7 @@ def run_part(part: str, folder: Path, stand_ins: Path, share: float, seed: int, 
     import soak_kills
     import soak_loaders
     import soak_nodes
+    import soak_runs
     import soak_server
     from trials import Table, supervised
 
@@ -78,6 +79,7 @@ def run_part(part: str, folder: Path, stand_ins: Path, share: float, seed: int, 
         table.merge(supervised(lambda: soak_loaders.of_lists(folder, seed, count), until))
         table.merge(supervised(lambda: soak_loaders.of_pictures(host, folder, seed, count), until))
         table.merge(supervised(lambda: soak_loaders.of_imports(folder, seed, count), until))
+        table.merge(supervised(lambda: soak_runs.trials(folder, seed, max(2, count // 6), chosen), until))
         table.merge(supervised(lambda: soak_loaders.of_converted(folder, seed, chosen), until))
         table.merge(supervised(lambda: soak_loaders.of_lora_commands(folder, seed, chosen), until))
     else:

@@ -53,16 +53,19 @@ class Client:
             time.sleep(0.1)
         return None
 
-    def picture(self, outputs: dict) -> str:
-        digests = []
-        for output in outputs.values():
+    def pictures(self, outputs: dict) -> dict[str, str]:
+        """Digests of what each node shows. A node whose pictures come from the cache is not told of again."""
+        found = {}
+        for node, output in outputs.items():
+            digests = []
             for image in output.get("images", []):
                 words = "&".join(f"{key}={image[key]}" for key in ("filename", "subfolder", "type"))
                 status, body = self.ask(f"/view?{words}")
                 if status != 200:
                     raise ValueError(f"the picture {image} is answered with {status}")
                 digests.append(hashlib.sha256(Image.open(io.BytesIO(body)).convert("RGB").tobytes()).hexdigest()[:16])
-        return " ".join(sorted(digests))
+            found[node] = " ".join(digests)
+        return found
 
 
 def trials(workflows: list[Path], seed: int, count: int, until: float) -> Table:
@@ -121,11 +124,12 @@ def _prompt(client: Client, graphs: dict, rng: random.Random, known: dict, lock)
         return "server: 8 clients", what, FROZEN, f"no end in {PATIENCE:.0f} s"
     said = found["status"]["status_str"]
     if said == "success" and act != "bad":
-        digest = client.picture(found["outputs"])  # empty where all came from the cache: that is not told again
-        with lock:
-            right = known.setdefault((name, draw), digest) if digest else ""
-        same = right == digest
-        return "server: 8 clients", what, RECOVERED if same else WRONG, "" if same else f"{digest} and not {right}"
+        other = []
+        for node, digest in client.pictures(found["outputs"]).items():
+            with lock:
+                if (right := known.setdefault((name, draw, node), digest)) != digest:
+                    other.append(f"node {node} shows {digest} and not {right}")
+        return "server: 8 clients", what, WRONG if other else RECOVERED, "; ".join(other)
     if act == "draw" and said == "error":
         messages = dict(entry for entry in found["status"]["messages"] if entry[0] in (
             "execution_error", "execution_interrupted"))

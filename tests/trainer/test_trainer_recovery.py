@@ -60,6 +60,26 @@ def test_a_checkpoint_with_other_bytes_is_named_and_the_one_before_it_taken(path
     assert all(torch.equal(again[key], value) for key, value in right.items())
 
 
+@pytest.mark.parametrize("state", ["{}", '{"step": 4}', '{"step": 6, "sha256": 5}', "null"])
+def test_a_checkpoint_whose_state_is_not_its_own_counts_as_missing(path, tmp_path, capsys, state):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "save_every=3", steps=6))
+    checkpoints.is_whole.cache_clear()
+    (tmp_path / "run/checkpoints/00000006/state.json").write_text(state)
+    assert steps(tmp_path / "run") == [3]
+    assert "00000006 is not complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file, content", [("tokenizer.json", "{"), ("tokenizer.json", ""), ("facts.json", "{}"),
+                                           ("facts.json", "null")])
+def test_a_broken_file_of_a_run_is_named_by_the_commands_that_read_it(path, tmp_path, file, content):
+    tiny_run.train(tiny_run.settings(path, tmp_path / "run", "save_every=2", steps=2))
+    (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    said = str(caught.value.code)
+    assert said.startswith("error: ") and file in said and said.endswith(".") and not (tmp_path / "out").exists()
+
+
 def test_a_run_goes_on_from_the_step_that_is_asked_for(path, tmp_path):
     settings = tiny_run.settings(path, tmp_path / "run", "save_every=2")
     tiny_run.train(settings)

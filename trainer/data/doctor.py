@@ -174,9 +174,9 @@ def estimated(caption: str) -> int:
 def tokens_of(path: Path) -> Tokens:
     """The tokenizer of a tokenizer.json, or of a folder that transformers reads."""
     if path.is_file():
-        from tokenizers import Tokenizer
+        from ...models_impl.text import shapes
 
-        reader = Tokenizer.from_file(str(path))
+        reader = shapes.tokenizer_of(path)
         reader.no_truncation()
         reader.no_padding()
         return Tokens(lambda caption: len(reader.encode(caption).ids), True)

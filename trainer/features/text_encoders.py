@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ...models_impl import state_dict
 from ...models_impl.files import write_whole
+from ...models_impl.guard import reading
 from ...models_impl.text import captions as cleaning
+from ...models_impl.text import shapes
 from ..config.schema import Config
 from ..files import entries
 from ..libraries import LOCAL, hide_broken_torchvision
@@ -38,12 +39,14 @@ def make(config: Config, captions: list[str], folder: Path | None, facts: dict |
     kept = folder / "tokenizer.json" if folder else None
     given = Path(text.tokenizer).expanduser() if text.tokenizer else kept
     if facts and "text" in facts:
-        encoder = TextEncoder(facts["text"], Tokenizer.from_file(str(kept)))
+        made = shapes.tokenizer_of(kept)
+        with reading(folder / "facts.json"):
+            encoder = TextEncoder(facts["text"], made)
     elif text.encoder != "small":
         encoder = TextEncoder.read(Path(text.encoder).expanduser())
     else:
         if given and given.exists():
-            made = Tokenizer.from_file(str(given))
+            made = shapes.tokenizer_of(given)
         else:
             made = tokenizer.train(captions, text.vocabulary)
             if kept:  # before another process looks for it

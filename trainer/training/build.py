@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...models_impl.files import write_whole
+from ...models_impl.guard import reading
 from ..config.schema import Config
 from ..data import loader, wording
 from ..features import text_encoders
@@ -70,5 +71,7 @@ def other_data(folder: Path, collection: loader.Collection) -> str:
 def reopened(config: Config, folder: Path) -> nn.Module:
     """The recipe of a run folder, its weights still to be loaded."""
     facts = entries(folder / FACTS)
+    with reading(folder / FACTS):
+        classes, network = len(facts["classes"]), facts["network"]
     text = text_encoders.make(config, [], folder, facts if config.text.learn else None)
-    return find(config.recipe.name)(config, text, len(facts["classes"]), facts["network"])
+    return find(config.recipe.name)(config, text, classes, network)

@@ -25,7 +25,9 @@ STATE, UNFINISHED = "state.json", ".unfinished"
 def is_whole(folder: Path) -> bool:
     """Whether the files of a checkpoint can be read. One that was cut, by a full disk for example, is named."""
     try:
-        int(entries(folder / STATE)["step"])
+        state = entries(folder / STATE)
+        if state["step"] != int(folder.name) or not isinstance(state.get("sha256", {}), dict):
+            raise ValueError(f"{STATE} is not the one that was written with it")
         for file in folder.glob("*.safetensors"):
             with safe_open(file, framework="pt"):  # looks at its header and its length
                 pass
@@ -138,6 +140,10 @@ def restore_module(module: nn.Module, tensors: dict[str, torch.Tensor]):
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise ValueError(f"The checkpoint is of another model: {len(odd)} names differ ({', '.join(odd[:3])} ...).")
+    for name, value in own.items():
+        if value.shape != tensors[name].shape:
+            raise ValueError(f"The checkpoint is of another model: {name} is {list(tensors[name].shape)} in it, and "
+                             f"{list(value.shape)} by the run's other files (settings, facts.json, tokenizer.json).")
     with torch.no_grad():
         for name, value in own.items():
             sharded.local(value).copy_(sharded.local(sharded.part(tensors[name], value)))
