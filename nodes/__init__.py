@@ -7,6 +7,7 @@ import nodes  # ComfyUI's
 
 from . import (
     annotators,
+    compare,
     dataset,
     pixart,
     pixart_control,
@@ -14,6 +15,7 @@ from . import (
     pixart_sampling,
     pixelflow,
     pixelponder,
+    pixelponder_regions,
     ultrapixel,
     ultrapixel_control,
     ultrapixel_decode,
@@ -35,11 +37,13 @@ class Extension(ComfyExtension):
             pixart_control,
             pixart_reference,
             pixelponder,
+            pixelponder_regions,
             ultrapixel,
             ultrapixel_control,
             ultrapixel_lora,
             ultrapixel_decode,
             annotators,
+            compare,
             dataset,
         )
         return [node for module in modules for node in module.NODES]

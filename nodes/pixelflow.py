@@ -12,16 +12,19 @@ from ..models_impl.pixelflow.stages import Stages
 from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.common import files
 from .host.common.load import DTYPES, FAST, MODEL_DTYPES
+from .host.common.shown import kept
 from .host.common.text import load_t5
 from .host.pixelflow import imagenet
 from .host.pixelflow import sampling as cascade
 from .host.pixelflow.load import load_pixelflow
 from .host.pixelflow.model import CLASS_LABELS
+from .host.pixelflow.strip import FilmStrip
 from .schema import schema
 
 CATEGORY = "pixstack/pixelflow"
 WEIGHTS = ["ema", "model"]
 DEVICES = ["default", "cpu"]
+STRIPS = 16  # pictures of a batch whose film strips the browser gets
 TEXT_TYPES = {"pixelflow, pixart": False, "flux": True}  # whether texts are padded
 SOLVERS = ["euler", "dopri5"]
 LAST_STAGE = 7  # more stages than any cascade has: 128 times the size of the first
@@ -438,8 +441,12 @@ class PixelFlowSample(CheckedNode):
                 solver_input(),
                 *stage_inputs(),
             ],
-            outputs=[io.Latent.Output("picture", display_name="LATENT",
-                                      tooltip="The picture: decode it with the VAE 'pixel_space'.")],
+            outputs=[
+                io.Latent.Output("picture", display_name="LATENT",
+                                 tooltip="The picture: decode it with the VAE 'pixel_space'."),
+                io.Image.Output("strip", display_name="film strip",
+                                tooltip="The picture after each stage, side by side, 256 pixels high."),
+            ],
         )
 
     @classmethod
@@ -452,8 +459,12 @@ class PixelFlowSample(CheckedNode):
     ) -> io.NodeOutput:
         num_stages = cascade.config_of(model).num_stages
         sigmas = schedule(model, [steps] * num_stages, [shift] * num_stages, start_stage, end_stage).sigmas()
-        sampler = cascade.CascadeSampler(solver, latent="picture")
-        return io.NodeOutput(cascade.run(model, positive, negative, latent, seed, cfg, sampler, sigmas))
+        film = FilmStrip()
+        sampler = cascade.CascadeSampler(solver, latent="picture", watch=film)
+        picture = cascade.run(model, positive, negative, latent, seed, cfg, sampler, sigmas)
+        strip = film.strip()
+        shown = {"strips": kept(strip[:STRIPS]), "sizes": film.sizes}
+        return io.NodeOutput(picture, strip, ui={"pixstack_stages": [shown]})
 
 
 NODES = [

@@ -226,8 +226,9 @@ class PixelPonderMap(CheckedNode):
 
     @classmethod
     def execute(cls, positive, latent, overlay) -> io.NodeOutput:
-        control = pixelponder.find(positive)
-        return io.NodeOutput(*pixelponder.picture_of(control, tuple(latent["samples"].shape[-2:]), overlay))
+        control, size = pixelponder.find(positive), tuple(latent["samples"].shape[-2:])
+        picture = pixelponder.picture_of(control, size, overlay)
+        return io.NodeOutput(*picture, ui={"pixstack_map": [pixelponder.steps_of(control, size)]})
 
 
 NODES = [FluxLoader, PixelPonderLoader, PixelPonderCondition, PixelPonderApply, PixelPonderMap]

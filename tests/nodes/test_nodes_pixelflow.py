@@ -5,12 +5,14 @@ import copy
 import json
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import dynamic_vram
 import pytest
 import torch
 from parity_cases import cases
+from PIL import Image, ImageChops
 from pixstack.models_impl.pixelflow import sampling
 from pixstack.models_impl.pixelflow.config import PRESETS
 from pixstack.models_impl.pixelflow.schedule import CascadeSchedule, guidance_scales
@@ -787,3 +789,38 @@ def test_a_model_of_another_family_is_refused(flow):
     with pytest.raises(ValueError, match="This MODEL is a Linear, not a PixelFlow model"):
         run(flow, "Canvas", model=SimpleNamespace(model=torch.nn.Linear(1, 1)), shape="square", width=64, height=64,
             batch_size=1)
+
+
+# The film strip
+
+
+def test_the_film_strip_shows_the_picture_after_each_stage(flow):
+    run = flow.host.run({**graph(flow, canvas__batch_size=2),
+                         "strip": {"class_type": "PreviewImage", "inputs": {"images": ["sample", 1]}}})
+    assert not run.errors
+    (shown,) = run.outputs["sample"]["pixstack_stages"]
+    assert shown["sizes"] == [[16, 16], [32, 32], [64, 64]] and len(shown["strips"]) == 2
+    first, _ = run.outputs["strip"]["images"]
+    strip, picture = (Image.open(flow.host._path(image)).convert("RGB") for image in (
+        first, run.outputs["save"]["images"][0]))
+    assert strip.size == (3 * 256 + 2 * 4, 256)
+    last = ImageChops.difference(strip.crop((520, 0, 776, 256)), picture.resize((256, 256), Image.Resampling.NEAREST))
+    assert max(high for _, high in last.getextrema()) <= 1  # the estimate of the last step, and where that step leads
+    small = strip.crop((0, 0, 256, 256))
+    assert small.resize((16, 16), Image.Resampling.NEAREST).resize((256, 256), Image.Resampling.NEAREST).tobytes() == (
+        small.tobytes())
+    name, folder = shown["strips"][0]
+    assert Image.open(Path(flow.host._folders.get_temp_directory(), folder, name)).convert("RGB").tobytes() == (
+        strip.tobytes())
+
+
+def test_a_film_strip_of_later_stages_begins_with_them(flow):
+    run = flow.host.run(graph(flow, sample__end_stage=1))
+    assert run.outputs["sample"]["pixstack_stages"][0]["sizes"] == [[16, 16], [32, 32]]
+
+
+def test_a_large_film_strip_is_made_smaller(flow):
+    strip = sys.modules[flow.cascade.__name__.replace("sampling", "strip")].FilmStrip()
+    for side in (64, 128, 256, 512):
+        strip(torch.full((1, 3, side, 2 * side), side / 512))
+    assert strip.strip().shape == (1, 256, 4 * 512 + 3 * 4, 3) and strip.strip()[0, 9, -1, 0] == 1

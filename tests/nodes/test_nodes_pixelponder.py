@@ -793,3 +793,63 @@ def test_a_kind_that_the_checkpoint_does_not_know_is_refused(flux, host):
 def test_a_strategy_whose_network_is_missing_is_refused(flux, strategy, words):
     with pytest.raises(ValueError, match=words):
         apply(flux, condition(flux), control=load(flux, PLAIN, "leave out"), strategy=strategy)
+
+
+# --- The map in the browser
+
+
+def shares(host, about: dict) -> torch.Tensor:
+    """(B, S, K, rows, columns) of 255, from the tiles that the widget gets."""
+    from pathlib import Path
+
+    import numpy
+    from PIL import Image
+
+    files = [Path(host._folders.get_temp_directory(), folder, name) for name, folder in about["tiles"]]
+    alpha = torch.from_numpy(numpy.stack([numpy.array(Image.open(file))[..., 3] for file in files]))
+    rows, columns = about["rows"], about["columns"]
+    B, height, width = alpha.shape
+    return alpha.view(B, height // rows, rows, width // columns, columns).transpose(2, 3)
+
+
+def test_the_map_of_every_step_reaches_the_browser_while_sampling_and_after(graph_host):
+    import base64
+    from io import BytesIO
+
+    import numpy
+    from PIL import Image
+
+    prompt = graph("accumulate")
+    prompt["8"]["inputs"]["batch_size"] = 2
+    run = graph_host.run(prompt)
+    live = [data for event, data in run.events if event == "pixstack.map"]
+    (about,) = run.outputs["10"]["pixstack_map"]
+    assert [(data["node"], data["step"], data["steps"]) for data in live] == [("7", n, 3) for n in (1, 2, 3)]
+    assert (about["steps"], about["total"], about["names"]) == ([1, 2, 3], 3, ["1 canny", "2 depth"])
+    assert [len(pictures) for pictures in about["hints"]] == [1, 1]
+    share = shares(graph_host, about)
+    assert share.shape == (2, 3, 2, SIZE[0] // 2, SIZE[1] // 2) and share.sum(dim=2).eq(255).all()
+    for step, data in enumerate(live):
+        picture = Image.open(BytesIO(base64.b64decode(data["tiles"].partition(",")[2])))
+        tiles = torch.from_numpy(numpy.array(picture)[..., 1]).view(SIZE[0] // 2, 2, SIZE[1] // 2).transpose(0, 1)
+        assert torch.equal(tiles, share[0, step])
+
+
+def test_a_map_that_no_step_changes_is_sent_once_for_each_set_of_conditions_that_takes_part(flux):
+    row = condition(flux, "canny", 1, condition(flux, "depth", 0, end_percent=0.01), start_percent=0.01)
+    positive, _ = apply(flux, row)
+    draw(flux, positive)
+    control = positive[0][1]["control"]
+    steps = control.shown.steps[SIZE]
+    assert list(steps) == [1, 2] and control.shown.total[SIZE] == STEPS
+    assert steps[1][0, 0].eq(255).all() and steps[2][0, 1].eq(255).all()
+    draw(flux, positive)
+    assert list(control.shown.steps[SIZE]) == [1, 2], "another sampling begins anew"
+
+
+def test_a_map_before_sampling_has_no_step(flux):
+    positive, _ = apply(flux, several(flux, "canny", "depth"))
+    execute = flux.nodes["PixStack_PixelPonderMap"].execute
+    (about,) = execute(positive=positive, latent=latent(), overlay=0.5).ui["pixstack_map"]
+    assert (about["steps"], about["total"]) == ([0], 0)
+    assert shares(flux.host, about)[0, 0, 0].eq(255).all()

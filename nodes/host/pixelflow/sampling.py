@@ -2,7 +2,7 @@
 previews, progress and interrupts stay core's."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -78,6 +78,8 @@ class CascadeSampler(comfy.samplers.Sampler):
     latent: str = "auto"
     """Meaning of the latent when sampling starts after the first step: a "picture" to add noise to, or the "state" that
     an earlier sampler handed over. auto: a state in the middle of a stage or without noise, else a picture."""
+    watch: Callable[[Tensor], None] | None = None
+    """Is given the clean estimate (B, 3, H, W) of every step."""
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False):
@@ -110,6 +112,8 @@ class CascadeSampler(comfy.samplers.Sampler):
                 return stages.velocity(x, denoised, stage, t)
 
             def report(step: int, x: Tensor, denoised: Tensor):
+                if self.watch is not None:
+                    self.watch(denoised)
                 if callback is not None:
                     callback(step, denoised, x, schedule.steps)
                 bar.update(step + 1 - bar.n)

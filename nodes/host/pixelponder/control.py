@@ -21,9 +21,9 @@ from ..common.attention import host_attention
 from ..common.control import AREA, NetworkControl
 from ..common.patcher import is_dynamic
 from ..common.prefetch import host_prefetch
-from ..common.shown import warn
+from ..common.shown import behind, kept, tell, warn
 from .hints import Condition, as_one, cut, hint_for, labels, mask_for, of_area, spread, warn_of_shape
-from .map import draw, masks_of, preview
+from .map import PICTURES, TALLEST, as_data, draw, masks_of, preview, rows, tiles
 from .strategies import plan
 
 
@@ -35,6 +35,17 @@ class Shown:
         """(B, K, rows, columns) of the pictures of one prompt, all conditions, float32 on the CPU: the last one."""
         self.of_size: dict[tuple[int, int], Tensor] = {}
         """The last one of every (height, width) in latent cells: a second pass at another size leaves the first's."""
+        self.steps: dict[tuple[int, int], dict[int, Tensor]] = {}
+        """Every step's at which it changed, by size and number from 1, uint8 of 255: for whoever looks back."""
+        self.total: dict[tuple[int, int], int] = {}
+        """Steps of the sampling, by size."""
+
+    def keep(self, share: Tensor, size: tuple[int, int], step: int, steps: int):
+        self.share = self.of_size[size] = share
+        before = self.steps.setdefault(size, {})
+        if self.total.get(size) != steps or before and step < max(before):  # another sampling
+            before.clear()
+        before[step], self.total[size] = (255 * share).round().byte(), steps
 
 
 class PixelPonderControl(NetworkControl):
@@ -59,6 +70,7 @@ class PixelPonderControl(NetworkControl):
         self._areas: dict = {}
         self._bar = None
         self._seen = None  # which of the guider's prompts is shown
+        self._before: tuple[int, ...] = ()  # the conditions that took part in the last step
 
     # What ComfyUI calls
 
@@ -126,9 +138,14 @@ class PixelPonderControl(NetworkControl):
         strengths = [self.conditions[i].strength for i in active]
         if self.strategy != "blend" and strengths != [1.0] * len(strengths):
             residuals = weighted(residuals, strengths, control.selection.share, (x.shape[-2] // 2, x.shape[-1] // 2))
-        shown = (stepwise or new) and self._show(control.selection, active, size, batched_number, transformer_options)
-        if shown and stepwise and self.node_id is not None:
-            self._preview(float(t[0]), transformer_options)
+        if stepwise or new or active != self._before:
+            share = self._share(control.selection, active, batched_number, transformer_options)
+            if share is not None:
+                step, steps = _step(float(t[0]), transformer_options)
+                self.shown.keep(share, size, step, steps)
+                if self.node_id is not None:
+                    self._preview(step, steps, stepwise)
+        self._before = active
         return self._inject(residuals, before, transformer_options)
 
     def cleanup(self):
@@ -221,29 +238,32 @@ class PixelPonderControl(NetworkControl):
         transformer_options["patches_replace"] = {**replaced, "dit": blocks}
         return {"input": both + ours[len(both) :], "middle": [], "output": (before or {}).get("output", [])}
 
-    def _show(self, selection: Selection, active, size, batched_number: int, transformer_options: dict) -> bool:
-        """Keep one prompt's part of the selection: of those with this control the first that the guider names, which is
-        the positive one for nearly all. False: it was another's turn.
+    def _share(self, selection: Selection, active, batched_number: int, transformer_options: dict) -> Tensor | None:
+        """One prompt's part of the selection, of all conditions: of the prompts with this control the first that the
+        guider names, which is the positive one for nearly all. None: it was another's turn.
         """
         share, kinds = selection.share, transformer_options.get("cond_or_uncond", [0])
         first = min(kinds)
         if self._seen is not None and first > self._seen:
-            return False
+            return None
         self._seen = first
         if len(share) > 1:
             share = share.chunk(batched_number)[kinds.index(first)]
         whole = torch.zeros(len(share), len(self.conditions), *share.shape[2:])
         whole[:, list(active)] = share.float().cpu()
-        self.shown.share = self.shown.of_size[size] = whole
-        return True
+        return whole
 
-    def _preview(self, sigma: float, transformer_options: dict):
-        sigmas = transformer_options.get("sample_sigmas")
-        steps = 1 if sigmas is None else max(1, len(sigmas) - 1)
-        self._bar = self._bar or comfy.utils.ProgressBar(steps, node_id=self.node_id)
-        step = 1 if sigmas is None else min(steps, max(1, int((sigmas >= sigma).sum())))
-        picture = preview(self.shown.share[:1], labels(self.conditions))
-        self._bar.update_absolute(step, steps, ("JPEG", picture, max(picture.size)))
+    def _preview(self, step: int, steps: int, stepwise: bool):
+        """Send the map to the widget of 'PixelPonder Map', and as a picture to the node that applied this, where every
+        step has another."""
+        share, names = self.shown.share[:1], labels(self.conditions)
+        rows, columns = share.shape[-2:]
+        tell("map", {"node": self.node_id, "step": step, "steps": steps, "names": names, "rows": rows,
+                     "columns": columns, "tiles": as_data(share[0])})
+        if stepwise:
+            self._bar = self._bar or comfy.utils.ProgressBar(steps, node_id=self.node_id)
+            picture = preview(share, names)
+            self._bar.update_absolute(step, steps, ("JPEG", picture, max(picture.size)))
 
 
 @dataclass(frozen=True)
@@ -259,6 +279,13 @@ class Behind:
         # (B, L+N, D), text first; longer where reference pictures follow
         out["img"][:, : self.residual.shape[1]] += self.residual
         return out
+
+
+def _step(sigma: float, transformer_options: dict) -> tuple[int, int]:
+    """Which step of how many this noise level belongs to, from 1."""
+    sigmas = transformer_options.get("sample_sigmas")
+    steps = 1 if sigmas is None else max(1, len(sigmas) - 1)
+    return 1 if sigmas is None else min(steps, max(1, int((sigmas >= sigma).sum()))), steps
 
 
 def _uncompiled(net):
@@ -311,6 +338,24 @@ def picture_of(control: PixelPonderControl, size: tuple[int, int], overlay: floa
     height, width = (HINT_CELL * side for side in size)  # an odd latent's hints are padded to whole patches
     pictures = draw(share, hints, labels(control.conditions), overlay, (height, width))
     return pictures, [mask[:, :height, :width] for mask in masks_of(share, *hints[0].shape[-2:])]
+
+
+def steps_of(control: PixelPonderControl, size: tuple[int, int]) -> dict:
+    """What the widget of 'PixelPonder Map' shows: the map of every step at which it changed, over the hints."""
+    share = map_of(control, size)
+    steps = control.shown.steps.get(tuple(size)) or {0: (255 * share).round().byte()}
+    most = max(2, TALLEST // share.shape[-2])
+    if len(steps) > most:  # evenly, with the first and the last
+        numbers = list(steps)
+        steps = {n: steps[n] for n in (numbers[round(i * (len(numbers) - 1) / (most - 1))] for i in range(most))}
+    hints = [hint_for(c, size).cpu().movedim(1, -1) for c in control.conditions]
+    every = torch.stack([rows(one, len(share)) for one in steps.values()], dim=1)  # (B, S, K, rows, columns)
+    return {
+        "names": labels(control.conditions), "rows": share.shape[-2], "columns": share.shape[-1],
+        "steps": list(steps), "total": control.shown.total.get(tuple(size), 0),
+        "tiles": [kept(tiles(one)[None])[0] for one in every[:PICTURES]],
+        "hints": [behind(hint, PICTURES) for hint in hints],
+    }
 
 
 def find(conditioning: list) -> PixelPonderControl:

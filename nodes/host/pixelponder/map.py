@@ -1,5 +1,8 @@
-"""The patch map as a picture: which condition is selected where, in colours, with a legend."""
+"""The patch map as a picture, which condition is selected where, in colours, with a legend; and for the browser."""
 from __future__ import annotations
+
+import base64
+import io
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +15,8 @@ COLOURS = (  # Okabe and Ito's, which colour-blind people can distinguish; repea
 )  # fmt: skip
 BACKGROUND = (24, 24, 24)
 PREVIEW = 320  # pixels of the longer side, about
+PICTURES = 8  # of a batch that the browser gets
+TALLEST = 8192  # pixels of a picture of tiles, which browsers limit
 
 
 def colours(conditions: int) -> Tensor:
@@ -57,6 +62,22 @@ def preview(share: Tensor, names: list[str]) -> Image.Image:
     blank = [torch.zeros(1, 3, H, W)] * share.shape[1]
     picture = draw(share, blank, names, 1.0)[0]
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy())
+
+
+def tiles(share: Tensor) -> Tensor:
+    """(S, K, rows, columns) uint8 -> (S rows, K columns, 4) in [0, 1]: white, as opaque as a condition's share of a
+    patch is; a row of tiles for each step, a column for each condition."""
+    S, K, rows, columns = share.shape
+    alpha = share.permute(0, 2, 1, 3).reshape(S * rows, K * columns).float() / 255
+    return torch.cat((torch.ones(*alpha.shape, 3), alpha[..., None]), dim=-1)
+
+
+def as_data(share: Tensor) -> str:
+    """The tiles of one step, share (K, rows, columns) in [0, 1], as an address that holds its picture."""
+    alpha = (share * 255).round().byte().permute(1, 0, 2).flatten(1)
+    picture = Image.fromarray(torch.stack((torch.full_like(alpha, 255), alpha), dim=-1).numpy())  # LA
+    picture.save(file := io.BytesIO(), "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _legend(names: list[str], parts: list[float], width: int) -> Tensor:
