@@ -128,3 +128,37 @@ export async function undo(page) {
   })
   await drawn(page)
 }
+
+/** A graph of nodes [{type, values, pos, size}] and links [from, slot, to, input name], built as a person would. */
+export async function build(page, nodes, links) {
+  const workflow = await page.evaluate(([nodes, links]) => {
+    const graph = new window.app.graph.constructor()
+    const made = nodes.map(({ type, values = {}, pos, size }) => {
+      const node = window.LiteGraph.createNode(type)
+      graph.add(node)
+      node.pos = pos
+      if (size) node.setSize(size)
+      for (const [name, value] of Object.entries(values)) node.widgets.find((one) => one.name === name).value = value
+      return node
+    })
+    for (const [from, slot, to, name] of links)
+      made[from].connect(slot, made[to], made[to].inputs.findIndex((input) => input.name === name))
+    return graph.serialize()
+  }, [nodes, links])
+  await load(page, workflow)
+}
+
+/** Run what is open, and wait for its end. */
+export async function run(page) {
+  const end = await page.evaluate(async () => {
+    const { app } = window
+    const done = new Promise((resolve) => {
+      for (const event of ['execution_success', 'execution_error', 'execution_interrupted'])
+        app.api.addEventListener(event, ({ detail }) => resolve(detail?.exception_message ?? event), { once: true })
+    })
+    await app.queuePrompt(0, 1)
+    return await done
+  })
+  if (end !== 'execution_success') throw new Error(end)
+  await drawn(page)
+}

@@ -28,8 +28,7 @@ BY_NAME = [  # what is typed, ids without PixStack_ of which one must be first o
     ("null caption", "PixArtNullCaption"), ("emoji", "ExamplePicture"), ("data set", "LoadEntry SaveEntry"),
     ("ultrapixel vae", "UltraPixelStageALoader"), ("pixelflow class", "PixelFlowClass"),
     ("pixart style", "PixArtPrompt"), ("compare pictures", "ComparePictures"),
-    ("paint conditions", "PaintConditions"), ("several hints", "PixelPonderConditions"),
-    ("pixelponder conditions", "PixelPonderConditions"),
+    ("paint conditions", "PaintConditions"), ("pixelponder conditions", "PixelPonderConditions"),
 ]  # fmt: skip
 BY_ALIAS = [  # where the host has search_aliases, which 0.3.75 lacks
     ("2k", "UltraPixelCanvas"), ("8k", "UltraPixelCanvas"), ("ultra hd", "UltraPixelCanvas"),
@@ -46,7 +45,8 @@ BY_ALIAS = [  # where the host has search_aliases, which 0.3.75 lacks
     ("micro conditioning", "PixArtSizeCondition"), ("jsonl", "LoadEntry SaveEntry"),
     ("low vram", "UltraPixelStageBTiles"), ("inpaint controlnet", "UltraPixelInpaintHint"),
     ("negative prompt", "PixArtPrompt"), ("before after", "ComparePictures"), ("image comparer", "ComparePictures"),
-    ("paint mask", "PaintConditions"), ("condition stack", "PixelPonderConditions"),
+    ("paint mask", "PaintConditions"), ("several hints", "PixelPonderConditions"),
+    ("condition stack", "PixelPonderConditions"),
 ]  # fmt: skip
 
 
