@@ -7,6 +7,7 @@ import nodes  # ComfyUI's
 
 from . import (
     annotators,
+    browser,
     compare,
     dataset,
     pixart,
@@ -16,6 +17,8 @@ from . import (
     pixelflow,
     pixelponder,
     pixelponder_regions,
+    size_picker,
+    stage_editor,
     ultrapixel,
     ultrapixel_control,
     ultrapixel_decode,
@@ -30,6 +33,9 @@ class Extension(ComfyExtension):
         files.register(nodes.NODE_CLASS_MAPPINGS.get("VAELoader"))
         annotators.register_folder()
         routes.register()
+        browser.renew_scripts()
+        for widget in (size_picker, stage_editor):
+            browser.route(widget.ROUTE, widget.answer)
         modules = (
             pixelflow,
             pixart,

@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..models_impl.pixart import buckets
+from ..models_impl.pixart.config import PixArtConfig
 from ..models_impl.pixart.prompts import STYLES, apply_style, parse
 from ..models_impl.text.captions import clean_caption, cleaning_needs
 from .checks import CheckedNode, first_problem, known_file, one_of
@@ -270,6 +271,8 @@ class PixArtCanvas(CheckedNode):
             category=CATEGORY,
             search_aliases=["pixart empty latent", "pixart resolution", "buckets", "image size", "width and height",
                             "size picker"],
+            counts={side: {"shape": [NEAREST, EXACT]} for side in ("width", "height")},
+            replaced={name: ["image"] for name in ("shape", "width", "height")},
             description="An empty latent of a size that PixArt was trained on, and that size as numbers. Says what "
             "other sizes cost, and which shapes the connected model never saw.",
             inputs=[
@@ -310,21 +313,27 @@ class PixArtCanvas(CheckedNode):
     @classmethod
     def execute(cls, resolution, shape, width, height, batch_size, model=None, image=None, ratio=0.0) -> io.NodeOutput:
         config = None if model is None else config_of(model)
-        side = int(resolution) if resolution != AUTO else (
-            pixart_sizes.small_side(config) or pixart_sizes.table_side(config))
-        if image is not None:
-            height, width = image.shape[1:3]
-        elif ratio:
-            height, width = ratio, 1.0
-        elif shape in SHAPES:
-            width, height = SHAPES[shape]
-        if shape == EXACT and image is None and not ratio:
-            pixart_sizes.check(height, width)
-        else:
-            height, width = pixart_sizes.size(side, height, width)
+        side = side_of(resolution, config)
+        seen = (ratio, 1.0) if image is None and ratio else None if image is None else image.shape[1:3]
+        height, width = cls.size(side, shape, width, height, seen)
         about = pixart_sizes.about(side, height, width, config)
         latent = torch.zeros(batch_size, 4, height // 8, width // 8, device=mm.intermediate_device())
         return io.NodeOutput({"samples": latent}, width, height, about, ui=ui.PreviewText(about))
+
+    @staticmethod
+    def size(side: int, shape: str, width: int, height: int, seen=None) -> tuple[int, int]:
+        """(height, width) in pixels. seen: height and width, in any unit, of what overrides the shape."""
+        if seen is None and shape == EXACT:
+            pixart_sizes.check(height, width)
+            return height, width
+        across, down = SHAPES.get(shape, (width, height))
+        return pixart_sizes.size(side, *(seen or (down, across)))
+
+
+def side_of(resolution: str, config: PixArtConfig | None) -> int:
+    """The side in pixels of the square that a choice of the menu stands for. config: of the connected model."""
+    return int(resolution) if resolution != AUTO else (
+        pixart_sizes.small_side(config) or pixart_sizes.table_side(config))
 
 
 class PixArtLoraLoader(CheckedNode):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..models_impl.pixart.config import PixArtConfig
 from .checks import CheckedNode, first_problem, known_file, one_of
 from .host.common import files
 from .host.pixart import consistency_decoder as consistency
@@ -50,10 +51,14 @@ class PixArtReferenceCanvas(CheckedNode):
 
     @classmethod
     def execute(cls, image, vae, resolution, shape, fit, model=None) -> io.NodeOutput:
-        side = int(resolution) if resolution != AUTO else pixart_sizes.table_side(
-            None if model is None else config_of(model))
+        side = cls.side(resolution, None if model is None else config_of(model))
         width, height = SHAPES.get(shape, (image.shape[2], image.shape[1]))
         return io.NodeOutput(pixart_reference.canvas(image, vae, side, height, width, fit))
+
+    @staticmethod
+    def side(resolution: str, config: PixArtConfig | None) -> int:
+        """The side in pixels of the square whose table the canvas is of. config: of the connected model."""
+        return int(resolution) if resolution != AUTO else pixart_sizes.table_side(config)
 
 
 class PixArtRightHalf(CheckedNode):

@@ -7,6 +7,7 @@ import comfy.model_management as mm
 import torch
 from comfy_api.latest import io, ui
 
+from ..models_impl.pixelflow.config import PixelFlowConfig
 from ..models_impl.pixelflow.schedule import CascadeSchedule
 from ..models_impl.pixelflow.stages import Stages
 from .checks import CheckedNode, first_problem, known_file, one_of
@@ -36,6 +37,11 @@ SHAPES = {  # width : height
     "portrait 9:16": (9, 16),
 }
 CUSTOM = "custom (width, height)"
+PRESETS = {  # what the release took, and a quick draft
+    "demo": dict(steps=10, shift=1.0, cfg=4.0),
+    "evaluation": dict(steps=30, shift=1.0, cfg=2.4),
+    "draft": dict(steps=4, shift=1.0, cfg=4.0),
+}
 
 
 class PixelFlowLoader(CheckedNode):
@@ -201,6 +207,7 @@ class PixelFlowCanvas(CheckedNode):
             display_name="PixelFlow Canvas (Empty Latent)",
             category=CATEGORY,
             search_aliases=["pixelflow resolution", "pixelflow aspect ratio", "width and height", "image size"],
+            counts={side: {"shape": [CUSTOM]} for side in ("width", "height")},
             description="An empty picture of a size that every stage of the model can be cut into tokens at.",
             inputs=[
                 io.Model.Input("model", tooltip="The PixelFlow model: its stages decide which sizes are allowed."),
@@ -233,12 +240,17 @@ class PixelFlowCanvas(CheckedNode):
     @classmethod
     def execute(cls, model, shape, width, height, batch_size) -> io.NodeOutput:
         config = cascade.config_of(model)
-        if shape == CUSTOM:
-            cascade.check_size(height, width, config.size_multiple)
-        else:
-            width, height = size_of_shape(*SHAPES[shape], config.resolution, config.size_multiple)
+        height, width = cls.size(config, shape, width, height)
         picture = torch.zeros(batch_size, config.in_channels, height, width, device=mm.intermediate_device())
         return io.NodeOutput({"samples": picture}, ui=ui.PreviewText(cascade.about_size(height, width, config)))
+
+    @staticmethod
+    def size(config: PixelFlowConfig, shape: str, width: int, height: int) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        if shape == CUSTOM:
+            cascade.check_size(height, width, config.size_multiple)
+            return height, width
+        return size_of_shape(*SHAPES[shape], config.resolution, config.size_multiple)[::-1]
 
 
 def size_of_shape(across: int, down: int, resolution: int, multiple: int) -> tuple[int, int]:
@@ -291,8 +303,10 @@ def per_stage(text: str, name: str, num_stages: int, kind: type = float) -> list
     return values if len(values) > 1 else values * num_stages
 
 
-def schedule(model, steps: list[int], shift: list[float], start_stage: int, end_stage: int) -> CascadeSchedule:
-    stages = Stages(cascade.config_of(model).num_stages)
+def schedule(
+    num_stages: int, steps: list[int], shift: list[float], start_stage: int, end_stage: int
+) -> CascadeSchedule:
+    stages = Stages(num_stages)
     last = stages.num_stages - 1
     end_stage = last if end_stage < 0 else end_stage
     if not start_stage <= end_stage <= last:
@@ -341,7 +355,7 @@ class PixelFlowSigmas(CheckedNode):
     def execute(cls, model, steps, shift, start_stage, end_stage) -> io.NodeOutput:
         num_stages = cascade.config_of(model).num_stages
         steps, shift = per_stage(steps, "steps", num_stages, int), per_stage(shift, "shift", num_stages)
-        return io.NodeOutput(schedule(model, steps, shift, start_stage, end_stage).sigmas())
+        return io.NodeOutput(schedule(num_stages, steps, shift, start_stage, end_stage).sigmas())
 
 
 class PixelFlowSampler(CheckedNode):
@@ -351,6 +365,7 @@ class PixelFlowSampler(CheckedNode):
             node_id="PixStack_PixelFlowSampler",
             display_name="PixelFlow Sampler",
             category=CATEGORY,
+            counts={"custom_guidance": {"guidance": ["custom"]}},
             search_aliases=["per stage guidance", "dopri5", "ode solver", "cascade sampler"],
             description="Grows the picture from stage to stage. For SamplerCustomAdvanced or SamplerCustom, with the "
             "sigmas of 'PixelFlow Sigmas'. The guider's cfg is the strength of guidance.",
@@ -407,6 +422,7 @@ class PixelFlowSample(CheckedNode):
             node_id="PixStack_PixelFlowSample",
             display_name="PixelFlow Sample (KSampler)",
             category=CATEGORY,
+            counts={name: {"solver": ["euler"]} for name in ("steps", "shift")},
             search_aliases=["pixelflow ksampler", "pixelflow generate", "txt2img pixels", "cascade"],
             essentials_category="Image Generation",
             description="Draws with PixelFlow: the whole cascade in one node. For settings that differ between stages "
@@ -458,7 +474,7 @@ class PixelFlowSample(CheckedNode):
         cls, model, positive, negative, latent, seed, steps, cfg, shift, solver, start_stage, end_stage
     ) -> io.NodeOutput:
         num_stages = cascade.config_of(model).num_stages
-        sigmas = schedule(model, [steps] * num_stages, [shift] * num_stages, start_stage, end_stage).sigmas()
+        sigmas = schedule(num_stages, [steps] * num_stages, [shift] * num_stages, start_stage, end_stage).sigmas()
         film = FilmStrip()
         sampler = cascade.CascadeSampler(solver, latent="picture", watch=film)
         picture = cascade.run(model, positive, negative, latent, seed, cfg, sampler, sigmas)

@@ -182,6 +182,9 @@ class UltraPixelCanvas(CheckedNode):
             category=CATEGORY,
             search_aliases=["ultrapixel resolution", "ultrapixel aspect ratio", "ultrapixel empty latent", "2k", "8k",
                             "ultra hd"],
+            counts={"side": {"shape": [*SHAPES, AS_IMAGE]},
+                    **{edge: {"shape": [CUSTOM]} for edge in ("width", "height")}},
+            replaced={"batch_size": ["image"]},
             description="The latents of a picture's size: Stage C's, its low-resolution pass's and Stage B's. Empty, "
             "or of a picture to change. Says what the size costs and what is wrong with it.",
             inputs=[
@@ -217,20 +220,26 @@ class UltraPixelCanvas(CheckedNode):
     def execute(cls, shape, side, width, height, batch_size, image=None, vae=None) -> io.NodeOutput:
         if (image is None) != (vae is None):
             raise ValueError("To change a picture connect both, the image and the VAE (effnet_encoder.safetensors).")
-        if shape == AS_IMAGE and image is None:
-            raise ValueError(f"The shape {AS_IMAGE!r} needs an image: connect one, or choose another shape.")
-        asked = (height, width)
-        if shape != CUSTOM:
-            across, down = SHAPES.get(shape) or (image.shape[2], image.shape[1])
-            asked = ultrapixel_sizes.of_shape(down, across, side)
-        size = ultrapixel_sizes.snapped(*asked)
-        ultrapixel_sizes.check(*size)
+        asked, size = cls.size(shape, side, width, height, None if image is None else image.shape[1:3])
         if image is None:
             latents = ultrapixel_sizes.empty(*size, batch_size)
         else:
             latents, batch_size = ultrapixel_sizes.encoded(image, vae, *size), len(image)
         report = ultrapixel_sizes.report(*size, asked, batch_size)
         return io.NodeOutput(*latents, report, ui=ui.PreviewText(report))
+
+    @staticmethod
+    def size(shape: str, side: int, width: int, height: int, seen=None) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) in pixels as asked for, and as drawn. seen: height and width of the image."""
+        if shape == AS_IMAGE and seen is None:
+            raise ValueError(f"The shape {AS_IMAGE!r} needs an image: connect one, or choose another shape.")
+        asked = (height, width)
+        if shape != CUSTOM:
+            across, down = SHAPES.get(shape) or (seen[1], seen[0])
+            asked = ultrapixel_sizes.of_shape(down, across, side)
+        size = ultrapixel_sizes.snapped(*asked)
+        ultrapixel_sizes.check(*size)
+        return asked, size
 
 
 NODES = [CascadeLoader, UltraPixelGuideLoader, UltraPixelGuide, UltraPixelSampler, UltraPixelCanvas]

@@ -43,6 +43,42 @@ export const widgetOf = (node, name) => node.widgets?.find((widget) => widget.na
 export const linked = (node, name) =>
   node.inputs?.some((input) => (input.widget?.name ?? input.name) === name && input.link != null) ?? false
 
+/** The node that a link comes from, through reroutes; undefined where there is none. */
+export function origin(node, name) {
+  for (let hops = 0; node && hops < 32; hops++) {
+    const input = name ? node.inputs?.find((one) => one.name === name) : node.inputs?.[0]
+    const link = input?.link != null && (node.graph?.getLink?.(input.link) ?? node.graph?.links?.[input.link])
+    node = link ? node.graph.getNodeById(link.origin_id) : undefined
+    if (node?.type !== 'Reroute') return node
+    name = undefined
+  }
+}
+
+/** The PixStack loader of the MODEL that a node is given, through LoRAs and whatever else hands a MODEL on: {node, values}. */
+export function loaderOf(node, name = 'model') {
+  for (let hops = 0; hops < 32; hops++) {
+    node = origin(node, name)
+    if (!node) return null
+    if (/^PixStack_\w+Loader$/.test(node.type) && !node.inputs?.some((input) => input.type === 'MODEL')) {
+      const own = (node.widgets ?? []).filter((widget) => !linked(node, widget.name)).map((widget) => widget.name)
+      return { node: node.type, values: values(node, own) }
+    }
+    name = node.inputs?.find((input) => input.type === 'MODEL' && input.link != null)?.name
+    if (!name) return null
+  }
+  return null
+}
+
+/** Names of a node's inputs that count for nothing as it stands, by what its schema says (`schema` in nodes/schema.py). */
+export function idle(node) {
+  const { required, optional } = node.constructor.nodeData?.input ?? {}
+  return Object.entries({ ...required, ...optional }).filter(([, spec]) => {
+    const { pixstack_counts: counts = {}, pixstack_replaced: replaced = [] } = spec?.[1] ?? {}
+    return replaced.some((name) => linked(node, name)) || Object.entries(counts).some(
+      ([menu, words]) => !linked(node, menu) && !words.includes(widgetOf(node, menu)?.value))
+  }).map(([name]) => name)
+}
+
 /** Values of some of a node's widgets, by name; names that it lacks are left out. */
 export const values = (node, names) =>
   Object.fromEntries(names.flatMap((name) => {
@@ -83,6 +119,7 @@ setInterval(() => {
  */
 export function mount(node, name, element, { height, state, draw, hidden }) {
   element.classList.add('pixstack')
+  element.dataset.pixstack = name
   element.style.minHeight = `${height}px`
   style()
   const widget = node.addDOMWidget(name, name, element, {
@@ -91,10 +128,12 @@ export function mount(node, name, element, { height, state, draw, hidden }) {
   widget.serialize = false
   passOn(element)
   const rows = document.createElement('style')
-  let last
+  let last, loaded = false
   const one = {
     look() {
+      takePlace(node, name, element)
       if (hidden) hide(node, hidden(), element, rows)
+      if (!loaded) return // texts come in a moment
       const now = state()
       const key = JSON.stringify(now)
       if (key === last) return
@@ -107,7 +146,10 @@ export function mount(node, name, element, { height, state, draw, hidden }) {
     }
   }
   mounted.add(one)
-  ready.then(one.redraw)
+  ready.then(() => {
+    loaded = true
+    one.redraw()
+  })
   after(node, 'onRemoved', () => mounted.delete(one))
   after(node, 'onConfigure', () => {
     if (hidden) hide(node, hidden(), element, rows, false)
@@ -121,6 +163,12 @@ export function mount(node, name, element, { height, state, draw, hidden }) {
 }
 
 const MARGIN = 8
+
+/** Undo makes nodes anew, and Nodes 2.0 go on showing the element of the node before: take its place. */
+function takePlace(node, name, element) {
+  if (!window.LiteGraph.vueNodesMode || element.isConnected || app.canvas?.graph?.getNodeById(node.id) !== node) return
+  document.querySelector(`[data-node-id="${node.id}"] [data-pixstack="${name}"]`)?.replaceWith(element)
+}
 
 /** Let a node be as tall as what is on it, at once: a size that came later would be a change to undo. */
 function fitted(node) {
@@ -140,18 +188,16 @@ function after(object, method, more) {
 
 /** Hide a node's own widgets of these names, and no others. roomy: what is free below them stays free. */
 function hide(node, names, element, rows, roomy = true) {
-  const free = node.size[1] - node.computeSize()[1]
-  let changed = false
-  for (const widget of node.widgets) {
-    const hidden = names.includes(widget.name) && !linked(node, widget.name)
-    if (!!widget.hidden === hidden) continue
-    widget.hidden = hidden
-    changed = true
-    if (hidden) widget.computeSize = () => [0, -4] // 1.32.9 leaves 4 pixels and more for hidden ones
+  const wanted = (widget) => names.includes(widget.name) && !linked(node, widget.name)
+  const turned = node.widgets.filter((widget) => !!widget.hidden !== wanted(widget))
+  const free = turned.length && node.size[1] - node.computeSize()[1]
+  for (const widget of turned) {
+    widget.hidden = wanted(widget)
+    if (widget.hidden) widget.computeSize = () => [0, -4] // 1.32.9 leaves 4 pixels and more for hidden ones
     else delete widget.computeSize
   }
   hideRows(node, element, rows)
-  if (!changed) return
+  if (!turned.length) return
   if (roomy) node.setSize([node.size[0], node.computeSize()[1] + Math.max(free, 0)])
   node.setDirtyCanvas?.(true, true)
 }

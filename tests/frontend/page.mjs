@@ -110,7 +110,9 @@ export async function one(page, type, size, most = 1) {
     graph.add(node)
     node.pos = [0, 0]
     if (size) node.setSize(size)
-    return graph.serialize()
+    const made = graph.serialize()
+    graph.remove(node)
+    return made
   }, [type, size])
   await load(page, workflow, most)
 }

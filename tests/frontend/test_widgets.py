@@ -32,7 +32,7 @@ def checked(request, tmp_path_factory) -> dict:
     file = tmp_path_factory.mktemp("widgets") / "jobs.json"
     file.write_text(json.dumps({"artifacts": str(ARTIFACTS), "checks": selected}))
     done = subprocess.run([node, HERE / "widgets.mjs", server.address, file], capture_output=True, text=True,
-                          timeout=600, env={**os.environ, "CHROMIUM": chromium})
+                          timeout=1800, env={**os.environ, "CHROMIUM": chromium})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

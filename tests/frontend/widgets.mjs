@@ -8,7 +8,7 @@ import fs from 'node:fs'
 import path from 'node:path'
 import { drawn, launch, open, RENDERERS } from './page.mjs'
 
-const LIMIT = 120000 // ms for one check
+const LIMIT = 300000 // ms for one check
 
 const [address, jobsPath] = process.argv.slice(2)
 const { artifacts, checks } = JSON.parse(fs.readFileSync(jobsPath))

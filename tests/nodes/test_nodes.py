@@ -167,7 +167,7 @@ def test_the_texts_of_the_browser_are_there_in_every_language(language):
 def test_the_settings_of_the_browser_are_translated(language):
     translated = json.loads((ROOT / "locales" / language / "settings.json").read_text(encoding="utf-8"))
     scripts = [path.read_text(encoding="utf-8") for path in (ROOT / "web").glob("*.js")]
-    switches = {f"PixStack_{name}" for script in scripts for name in re.findall(r"toggle\('(\w+)'", script)}
+    switches = {f"PixStack_{name}" for script in scripts for name in re.findall(r"(?<!\.)toggle\('(\w+)'", script)}
     others = {key for key in translated if any(f"'{key.replace('_', '.')}'" in script for script in scripts)}
     assert switches and set(translated) == switches | others
     assert all(one["name"] and one["tooltip"] for one in translated.values())

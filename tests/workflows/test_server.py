@@ -108,6 +108,32 @@ def test_every_node_of_ours_has_a_help_page(server, info):
     assert pictures and [name for name in pictures if get(server, f"/extensions/pixstack/docs/{name}")[0] != 200] == []
 
 
+def test_an_update_of_the_scripts_reaches_the_browser(server):
+    """ComfyUI says so of .js, and Chromium would keep .mjs for a part of its age."""
+    async def kept(path):
+        async with aiohttp.ClientSession(server.address) as session, session.get(path) as response:
+            return response.status, response.headers.get("Cache-Control")
+
+    scripts = [path.name for path in (ROOT / "web").glob("*.*js")]
+    assert scripts
+    for name in scripts:
+        assert asyncio.run(kept(f"/extensions/pixstack/{name}")) == (200, "no-cache")
+
+
+def test_the_browser_is_told_what_a_canvas_would_be(server):
+    async def ask(body):
+        async with (aiohttp.ClientSession(server.address) as session,
+                    session.post("/api/pixstack/canvas", data=body) as response):
+            return response.status, await response.json()
+
+    values = {"resolution": "1024", "shape": "16:9", "width": 16, "height": 16, "batch_size": 1}
+    status, said = asyncio.run(ask(json.dumps({"node": "PixStack_PixArtCanvas", "values": values})))
+    assert (status, said["size"]) == (200, [1344, 768])
+    for bad in ("{", "7", json.dumps({"node": "PixStack_PixArtCanvas", "values": {}})):
+        status, said = asyncio.run(ask(bad))
+        assert status == 400 and said["error"]
+
+
 def test_the_workflows_are_offered_as_templates_with_their_pictures(server):
     _, body = get(server, "/api/workflow_templates")
     assert sorted(json.loads(body)["pixstack"]) == [path.stem for path in WORKFLOWS]

@@ -12,13 +12,15 @@ from ..common.pictures import check, colours
 FITS = ["crop", "pad with white", "stretch"]
 
 
-def canvas(image: Tensor, vae, side: int, height: float, width: float, fit: str) -> dict:
-    """A LATENT of two halves of about height : width each, with a mask over the right one.
+def size(side: int, height: float, width: float) -> tuple[int, int]:
+    """(height, width) in pixels of a canvas with halves of this shape: the bucket of `side` that is nearest to it, as
+    the release does, so a half of 1:1 is 704 pixels at side 1024."""
+    return nearest(TABLES[side], height, 2 * width)[1:]
 
-    image: an IMAGE. The canvas takes the bucket of `side` that is nearest to its shape, as the release
-    does, so a half of 1:1 is 704 pixels at side 1024.
-    """
-    _, high, wide = nearest(TABLES[side], height, 2 * width)
+
+def canvas(image: Tensor, vae, side: int, height: float, width: float, fit: str) -> dict:
+    """A LATENT of two halves of about height : width each, with a mask over the right one. image: an IMAGE."""
+    high, wide = size(side, height, width)
     half = fitted(colours(image).movedim(-1, 1), high, wide // 2, fit)
     picture = torch.cat([half, torch.ones_like(half)], dim=-1).movedim(1, -1)
     latent = vae.encode(picture)

@@ -39,28 +39,35 @@ def only_squares(config: PixArtConfig) -> bool:
 
 def about(side: int, height: int, width: int, config: PixArtConfig | None = None) -> str:
     """One or two sentences on a size of the table of `side`; config: the model that it is for, if it is known."""
-    tokens = (height // MULTIPLE) * (width // MULTIPLE)
-    start = f"{width} x {height} pixels, {tokens} tokens: "
+    return f"{width} x {height} pixels, {tokens(height, width)} tokens: {judged(side, height, width, config)[0]}"
+
+
+def tokens(height: int, width: int) -> int:
+    return (height // MULTIPLE) * (width // MULTIPLE)
+
+
+def judged(side: int, height: int, width: int, config: PixArtConfig | None = None) -> tuple[str, bool]:
+    """What `about` says of the size's training, and whether that is a warning."""
     if own := small_side(config):
         if height == width == own:
-            return start + "the size of this model's training."
-        return start + f"this model was trained on {own} x {own} pixels. Expect odd shapes, or repeated objects."
+            return "the size of this model's training.", False
+        return f"this model was trained on {own} x {own} pixels. Expect odd shapes, or repeated objects.", True
     label, *bucket = nearest(TABLES[side], height, width)
     if bucket == [height, width]:
         listed = f"height/width {label:g} of the {side} table"
         if config is None and side <= 512 and height != width:
-            return start + (f"{listed}. Sigma's 512 model was trained on it; alpha's 256 and 512, DMD and Sigma's 256 "
-                            "on squares only.")
+            return (f"{listed}. Sigma's 512 model was trained on it; alpha's 256 and 512, DMD and Sigma's 256 on "
+                    "squares only."), False
         if config is not None and only_squares(config) and height != width:
-            return start + f"{listed}. But this kind of model was trained on squares only: expect odd shapes."
-        return start + f"a size of the {side} training, height/width {label:g}."
+            return f"{listed}. But this kind of model was trained on squares only: expect odd shapes.", True
+        return f"a size of the {side} training, height/width {label:g}.", False
     scale = sqrt(height * width) / side
     near = f"{bucket[1]} x {bucket[0]}"
     if not 0.9 < scale < 1.1:
         kind, fault = ("more", "repeated objects") if scale > 1 else ("fewer", "blurred or cropped objects")
-        return start + (f"{max(scale, 1 / scale) ** 2:.1f} times {kind} pixels than the {side} model was trained on. "
-                        f"Expect {fault}; its nearest size is {near}.")
-    return start + f"near {near} of the {side} table. Shapes may be slightly distorted."
+        return (f"{max(scale, 1 / scale) ** 2:.1f} times {kind} pixels than the {side} model was trained on. Expect "
+                f"{fault}; its nearest size is {near}."), True
+    return f"near {near} of the {side} table. Shapes may be slightly distorted.", True
 
 
 def check(height: int, width: int):

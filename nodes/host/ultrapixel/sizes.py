@@ -94,16 +94,22 @@ def report(height: int, width: int, asked: tuple[int, int], batch: int = 1) -> s
 
 
 def memory(size: Sizes, batch: int) -> list[str]:
-    cells_c, cells_b = (h * w * 1e-6 for h, w in (size.stage_c, size.stage_b))
-    b, core_b = (WEIGHTS_B + cell * cells_b * batch for cell in CELL_B)
-    a, core_a = (max(cell * cells_b, 0.1) for cell in CELL_A)  # pictures are decoded one by one
+    c, (b, core_b), (a, core_a) = gigabytes(size, batch)
     return [
         "memory in bf16, about: "
-        f"Stage C {WEIGHTS_C + CELL_C * cells_c * batch:.1f} GB ({WEIGHTS_C} of them weights), "
+        f"Stage C {c:.1f} GB ({WEIGHTS_C} of them weights), "
         f"Stage B 700M {b:.1f} GB ({WEIGHTS_B} of them weights), Stage A {a:.1f} GB, the last two with our nodes for "
         f"them; {core_b:.1f} and {core_a:.1f} GB with only core's. One follows the other; ComfyUI can keep part of "
         "the weights in main memory.",
     ]
+
+
+def gigabytes(size: Sizes, batch: int) -> tuple[float, tuple[float, float], tuple[float, float]]:
+    """Memory in bf16 of Stage C with its guide, of Stage B and of Stage A, the last two with our nodes and core's."""
+    cells_c, cells_b = (h * w * 1e-6 for h, w in (size.stage_c, size.stage_b))
+    b = tuple(WEIGHTS_B + cell * cells_b * batch for cell in CELL_B)
+    a = tuple(max(cell * cells_b, 0.1) for cell in CELL_A)  # pictures are decoded one by one
+    return WEIGHTS_C + CELL_C * cells_c * batch, b, a
 
 
 def problems(height: int, width: int) -> list[str]:
