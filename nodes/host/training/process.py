@@ -35,9 +35,9 @@ class Monitor:
             command = [sys.executable, str(ROOT / "trainer" / "__main__.py"), "monitor", str(runs), "--port=0",
                        f"--export-to={models}", "--until-input-ends"]
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                errors="replace", creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-                env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                encoding="utf-8", errors="replace", env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
             atexit.register(self.stop)
             said, ready = [], threading.Event()
             threading.Thread(target=self._listen, args=(self.process, said, ready), daemon=True).start()

@@ -5,7 +5,7 @@ import os from 'node:os'
 import path from 'node:path'
 import { drawn, load, undo } from '../page.mjs'
 
-const TAB = '.pixstack-training-tab-button', LORA = 'PixStack_PixArtLoraLoader', FILE = 'first_step4.safetensors'
+const TAB = ':is(.pixstack-training-tab-button, [data-testid=pixstack-training-tab-button])', LORA = 'PixStack_PixArtLoraLoader', FILE = 'first_step4.safetensors'
 const MARKUP = '<img src=x onerror="top.taken = true">' // the name of a run
 const WORKFLOW = new URL('../../../workflows/pixart_emoji.json', import.meta.url)
 
