@@ -6,6 +6,7 @@ import pytest
 from pixstack.tools.comfyui import prepare_torch
 from pixstack.tools.host import Host
 from pixstack.tools.server import served
+from pixstack.tools.workflow import shipped
 
 pytest_plugins = ["parity_cases"]
 prepare_torch()  # before any test imports transformers, which imports torchvision
@@ -13,12 +14,13 @@ prepare_torch()  # before any test imports transformers, which imports torchvisi
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "tests" / "artifacts"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+SHIPPED = shipped()  # short name -> workflow
+WORKFLOWS = list(SHIPPED.values())
 
 
 def pytest_generate_tests(metafunc):
     if "workflow" in metafunc.fixturenames:
-        metafunc.parametrize("workflow", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
+        metafunc.parametrize("workflow", WORKFLOWS, ids=list(SHIPPED))
 
 
 def pytest_collection_modifyitems(items):

@@ -3,9 +3,11 @@
 import re
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from pixstack.tools import model_files
+from pixstack.tools.workflow import shipped
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,7 +32,7 @@ def test_a_link_between_pages_leads_to_a_file_and_a_heading_that_are_there(page)
     for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         if not link.startswith("http"):
             path, _, anchor = link.partition("#")
-            target = page if not path else (page.parent / path).resolve()
+            target = page if not path else (page.parent / unquote(path)).resolve()
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
 
@@ -47,10 +49,29 @@ def test_the_readme_gives_each_file_its_size_and_its_folder_from_the_table():
     assert listed > 15
 
 
-def test_the_readme_names_only_workflows_and_recipes_that_are_there():
+TEMPLATES = {path.stem for path in (ROOT / "workflows").glob("*.json")}
+NAMING = [*PAGES, *(ROOT / "web/docs").rglob("*.md"), *(ROOT / "workflows").glob("*.json")]
+
+
+def test_the_readme_names_only_recipes_that_are_there():
     named = set(re.findall(r"`((?:pixart|pixelflow|pixelponder|ultrapixel)_\w+)`", README))
-    there = {path.stem for folder in ("workflows", "trainer/recipes") for path in (ROOT / folder).rglob("*.*")}
-    assert named and named <= there
+    assert named and named <= {path.stem for path in (ROOT / "trainer/recipes").rglob("*.*")}
+
+
+@pytest.mark.parametrize("page", NAMING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_page_names_only_templates_that_are_there(page):
+    """By their whole name between stars, or by their number, in a list too: templates 21, 22 and 23. Short names are
+    for tests: nobody finds them in the gallery."""
+    text = page.read_text(encoding="utf-8")
+    assert not set(re.findall(r"\*(\w+)\*", text)) & set(shipped())
+    assert {name.strip() for name in re.findall(r"\*(\d\d [A-Z][^*\n]+ - [^*\n]+)\*", text)} <= TEMPLATES
+    lists = re.findall(r"\b[Tt]emplates? ((?:\d\d(?:, | and | or )?)+)", text)
+    assert set(re.findall(r"\d\d", " ".join(lists))) <= {name[:2] for name in TEMPLATES}
+
+
+def test_the_readme_names_templates_of_every_released_family():
+    rows = [re.findall(r"\d\d", line.split("|")[2]) for line in README.splitlines() if 'src="workflows' in line]
+    assert len(rows) == 5 and all(rows) and set(sum(rows, [])) <= {name[:2] for name in TEMPLATES}
 
 
 def test_the_readme_comes_to_questions_before_900_words_and_its_pictures_are_small():

@@ -12,7 +12,7 @@ from pathlib import Path
 from .comfyui import CACHE, find_comfyui, requirements
 from .host import Host
 from .server import serve
-from .workflow import read, set_inputs
+from .workflow import named, read, set_inputs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     both.add_argument("--base", type=Path, default=CACHE / "base", help="holds models/, input/, output/ (%(default)s)")
     commands.add_parser("serve", parents=[both], help="serve at 127.0.0.1:8188; other arguments go to ComfyUI")
     runner = commands.add_parser("run", parents=[both], help="run a workflow or an API-format graph in this process")
-    runner.add_argument("graph", type=Path, metavar="GRAPH.json")
+    runner.add_argument("graph", type=named, metavar="GRAPH", help="a file, or a template's number, such as 01")
     runner.add_argument("--set", action="append", default=[], metavar="NODE.input=value", dest="values")
     runner.add_argument("--input", type=Path, action="append", default=[], metavar="FILE", help="copy it into input/")
     runner.add_argument("--output", type=Path, metavar="DIR", help="where images are written (BASE/output)")

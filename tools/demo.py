@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .comfyui import ROOT
 from .host import Host
-from .workflow import read
+from .workflow import read, shipped
 
-WORKFLOW = ROOT / "workflows" / "pixelflow_text_to_image.json"
+WORKFLOW = shipped()["pixelflow_text_to_image"]
 PROMPTS = (
     "red apple", "smiling cat face", "blue car", "dog face",
     "pizza", "red heart", "sun", "house",

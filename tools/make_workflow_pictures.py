@@ -21,11 +21,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from ..models_impl.annotators import canny, openpose
 from ..models_impl.pixart.sampling import lcm_timesteps, time_uniform
 from ..models_impl.ultrapixel.sampling import CosineDiffusion, sizes
-from .comfyui import CACHE, ROOT
+from .comfyui import CACHE
 from .host import Host, Run
-from .workflow import read
+from .workflow import read, shipped
 
-SIDE, GAP = 512, 8  # pixels of a whole picture, and between the parts of one
+SIDE, GAP, BAND = 512, 8, 56  # pixels of a whole picture, between the parts of one, and above them
 PAPER, INK, STAGES = "#20242b", "#f2efe9", ("#3d5a80", "#5f8fb0", "#98c1d9", "#ee6c4d")
 PIXART_SIDES = (256, 512, 1024, 2048)  # of its releases
 NEEDS = "needs the released weights"
@@ -84,18 +84,18 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="workflows; all when none is given")
     args = parser.parse_args()
     host = Host(args.base).start()
-    for path in sorted((ROOT / "workflows").glob("*.json")):
-        if args.names and path.stem not in args.names:
+    for name, path in shipped().items():
+        if args.names and name not in args.names:
             continue
         graph = read(path, host.object_info())
-        if path.stem in CARDS and host.check(graph):  # a file that it names is not there
-            picture = card(CARDS[path.stem], graph)
+        if name in CARDS and host.check(graph):  # a file that it names is not there
+            picture = card(CARDS[name], graph)
         else:
             run = host.run(graph)
             if run.error:
-                print(f"error: {path.stem}: {run.error}", file=sys.stderr)
+                print(f"error: {name}: {run.error}", file=sys.stderr)
                 return 1
-            picture = sheet(rows_of(run))
+            picture = sheet(rows_of(run), path.stem[3:].partition(" - ")[0].removesuffix("(no download)"))
         picture.save(path.with_suffix(".jpg"), quality=90)
         print(path.with_suffix(".jpg"))
     return 0
@@ -107,18 +107,32 @@ def rows_of(run: Run) -> list[list[Image.Image]]:
     return [[Image.open(path).convert("RGB") for _, path in group] for _, group in groupby(named, key=lambda p: p[0])]
 
 
-def sheet(rows: list[list[Image.Image]]) -> Image.Image:
-    """Rows of pictures, enlarged so that single pixels stay visible; a single row of four becomes two of two."""
-    if len(rows) == 1 and len(rows[0]) == 4:
-        rows = [rows[0][:2], rows[0][2:]]
+def chosen(rows: list[list[Image.Image]]) -> list[list[Image.Image]]:
+    """The rows of a thumbnail: about as many pictures across as down, the first of each row where there are more."""
+    if len(rows) > 1 and min(map(len, rows)) > 1:
+        return [row[: max(len(rows), 2)] for row in rows]
+    flat = [picture for row in rows for picture in row]
+    if len(rows) > 1 and max(map(len, rows)) > 1:  # a hint and what was drawn along it
+        flat = flat[:4]
+    columns = 2 if len(flat) in (2, 4) else min(len(flat), 3)
+    return [flat[i : i + columns] for i in range(0, len(flat), columns)]
+
+
+def sheet(rows: list[list[Image.Image]], name: str = "") -> Image.Image:
+    """Rows of pictures in a square, as large as they go, so that single pixels stay visible. Above them stays a band,
+    over whose left the browser writes; name: what stands at its right."""
+    rows = chosen(rows)
     columns = max(map(len, rows))
-    side = (SIDE - GAP * (columns + 1)) // columns
-    result = Image.new("RGB", (SIDE, GAP + len(rows) * (side + GAP)), PAPER)
+    side = min((SIDE - GAP * (columns + 1)) // columns, (SIDE - BAND - GAP * len(rows)) // len(rows))
+    left = (SIDE - columns * side - GAP * (columns - 1)) // 2
+    top = BAND + (SIDE - BAND - len(rows) * (side + GAP)) // 2
+    result = Image.new("RGB", (SIDE, SIDE), PAPER)
+    ImageDraw.Draw(result).text((SIDE - GAP, BAND // 2), name, INK, ImageFont.load_default(26), anchor="rm")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             how = Image.Resampling.NEAREST if side > 3 * picture.width else Image.Resampling.LANCZOS
             small = ImageOps.contain(picture, (side, side), how)  # a map has its legend below
-            result.paste(small, (GAP + x * (side + GAP), GAP + y * (side + GAP)))
+            result.paste(small, (left + x * (side + GAP), top + y * (side + GAP)))
     return result
 
 
@@ -126,15 +140,15 @@ def card(about: Card, graph: dict) -> Image.Image:
     """A card for a workflow whose pictures cannot be drawn here. graph: the workflow in the API format."""
     result = Image.new("RGB", (SIDE, SIDE), PAPER)
     draw = ImageDraw.Draw(result)
-    draw.text((32, 28), about.family, INK, ImageFont.load_default(40))
-    draw.text((32, 78), about.title, INK, ImageFont.load_default(24))
-    draw.text((32, 110), about.needs, STAGES[2], ImageFont.load_default(18))
+    draw.text((32, BAND), about.family, INK, ImageFont.load_default(36))
+    draw.text((32, BAND + 42), about.title, INK, ImageFont.load_default(22))
+    draw.text((32, BAND + 72), about.needs, STAGES[2], ImageFont.load_default(16))
     if about.hints:
         figure = openpose.draw({"people": [{"pose_keypoints_2d": WAVING}]}, 320, 220, stick=6)
         edges = canny.edges(figure.movedim(-1, 0)[None]).movedim(1, -1)[0].expand(-1, -1, 3)
         for left, hint, name in ((32, figure, "Draw Poses"), (260, edges, "its Canny Edges")):
-            result.paste(Image.fromarray((hint * 255).to(torch.uint8).numpy()), (left, 140))
-            draw.text((left, 466), name, INK, ImageFont.load_default(18))
+            result.paste(Image.fromarray((hint * 255).to(torch.uint8).numpy()), (left, 156))
+            draw.text((left, 480), name, INK, ImageFont.load_default(18))
     elif about.stages:
         for side, colour in sorted(zip(about.stages, STAGES, strict=True), reverse=True):
             square(draw, f"{side} x {side}", 320 * side // about.stages[-1], SIDE - 32, colour, colour)
@@ -209,6 +223,8 @@ def cascade_calls(graph: dict) -> tuple[list[float], float]:
     schedule = CosineDiffusion(next(i["shift"] for i in inputs if "shift" in i))
     levels = schedule.steps(int(steps["steps"] / steps["denoise"]))[-steps["steps"] - 1 : -1]
     return schedule.timestep(levels).tolist(), next(i["cfg"] for i in inputs if "cfg" in i)
+
+
 def competing(graph: dict) -> tuple[list[tuple[str, bool]], bool]:
     """([(kind, whether it has a mask)] of PixelPonder's conditions as they count, whether they are blended); empty for
     a workflow without them."""

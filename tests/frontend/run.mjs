@@ -1,56 +1,73 @@
-// Opens workflows in the real frontend, asks it for the API format of each, queues those that say so, takes pictures.
-// node run.mjs ADDRESS JOBS.json    jobs: [{name, workflow, queue, screenshot}]; the answer on stdout is JSON.
+// Opens workflows in the real frontend: asks it for the API format of each, measures what it draws, queues those that say
+// so, takes pictures.
+// node run.mjs ADDRESS JOBS.json    the answer on stdout is JSON.
+// jobs: [{name, renderer, workflow, shown, queue, opened, rest, after}]
+//   renderer        'classic' or 'nodes2'
+//   shown           what a run would leave on the nodes (canvas.mjs, pretend); they are measured again with it
+//   queue           run it truly, wait for its pictures, measure again
+//   opened, rest, after   files for pictures: as it opens, all of it, all of it after the run
 import fs from 'node:fs'
-import { fit, launch, open as openPage } from './page.mjs'
+import { alerts, corner, kinds, load, measure, pretend } from './canvas.mjs'
+import { drawn, fit, launch, open, prompt, RENDERERS } from './page.mjs'
 
 const [address, jobsPath] = process.argv.slice(2)
 const jobs = JSON.parse(fs.readFileSync(jobsPath))
+const answer = { errors: [], jobs: [] }
 const browser = await launch()
-
-const errors = []
-const answer = { errors, workflows: {} }
 try {
-  const all = jobs.flatMap((job) => job.workflow.nodes.map((node) => node.type))
-  const kinds = [...new Set(all)].filter((kind) => !['Note', 'MarkdownNote'].includes(kind))
-  const page = await openPage(browser, address, { kinds, errors })
-  answer.frontend = await page.evaluate(() => window.__COMFYUI_FRONTEND_VERSION__)
-  for (const job of jobs) answer.workflows[job.name] = await open(page, job)
+  for (const renderer of RENDERERS) {
+    const wanted = jobs.filter((job) => job.renderer === renderer)
+    if (!wanted.length) continue
+    const needed = [...new Set(wanted.flatMap((job) => kinds(job.workflow)))]
+    // The minimap lies over the corner; a workflow of the page before would come back over the first one.
+    const settings = { 'Comfy.Minimap.Visible': false, 'Comfy.Workflow.Persist': false }
+    const page = await open(browser, address, { renderer, settings, errors: answer.errors, kinds: needed })
+    answer.frontend = await page.evaluate(() => window.__COMFYUI_FRONTEND_VERSION__)
+    for (const job of wanted) answer.jobs.push({ name: job.name, renderer, ...(await work(page, job)) })
+    await page.close()
+  }
 } finally {
   await browser.close()
 }
 process.stdout.write(JSON.stringify(answer))
 
-async function open(page, job) {
-  const prompt = await page.evaluate(async (workflow) => {
-    window.told = new Set(document.querySelectorAll('.p-toast-message, .p-dialog')) // of the workflow before
-    await window.app.loadGraphData(workflow, true, true)
-    return (await window.app.graphToPrompt()).output
-  }, job.workflow)
-  const shown = job.queue ? await queue(page) : {}
-  await fit(page)
-  await page.screenshot({ path: job.screenshot })
-  const alerts = await page.evaluate(() =>
-    [...document.querySelectorAll('.p-toast-message, .p-dialog')]
-      .filter((element) => !window.told.has(element))
-      .map((element) => element.innerText)
-  )
-  return { prompt, alerts, ...shown }
+async function work(page, job) {
+  await load(page, job.workflow)
+  const result = { prompt: await prompt(page), corner: await corner(page) }
+  if (job.opened) await picture(page, job.opened)
+  Object.assign(result, await measure(page)) // before the view moves: some frontends mistake that for nodes that move
+  if (job.rest || job.after) await fit(page)
+  if (job.rest) await picture(page, job.rest)
+  if (job.shown) await pretend(page, job.shown)
+  if (job.queue) Object.assign(result, await queue(page))
+  if (job.shown || job.queue) result.after = (await measure(page)).nodes
+  if (job.after) await picture(page, job.after)
+  return { ...result, alerts: await alerts(page) }
 }
 
-/** Queue what is open as the button does, and wait until its pictures are on their node. */
+async function picture(page, file) {
+  await page.waitForTimeout(300) // pictures come a moment later
+  await page.screenshot({ path: file })
+}
+
+/** Queue what is open as the button does, and wait until its pictures are on their nodes. */
 async function queue(page) {
-  return await page.evaluate(async () => {
+  const result = await page.evaluate(async () => {
     const { app } = window
     const done = new Promise((resolve) => {
       for (const event of ['execution_success', 'execution_error', 'execution_interrupted'])
         app.api.addEventListener(event, ({ detail }) => resolve({ event, message: detail?.exception_message ?? '' }))
     })
     await app.queuePrompt(0, 1)
-    const late = new Promise((resolve) => setTimeout(() => resolve({ event: 'no answer in 120 s' }), 120000))
+    const late = new Promise((resolve) => setTimeout(() => resolve({ event: 'no answer in 300 s' }), 300000))
     const result = await Promise.race([done, late])
-    const save = app.graph._nodes.find((node) => node.type === 'SaveImage')
-    for (let i = 0; i < 100 && !save?.imgs?.[0]?.naturalWidth; i++) await new Promise((r) => setTimeout(r, 100))
-    const images = (save?.imgs ?? []).map((image) => [image.naturalWidth, image.naturalHeight])
-    return { ...result, images, text: document.body.innerText, next: (await app.graphToPrompt()).output }
+    const saves = app.graph._nodes.filter((node) => node.type === 'SaveImage')
+    const pictures = (node) => node.imgs?.length ? node.imgs : [...document.querySelectorAll(`[data-node-id="${node.id}"] img`)]
+    for (let i = 0; i < 100 && !saves.every((node) => pictures(node)[0]?.naturalWidth); i++)
+      await new Promise((resolve) => setTimeout(resolve, 100))
+    const images = saves.flatMap(pictures).map((image) => [image.naturalWidth, image.naturalHeight])
+    return { ...result, images, next: (await app.graphToPrompt()).output }
   })
+  await drawn(page)
+  return { ...result, text: await page.evaluate(() => document.body.innerText) }
 }

@@ -9,7 +9,7 @@ import sys
 
 import dynamic_vram
 import pytest
-from conftest import ROOT, WORKFLOWS
+from conftest import ROOT, SHIPPED
 
 STOOD_IN = ("ultrapixel_2048", "ultrapixel_personalised", "pixelponder_lora")
 """What no workflow with embedded files has: the guide on core's Stage C, Stage A and B, core's own LoRAs on FLUX."""
@@ -20,7 +20,7 @@ def without_downloads(path) -> bool:
     return not any(model["url"] for node in nodes for model in node["properties"].get("models", []))
 
 
-DRAWN = (*(path.stem for path in WORKFLOWS if without_downloads(path) and "annotators" not in path.stem), *STOOD_IN)
+DRAWN = (*(name for name, path in SHIPPED.items() if without_downloads(path) and "annotators" not in name), *STOOD_IN)
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def run_part(part: str, folder: Path, stand_ins: Path, share: float, seed: int, 
 
     chosen = sampled(share, seed)
     if part == "server":
-        return soak_server.trials(conftest.WORKFLOWS, seed, max(16, int(200 * share)), until)
+        return soak_server.trials(seed, max(16, int(200 * share)), until)
     if part == "kills":
         return supervised(lambda: soak_kills.trials(folder, seed, 100, chosen), until)
     host, table = started_host(folder, stand_ins), Table()
@@ -84,7 +84,7 @@ def run_part(part: str, folder: Path, stand_ins: Path, share: float, seed: int, 
         table.merge(supervised(lambda: soak_loaders.of_lora_commands(folder, seed, chosen), until))
     else:
         workflows = soak_graphs.by_cost(host, conftest.WORKFLOWS if share >= 1 else [
-            path for path in conftest.WORKFLOWS if path.stem in soak_server.NAMES])
+            conftest.SHIPPED[name] for name in soak_server.NAMES])
         if part == "nodes":
             table.merge(supervised(lambda: soak_nodes.trials(host, workflows, seed, chosen), until))
         else:

@@ -68,7 +68,7 @@ class Client:
         return found
 
 
-def trials(workflows: list[Path], seed: int, count: int, until: float) -> Table:
+def trials(seed: int, count: int, until: float) -> Table:
     """A table of `count` prompts, less what is not begun until then."""
     table, lock, known = Table(), threading.Lock(), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def trials(workflows: list[Path], seed: int, count: int, until: float) -> Table:
         with served(base, base / "server.log") as address:
             first = Client(address)
             info = json.loads(first.ask("/object_info")[1])
-            graphs = {p.stem: short(conversion.read(p, info)) for p in workflows if p.stem in NAMES}
+            graphs = {name: short(conversion.read(conversion.shipped()[name], info)) for name in NAMES}
 
             def one(number: int):
                 if time.monotonic() > until:

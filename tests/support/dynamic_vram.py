@@ -214,8 +214,8 @@ def main(base: str, *workflows: str):
     from pixstack.tools.workflow import read
 
     folder = make_base(Path(base))
-    paths = [conftest.ROOT / "workflows" / f"{name}.json" for name in workflows]
-    for path in paths:
+    paths = {name: conftest.SHIPPED[name] for name in workflows}
+    for path in paths.values():
         weights.place(folder / "models", json.loads(path.read_text(encoding="utf-8")))
     host = Host(folder).start()
     if way := wanted():
@@ -223,15 +223,15 @@ def main(base: str, *workflows: str):
     conftest.take_stand_ins()
     cascade_weights.shrink_core()
     info, checksums = host.object_info(), {}
-    for path in paths:
+    for name, path in paths.items():
         graph = read(path, info)
         # A patched weight that is stored in half the precision or less is rounded at random when it is merged, but not
         # in the step in which DynamicVRAM patches it: with LoRAs only whole precision can be equal.
-        for node in graph.values() if path.stem.endswith("_lora") else ():
+        for node in graph.values() if name.endswith("_lora") else ():
             if node["class_type"] in ("PixStack_PixArtLoader", "PixStack_FluxLoader"):
                 node["inputs"]["dtype"] = "fp32"
         done = host.run(graph)
-        checksums[path.stem] = str(done.error) if done.error else sorted(  # nodes may run in another order
+        checksums[name] = str(done.error) if done.error else sorted(  # nodes may run in another order
             hashlib.sha256(Image.open(picture).convert("RGB").tobytes()).hexdigest() for picture in done.images)
     memory = import_module("comfy.model_management")
     print(json.dumps({"pictures": checksums,

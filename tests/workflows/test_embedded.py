@@ -39,9 +39,10 @@ def edges(picture: np.ndarray) -> np.ndarray:
     return np.hypot(*np.gradient(gray))
 
 
-def follows(pictures: np.ndarray, hint: str) -> float:
-    """The mean correlation between the edges that are drawn and those of a hint."""
+def follows(pictures: np.ndarray, hint: str, columns: tuple[int, int] = (0, 128)) -> float:
+    """The mean correlation between the edges that are drawn and those of some columns of a hint."""
     wanted = np.asarray(Image.open(HERE.parents[1] / f"assets/pictures/{hint}.png").convert("L")) / 255
+    wanted = wanted[:, slice(*columns)]
     return float(np.mean([np.corrcoef(edges(p).ravel(), wanted.ravel())[0, 1] for p in pictures]))
 
 
@@ -50,6 +51,35 @@ def follows(pictures: np.ndarray, hint: str) -> float:
 def test_edges_lie_where_the_hint_has_them(host, name, apply):
     with_hint, without = (drawn(host, name, {(apply, "strength"): strength}) for strength in (1.0, 0.0))
     assert follows(with_hint, "lion_hed") > follows(without, "lion_hed") + 0.1
+
+
+def test_all_three_families_draw_a_heart_in_the_colour_that_is_asked_for(host):
+    graph = json.loads((HERE / "prompts/compare_families.json").read_text(encoding="utf-8"))
+    graph["1"]["inputs"]["value"] = "green heart"
+    done = host.run(graph)
+    assert done.error is None, done.error
+    pictures = [np.asarray(Image.open(file).convert("RGB")) / 255 for file in done.images]
+    assert {len(p) for p in pictures} == {64, 128} and len(pictures) == 12
+    for first in range(0, 12, 4):  # of each family
+        inked = np.concatenate([p[p.min(-1) < 0.8] for p in pictures[first : first + 4]])
+        assert inked.mean(0).argmax() == 1
+
+
+def test_each_region_follows_its_own_hint(host):
+    def halves(strength):
+        pictures = drawn(host, "pixelponder_emoji_regions", {("PixStack_PixelPonderApply", "strength"): strength})
+        left, right = pictures[:, :, :64], pictures[:, :, 64:]
+        return follows(left, "lion_hed", (0, 64)), follows(right, "cat_face_hed", (64, 128))
+
+    (left, right), (left_without, right_without) = halves(1.0), halves(0.0)
+    assert left > left_without + 0.05 and right > right_without + 0.05
+
+
+def test_the_last_stage_sharpens_an_enlarged_picture(host):
+    before, after = drawn(host, "pixelflow_upscale", {("ImageScaleBy", "scale_by"): 1.0})
+    sharp = [np.hypot(*np.gradient(picture.mean(-1))) for picture in (before, after)]
+    assert np.quantile(sharp[1], 0.98) > 1.2 * np.quantile(sharp[0], 0.98)
+    assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.8
 
 
 def test_the_lora_draws_the_apple_in_the_colours_of_its_style(host):

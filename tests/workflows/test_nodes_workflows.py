@@ -1,14 +1,16 @@
 """What every shipped workflow has besides running: a prompt, a picture, notes with titles, canvases, changing seeds."""
 
 import json
+import re
 
 import pytest
-from conftest import ROOT, WORKFLOWS
+from conftest import ROOT, SHIPPED
 from PIL import Image
 from pixstack.models_impl.pixart.buckets import TABLES, nearest
 from pixstack.models_impl.pixart.sampling import time_uniform
 from pixstack.tools import workflow as conversion
 from pixstack.tools.make_workflow_pictures import CARDS, calls, cascade_calls, competing
+from pixstack.tools.show_workflows import without_download
 
 SEEDS = {"PixStack_PixelFlowSample": 1, "RandomNoise": 1, "KSampler": 1, "SamplerCustom": 2,
          "PrimitiveInt": 1}  # place of the control
@@ -19,23 +21,63 @@ def nodes(workflow):
 
 
 def test_it_is_the_prompt_it_was_made_from(workflow, host):
-    prompt = json.loads((ROOT / "tests/workflows/prompts" / workflow.name).read_text(encoding="utf-8"))
+    name = json.loads(workflow.read_text(encoding="utf-8"))["extra"]["pixstack"]
+    prompt = json.loads((ROOT / f"tests/workflows/prompts/{name}.json").read_text(encoding="utf-8"))
     converted = conversion.read(workflow, host.object_info())
     assert {i: (n["class_type"], n["inputs"]) for i, n in converted.items()} == {
         i: (n["class_type"], n["inputs"]) for i, n in prompt.items()}
 
 
 def test_every_prompt_has_its_workflow():
-    assert {p.name for p in (ROOT / "tests/workflows/prompts").glob("*.json")} == {p.name for p in WORKFLOWS}
+    assert {p.stem for p in (ROOT / "tests/workflows/prompts").glob("*.json")} == set(SHIPPED)
 
 
-def test_it_has_a_picture(workflow):
+def test_it_has_a_square_picture_that_is_calm_where_the_browser_writes_over_it(workflow):
     with Image.open(workflow.with_suffix(".jpg")) as picture:
-        assert picture.format == "JPEG" and picture.width == 512
+        assert picture.format == "JPEG" and picture.size == (512, 512)
+        assert all(high - low < 24 for low, high in picture.convert("RGB").crop((0, 0, 190, 50)).getextrema())
 
 
-def test_notes_say_what_to_change(workflow):
-    assert any(n["type"] == "MarkdownNote" and len(n["widgets_values"][0]) > 200 for n in nodes(workflow))
+def notes(workflow):
+    return [n for n in nodes(workflow) if n["type"] == "MarkdownNote"]
+
+
+def test_the_first_note_says_what_is_drawn_what_it_needs_and_three_things_to_try(workflow):
+    first, *_ = notes(workflow)
+    drawn, needed, *_, tries = first["widgets_values"][0].split("\n\n")
+    assert 40 < len(drawn) < 450
+    assert needed.startswith("**Download first") != without_download(json.loads(workflow.read_text(encoding="utf-8")))
+    assert needed.startswith(("**Download first", "**No download"))
+    assert "**Three things to try**" in first["widgets_values"][0] and tries.count("\n- ") + tries.startswith("- ") == 3
+
+
+def test_the_first_note_lies_at_the_top_left(workflow):
+    (x, y), *_ = [n["pos"] for n in notes(workflow)]
+    assert all(x <= n["pos"][0] and y <= n["pos"][1] for n in nodes(workflow))
+
+
+def test_a_note_names_nodes_by_what_stands_above_them(workflow, host):
+    """In bold, where something of the node is said: **KSampler** `cfg`."""
+    info = host.object_info()
+    titles = [n.get("title") or info[n["type"]].get("display_name") or n["type"] for n in nodes(workflow)]
+    text = "\n".join(n["widgets_values"][0] for n in notes(workflow)[:1])
+    named = re.findall(r"\*\*([^*]+)\*\* `", text)
+    assert [name for name in named if not any(title.startswith(name.removesuffix(" ...")) for title in titles)] == []
+
+
+def test_groups_are_numbered_and_coloured(workflow):
+    groups = json.loads(workflow.read_text(encoding="utf-8"))["groups"]
+    assert [g["title"].partition(" ")[0] for g in groups] == [str(i) for i in range(1, len(groups) + 1)]
+    assert len(groups) > 1 and all(g["color"] for g in groups)
+
+
+def test_a_template_is_named_so_that_windows_addresses_and_a_reader_can_take_it(workflow):
+    """The route takes what a browser makes of the name, which leaves these signs as they are; the gallery shows it."""
+    number, _, words = workflow.stem.partition(" ")
+    assert re.fullmatch(r"[A-Za-z0-9 ().,-]+[a-zA-Z0-9)]", workflow.stem) and len(workflow.stem) < 70
+    assert re.fullmatch(r"\d\d", number) and [p.stem[:2] for p in SHIPPED.values()].count(number) == 1
+    without = without_download(json.loads(workflow.read_text(encoding="utf-8")))
+    assert without == (int(number) < 20) == words.endswith("(no download)")
 
 
 def test_a_second_run_draws_something_new(workflow):
@@ -47,7 +89,7 @@ def test_a_second_run_draws_something_new(workflow):
 
 
 def test_strengths_of_a_lora_are_compared_with_one_seed(host):
-    graph = conversion.read(ROOT / "workflows/pixart_emoji_lora.json", host.object_info())
+    graph = conversion.read(SHIPPED["pixart_emoji_lora"], host.object_info())
     seeds = [n["inputs"]["seed"] for n in graph.values() if n["class_type"] == "KSampler"]
     assert len(seeds) == 3 and len({tuple(seed) for seed in seeds}) == 1
 
@@ -91,7 +133,7 @@ def test_nothing_lies_on_top_of_something_else(workflow):
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_workflow_that_cannot_be_drawn_here_has_its_card_described(name):
-    assert name in {p.stem for p in WORKFLOWS}
+    assert name in SHIPPED
 
 
 @pytest.mark.parametrize(("name", "timesteps", "cfg"), [

@@ -8,12 +8,12 @@ import uuid
 import aiohttp
 import dynamic_vram
 import pytest
-from conftest import ROOT, WORKFLOWS
+from conftest import ROOT, SHIPPED, WORKFLOWS
 from PIL import Image
 from pixstack.tools import workflow as conversion
 
 pytestmark = pytest.mark.server
-TEXT_TO_IMAGE = next(path for path in WORKFLOWS if path.stem == "pixelflow_text_to_image")
+TEXT_TO_IMAGE = SHIPPED["pixelflow_text_to_image"]
 
 
 def get(server, path, **params):

@@ -15,7 +15,7 @@ import conftest
 import pytest
 import torch
 import virtual_gpu
-from conftest import ROOT, WORKFLOWS
+from conftest import ROOT, SHIPPED
 from pixstack.tools.host import Host
 from virtual_gpu import VirtualGPU, Waits
 
@@ -93,7 +93,7 @@ def drawn(name: str, half: torch.dtype) -> Waits:
 
 
 REHEARSALS = {
-    **{f"{path.stem}, bf16": partial(drawn, path.stem, torch.bfloat16) for path in WORKFLOWS},
+    **{f"{name}, bf16": partial(drawn, name, torch.bfloat16) for name in SHIPPED},
     **{f"{name}, fp16": partial(drawn, name, torch.float16) for name in IN_FP16},
 }
 

@@ -1,7 +1,7 @@
 """tools/workflow.py on small graphs, then every shipped workflow: converted, validated and run."""
 
 import pytest
-from conftest import WORKFLOWS
+from conftest import SHIPPED
 from PIL import Image
 from pixstack.tools import workflow as conversion
 
@@ -87,10 +87,47 @@ def test_an_unknown_node_is_an_error_with_the_nearest_name():
         converted(node(1, "Sampel"), links=[])
 
 
-def test_a_subgraph_is_refused():
-    workflow = {"nodes": [node(1, "f00d")], "links": [], "definitions": {"subgraphs": [{"id": "f00d"}]}}
-    with pytest.raises(ValueError, match="node 1 is a subgraph"):
-        conversion.to_api(workflow, INFO)
+def packed(model=9, mode=0, outer=("model", "seed")):
+    """A workflow: Load, then a subgraph (id f00d) of a Patch and a Sample, then a Patch."""
+    within = [node(1, "Patch", links=[("clip", "CLIP", None), ("model", "MODEL", 1)], outputs=[{"type": "MODEL"}]),
+              node(2, "Sample", SAMPLE, [("model", "MODEL", 2), ("seed", "INT", 3)])]
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    links = [(1, -10, 0, 1, 1, "MODEL"), (2, 1, 0, 2, 0, "MODEL"), (3, -10, 1, 2, 1, "INT"), (4, 1, 0, -20, 0, "MODEL")]
+    subgraph = {"id": "f00d", "nodes": within, "links": [dict(zip(names, link, strict=True)) for link in links],
+                "inputs": [{"name": "model"}, {"name": "seed"}], "outputs": [{"name": "MODEL"}]}
+    uses = [use for use in (("model", "MODEL", model), ("seed", "INT", None)) if use[0] in outer]
+    nodes = [LOAD, node(5, "f00d", links=uses, outputs=[{"type": "MODEL"}], mode=mode),
+             node(6, "Patch", links=[("clip", "CLIP", None), ("model", "MODEL", 8)])]
+    return {"nodes": nodes, "links": [[9, 1, 0, 5, 0, "MODEL"], [8, 5, 0, 6, 1, "MODEL"]],
+            "definitions": {"subgraphs": [subgraph]}}
+
+
+def test_the_nodes_of_a_subgraph_take_its_place():
+    graph = conversion.to_api(packed(), INFO)
+    assert list(graph) == ["1", "5:1", "5:2", "6"]
+    assert graph["5:1"]["inputs"] == {"model": ["1", 0]}
+    assert graph["5:2"]["inputs"]["model"] == graph["6"]["inputs"]["model"] == ["5:1", 0]
+
+
+@pytest.mark.parametrize("outer", [("model", "seed"), ("model",)])
+def test_a_subgraphs_input_that_nothing_comes_into_keeps_the_value_inside(outer):
+    assert conversion.to_api(packed(outer=outer), INFO)["5:2"]["inputs"]["seed"] == 7
+    assert "model" not in conversion.to_api(packed(model=None), INFO)["5:1"]["inputs"]
+
+
+def test_a_bypassed_subgraph_lets_pass_what_comes_in_and_a_muted_one_nothing():
+    assert conversion.to_api(packed(mode=4), INFO)["6"]["inputs"] == {"model": ["1", 0]}
+    assert conversion.to_api(packed(mode=2), INFO)["6"]["inputs"] == {}
+
+
+def test_a_subgraph_may_hold_another():
+    workflow = packed()
+    outer = {"id": "cafe", "nodes": [node(3, "f00d", links=[("model", "MODEL", 1)])], "inputs": [{"name": "m"}],
+             "links": [dict(id=1, origin_id=-10, origin_slot=0, target_id=3, target_slot=0)]}
+    workflow["definitions"]["subgraphs"].append(outer)
+    workflow["nodes"].append(node(7, "cafe", links=[("m", "MODEL", 10)]))
+    workflow["links"].append([10, 1, 0, 7, 0, "MODEL"])
+    assert conversion.to_api(workflow, INFO)["7:3:1"]["inputs"] == {"model": ["1", 0]}
 
 
 @pytest.mark.parametrize("content", ["[1]", "{}", '{"1": {"inputs": {}}}', "{"])
@@ -160,5 +197,12 @@ def test_a_shipped_workflow_runs(workflow, host, caplog):
             assert max(high - low for low, high in extrema) > 8, f"{path.name} is of one colour all over"
 
 
-def test_there_are_workflows():
-    assert WORKFLOWS
+def test_a_template_is_found_by_its_number_its_short_name_or_its_whole_name():
+    path = SHIPPED["pixart_emoji"]
+    assert {conversion.named(name) for name in (path.stem[:2], "pixart_emoji", path.stem, str(path))} == {path}
+    assert conversion.named("mine.json").name == "mine.json"
+
+
+def test_a_prompt_becomes_a_workflow_that_converts_back(workflow, host):
+    graph = conversion.read(workflow, host.object_info())
+    assert conversion.to_api(conversion.to_workflow(graph, host.object_info()), host.object_info()) == graph
