@@ -133,5 +133,6 @@ def test_what_is_published_leaves_the_tests_out_and_the_trainer_in():
     assert {f"trainer/monitor/static/{name}" for name in page} <= set(files)
     pictures = {path for path in tracked() if path.startswith(("assets/pictures/", "web/docs/"))}
     assert pictures <= set(files), "Example Picture's menu and the help pages' pictures"
-    assert {"__init__.py", "assets", "nodes", "models_impl", "trainer", "web", "workflows", "package"} <= published
+    assert {"__init__.py", "assets", "nodes", "models_impl", "trainer", "web", "workflows", "subgraphs",
+            "package"} <= published
     assert not published & {"tests", "benchmarks", ".ci", "Makefile"}

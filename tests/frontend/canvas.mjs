@@ -72,7 +72,7 @@ export async function corner(page) {
  *  that shows texts, more of an output by name. */
 export async function pretend(page, shown) {
   await page.evaluate(async (shown) => {
-    const { api } = window.app
+    const { app } = window, { api } = app
     const run = { prompt_id: 'pretended', promptId: 'pretended', jobId: 'pretended' }
     for (const { node, preview, text } of shown) {
       if (preview) {
@@ -86,7 +86,10 @@ export async function pretend(page, shown) {
     for (const { node, pictures, texts, output } of shown)
       if (pictures || texts || output)
         api.dispatchCustomEvent('executed', { node, display_node: node, output: { images: pictures, text: texts, ...output }, ...run })
-    await new Promise((done) => setTimeout(done, 300)) // pictures are fetched
+    const seen = ({ node }) => app.graph.getNodeById(Number(node))?.imgs?.[0]?.complete ||
+      document.querySelector(`[data-node-id="${node}"] img`)?.complete
+    const wanted = shown.filter(({ preview, pictures }) => preview || pictures)
+    for (let i = 0; i < 50 && !wanted.every(seen); i++) await new Promise((done) => setTimeout(done, 100)) // are fetched
   }, shown)
   await drawn(page)
 }
