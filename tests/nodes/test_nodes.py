@@ -1,4 +1,4 @@
-"""What holds for every node: named, explained, documented and translated."""
+"""What holds for every node: named, explained and translated. test_help_pages.py has its documentation."""
 
 import json
 import re
@@ -10,14 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDGETS = {"INT": ("min", "max", "default"), "FLOAT": ("min", "max", "step", "default"), "COMBO": ("options",)}
-
-DOCS = ROOT / "web" / "docs"
-COMES_OUT = {"en": "What comes out", "zh": "输出"}
-
-
-def help_pages(name: str) -> list[Path]:
-    """A node's page in English, and in the languages that the browser asks for first."""
-    return [DOCS / f"{name}.md", *sorted((DOCS / name).glob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -58,37 +50,6 @@ def test_every_number_has_its_range_and_every_menu_its_choices(ours):
 def names_of(schema) -> set[str]:
     """What the inputs are called; slots that grow where ComfyUI can go by their common name."""
     return {part.id.partition(".")[0] for part in schema.inputs}
-
-
-def test_every_node_has_a_help_page_that_names_all_its_inputs(ours):
-    for name, schema in ours.items():
-        for page in help_pages(name):
-            for part in names_of(schema):
-                assert f"`{part}`" in page.read_text(encoding="utf-8"), f"{page} does not mention {part}"
-
-
-def test_a_help_page_lists_what_comes_out(ours):
-    for name, schema in ours.items():
-        for page in help_pages(name):
-            heading = COMES_OUT[page.stem if page.stem in COMES_OUT else "en"]
-            what = page.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
-            for part in schema.outputs:
-                assert f"`{part.display_name or part.get_io_type()}`" in what, f"{page} does not say {part.id}"
-
-
-def test_a_help_page_fits_its_narrow_panel(ours):
-    """Lists, for a table of two columns is cut off there; and pictures that are there, all of them used."""
-    shown = set()
-    for page in (page for name in ours for page in help_pages(name)):
-        text = page.read_text(encoding="utf-8")
-        assert not re.search(r"^\|", text, re.MULTILINE), f"{page} has a table"
-        shown |= set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", text))
-    assert shown == {path.name for path in DOCS.glob("*.jpg")}
-
-
-def test_no_help_page_is_left_of_a_node_that_is_gone(ours):
-    assert {p.stem for p in DOCS.glob("*.md")} == set(ours)
-    assert {p.name for p in DOCS.iterdir() if p.is_dir()} <= set(ours)
 
 
 @pytest.mark.parametrize("language", sorted(p.parent.name for p in (ROOT / "locales").glob("*/nodeDefs.json")))

@@ -104,7 +104,7 @@ def test_every_node_of_ours_has_a_help_page(server, info):
     ours = [name for name in info if name.startswith("PixStack_")]
     assert ours
     assert [name for name in ours if get(server, f"/extensions/pixstack/docs/{name}.md")[0] != 200] == []
-    pictures = [path.name for path in (ROOT / "web/docs").glob("*.jpg")]
+    pictures = [path.name for path in (ROOT / "web/docs").iterdir() if path.suffix in (".jpg", ".png")]
     assert pictures and [name for name in pictures if get(server, f"/extensions/pixstack/docs/{name}")[0] != 200] == []
 
 
