@@ -189,7 +189,7 @@ function after(object, method, more) {
 /** Hide a node's own widgets of these names, and no others. roomy: what is free below them stays free. */
 function hide(node, names, element, rows, roomy = true) {
   const wanted = (widget) => names.includes(widget.name) && !linked(node, widget.name)
-  const turned = node.widgets.filter((widget) => !!widget.hidden !== wanted(widget))
+  const turned = node.widgets.filter((widget) => !widget.element?.dataset.pixstack && !!widget.hidden !== wanted(widget))
   const free = turned.length && node.size[1] - node.computeSize()[1]
   for (const widget of turned) {
     widget.hidden = wanted(widget)

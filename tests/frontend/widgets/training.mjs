@@ -3,11 +3,11 @@ import assert from 'node:assert/strict'
 import fs from 'node:fs'
 import os from 'node:os'
 import path from 'node:path'
-import { drawn, load, undo } from '../page.mjs'
+import { drawn, load, shipped, undo } from '../page.mjs'
 
 const TAB = ':is(.pixstack-training-tab-button, [data-testid=pixstack-training-tab-button])', LORA = 'PixStack_PixArtLoraLoader', FILE = 'first_step4.safetensors'
 const MARKUP = '<img src=x onerror="top.taken = true">' // the name of a run
-const WORKFLOW = new URL('../../../workflows/pixart_emoji.json', import.meta.url)
+const WORKFLOW = shipped('pixart_emoji')
 
 export async function nothing_is_there_until_the_setting_is_on({ page, address }) {
   await page.waitForSelector('.side-bar-button')
@@ -25,7 +25,7 @@ export async function a_run_is_shown_and_its_lora_goes_into_the_graph({ page, re
   writeLora(file)
   try {
     await settings(address, { 'PixStack.Training': true, 'PixStack.TrainingRuns': runs })
-    await load(page, JSON.parse(fs.readFileSync(WORKFLOW)))
+    await load(page, structuredClone(WORKFLOW))
     await page.evaluate(() => window.app.ui.settings.setSettingValueAsync('PixStack.Training', true))
     await page.click(TAB)
     const frame = page.frameLocator('iframe[title=Training]')

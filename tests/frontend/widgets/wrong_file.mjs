@@ -1,10 +1,9 @@
 // A loader that refuses another family's file, and the button that changes it.
 import assert from 'node:assert/strict'
-import fs from 'node:fs'
-import { drawn, load, undo } from '../page.mjs'
+import { drawn, load, shipped, undo } from '../page.mjs'
 
 const WRONG = 'PixStack_PixArtLoader', RIGHT = 'PixStack_PixelFlowLoader', FILE = 'pixelflow_emoji_64.safetensors'
-const WORKFLOW = new URL('../../../workflows/pixelflow_text_to_image.json', import.meta.url)
+const WORKFLOW = shipped('pixelflow_text_to_image')
 
 export async function the_button_changes_the_loader_and_the_graph_runs({ page, renderer, shot }) {
   await load(page, withTheWrongLoader())
@@ -59,7 +58,7 @@ export async function names_are_shown_as_text({ page }) {
 }
 
 function withTheWrongLoader() {
-  const workflow = JSON.parse(fs.readFileSync(WORKFLOW))
+  const workflow = structuredClone(WORKFLOW)
   const loader = workflow.nodes.find((node) => node.type === RIGHT)
   assert.equal(loader.widgets_values[0], FILE)
   Object.assign(loader, { type: WRONG, inputs: [], widgets_values: [FILE, 'auto', 'auto', 'auto', 'ema', 'default'] })
