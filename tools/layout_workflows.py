@@ -8,7 +8,8 @@ workflow have changed; the graph itself it leaves alone. `--front-end-root` meas
 `--address` in that of a ComfyUI that runs, instead of one of its own without any model; the largest height counts.
 
 A node belongs to the group that its class is for (GROUPS). To put it elsewhere, give it the property "PixStack group"
-with that group's name. tests/frontend holds that nothing overlaps.
+with that group's name; "PixStack room" is how many
+pixels more than measured one is to have below it. tests/frontend holds that nothing overlaps.
 """
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .comfyui import CACHE, ROOT, find_comfyui, make_base
@@ -391,6 +392,11 @@ def measured(workflows: list[dict], servers: list) -> dict[str, Size]:
     return sizes
 
 
+def own_size(node: dict, size: Size) -> Size:
+    """With the room that a node is to have beyond what was measured, where a run leaves more on it than on others."""
+    return replace(size, room=size.room + node.get("properties", {}).get("PixStack room", 0))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="layout_workflows", description=__doc__.split("\n\n")[0])
     parser.add_argument("--front-end-root", action="append", default=[], metavar="DIR", help="another frontend too")
@@ -403,7 +409,7 @@ def main() -> int:
     servers = [*map(contextlib.nullcontext, args.address), *map(bare_server, roots)]
     sizes = measured([json.loads(path.read_text(encoding="utf-8")) for path in shipped().values()], servers)
     for path, workflow in workflows.items():
-        made = arrange(workflow, {node["id"]: sizes[kind_of(node)] for node in workflow["nodes"]})
+        made = arrange(workflow, {node["id"]: own_size(node, sizes[kind_of(node)]) for node in workflow["nodes"]})
         path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(path.relative_to(ROOT))
     return 0

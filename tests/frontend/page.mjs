@@ -165,16 +165,12 @@ export async function run(page) {
   await drawn(page)
 }
 
-/** A shipped workflow by its short name, which stays when the files are numbered anew; seen so near that Nodes 2.0
- * writes out what is on a node. */
+/** A shipped workflow by its short name, which stays when the files are numbered anew. */
 export function shipped(name) {
   const folder = new URL('../../workflows/', import.meta.url)
   for (const file of fs.readdirSync(folder).filter((file) => file.endsWith('.json'))) {
     const workflow = JSON.parse(fs.readFileSync(new URL(encodeURIComponent(file), folder)))
-    if (workflow.extra?.pixstack === name) {
-      workflow.extra.ds = { scale: 1, offset: [100, 100] }
-      return workflow
-    }
+    if (workflow.extra?.pixstack === name) return workflow
   }
   throw new Error(`No workflow has the short name ${name}.`)
 }

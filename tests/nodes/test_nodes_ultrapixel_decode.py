@@ -635,7 +635,7 @@ def test_previews_of_stage_b_are_shown_by_the_ksampler(up, stage_b, monkeypatch)
                                         ("StageBTiles", {"tile_size": 512, "overlap": 64})])
 def test_another_model_is_refused_by_name(up, name, more):
     with pytest.raises(ValueError, match="is a StableCascade_C, not a Stage B of Stable Cascade"):
-        run(up, name, model=type("StableCascade_C", (), {})(), **more)
+        run(up, name, model=type("StableCascade_C", (), {"get_model_object": None})(), **more)
 
 
 def test_an_overlap_of_more_than_half_a_tile_is_refused(up, stage_b):
