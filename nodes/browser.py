@@ -18,7 +18,7 @@ from ..models_impl.pixart import checkpoint as pixart_checkpoint
 from ..models_impl.pixelflow import checkpoint as pixelflow_checkpoint
 from ..models_impl.state_dict import read_file
 from . import pixart, pixelflow
-from .checks import refuse
+from .checks import check_inputs
 from .host.common import files
 from .host.common.load import MODEL_DTYPES
 
@@ -50,7 +50,7 @@ class Asked:
 
     def check(self):
         """Raise ValueError, as running the node would, for a value that it does not take."""
-        check(self.node, {name: value for name, value in self.values.items() if name not in self.linked})
+        check_inputs(self.node, {name: value for name, value in self.values.items() if name not in self.linked})
 
 
 def asked(body: Mapping, nodes: Mapping[str, type[io.ComfyNode]]) -> Asked:
@@ -98,16 +98,6 @@ def renew_scripts() -> None:
     app.on_response_prepare.append(ask_again)
 
 
-def check(node: type[io.ComfyNode], values: dict):
-    """Raise ValueError, as running the node would, for a value that it does not take."""
-    for spec in node.define_schema().inputs:
-        if spec.id in values:
-            refuse(spec.id, values[spec.id], spec)
-    looked_at = {name: values[name] for name in node.CHECKED if name in values}
-    if isinstance(said := node.validate_inputs(**looked_at), str):
-        raise ValueError(said)
-
-
 # --- Models that are not loaded yet
 
 def configuration(loader: str, values: dict):
@@ -116,7 +106,7 @@ def configuration(loader: str, values: dict):
     name = values.get("model_name")
     path = files.find("diffusion_models", name) if isinstance(name, str) else None
     try:
-        check(class_, values)
+        check_inputs(class_, values)
         chosen = settings(values)
         if path is not None:
             return _of_file(loader, path, Path(path).stat().st_mtime_ns, values["weights"], chosen)

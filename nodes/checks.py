@@ -46,25 +46,31 @@ class CheckedNode(io.ComfyNode):
 def _executing(execute: Callable) -> Callable:
     @functools.wraps(execute)
     def run(cls, *args, **inputs):
-        schema = {} if args or not inputs else {one.id: one for one in cls.define_schema().inputs}
-        for name, value in inputs.items():
-            spec = schema.get(name)
-            if spec and not (value is None and spec.optional and spec.io_type not in _WIDGETS):
-                refuse(name, value, spec)
-        looked_at = {name: inputs[name] for name in cls.CHECKED if name in inputs}
-        if looked_at and isinstance(answer := cls.validate_inputs(**looked_at), str):
-            raise ValueError(answer)
+        if inputs and not args:
+            check_inputs(cls, inputs)
         try:
             output = execute(cls, *args, **inputs)
         except ValueError as error:
-            wrong_file.offer(error, {name: value for name, value in inputs.items()
-                                     if name in schema and schema[name].io_type == "COMBO"})
+            menus = [one.id for one in cls.define_schema().inputs if one.io_type == "COMBO" and one.id in inputs]
+            wrong_file.offer(error, {name: inputs[name] for name in menus})
             raise
         if isinstance(output, io.NodeOutput) and isinstance(output.ui, ui.PreviewText):
             show(output.ui.value)
         return output
 
     return run
+
+
+def check_inputs(node: type[CheckedNode], inputs: Mapping):
+    """Raise ValueError for values that a node's schema or its `validate_inputs` does not let pass, by their names."""
+    schema = {one.id: one for one in node.define_schema().inputs}
+    for name, value in inputs.items():
+        spec = schema.get(name)
+        if spec and not (value is None and spec.optional and spec.io_type not in _WIDGETS):
+            refuse(name, value, spec)
+    looked_at = {name: inputs[name] for name in node.CHECKED if name in inputs}
+    if looked_at and isinstance(answer := node.validate_inputs(**looked_at), str):
+        raise ValueError(answer)
 
 
 def _validating(validate: Callable) -> Callable:
