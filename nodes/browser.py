@@ -29,7 +29,7 @@ class Asked:
 
     node: type[io.ComfyNode]
     values: dict
-    """Of its widgets, by name: all that it has."""
+    """Values of all of its widgets, by name."""
     linked: frozenset[str]
     """Its inputs that another node gives."""
     loader: str

@@ -98,7 +98,7 @@ _NAMES = {str: "text", Integral: "a whole number", Real: "a number", bool: "true
 _OBJECTS = {"MODEL": ("get_model_object", "model"), "CLIP": ("tokenize", "tokenizer", "cond_stage_model"),
             "VAE": ("decode", "encode", "first_stage_model"), "CONTROL_NET": ("get_control", "copy"),
             "SAMPLER": ("sample",), "GUIDER": ("sample",), "NOISE": ("generate_noise",)}
-"""Of what core asks of an object of this kind it has at least one, of whatever pack it is."""
+"""Attributes that core asks of an object of this kind; it has at least one, of whatever pack it is."""
 _PLAIN = (str, Real, Sequence, Mapping, Tensor, numpy.ndarray)
 """Plain values, which no such object is; whether an object is the right one, the node itself says."""
 _OWN = "PIXSTACK_"
@@ -145,7 +145,7 @@ def _broken(value) -> str:
     if not isinstance(value, str) or value == without_surrogates(value):
         return ""
     half = next(ord(sign) for sign in value if "\ud800" <= sign <= "\udfff")
-    return f"holds half of a sign (U+{half:X}), as of an emoji cut in two: delete it and type it again"
+    return f"holds half of a character (U+{half:X}), as of an emoji cut in two: delete it and type it again"
 
 
 def _prompt_problem(entry) -> str:
@@ -156,8 +156,8 @@ def _prompt_problem(entry) -> str:
         return f"holds a prompt of no tokens ({list(tensors[0].shape)})"
     if not all(one.isfinite().all() for one in tensors):
         return "holds a prompt with values that are no numbers"
-    endless = [name for name, one in entry[1].items() if isinstance(one, Real) and not math.isfinite(one)]
-    return f"holds a prompt whose {endless[0]} is {entry[1][endless[0]]}" if endless else ""
+    not_finite = [name for name, one in entry[1].items() if isinstance(one, Real) and not math.isfinite(one)]
+    return f"holds a prompt whose {not_finite[0]} is {entry[1][not_finite[0]]}" if not_finite else ""
 
 
 def _beyond(value, spec) -> str:

@@ -289,7 +289,7 @@ def numbers(text: str, name: str, kind: type = float) -> list:
     except ValueError as error:
         raise ValueError(f"{name}={text!r:.100} is not a number, or numbers with commas between.") from error
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"{name}={text!r:.100} holds a number without an end.")
+        raise ValueError(f"{name}={text!r:.100} holds a number that is not finite.")
     if not values:
         raise ValueError(f"{name} is empty: give one number, or one for each stage with commas between.")
     return values

@@ -65,7 +65,7 @@ def tokenizer_of(path: Path) -> Tokenizer:
 
 def tokenizer(text: str, ends: bool = True) -> Tokenizer:
     """The tokenizer of a tokenizer.json's text. Raises ValueError for a text that is none, and with `ends` for one that
-    puts no token behind a text."""
+    appends no end token."""
     from_json(text, "The tokenizer in this file")  # its own errors do not say where
     try:
         made = Tokenizer.from_str(text)
@@ -73,6 +73,6 @@ def tokenizer(text: str, ends: bool = True) -> Tokenizer:
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"The tokenizer in this file cannot be read: {str(error)[:200]}.") from error
     if ends and not end:
-        raise ValueError("The tokenizer in this file ends a text with no token of its own (post_processor), as T5's "
-                         "does: the file is incomplete.")
+        raise ValueError("The tokenizer in this file appends no end token to a text (post_processor), as T5's does: "
+                         "the file is incomplete.")
     return made

@@ -76,15 +76,15 @@ def test_an_object_of_ours_is_not_taken_for_another(ours, value):
                                              end_percent=1.0, conditions=value)
 
 
-def test_half_of_a_sign_in_a_prompt_is_refused(ours):
+def test_half_of_a_character_in_a_prompt_is_refused(ours):
     clip = SimpleNamespace(tokenize=None)
-    with pytest.raises(ValueError, match=r"text holds half of a sign \(U\+D83D\).*type it again"):
+    with pytest.raises(ValueError, match=r"text holds half of a character \(U\+D83D\).*type it again"):
         ours["PixArtTextEncode"].execute(clip=clip, text="a smile \ud83d", tokens="300", clean_caption=False)
 
 
 @pytest.mark.parametrize("node, inputs, words", [
     ("LoadEntry", {"folder": "dataset", "index": -2**63}, "index is -9223372036854775808, not in 0 to"),
-    ("PixelFlowSigmas", {"steps": "2", "shift": "1e309"}, "shift='1e309' holds a number without an end"),
+    ("PixelFlowSigmas", {"steps": "2", "shift": "1e309"}, "shift='1e309' holds a number that is not finite"),
 ])  # fmt: skip
 def test_what_a_node_looks_at_beforehand_keeps_to_its_bounds(ours, node, inputs, words):
     looked_at = {name: value for name, value in inputs.items() if name in ours[node].CHECKED}

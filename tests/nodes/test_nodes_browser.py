@@ -1,4 +1,4 @@
-"""What the widgets in the browser are told is what the nodes do: sizes, costs, warnings, errors and schedules."""
+"""What the widgets in the browser show is what the nodes do: sizes, costs, warnings, errors and schedules."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def PixArtNullCaption():
 @figure
 def PixArtSizeCondition():
     drawing = Drawing(300)
-    drawing.text(GAP, 12, "what the network is told beside the prompt:", DIM, SMALL)
+    drawing.text(GAP, 12, "what the network is conditioned on beside the prompt:", DIM, SMALL)
     left = GAP
     for width, height in ((1024, 1024), (2048, 1152), (400, 600)):
         (_, entry), = call("PixArtSizeCondition", conditioning=[[torch.zeros(1, 1, 1), {}]], width=width, height=height,

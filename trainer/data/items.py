@@ -117,7 +117,7 @@ class Records:
     words: np.ndarray
     """(bytes,) uint8: JSON, [file, captions, tags, described, conditions] for each item, less what is empty behind."""
     digest: str
-    """Of names and words of all items."""
+    """Hash of the names and words of all items."""
     starts: list[int]
     """The first item of each tar; empty where there is none."""
     folder: Path | None = None

@@ -29,10 +29,10 @@ def train(captions: Iterable[str], vocabulary: int) -> Tokenizer:
             vocab_size=vocabulary, special_tokens=[PAD, EOS, UNKNOWN], unk_token=UNKNOWN, show_progress=False,
         ))
     except Exception as error:  # tokenizers has no class of errors of its own
-        signs = len(set("".join(map(tokenizer.normalizer.normalize_str, captions))))
-        raise ValueError(f"text.vocabulary={vocabulary} is too small for these captions, in which {signs} different "
-                         f"signs occur ({error}). Give it some times as many, or take the captions of other writing "
-                         "out.") from error
+        characters = len(set("".join(map(tokenizer.normalizer.normalize_str, captions))))
+        raise ValueError(f"text.vocabulary={vocabulary} is too small for these captions, in which {characters} "
+                         f"different characters occur ({error}). Give it some times as many, or take out the captions "
+                         "in other scripts.") from error
     tokenizer.model = Unigram(in_order(json.loads(tokenizer.to_str())["model"]["vocab"]), unk_id=2)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 1)])
     return tokenizer

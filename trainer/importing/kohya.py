@@ -97,10 +97,10 @@ HUE = 8 / 180  # library/train_util.py, AugHelper: of OpenCV's 180
 HUE_SHARE = 0.33 / 2
 NAMED = ("image_dir", "metadata_file", "num_repeats", "is_reg", "caption_dropout_rate", "caption_prefix",
          "caption_suffix", "conditioning_data_dir", "alpha_mask")
-"""Of a data set too, beside what SET has."""
+"""Settings of a data set too, beside what SET has."""
 RUN = ("batch_size", "resolution", "enable_bucket", "bucket_reso_steps", "min_bucket_reso", "max_bucket_reso",
        "bucket_no_upscale", "network_multiplier")
-"""Of a data set there, and of the run here."""
+"""Settings of a data set there, and of the run here."""
 UNREAD = ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations",
           "multires_noise_discount", "min_snr_gamma", "debiased_estimation_loss", "min_timestep", "max_timestep",
           "zero_terminal_snr", "v_parameterization", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss")

@@ -9,7 +9,7 @@ from .rows import Draft, number, whole
 VALUES = {"prompt": str, "negative": str, "height": whole, "width": whole, "steps": whole, "cfg": number,
           "seed": whole, "strength": number}
 OPTIONS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "cfg"}
-"""Of kohya's lines, and of programs that read such."""
+"""Options of kohya's lines, and of programs that read such."""
 TOGETHER = ("height", "width", "steps", "cfg")
 """Settings that [samples] has for all prompts."""
 

@@ -1,4 +1,4 @@
-"""What the browser is told when a node refuses a file that another node takes, so that it can offer to change the node.
+"""What the browser hears when a node refuses a file that another node takes, so that it can offer to change the node.
 
 The event pixstack.wrong_file comes just before execution_error, whose sentence says the same to people:
 
@@ -21,7 +21,7 @@ EVENT = "pixstack.wrong_file"
 
 def offer(error: BaseException | None, menus: Mapping[str, str]):
     """Tell the browser that queued the graph what `error` says of a file, if it says that. menus: the node's inputs
-    with a menu and what is chosen in each. Without a server, as in a script, nobody is told."""
+    with a menu and what is chosen in each. Without a server, as in a script, nobody hears."""
     server, context = getattr(PromptServer, "instance", None), get_executing_context()
     said = str(error)
     while error is not None and not isinstance(error, WrongFile):
