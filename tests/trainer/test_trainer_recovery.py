@@ -60,6 +60,12 @@ def test_a_checkpoint_with_other_bytes_is_named_and_the_one_before_it_taken(path
     assert all(torch.equal(again[key], value) for key, value in right.items())
 
 
+def test_a_checkpoint_of_other_sizes_is_named_by_the_first_of_them():
+    module = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"of another model: weight is \[2, 4\] in it, and \[2, 3\] by the run's"):
+        checkpoints.restore_module(module, {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)})
+
+
 @pytest.mark.parametrize("state", ["{}", '{"step": 4}', '{"step": 6, "sha256": 5}', "null"])
 def test_a_checkpoint_whose_state_is_not_its_own_counts_as_missing(path, tmp_path, capsys, state):
     tiny_run.train(tiny_run.settings(path, tmp_path / "run", "save_every=3", steps=6))
