@@ -132,6 +132,14 @@ def test_everything_that_does_not_fit_a_start_is_reported_at_once(path, tmp_path
     assert part in message and "resolution=18 is not a multiple of 8" in message
 
 
+@pytest.mark.parametrize("words, part", [
+    (["recipe.trunk=true"], "init_from is empty: recipe.trunk=true"),
+    (["recipe.trunk=true", "recipe.lora=true"], "recipe.lora and recipe.trunk are both true"),
+])
+def test_a_trunk_needs_a_file_and_is_no_base_of_an_adapter(path, tmp_path, words, part):
+    assert part in refusal(path, tmp_path, *words)
+
+
 def test_a_start_that_is_no_checkpoint_is_refused(path, tmp_path):
     (tmp_path / "start.pt").write_bytes(b"nothing")
     assert "start.pt is neither" in refusal(path, tmp_path, f"init_from={tmp_path / 'start.pt'}", model={})

@@ -132,6 +132,24 @@ def test_training_starts_from_our_own_export(path, tmp_path):
     assert torch.equal(recipe.diffusion.state_dict()["patch_embed.proj.weight"], weights["patch_embed.proj.weight"])
 
 
+@pytest.mark.parametrize("given, sections, now", [
+    ({"context_dim": 24}, {**CLASSES, "model": {}}, (len(tiny_run.COLOURS), None)),
+    ({"num_classes": 7}, {"model": {}}, (0, 16)),
+])
+def test_a_trunk_is_taken_from_a_network_with_another_condition(path, tmp_path, given, sections, now):
+    shape = PixelFlowConfig(heads=2, head_dim=8, depth=1, num_stages=2, resolution=32, **given)
+    weights = PixelFlow(shape).initialise().state_dict()
+    state_dict.write_file(tmp_path / "trunk.safetensors", weights, checkpoint.metadata(shape))
+    recipe, batches = recipe_of(path, tmp_path, f"init_from={tmp_path / 'trunk.safetensors'}", "recipe.trunk=true",
+                                **sections)
+    own = recipe.diffusion.state_dict()
+    for key in ("patch_embed.proj.weight", "timestep_embedder.linear_1.weight",
+                "transformer_blocks.0.attn1.q_proj.weight", "transformer_blocks.0.mlp.fc1.weight"):
+        assert torch.equal(own[key], weights[key]), key
+    assert (recipe.diffusion.config.num_classes, recipe.diffusion.config.context_dim) == now
+    assert torch.isfinite(recipe(batches(0, range(6)))).all()
+
+
 def test_muon_takes_the_matrices_of_the_blocks_only(path, tmp_path):
     settings = tiny_run.settings(path, tmp_path / "run", "optimizer.name=muon")
     recipe = build.recipe(settings, build.collection(settings))

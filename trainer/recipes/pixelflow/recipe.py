@@ -55,7 +55,9 @@ class Recipe(Base):
         self.diffusion = PixelFlow(shape).initialise()
         self.diffusion.gradient_checkpointing = config.checkpoint_activations
         if tensors:
-            if text is None and tensors["class_embedder.embedding_table.weight"].shape[0] != classes + 1:
+            if self.settings.trunk:
+                tensors = grafted(self.diffusion, tensors)
+            elif text is None and tensors["class_embedder.embedding_table.weight"].shape[0] != classes + 1:
                 tensors = {**tensors, **prefixed(self.diffusion, "class_embedder.")}  # other classes: a new table
             state_dict.load_into(self.diffusion, tensors, f"the network of [model] ({config.init_from})")
         if self.settings.lora:
@@ -279,20 +281,31 @@ def mismatches(config: Config, found: PixelFlowConfig) -> list[str]:
     """What the file of init_from, whose shape was found, has otherwise than the settings want it."""
     complaints, text = [], config.text.encoder
     wanted = {"in_channels": 3, "out_channels": 3, **requested(config.model)}
-    if text == "small" and found.text_conditional:
+    if text == "small" and found.text_conditional and not config.recipe.trunk:
         wanted["context_dim"] = config.text.width
+    elif config.recipe.trunk:
+        pass  # what text or classes bring starts anew
     elif text and not found.text_conditional:
         complaints.append(f"init_from={config.init_from} is not text-conditional, and text.encoder={text!r} is set: "
-                          "start from a text-conditional checkpoint, or leave text.encoder empty and train on classes.")
+                          "start from a text-conditional checkpoint, leave text.encoder empty and train on classes, "
+                          "or set recipe.trunk=true.")
     elif not text and not found.num_classes:
         complaints.append(f"init_from={config.init_from} is not class-conditional, and this run is, because "
-                          "text.encoder is empty: start from a class-conditional checkpoint, or set text.encoder.")
+                          "text.encoder is empty: start from a class-conditional checkpoint, set text.encoder, "
+                          "or set recipe.trunk=true.")
     compared = ("heads", "head_dim", "depth", "patch_size", "attention_bias", "in_channels", "out_channels")
-    compared += ("context_dim",) if text == "small" and found.text_conditional else ()
+    compared += ("context_dim",) if "context_dim" in wanted else ()
     other = [f"{k}={own} for {wanted[k]}" for k in compared if k in wanted and (own := getattr(found, k)) != wanted[k]]
     if other:
         complaints.append(f"init_from={config.init_from} does not fit [model] and [text]: it has {', '.join(other)}.")
     return complaints
+
+
+def grafted(model: PixelFlow, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of `model`, those that networks for text and for classes have in common taken out of `tensors`."""
+    own, given = model.state_dict(), ("class_embedder.", ".attn2.", ".norm2.")
+    return {key: value if any(part in key for part in given) else tensors.get(key, value)
+            for key, value in own.items()}
 
 
 def prefixed(module: nn.Module, prefix: str) -> dict[str, Tensor]:

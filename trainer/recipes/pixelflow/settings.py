@@ -45,6 +45,9 @@ class PixelFlowSettings(Settings):
     """Share of the pictures that each stage gets; without it, near-equal counts (the paper)."""
     lora: bool = False
     """Train the adapter of [adapter] on the network of init_from, and nothing else of it."""
+    trunk: bool = False
+    """Of init_from, take only what networks for text and for classes have in common; the class table or the
+    cross-attention starts anew. So a network of classes begins with one that has learned to draw from captions."""
     packing: str = "auto"
     """packed: all stages in one pass through packed attention. dense: one pass per stage, the same result. auto: packed
     on a GPU, dense on a CPU, where it is the faster one."""
@@ -60,8 +63,12 @@ class PixelFlowSettings(Settings):
             problems += rules.adapter(config.adapter)
             problems.need(config.init_from,
                           "init_from is empty: recipe.lora=true trains on a network that is there already.")
+            problems.need(not self.trunk, "recipe.lora and recipe.trunk are both true: an adapter stands on a network "
+                                          "that is whole, so train that one first.")
         else:
             problems.need(config.adapter == Adapter(), "[adapter] is read only with recipe.lora=true.")
+        if self.trunk:
+            problems.need(config.init_from, "init_from is empty: recipe.trunk=true says what to take out of it.")
         try:
             requested(config.model)
             problems += [] if config.init_from else of_shape(config, new_shape(config))
