@@ -13,22 +13,21 @@ import { drawn, fit, launch, open, prompt, RENDERERS } from './page.mjs'
 const [address, jobsPath] = process.argv.slice(2)
 const jobs = JSON.parse(fs.readFileSync(jobsPath))
 const answer = { errors: [], jobs: [] }
-const browser = await launch()
-try {
-  for (const renderer of RENDERERS) {
-    const wanted = jobs.filter((job) => job.renderer === renderer)
-    if (!wanted.length) continue
-    const needed = [...new Set(wanted.flatMap((job) => kinds(job.workflow)))]
+await Promise.all(RENDERERS.map(async (renderer) => { // each waits for its page most of the time
+  const wanted = jobs.filter((job) => job.renderer === renderer)
+  if (!wanted.length) return
+  const needed = [...new Set(wanted.flatMap((job) => kinds(job.workflow)))]
+  const browser = await launch() // of its own: what lies behind another page is not drawn
+  try {
     // The minimap lies over the corner; a workflow of the page before would come back over the first one.
     const settings = { 'Comfy.Minimap.Visible': false, 'Comfy.Workflow.Persist': false }
     const page = await open(browser, address, { renderer, settings, errors: answer.errors, kinds: needed })
     answer.frontend = await page.evaluate(() => window.__COMFYUI_FRONTEND_VERSION__)
     for (const job of wanted) answer.jobs.push({ name: job.name, renderer, ...(await work(page, job)) })
-    await page.close()
+  } finally {
+    await browser.close()
   }
-} finally {
-  await browser.close()
-}
+}))
 process.stdout.write(JSON.stringify(answer))
 
 async function work(page, job) {
@@ -36,7 +35,7 @@ async function work(page, job) {
   const result = { prompt: await prompt(page), corner: await corner(page) }
   if (job.opened) await picture(page, job.opened)
   Object.assign(result, await measure(page)) // before the view moves: some frontends mistake that for nodes that move
-  if (job.rest || job.after) await fit(page)
+  if (job.rest || job.after || job.shown) await fit(page) // a canvas fetches the pictures of what is in view
   if (job.rest) await picture(page, job.rest)
   if (job.shown) await pretend(page, job.shown)
   if (job.queue) Object.assign(result, await queue(page))

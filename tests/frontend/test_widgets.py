@@ -20,7 +20,7 @@ CHECKS = [(script.stem, check, renderer) for renderer in ("classic", "nodes2")
 
 @pytest.fixture(scope="module")
 def checked(request, tmp_path_factory) -> dict:
-    """What came of the checks that this run of the tests selected: one Chromium does them all."""
+    """What came of the checks that this run of the tests selected: two Chromiums do them all."""
     chromium = needed(next(filter(None, map(shutil.which, BROWSERS)), None), "Chromium is not installed")
     node = needed(shutil.which("node"), "node is not installed")
     modules = HERE / "node_modules" / "playwright-core"

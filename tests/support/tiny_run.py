@@ -1,6 +1,5 @@
 """A trainer run so small that it takes a second: pictures, settings, and the pieces of a run around them."""
 import json
-import sys
 from contextlib import closing
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -91,8 +90,9 @@ def cut(folder: Path, out: Path, step: int):
     (out / "config.json").write_text(json.dumps({**settings, "out": str(out)}))
 
 
-if __name__ == "__main__":  # every run of a JSON list of settings, in this process and in those launched with it
-    for raw in json.loads(Path(sys.argv[1]).read_text()):
+def every(runs: list[dict]):
+    """All these settings, in this process and in those launched with it."""
+    for raw in runs:
         if origin := raw.pop("goes on from", None):  # a run before it in the list, whose last checkpoint is lost
             with Accelerator().main_process_first():
                 if Accelerator().is_main_process:

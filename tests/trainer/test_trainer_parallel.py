@@ -23,7 +23,6 @@ from pixstack.trainer.training.checkpoints import read_tensors
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[2]
-TWO = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TOLD = {  # the variables by which `accelerate launch` configures a process
     rules.DDP: {},
     rules.FSDP2: {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
@@ -38,15 +37,6 @@ REFUSED = {
     (rules.DEEPSPEED, "pixelponder choices"): "DeepSpeed needs recipe.choices=1",
     (rules.FSDP2, "pixelponder choices"): "accelerate's FSDP needs recipe.choices=1",
 }
-
-
-def launched(way: str, *words) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "package"), "OMP_NUM_THREADS": "1", **TOLD[way]}
-    command = [sys.executable, "-m", *TWO, ROOT / "tests/support/launched.py", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, "\n".join(
-        line for line in done.stderr.splitlines() if "Error" in line or "/trainer/" in line)
-    return done.stdout
 
 
 # --- Every recipe
@@ -69,18 +59,33 @@ def longer(path, parts, folder) -> Config:
                                 "validation.every=2", "optimizer.eps=1e-3", recipe="pixart")
 
 
+@pytest.fixture(scope="module")
+def shared(one, path, parts, tmp_path_factory) -> dict[str, tuple[dict[str, Config], Path]]:
+    """The same runs by two processes, and one that goes on: way of sharing -> (settings, folder of the latter)."""
+    found, jobs = {}, []
+    for way in (way.values[0] for way in WAYS if not any(mark.args[0] for mark in way.marks)):
+        folder = tmp_path_factory.mktemp("two")
+        every = {name: dataclasses.replace(settings, out=str(folder / name)) for name, settings in one.items()
+                 if (way, name) not in REFUSED}
+        whole, broken = (load.as_dict(longer(path, parts, folder / name)) for name in ("whole", "broken"))
+        runs = [*map(load.as_dict, every.values()), whole, {**broken, "goes on from": whole["out"]}]
+        jobs.append({"environment": TOLD[way], "runs": runs, "output": str(folder / "said")})
+        found[way] = every, folder
+    file = tmp_path_factory.mktemp("jobs") / "list.json"
+    file.write_text(json.dumps(jobs), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "package"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, ROOT / "tests/support/two_processes.py", file], cwd=ROOT,
+                          capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, "\n".join(
+        line for line in done.stderr.splitlines() if "Error" in line or "/trainer/" in line)
+    for (way, (_, folder)), job in zip(found.items(), jobs, strict=True):
+        assert (folder / "said").read_text(encoding="utf-8").count(f"{way} of 2 processes") == len(job["runs"])
+    return found
+
+
 @pytest.fixture(scope="module", params=WAYS)
-def two(one, path, parts, request, tmp_path_factory):
-    """The same runs by two processes, and one that goes on: (how they shared them, settings, folder of the latter)."""
-    way, folder = request.param, tmp_path_factory.mktemp("two")
-    found = {name: dataclasses.replace(settings, out=str(folder / name)) for name, settings in one.items()
-             if (way, name) not in REFUSED}
-    whole, broken = (load.as_dict(longer(path, parts, folder / name)) for name in ("whole", "broken"))
-    runs = [*map(load.as_dict, found.values()), whole, {**broken, "goes on from": whole["out"]}]
-    (folder / "list.json").write_text(json.dumps(runs))
-    output = launched(way, ROOT / "tests/support/tiny_run.py", folder / "list.json")
-    assert output.count(f"{way} of 2 processes") == len(runs)
-    return way, found, folder
+def two(shared, request):
+    return request.param, *shared[request.param]
 
 
 @pytest.mark.parametrize("name", tiny_recipes.NAMES)

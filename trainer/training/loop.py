@@ -18,7 +18,9 @@ def train(recipe, batches, config: Config, run, accelerator):
     step = run.restore(recipe, ema, optimizer)
     parts = parts_of(config, accelerator.process_index, accelerator.num_processes)
     device, pictures = accelerator.device, len(parts[0])
-    sizes = footprint.estimate(config, recipe, optimizer, pictures, accelerator.num_processes, device.type == "cpu")
+    sizes = {}
+    if run.main:  # the others would probe the network for nothing
+        sizes = footprint.estimate(config, recipe, optimizer, pictures, accelerator.num_processes, device.type == "cpu")
     together.start(optimizer, len(parts), pictures)
     run.pictures = len(batches.items)
     run.baseline(step, recipe, ema, optimizer)

@@ -5,6 +5,7 @@ import os from 'node:os'
 import path from 'node:path'
 import { drawn, load, shipped, undo } from '../page.mjs'
 
+export const alone = true // settings of the server
 const TAB = ':is(.pixstack-training-tab-button, [data-testid=pixstack-training-tab-button])', LORA = 'PixStack_PixArtLoraLoader', FILE = 'first_step4.safetensors'
 const MARKUP = '<img src=x onerror="top.taken = true">' // the name of a run
 const WORKFLOW = shipped('pixart_emoji')
