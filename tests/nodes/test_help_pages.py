@@ -20,11 +20,6 @@ LINK = re.compile(r"\]\(([^)]+)\)")
 ITALIC = re.compile(r"(?<!\*)\*([^*\n]+(?:\n[^*\n]+)?)\*(?!\*)")  # also across the end of a line
 ERROR = re.compile(r"^- \*([^*]+)\*", re.MULTILINE)  # at the beginning of an entry, words of a message of ours
 WORKFLOW = re.compile(r"[0-9]{2} .+")
-FAMILIAR = {  # node -> the one whose picture shows what it does, too
-    "PixStack_PaintConditions": "PixStack_PixelPonderCondition",
-    "PixStack_PixelPonderConditions": "PixStack_PixelPonderCondition",
-    "PixStack_ComparePictures": "PixStack_PixArtLoraLoader",
-}
 FAMILIES = ("PixArt ", "PixelFlow ", "PixelPonder ", "UltraPixel ")
 
 
@@ -134,7 +129,7 @@ def test_what_a_page_calls_a_workflow_or_a_node_of_ours_is_one(pages, names):
 def test_a_page_shows_one_picture_which_is_made_here(pages):
     for name, page in pages.items():
         ((alt, file),) = PICTURE.findall(page)
-        assert alt and Path(file).stem == FAMILIAR.get(name, name).removeprefix("PixStack_"), name
+        assert alt and Path(file).stem == name.removeprefix("PixStack_"), name
         assert page.split("\n")[2].startswith("!["), f"{name}: the picture stands below the title"
     shown = {Path(file).stem for page in pages.values() for _, file in PICTURE.findall(page)}
     assert shown == set(FIGURES)

@@ -106,14 +106,28 @@ def PixArtCanvas():
     return drawing
 
 
+def fluent(text: str, strength: float) -> Image.Image:
+    """With the LoRA that comes along."""
+    model, _ = call("PixArtLoraLoader", model=pixart_model(), lora_name="pixart_emoji_fluent.safetensors",
+                    strength=strength, alpha=0.0)
+    return pixart(text, model=model)
+
+
 @figure
 def PixArtLoraLoader():
+    return Photo([(fluent("red apple", strength), f"strength {strength:g}") for strength in (-0.5, 0.0, 0.5, 1.0)])
+
+
+@figure
+def ComparePictures():
+    a, b = (fluent("red apple", strength) for strength in (0.0, 1.0))
     row = []
-    for strength in (-0.5, 0.0, 0.5, 1.0):
-        model, _ = call("PixArtLoraLoader", model=pixart_model(), lora_name="pixart_emoji_fluent.safetensors",
-                        strength=strength, alpha=0.0)
-        row.append((pixart("red apple", model=model), f"strength {strength:g}"))
-    return Photo(row)
+    for share in (0.3, 0.7):
+        both, at = b.copy(), round(share * a.width)
+        both.paste(a.crop((0, 0, at, a.height)), (0, 0))
+        ImageDraw.Draw(both).line((at, 0, at, a.height), ORANGE)
+        row.append((both, f"slider at {share:.0%}"))
+    return Photo([(a, "A: LoRA off"), *row, (b, "B: LoRA on")])
 
 
 @figure
