@@ -35,13 +35,18 @@ class Run:
 
     outputs: dict[str, dict] = field(default_factory=dict)
     """Output of each output node for the UI, by node id."""
-    images: list[Path] = field(default_factory=list)
+    pictures: dict[str, list[Path]] = field(default_factory=dict)
+    """Those that a node shows, by its id."""
     events: list[tuple[str, dict]] = field(default_factory=list)
     """Events as a browser would get them: (execution_start, ...), (progress, ...), (executed, ...)."""
     previews: list[tuple[str, object]] = field(default_factory=list)
     """(node id, PIL image) in the order they were sent."""
     errors: list[NodeError] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def images(self) -> list[Path]:
+        return [image for images in self.pictures.values() for image in images]
 
     @property
     def error(self) -> NodeError | None:
@@ -155,7 +160,8 @@ class Host:
             elif event == "execution_interrupted":
                 run.errors.append(NodeError(data["node_id"], data["node_type"], "interrupted"))
         run.outputs = self._executor.history_result["outputs"]
-        run.images = [self._path(image) for output in run.outputs.values() for image in output.get("images", [])]
+        run.pictures = {i: [self._path(image) for image in output["images"]]
+                        for i, output in run.outputs.items() if "images" in output}
         run.seconds = time.perf_counter() - started
         return run
 

@@ -239,7 +239,7 @@ def set_inputs(graph: dict, assignments: list[str], info: dict) -> dict:
         name, dot, key = target.rpartition(".")
         if not equals or not dot:
             raise ValueError(f"--set {assignment}: write it as NODE.input=value")
-        node = graph[_find(name, graph, assignment)]
+        node = graph[node_named(name, graph, f"--set {assignment}")]
         specs = _specs(info.get(node["class_type"], {"input": {}}))
         if key not in specs:
             raise ValueError(f"--set {assignment}: {node['class_type']} has no input {key}{nearest(key, specs)}")
@@ -249,7 +249,8 @@ def set_inputs(graph: dict, assignments: list[str], info: dict) -> dict:
     return graph
 
 
-def _find(name: str, graph: dict, assignment: str) -> str:
+def node_named(name: str, graph: dict, why: str) -> str:
+    """The id of a node by its id, its title or its class, if only one node has that. why: begins an error."""
     if name in graph:
         return name
     names = {}
@@ -257,9 +258,9 @@ def _find(name: str, graph: dict, assignment: str) -> str:
         for alias in {node["class_type"], node.get("_meta", {}).get("title", node["class_type"])}:
             names.setdefault(alias, []).append(i)
     if name not in names:
-        raise ValueError(f"--set {assignment}: no node {name}{nearest(name, [*graph, *names])}")
+        raise ValueError(f"{why}: no node {name}{nearest(name, [*graph, *names])}")
     if len(names[name]) > 1:
-        raise ValueError(f"--set {assignment}: nodes {', '.join(names[name])} are all {name}; use the number")
+        raise ValueError(f"{why}: nodes {', '.join(names[name])} are all {name}; use the number")
     return names[name][0]
 
 
