@@ -1,4 +1,5 @@
-# make demo    pictures from prompts, on the embedded checkpoint; ends with the path of a contact sheet
+# make demo    what the embedded models draw, on one page; ends with its path and that of a picture of it
+#              (ARGS="--family pixart 'red apple'" for one family and prompts of yours)
 # make serve   ComfyUI with this package at http://127.0.0.1:8188 (ARGS="--listen 0.0.0.0 --port 8200")
 # make test    everything, a process to each core (ARGS="-k layering -x" for a part of it, "-n 0" for one process)
 # make bench   PixelFlow against a plain loop of the released algorithm, PixArt against ComfyUI, diffusers and peft,
