@@ -6,6 +6,7 @@ from pixstack.kernels import normed_rope as normed_rope_file
 from pixstack.kernels import quantized_linear as linear_file
 from pixstack.kernels import rope as rope_file
 from pixstack.kernels import runtime
+from pixstack.kernels.attention import attention
 from pixstack.kernels.modulated_norm import modulated_norm, modulated_norm_reference
 from pixstack.kernels.normed_rope import normed_rotate, normed_rotate_reference
 from pixstack.kernels.quantized_linear import (
@@ -176,3 +177,20 @@ def test_a_library_that_cannot_be_loaded_is_as_if_it_were_not_there(tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
     assert runtime.library("broken_build") is None
     assert runtime.library("no_such_library") is None
+
+
+@pytest.mark.parametrize("masked", [None, "bool", "added"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_gradients_is_its_formula(dtype, masked):
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64).to(dtype).requires_grad_() for n in (6, 5, 5))
+    keep = torch.tensor([True, True, False, True, True]).expand(2, 1, 1, 5)
+    added = torch.zeros(2, 1, 1, 5, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
+    y = attention(q, k, v, mask={None: None, "bool": keep, "added": added}[masked])
+    scores = q.double() @ k.double().transpose(-1, -2) * 8**-0.5
+    scores = scores if masked is None else scores.masked_fill(~keep, float("-inf"))
+    exact = scores.softmax(-1) @ v.double()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=tolerance)
+    for ours, wanted in zip(torch.autograd.grad(y.float().sum(), (q, k, v)),
+                            torch.autograd.grad(exact.sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(ours.double(), wanted.double(), rtol=0, atol=10 * tolerance)

@@ -184,10 +184,10 @@ class Recipe(Base):
             return kept(small, 2, side, bf16) - kept(small, 1, side, bf16)
 
         found = of_network(probe, (4, 8), mean, shape.depth, inputs, self.diffusion.gradient_checkpointing)
-        if cpu:  # where `attention` multiplies plainly it keeps the scores, in bf16 as float32 too
+        if cpu and bf16:  # where `attention` multiplies plainly it keeps the scores, as float32 too
             scores = sum(s * n * n for s, n in zip(share, tokens, strict=True) if n * n <= SHORT)
             blocks = 1 if self.diffusion.gradient_checkpointing else shape.depth
-            found += blocks * scores * shape.heads * (6 if bf16 else 4)
+            found += blocks * scores * shape.heads * 6
         return pictures * found + casts(self.diffusion, bf16)
 
     @torch.no_grad()
