@@ -7,6 +7,7 @@ from pixstack.kernels import quantized_linear as linear_file
 from pixstack.kernels import rope as rope_file
 from pixstack.kernels import runtime
 from pixstack.kernels.attention import attention
+from pixstack.kernels.lora_linear import lora_linear, lora_linear_reference
 from pixstack.kernels.modulated_norm import modulated_norm, modulated_norm_reference
 from pixstack.kernels.normed_rope import normed_rotate, normed_rotate_reference
 from pixstack.kernels.quantized_linear import (
@@ -177,6 +178,44 @@ def test_a_library_that_cannot_be_loaded_is_as_if_it_were_not_there(tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
     assert runtime.library("broken_build") is None
     assert runtime.library("no_such_library") is None
+
+
+def lora_tensors(dtype, learns=True):
+    """x, weight, bias, a, b of a layer; x and those that learn with gradients."""
+    sizes = (2, 5, 12), (9, 12), (9,), (3, 12), (9, 3)
+    x, weight, bias, a, b = (torch.randn(s, dtype=torch.float64).to(dtype) for s in sizes)
+    return x.requires_grad_(), weight, bias, a.requires_grad_(learns), b.requires_grad_(learns)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_linear_layer_with_a_lora_has_the_gradients_of_its_formula(biased):
+    x, weight, bias, a, b = lora_tensors(torch.float64)
+    bias = bias if biased else None
+    torch.testing.assert_close(lora_linear(x, weight, bias, a, b, 0.7),
+                               lora_linear_reference(x, weight, bias, a, b, 0.7))
+    assert torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, weight, bias, a, b, 0.7), (x, a, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_a_linear_layer_with_a_lora_is_as_near_to_its_formula_as_the_separate_products(dtype):
+    given = lora_tensors(dtype)
+    exact = lora_linear_reference(*(t.double() for t in given), 0.7)
+    close_to_exact(lora_linear(*given, 0.7), exact, lora_linear_reference(*given, 0.7))
+
+
+def test_under_autocast_a_lora_learns_in_float32_from_products_in_bfloat16():
+    x, weight, bias, a, b = lora_tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, weight.bfloat16(), bias.bfloat16(), a, b, 0.7)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert {t.grad.dtype for t in (x, a, b)} == {torch.float32}
+
+
+def test_a_frozen_input_of_a_lora_gets_no_gradient():
+    x, weight, bias, a, b = lora_tensors(torch.float32)
+    lora_linear(x.detach(), weight, bias, a, b, 0.7).sum().backward()
+    assert a.grad.abs().sum() and b.grad.abs().sum()
 
 
 @pytest.mark.parametrize("masked", [None, "bool", "added"])

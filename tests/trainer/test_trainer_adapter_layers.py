@@ -9,7 +9,7 @@ from pixstack.models_impl.pixart.lora import names
 from pixstack.models_impl.pixart.model import PixArt
 from pixstack.trainer.config import load, rules
 from pixstack.trainer.config.schema import Adapter, AdapterLayers
-from pixstack.trainer.recipes import adapters
+from pixstack.trainer.recipes import adapters, lora_layer
 from pixstack.trainer.recipes.pixart.task import TARGETS
 from pixstack.trainer.training.checkpoints import read_tensors
 
@@ -55,6 +55,39 @@ def predicted(net):
 def saved(net, path, format="comfyui"):
     state_dict.write_file(path, adapters.tensors(net, names(adapters.shapes(net)), format))
     return str(path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"alpha": 2.0}, {"dora": True}, {"dropout": 0.5}], ids=str)
+def test_a_lora_computes_and_learns_what_peft_does(attached, settings):
+    net = filled(attached(rank=4, **settings))
+    learns = [p for p in net.parameters() if p.requires_grad]
+    found = []
+    for cls in (lora_layer.LoraLinear, lora_layer.Linear):
+        for module in adapters.adapted(net).values():
+            module.__class__ = cls
+        torch.manual_seed(5)  # dropout's inputs depend on it
+        y = net(*INPUTS)
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), learns)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_every_lora_of_a_linear_layer_is_computed_in_one_step(attached):
+    net = attached(rank=4)
+    assert {type(module) for module in adapters.adapted(net).values()} == {lora_layer.LoraLinear}
+    names = [node.name() for node in nodes_of(filled(net)(*INPUTS))]
+    assert names.count("_LoraProductBackward") == len(adapters.adapted(net))
+
+
+def nodes_of(y):
+    """Everything that autograd goes through."""
+    seen, open_ = set(), [y.grad_fn]
+    while open_:
+        node = open_.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            open_ += [after for after, _ in node.next_functions]
+    return seen
 
 
 def test_the_first_pattern_that_is_found_in_a_layer_s_name_sets_its_rank_and_scale(attached):

@@ -56,6 +56,10 @@ def attach(net: nn.Module, settings: Adapter, targets: list[str], names: NamesOf
     else:
         layers = settings.targets or targets if plain else list(plan)
         inject_adapter_in_model(of_peft(settings, layers, plan), net, NAME)
+        if settings.kind == "lora":
+            from . import lora_layer
+
+            lora_layer.put(net)
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
