@@ -382,3 +382,23 @@ def test_the_classes_are_those_of_the_libraries():
             assert issubclass(getattr(module, name), torch.optim.Optimizer)
             assert optimizers.arguments(optimizers.OptimizerKind(library, name)), name
     assert all(hasattr(torch.optim, n) or hasattr(pytorch_optimizer.optimizer, n) for n in optimizers.REFUSED)
+
+
+@pytest.mark.parametrize("limit", [0.5, 50.0, float("inf")])
+def test_gradients_are_clipped_as_torch_clips_them(limit):
+    def gradients():
+        torch.manual_seed(0)
+        some = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(3)]
+        for p in some[:2]:  # one has none
+            p.grad = torch.randn(4, 3)
+        return some
+
+    ours, theirs = gradients(), gradients()
+    assert optim.clip(ours, limit) == torch.nn.utils.clip_grad_norm_(theirs, limit)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours[:2], theirs[:2], strict=True))
+
+
+def test_a_gradient_that_is_not_finite_is_told_by_the_norm():
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.tensor([float("nan"), 1.0])
+    assert optim.clip([p], 1.0).isnan()

@@ -104,6 +104,15 @@ class Muon(torch.optim.Muon):
             p.grad = None
 
 
+def clip(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+    """torch's clip_grad_norm_, which multiplies all gradients by 1 too where their norm is below the limit."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not norm <= limit:  # not a number is clipped too; waits for the device, as the check of the norm does then
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
 class Optimizers:
     """One or more torch optimizers behind the few calls that the loop makes."""
 
@@ -216,7 +225,7 @@ class Optimizers:
             every = [[self.norms[id(p)] for p in some if id(p) in self.norms] for some in self.clipped.values()]
             return torch.stack([torch.stack(some).norm() for some in every if some]).max()
         limit = self.settings.clip or float("inf")
-        one = sharded.clip if any(map(sharded.is_part, self.parameters)) else torch.nn.utils.clip_grad_norm_
+        one = sharded.clip if any(map(sharded.is_part, self.parameters)) else clip
         return torch.stack([one(some, limit) for some in self.clipped.values()]).max()
 
     def begin(self, step: int):
