@@ -72,4 +72,5 @@ def _opencv(pixels, low: float, high: float) -> Tensor:
         import cv2
     except ImportError as error:
         raise ImportError("Canny edges need OpenCV: pip install opencv-python-headless.") from error
-    return torch.stack([torch.from_numpy(cv2.Canny(picture, low, high)) for picture in pixels])[:, None].float() / 255
+    edges = torch.stack([torch.from_numpy(cv2.Canny(picture, low, high)) for picture in pixels])
+    return edges[:, None].float().div_(255)

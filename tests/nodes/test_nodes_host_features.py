@@ -80,8 +80,8 @@ def _pixart(core):
     model = core.ours.pixart.load_pixart(models / "diffusion_models" / names[0], dtype=torch.float32)
     control = core.ours.pixart.load_pixart_controlnet(models / "controlnet" / names[1], torch.float32)
 
-    def draw(model=model, hooks=None, control=None):
-        positive, negative = hooked(text(4096), hooks), hooked(text(4096, 4, 2), hooks)
+    def draw(model=model, hooks=None, control=None, lengths=(6, 4)):
+        positive, negative = (hooked(text(4096, length, seed), hooks) for seed, length in enumerate(lengths, 1))
         if control is not None:
             hint = core.ours.pixart_control.with_hint(control, 1.0, 0.0, 1.0, latent=randn(1, 4, 8, 8, seed=3))
             positive, negative = core.ours.control.apply_control(hint, positive, negative)
@@ -99,9 +99,10 @@ def _pixelflow(core):
     (sampler,) = run(core, "PixelFlowSampler", solver="euler", guidance="auto", custom_guidance="",
                      reference_noise=False, latent="auto")
 
-    def draw(model=model, hooks=None):
+    def draw(model=model, hooks=None, lengths=(6, 6)):
         (sigmas,) = run(core, "PixelFlowSigmas", model=model, steps="2", shift="1", start_stage=0, end_stage=-1)
-        noise, conditions = randn(1, 3, 64, 64, seed=5), (hooked(text(32, 6, seed), hooks) for seed in (1, 2))
+        noise = randn(1, 3, 64, 64, seed=5)
+        conditions = (hooked(text(32, length, seed), hooks) for seed, length in enumerate(lengths, 1))
         with torch.inference_mode():
             return core.sample.sample_custom(model, noise, 3.0, sampler, sigmas, *conditions, torch.zeros_like(noise),
                                              disable_pbar=True, seed=7)
@@ -250,8 +251,10 @@ def compiled(core, model, **how):
 def counted(core, monkeypatch):
     """The graphs that torch.compile's backend was given."""
     # Core's attention for a CPU asks the system for free memory, where every graph would end.
-    monkeypatch.setattr(import_module("comfy.ldm.cascade.common"), "optimized_attention",
-                        import_module("comfy.ldm.modules.attention").attention_pytorch)
+    ours = next(module for name, module in sys.modules.items() if name.endswith(".nodes.host.common.attention"))
+    for module in (import_module("comfy.ldm.cascade.common"), ours):
+        monkeypatch.setattr(module, "optimized_attention",
+                            import_module("comfy.ldm.modules.attention").attention_pytorch)
     graphs, dynamo = [], import_module("torch._dynamo.backends.debugging")
     import_module("torch._dynamo").reset()
     real = dynamo.eager
@@ -292,6 +295,17 @@ def test_a_compiled_pixart_predicts_its_variance_too(core, counted):
     graphs = len(counted)
     draw(model)
     assert 0 < graphs == len(counted), "every run was compiled anew"
+
+
+@pytest.mark.parametrize("make", [_pixart, _pixelflow])
+def test_prompts_of_any_length_share_the_graphs_of_the_first_few(core, make, counted):
+    family = make(core)
+    model, graphs = compiled(core, family.model), []
+    for length in (6, 9, 17, 5, 40):
+        lengths = length, 4
+        torch.testing.assert_close(family.draw(model, lengths=lengths), family.draw(lengths=lengths), **CLOSE)
+        graphs.append(len(counted))
+    assert 0 < graphs[2] == graphs[-1], f"graphs after each prompt: {graphs}"
 
 
 def test_blocks_may_be_compiled_one_by_one(core, family, counted):

@@ -186,8 +186,9 @@ def attempt(host, graph: dict) -> str:
             raise Wrong(said)
         return CLEAN
     kind, _, words = said.partition(": ")
-    error = {"ValueError": ValueError, "FileNotFoundError": OSError, "OSError": OSError, "MemoryError": MemoryError,
-             "OutOfMemoryError": MemoryError}.get(kind.split(".")[-1], AssertionError)(words)
+    known = {"ValueError": ValueError, "FileNotFoundError": OSError, "OSError": OSError,
+             **dict.fromkeys(("MemoryError", "OutOfMemoryError", "_ArrayMemoryError"), MemoryError)}
+    error = known.get(kind.split(".")[-1], AssertionError)(words)
     ours = graph.get(run.error.node, {}).get("class_type", "").startswith(PREFIX)
     outcome, why = verdict(error)
     if outcome == CLEAN or "can't allocate memory" in words:
