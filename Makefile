@@ -34,9 +34,10 @@ serve: $(READY)
 	$(RUN) tools/comfy_host.py serve $(ARGS)
 
 # One thread in each process, for more would take the other processes' cores; a file's tests stay together, since what
-# they share is made once per process. Eight processes are enough: each holds a ComfyUI of its own.
+# they share is made once per process. Eight processes are enough: each holds a ComfyUI of its own. Many tests start
+# Python again, which would compile everything anew if nothing compiled were kept.
 test: $(READY) $(FRONTEND)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Thousands of broken files, wrong inputs and faults, and a table of what became of them: 40 minutes on two cores.
 soak: $(READY)
