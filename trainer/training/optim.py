@@ -105,10 +105,11 @@ class Muon(torch.optim.Muon):
 
 
 def clip(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
-    """torch's clip_grad_norm_, which multiplies all gradients by 1 too where their norm is below the limit."""
+    """torch's clip_grad_norm_; on a CPU without its product by 1 where the norm is below the limit. Another device would
+    have to be waited for to know that."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if not norm <= limit:  # not a number is clipped too; waits for the device, as the check of the norm does then
+    if norm.device.type != "cpu" or not norm <= limit:  # not a number is clipped too
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 
