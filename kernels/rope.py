@@ -27,6 +27,30 @@ def rotate_reference(x: Tensor, table: Tensor) -> Tensor:
     return torch.addcmul(turned, table[..., 1], b, out=torch.empty_like(turned, dtype=x.dtype)).flatten(-2)
 
 
+class _Rotation(torch.autograd.Function):
+    """Its gradient is turned back, by the transposed table: autograd's own would keep both halves of x and add up
+    products over pairs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        return rotate_reference(x, table)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        table, = ctx.saved_tensors
+        return _Rotation.apply(grad, table.transpose(-1, -2)), None
+
+
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     fused = kitchen("apply_rope1", x, table) if x.ndim == table.ndim - 2 else None
-    return rotate_reference(x, table) if fused is None else fused(x, table)
+    if fused is not None:
+        return fused(x, table)
+    if x.requires_grad and torch.is_grad_enabled() and not table.requires_grad and not torch.compiler.is_compiling() \
+            and turned_shape(x, table) == x.shape:
+        return _Rotation.apply(x, table)
+    return rotate_reference(x, table)
+
+
+def turned_shape(x: Tensor, table: Tensor) -> torch.Size:
+    return torch.broadcast_shapes(x.shape[:-1], table.shape[:-3]) + x.shape[-1:]
