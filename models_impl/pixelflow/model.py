@@ -6,9 +6,10 @@ by a two-dimensional rope, normalises them, and, when text-conditional, has an u
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -148,13 +149,19 @@ class PixelFlowBlock(nn.Module):
                 text: tuple[Tensor, Tensor] | None = None) -> Tensor:
         # x: (..., N, D); condition: (B, D), spread over the tokens of its picture; text: keys and values of the
         # context, if they are known
-        shift1, scale1, gate1, shift2, scale2, gate2 = (flow.spread(m) for m in self.norm1(condition))
-        x = torch.addcmul(x, gate1, self.attn1(modulated_norm(x, shift1, scale1), flow.rope, flow.attend_self))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(condition)
+        y = flow.per_item(modulated_norm, (x,), (shift1, scale1))
+        x = flow.per_item(gated, (x, self.attn1(y, flow.rope, flow.attend_self)), (gate1,))
         if text is None and context is not None:
             text = self.attn2.keys_values(context)
         if text is not None:
             x = x + self.attn2(self.norm2(x), flow.rope, flow.attend_text, text)
-        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm3(x), shift2, scale2)))
+        y = flow.per_item(modulate, (self.norm3(x),), (shift2, scale2))
+        return flow.per_item(gated, (x, self.mlp(y)), (gate2,))
+
+
+def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return torch.addcmul(x, gate, y)
 
 
 @dataclass(frozen=True)
@@ -162,9 +169,37 @@ class TokenLayout:
     """Layout of the tokens of one forward pass: dense (B, N, D), or packed (N, D)."""
 
     rope: Tensor
-    spread: Callable[[Tensor], Tensor]
+    per_item: Callable
+    """(f, tokens, rows): see `per_picture`."""
     attend_self: Callable
     attend_text: Callable
+
+
+def per_picture(f: Callable, tokens: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """f(*tokens, *rows) of dense tokens, (B, N, D) each, and of rows (B, D) that count for each token of a picture."""
+    return f(*tokens, *(row[:, None] for row in rows))
+
+
+def per_packed_item(lengths: Sequence[int], device) -> Callable:
+    """`per_picture` of packed tokens, (N, D) each. Items of equal lengths are taken together as dense ones, so that a
+    row is neither repeated for every token nor its gradient added up from them."""
+    runs = [(len(list(run)), n) for n, run in groupby(lengths)]  # (items, tokens of each)
+    item = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)  # (N,)
+
+    def per_item(f, tokens, rows):
+        if torch.compiler.is_compiling():  # one graph for all lengths
+            return f(*tokens, *(row[item] for row in rows))
+        if len(runs) == 1:
+            return per_picture(f, [t.unflatten(0, runs[0]) for t in tokens], rows).flatten(0, 1)
+        tokens = [t.split([items * n for items, n in runs]) for t in tokens]
+        rows = [row.split([items for items, _ in runs]) for row in rows]
+        found = []
+        for i, run in enumerate(runs):
+            own = [t[i].unflatten(0, run) for t in tokens]
+            found.append(per_picture(f, own, [row[i] for row in rows]).flatten(0, 1))
+        return torch.cat(found)
+
+    return per_item
 
 
 @dataclass(frozen=True)
@@ -281,7 +316,7 @@ class PixelFlow(nn.Module):
 
         flow = TokenLayout(
             rope=(self.rope(*grid, x.device) if rope is None else rope)[None],
-            spread=lambda m: m[:, None],
+            per_item=per_picture,
             attend_self=attend,
             attend_text=partial(attend, mask=added),
         )
@@ -306,11 +341,10 @@ class PixelFlow(nn.Module):
         """
         self._refuse_wrong_conditions(context, class_labels)
         lengths = layout.lengths
-        item = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(x.device)  # (N,)
         latent_size = torch.tensor([math.sqrt(h * w) for h, w in layout.grids], device=x.device)
         flow = TokenLayout(
             rope=torch.cat([self.rope(*grid, x.device) for grid in layout.grids]),
-            spread=lambda m: m[item],
+            per_item=per_packed_item(lengths, x.device),
             attend_self=partial(attention, lengths_q=lengths, lengths_k=lengths),
             attend_text=partial(attention, lengths_q=lengths, lengths_k=list(layout.context_lengths or ())),
         )
@@ -329,8 +363,8 @@ class PixelFlow(nn.Module):
             h = checkpointing.run(block, h, condition, context, flow, keys_values,
                                   checkpointed=self.gradient_checkpointing)
         before_block(None)
-        shift, scale = (flow.spread(m) for m in self.proj_out_1(F.silu(condition)).chunk(2, dim=-1))
-        return self.proj_out_2(modulated_norm(h, shift, scale))
+        shift_scale = self.proj_out_1(F.silu(condition)).chunk(2, dim=-1)
+        return self.proj_out_2(flow.per_item(modulated_norm, (h,), shift_scale))
 
     def rope(self, height: int, width: int, device) -> Tensor:
         """`rope_table` of a grid of tokens, kept for the next pass."""
