@@ -7,7 +7,7 @@ import tiny_pixart
 import tiny_recipes
 import tiny_run
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from pixstack.trainer.cli import main
 from pixstack.trainer.config import check
 from pixstack.trainer.config.load import stored
@@ -93,6 +93,7 @@ def test_a_long_prompt_is_cut_beneath_its_picture():
 def test_a_grid_shows_prompts_in_rows_and_steps_in_columns(trained, tmp_path, capsys):
     main.main(["sheets", str(trained[1]), "--out", str(tmp_path / "grid.png")])
     assert "grid.png" in capsys.readouterr().out
+    assert Image.open(tmp_path / "loss.png").width == 640
     whole = Image.open(tmp_path / "grid.png")
     few = sheets.over_steps(trained[1], columns=2, rows=1, side=16)
     assert few.width < whole.width and few.height < whole.height
@@ -103,6 +104,17 @@ def test_a_grid_of_a_run_without_samples_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="has no samples of single prompts"):
         main.main(["sheets", str(tmp_path)])
+
+
+def test_the_curve_of_the_losses_leaves_out_what_has_no_place_on_its_scale():
+    lines = [{"step": step, "loss": 1 / step} for step in range(1, 50)] + [{"step": 50, "validation_loss": 0.1}]
+    drawn = sheets.loss_curve(lines)
+    other = sheets.loss_curve([*lines, {"step": 50, "loss": float("nan")}, {"step": 50, "loss": 0.0}])
+    assert ImageChops.difference(drawn, other).getbbox() is None
+    colours = {colour for _, colour in drawn.getcolors(maxcolors=4096)}
+    assert (0xBB,) * 3 in colours and (0, 0, 0) in colours
+    with pytest.raises(ValueError, match="no losses yet"):
+        sheets.loss_curve([{"step": 3, "images_s": 1.0}])
 
 
 @pytest.mark.parametrize("table, said", [

@@ -72,12 +72,17 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def loss_curve(lines: list[dict]) -> Image.Image:
-    """The losses of a run's log: training grey, its mean over 2 % of the run black, validation red. Log scale."""
-    training = [(one["step"], one["loss"]) for one in lines if "loss" in one]
-    reach = max(1, len(training) // 50)
+    """The losses of a run's log: training grey, its mean black (over 2 % of the run, at least five lines),
+    validation red. Log scale. Raises ValueError where nothing was logged."""
+    def logged(name):  # what is not above zero has no place on the scale
+        return [(one["step"], one[name]) for one in lines if 0 < one.get(name, 0) < math.inf]
+
+    training, validation = logged("loss"), logged("validation_loss")
+    if not training and not validation:
+        raise ValueError("The log has no losses yet.")
+    reach = max(5, len(training) // 50)
     smooth = [(step, sum(v for _, v in training[max(0, i - reach + 1):i + 1]) / min(reach, i + 1))
               for i, (step, _) in enumerate(training)]
-    validation = [(one["step"], one["validation_loss"]) for one in lines if "validation_loss" in one]
     values = [math.log(v) for _, v in training + validation]
     low, high, last = min(values), max(values), max(step for step, _ in training + validation)
     width, height = 640, 320
@@ -86,16 +91,21 @@ def loss_curve(lines: list[dict]) -> Image.Image:
 
     def at(step, value):
         share = (math.log(value) - low) / max(high - low, 1e-9)
-        return left + (width - left - edge) * step / last, height - edge - (height - 2 * edge) * share
+        return left + (width - left - edge) * step / max(last, 1), height - edge - (height - 2 * edge) * share
 
     for i in range(5):
         value = math.exp(low + (high - low) * i / 4)
         y = at(0, value)[1]
         draw.line((left, y, width - edge, y), fill="#dddddd")
         draw.text((4, y - 6), f"{value:.4f}", fill="black")
-    for curve, colour in ((training, "#bbbbbb"), (smooth, "black"), (validation, "#cc0000")):
+    curves = {"training": (training, "#bbbbbb"), "its mean": (smooth, "black"), "validation": (validation, "#cc0000")}
+    x = left
+    for name, (curve, colour) in curves.items():
         if len(curve) > 1:
             draw.line([at(*point) for point in curve], fill=colour, width=2 if colour != "#bbbbbb" else 1)
+            draw.line((x, 8, x + 16, 8), fill=colour, width=2)
+            draw.text((x + 20, 2), name, fill="black")
+            x += 100
     draw.text((left, height - 14), "0", fill="black")
     draw.text((width - 90, height - 14), f"step {last:,}", fill="black")
     return page
