@@ -105,8 +105,8 @@ class Muon(torch.optim.Muon):
 
 
 def clip(parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
-    """torch's clip_grad_norm_; on a CPU without its product by 1 where the norm is below the limit. Another device would
-    have to be waited for to know that."""
+    """torch's clip_grad_norm_; on a CPU without its product by 1 where the norm is below the limit. For another device
+    one would have to wait to know that."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if norm.device.type != "cpu" or not norm <= limit:  # not a number is clipped too
