@@ -58,8 +58,9 @@ class Section:
     drawings: tuple[Drawing, ...]
 
 
-def drawings(*prompts: str, views: tuple[View, ...] = (View(),)) -> tuple[Drawing, ...]:
-    return tuple(Drawing(prompt, views) for prompt in prompts)
+def drawings(*prompts: str, views: tuple[View, ...] = (View(),), settings: tuple[str, ...] = ()
+             ) -> tuple[Drawing, ...]:
+    return tuple(Drawing(prompt, views, settings) for prompt in prompts)
 
 
 def hint(node: str, caption: str, output: int | None = 0) -> View:
@@ -74,6 +75,11 @@ def redrawn(first: str, then: str) -> Drawing:
 def enlarged(picture: str, prompt: str) -> Drawing:
     return Drawing(prompt, (hint("A mushroom", "a picture"), hint("Enlarged to 64, blurred", "32 pixels of it"),
                             View("VAEDecode", output=0)), (f"A mushroom.picture={picture}",))
+
+
+def over(title: str, name: str, *prompts: str) -> tuple[Drawing, ...]:
+    """PixArt's drawings over an example picture. title: of its node."""
+    return drawings(*prompts, views=(hint(title, name), View()), settings=("RepeatLatentBatch.amount=1",))
 
 
 def along(picture: str, name: str, prompt: str) -> tuple[Drawing, Drawing]:
@@ -105,6 +111,10 @@ SECTIONS = (
             "PixArt-alpha's network with 4.5 million parameters, and a small VAE behind it.",
             "pixart_emoji",
             drawings("red apple", "red heart", "blue car", "pizza", "rainbow", "flag of japan")),
+    Section("pixart", "PixArt: inpainting",
+            "The flower is painted over with a mask and drawn anew; the stem stays as it is.",
+            "pixart_emoji_inpaint",
+            over("A rose", "a rose", "sunflower", "tulip")),
     Section("pixart", "A LoRA: off, half, full",
             "One seed at three strengths. The LoRA was trained on three-dimensional emoji, the model on flat ones.",
             "pixart_emoji_lora",
@@ -181,10 +191,11 @@ def asked(graph: dict, drawing: Drawing, seed: int, info: dict) -> tuple[dict, l
             inputs["batch_size"] = 1
         if "filename_prefix" in inputs:
             inputs["filename_prefix"] = "".join(c if c.isalnum() else "_" for c in drawing.prompt)
-        if isinstance(inputs.get("seed"), list):
-            graph[inputs["seed"][0]]["inputs"]["value"] = seed
-        elif "seed" in inputs:
-            inputs["seed"] = seed
+        for name in {"seed", "noise_seed"} & inputs.keys():
+            if isinstance(inputs[name], list):
+                graph[inputs[name][0]]["inputs"]["value"] = seed
+            else:
+                inputs[name] = seed
     shown = [node_named(view.node, graph, "a view") for view in drawing.views]
     for i, view in enumerate(drawing.views):
         if view.output is not None:

@@ -55,8 +55,8 @@ GROUPS = {  # name -> (colour, classes), in the order of a graph
         "PixStack_UltraPixelStageALoader", "PixStack_UltraPixelPersonalise"}),
     "Picture": ("#8AA", {
         "LoadImage", "LoadImageMask", "ImageScale", "ImageBatch", "VAEEncode", "StableCascade_StageC_VAEEncode",
-        "SetLatentNoiseMask", "SolidMask", "MaskComposite", "InvertMask", "PixStack_ExamplePicture",
-        "PixStack_LoadEntry", "PixStack_UltraPixelInpaintHint", "PixStack_PaintConditions"}),
+        "SetLatentNoiseMask", "SolidMask", "MaskComposite", "InvertMask", "RepeatLatentBatch",
+        "PixStack_ExamplePicture", "PixStack_LoadEntry", "PixStack_UltraPixelInpaintHint", "PixStack_PaintConditions"}),
     "Hints": ("#8AA", {
         "Canny", "PixStack_CannyEdges", "PixStack_HEDEdges", "PixStack_DepthMap", "PixStack_FindPoses",
         "PixStack_DrawPoses", "PixStack_UltraPixelCanny"}),

@@ -29,9 +29,9 @@ def quick(monkeypatch, host):
 
 @pytest.fixture
 def brief(monkeypatch):
-    """A drawing of each section; those that differ in settings all."""
+    """A drawing of each kind in a section: those that differ in their prompt only are one."""
     monkeypatch.setattr(demo, "SECTIONS", tuple(
-        replace(one, drawings=tuple(d for i, d in enumerate(one.drawings) if i == 0 or d.settings))
+        replace(one, drawings=tuple({d.settings: d for d in reversed(one.drawings)}.values()))
         for one in demo.SECTIONS))
 
 
@@ -122,7 +122,11 @@ def test_a_prompt_changes_the_picture_while_the_seed_repeats_it(host):
     assert draw("red apple", 2) != apple
 
 
-def test_a_seed_that_several_nodes_share_is_set_where_it_comes_from(host):
+@pytest.mark.parametrize("name, kind, place", [
+    ("pixart_emoji", "KSampler", "seed"), ("pixart_emoji_inpaint", "SamplerCustom", "noise_seed"),
+    ("pixart_emoji_lora", "PrimitiveInt", "value"),  # of all three samplers
+])
+def test_a_seed_is_set_where_it_comes_from(host, name, kind, place):
     info = host.object_info()
-    graph, _ = demo.asked(demo.read(shipped()["pixart_emoji_lora"], info), demo.Drawing("sun"), 5, info)
-    assert [node["inputs"]["value"] for node in graph.values() if node["class_type"] == "PrimitiveInt"] == [5]
+    graph, _ = demo.asked(demo.read(shipped()[name], info), demo.Drawing("sun"), 5, info)
+    assert [node["inputs"][place] for node in graph.values() if node["class_type"] == kind] == [5]

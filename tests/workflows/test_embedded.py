@@ -82,6 +82,16 @@ def test_the_last_stage_sharpens_an_enlarged_picture(host):
     assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.8
 
 
+def example(name: str) -> np.ndarray:
+    return np.asarray(Image.open(HERE.parents[1] / f"assets/pictures/{name}.png").convert("RGB")) / 255
+
+
+def test_inpainting_draws_the_painted_part_anew_and_leaves_the_rest(host):
+    changed = np.abs(drawn(host, "pixart_emoji_inpaint", {}) - example("rose"))
+    painted, kept = changed[:, :80], changed[:, 88:]  # the VAE looks a little across the edge
+    assert painted.mean() > 0.1 and kept.mean() < 0.05
+
+
 def test_the_lora_draws_the_apple_in_the_colours_of_its_style(host):
     """Fluent 3D's red apple is pinker than Noto's: more blue beside its red."""
     noto, between, fluent = drawn(host, "pixart_emoji_lora", {("CLIPTextEncode", "text"): "red apple"})
