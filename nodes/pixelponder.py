@@ -104,7 +104,7 @@ class PixelPonderCondition(CheckedNode):
             node_id="PixStack_PixelPonderCondition",
             display_name="PixelPonder Condition",
             category=CATEGORY,
-            search_aliases=["controlnet hint", "multi controlnet", "regional controlnet", "controlnet mask"],
+            search_aliases=["controlnet hint", "regional controlnet", "controlnet mask"],
             description="One hint for PixelPonder. Connect as many in a row as wanted; kinds may repeat.",
             inputs=[
                 io.Image.Input("image", tooltip="The hint: edges, a depth map or a drawn pose. If its shape is not the "
@@ -148,7 +148,8 @@ class PixelPonderApply(CheckedNode):
             node_id="PixStack_PixelPonderApply",
             display_name="Apply PixelPonder (Multi ControlNet)",
             category=CATEGORY,
-            search_aliases=["combine controlnets", "several controlnets", "union controlnet", "regional controlnet"],
+            search_aliases=["multi controlnet", "combine controlnets", "several controlnets", "union controlnet",
+                            "regional controlnet"],
             advanced=("rounds",),
             description="Puts PixelPonder with its conditions on the prompts. Works with FLUX.1 of any loader, LoRAs "
             "and core's samplers. The release was trained with 512 text tokens, guidance 4 and pictures of 512 pixels.",

@@ -46,7 +46,6 @@ BY_ALIAS = [  # where the host has search_aliases, which 0.3.75 lacks
     ("low vram", "UltraPixelStageBTiles"), ("inpaint controlnet", "UltraPixelInpaintHint"),
     ("negative prompt", "PixArtPrompt"), ("before after", "ComparePictures"), ("image comparer", "ComparePictures"),
     ("paint mask", "PaintConditions"), ("several hints", "PixelPonderConditions"),
-    ("condition stack", "PixelPonderConditions"),
 ]  # fmt: skip
 
 
