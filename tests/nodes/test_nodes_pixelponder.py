@@ -540,6 +540,14 @@ def test_a_map_that_depends_on_the_step_is_that_of_the_last_one_and_refused_befo
     assert len(picture) == 2 and len(masks) == 2 and torch.equal(masks[0] + masks[1], torch.ones(2, 64, 96))
 
 
+@pytest.mark.parametrize("strategy", ["released", "accumulate", "blend"])
+def test_without_strength_no_condition_wins_a_patch(flux, strategy):
+    positive, _ = apply(flux, several(flux, "canny", "depth"), strategy=strategy, strength=0.0)
+    draw(flux, positive)
+    picture, masks = node(flux, "Map", positive=positive, latent=latent(), overlay=0.5)
+    assert not picture[:, :64].any() and not torch.stack(masks).any()
+
+
 @pytest.mark.parametrize("length", [6, 4])
 def test_the_map_is_that_of_the_positive_prompt_in_one_batch_with_the_negative_or_after_it(flux, length):
     row = several(flux, "canny", "depth")

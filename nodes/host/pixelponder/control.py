@@ -311,14 +311,16 @@ def weighted(residuals: Residuals, strengths: list[float], share: Tensor, grid: 
 
 def map_of(control: PixelPonderControl, size: tuple[int, int]) -> Tensor:
     """share (B, K, rows, columns) for latents of `size`: of the last step that ran, or computed here where no step
-    changes it, for the conditions that begin first.
+    changes it, for the conditions that begin first. Nothing wins at a strength of 0.
     """
     if tuple(size) in control.shown.of_size:
         return control.shown.of_size[tuple(size)]
+    if control.strength == 0:
+        return torch.zeros(1, len(control.conditions), *((side + 1) // 2 for side in size))
     if control.strategy not in ("released", "blend"):
         raise ValueError(f"The map of the strategy {control.strategy!r} is made while sampling, and there was none at "
                          f"{size[1] * HINT_CELL}x{size[0] * HINT_CELL} pixels yet: connect the LATENT that the sampler "
-                         "gives.")
+                         "gives. If it is connected, none of its steps lay between start_percent and end_percent.")
     first = min(c.start for c in control.conditions)
     active = [i for i, c in enumerate(control.conditions) if c.start == first]
     masks = [mask_for(control.conditions[i], size) for i in active]
