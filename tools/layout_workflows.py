@@ -337,6 +337,8 @@ def browse(address: str, jobs: list[dict], timeout: float = 900) -> dict:
     chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
     if chromium is None or shutil.which("node") is None:
         raise ValueError("Chromium and node are needed to measure nodes; one of them is not installed")
+    if not (RUNNER.parent / "node_modules" / "playwright-core").is_dir():
+        raise ValueError("playwright-core is needed to measure nodes: run npm ci --prefix tests/frontend")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "jobs.json")
         file.write_text(json.dumps(jobs))
