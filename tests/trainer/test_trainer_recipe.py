@@ -150,6 +150,16 @@ def test_a_trunk_is_taken_from_a_network_with_another_condition(path, tmp_path, 
     assert torch.isfinite(recipe(batches(0, range(6)))).all()
 
 
+def test_a_trunk_that_lacks_a_weight_is_refused(path, tmp_path):
+    shape = PixelFlowConfig(heads=2, head_dim=8, depth=1, num_stages=2, resolution=32, context_dim=24)
+    weights = PixelFlow(shape).initialise().state_dict()
+    del weights["proj_out_1.bias"]
+    state_dict.write_file(tmp_path / "trunk.safetensors", weights, checkpoint.metadata(shape))
+    with pytest.raises(ValueError, match="1 missing: proj_out_1.bias"):
+        recipe_of(path, tmp_path, f"init_from={tmp_path / 'trunk.safetensors'}", "recipe.trunk=true",
+                  **{**CLASSES, "model": {}})
+
+
 def test_muon_takes_the_matrices_of_the_blocks_only(path, tmp_path):
     settings = tiny_run.settings(path, tmp_path / "run", "optimizer.name=muon")
     recipe = build.recipe(settings, build.collection(settings))

@@ -281,10 +281,10 @@ def mismatches(config: Config, found: PixelFlowConfig) -> list[str]:
     """What the file of init_from, whose shape was found, has otherwise than the settings want it."""
     complaints, text = [], config.text.encoder
     wanted = {"in_channels": 3, "out_channels": 3, **requested(config.model)}
-    if text == "small" and found.text_conditional and not config.recipe.trunk:
-        wanted["context_dim"] = config.text.width
-    elif config.recipe.trunk:
+    if config.recipe.trunk:
         pass  # what text or classes bring starts anew
+    elif text == "small" and found.text_conditional:
+        wanted["context_dim"] = config.text.width
     elif text and not found.text_conditional:
         complaints.append(f"init_from={config.init_from} is not text-conditional, and text.encoder={text!r} is set: "
                           "start from a text-conditional checkpoint, leave text.encoder empty and train on classes, "
@@ -302,10 +302,12 @@ def mismatches(config: Config, found: PixelFlowConfig) -> list[str]:
 
 
 def grafted(model: PixelFlow, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of `model`, those that networks for text and for classes have in common taken out of `tensors`."""
-    own, given = model.state_dict(), ("class_embedder.", ".attn2.", ".norm2.")
-    return {key: value if any(part in key for part in given) else tensors.get(key, value)
-            for key, value in own.items()}
+    """`tensors` without what text or classes brought to them, and `model`'s own of that."""
+    def conditions(key: str) -> bool:
+        return any(part in key for part in ("class_embedder.", ".attn2.", ".norm2."))
+
+    common = {key: value for key, value in tensors.items() if not conditions(key)}
+    return common | {key: value for key, value in model.state_dict().items() if conditions(key)}
 
 
 def prefixed(module: nn.Module, prefix: str) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ class PixelFlowSettings(Settings):
     lora: bool = False
     """Train the adapter of [adapter] on the network of init_from, and nothing else of it."""
     trunk: bool = False
-    """Of init_from, take only what networks for text and for classes have in common; the class table or the
+    """Take only what networks for text and for classes have in common out of init_from; the class table or the
     cross-attention starts anew. So a network of classes begins with one that has learned to draw from captions."""
     packing: str = "auto"
     """packed: all stages in one pass through packed attention. dense: one pass per stage, the same result. auto: packed
