@@ -26,9 +26,9 @@ def run(args):
     out = args.out or args.run_folder / "over_steps.png"
     curve = args.curve or out.with_name("loss.png")
     log = read_log(args.run_folder)
-    if log:
-        sheets.loss_curve(log).save(curve, optimize=True)
-        print(curve)
     if sheets.drawn(args.run_folder) or not log:
         sheets.over_steps(args.run_folder, args.columns, args.rows, args.side).save(out, optimize=True)
         print(out)
+    if log:
+        sheets.loss_curve(log).save(curve, optimize=True)
+        print(curve)
