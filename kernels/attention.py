@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .runtime import computed_in
+
 SHORT = 256 * 256  # scores per head
 
 
@@ -21,7 +23,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     on_cpu = q.device.type == "cpu" and q.requires_grad
     if on_cpu and q.shape[-2] * k.shape[-2] <= SHORT and computed_in(q) != torch.float32:
-        # Of 16 bits the backward pass of the fused kernel takes two to three times as long for short sequences (2 x 16
+        # In 16 bits the backward pass of the fused kernel takes two to three times as long for short sequences (2 x 16
         # heads of 256 tokens and 72 channels in bfloat16: 35 ms against 15). In float32 it is the faster one (29 ms
         # against 33), and keeps no scores.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, N, L)
@@ -29,9 +31,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def computed_in(x: Tensor) -> torch.dtype:
-    """The dtype in which products of x are computed, which autocast may change."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .runtime import computed_in
+
 
 def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return F.linear(x, weight, bias) + F.linear(F.linear(x, a), b) * scale
@@ -20,8 +22,7 @@ def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Ten
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     if torch.compiler.is_compiling():  # which fuses the additions itself
         return lora_linear_reference(x, weight, bias, a, b, scale)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = computed_in(x)
     # Detached: in the backward pass the layer's own may be elsewhere, where blocks are swapped.
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
     return _LoraProduct.apply(x.to(dtype), weight, bias, a.to(dtype), b.to(dtype), scale)  # gradients are cast back

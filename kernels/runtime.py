@@ -39,3 +39,9 @@ def bitsandbytes(x: Tensor) -> ModuleType | None:
 def has_flash_attention(q: Tensor) -> bool:
     """Whether FlashAttention 2 supports the device and dtype of q: 16 bits, on CUDA from Ampere on."""
     return q.is_cuda and q.dtype in HALF and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype in which products of x are computed, which autocast may change."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
