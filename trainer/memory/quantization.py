@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.quantized_linear import QuantizedWeight, dequantize, quantize, quantized_linear
+from ...kernels.runtime import computed_in
 from ..config.schema import Config
 
 
@@ -53,6 +54,5 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.quantized(), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        x = x.to(computed_in(x))
         return quantized_linear(x, self.quantized(), None if self.bias is None else self.bias.to(x.dtype))
