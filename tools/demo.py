@@ -58,9 +58,8 @@ class Section:
     drawings: tuple[Drawing, ...]
 
 
-def drawings(*prompts: str, views: tuple[View, ...] = (View(),), settings: tuple[str, ...] = ()
-             ) -> tuple[Drawing, ...]:
-    return tuple(Drawing(prompt, views, settings) for prompt in prompts)
+def drawings(*prompts: str, views: tuple[View, ...] = (View(),)) -> tuple[Drawing, ...]:
+    return tuple(Drawing(prompt, views) for prompt in prompts)
 
 
 def hint(node: str, caption: str, output: int | None = 0) -> View:
@@ -78,8 +77,9 @@ def enlarged(picture: str, prompt: str) -> Drawing:
 
 
 def over(title: str, name: str, *prompts: str) -> tuple[Drawing, ...]:
-    """PixArt's drawings over an example picture. title: of its node."""
-    return drawings(*prompts, views=(hint(title, name), View()), settings=("RepeatLatentBatch.amount=1",))
+    """PixArt's drawings over an example picture, which is shown once. title: of its node."""
+    return tuple(Drawing(prompt, (*(() if i else (hint(title, name),)), View()), ("RepeatLatentBatch.amount=1",))
+                 for i, prompt in enumerate(prompts))
 
 
 def along(picture: str, name: str, prompt: str) -> tuple[Drawing, Drawing]:
