@@ -1,7 +1,6 @@
 """Frozen blocks in 8 or 4 bits a weight, dequantised where they are used (`kernels/quantized_linear.py`)."""
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ...kernels.quantized_linear import QuantizedWeight, dequantize, quantize, quantized_linear
