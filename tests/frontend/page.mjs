@@ -106,6 +106,7 @@ export const saved = (page) => page.evaluate(() => window.app.graph.serialize())
 export async function one(page, type, size, most = 1) {
   const workflow = await page.evaluate(([type, size]) => {
     const graph = new window.app.graph.constructor()
+    graph.id = crypto.randomUUID() // newer frontends keep what widgets hold by it
     const node = window.LiteGraph.createNode(type)
     graph.add(node)
     node.pos = [0, 0]
@@ -135,6 +136,7 @@ export async function undo(page) {
 export async function build(page, nodes, links) {
   const workflow = await page.evaluate(([nodes, links]) => {
     const graph = new window.app.graph.constructor()
+    graph.id = crypto.randomUUID() // newer frontends keep what widgets hold by it
     const made = nodes.map(({ type, values = {}, pos, size }) => {
       const node = window.LiteGraph.createNode(type)
       graph.add(node)
