@@ -56,8 +56,10 @@ export function insteadOfPreview(node, element) {
 
 /** Keys are the widget's: the canvas would move, delete or undo nodes. handle(event) => whether it took the key. */
 export function keys(element, handle) {
-  // The canvas's Ctrl+Z looks before any element can stop it, and leaves only what is an INPUT or of this type alone.
+  // The canvas's Ctrl+Z looks before any element can stop it. It leaves alone what is an INPUT or of this type, in frontends
+  // from 1.5x what says of itself that it is edited.
   if (!('type' in element)) element.type = 'textarea'
+  Object.defineProperty(element, 'isContentEditable', { value: true })
   element.addEventListener('keydown', (event) => {
     if (!handle(event)) return
     event.preventDefault()

@@ -64,7 +64,7 @@ async function queue(page) {
     const pictures = (node) => node.imgs?.length ? node.imgs : [...document.querySelectorAll(`[data-node-id="${node.id}"] img`)]
     for (let i = 0; i < 100 && !saves.every((node) => pictures(node)[0]?.naturalWidth); i++)
       await new Promise((resolve) => setTimeout(resolve, 100))
-    const images = saves.flatMap(pictures).map((image) => [image.naturalWidth, image.naturalHeight])
+    const images = saves.map((node) => pictures(node)[0]).map((image) => [image?.naturalWidth, image?.naturalHeight])
     return { ...result, images, next: (await app.graphToPrompt()).output }
   })
   await drawn(page)
