@@ -61,6 +61,8 @@ def made(name: str, blueprint: Blueprint, template: dict) -> dict:
     """The file of a blueprint. template: the workflow that it packs."""
     template = copy.deepcopy(template)
     names = {node["id"]: node for node in template["nodes"]}
+    for node in template["nodes"]:  # fields that App mode names: what stands on the blueprint is connected below
+        node["inputs"] = [one for one in node["inputs"] if not one.get("widget") or one["link"] is not None]
     inside = [node for node in template["nodes"] if node["type"] not in LEFT_OUT]
     links, inputs, outputs = [], [], []
     for one in (dict(zip(LINK, link, strict=True)) for link in template["links"]):

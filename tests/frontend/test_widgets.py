@@ -40,6 +40,8 @@ def checked(request, tmp_path_factory) -> dict:
 @pytest.mark.parametrize("check", CHECKS, ids=["-".join(check) for check in CHECKS])
 def test_a_widget(check, checked):
     problem = checked["results"][" ".join(check)]
+    if isinstance(problem, dict):
+        pytest.skip(problem["skipped"])
     assert not problem, problem
 
 

@@ -1,10 +1,10 @@
 // Runs checks of our widgets, in a Chromium for each renderer.
 // node widgets.mjs ADDRESS JOBS.json    jobs: {artifacts, checks: [[script, check, renderer]]}; the answer on stdout is
-// JSON: {errors, results: {"script check renderer": "" or what failed}}.
+// JSON: {errors, results: {"script check renderer": "", what failed, or {skipped: why}}}.
 //
 // A check is an async function that widgets/SCRIPT.mjs exports. It gets ({page, renderer, address, shot}), where
-// `shot(name)` leaves a picture in tests/artifacts/, and fails by throwing; page.mjs and node:assert are its tools. Where a
-// script exports `alone`, no two of its checks run at a time.
+// `shot(name)` leaves a picture in tests/artifacts/; it fails by throwing, and is skipped if it returns why. page.mjs and
+// node:assert are its tools. Where a script exports `alone`, no two of its checks run at a time.
 import fs from 'node:fs'
 import path from 'node:path'
 import { drawn, launch, open, RENDERERS } from './page.mjs'
@@ -29,7 +29,7 @@ await Promise.all(RENDERERS.map(async (renderer) => { // each waits for its page
       }
       const problem = await run(script, name, { page, renderer, address, shot })
       answer.results[`${script} ${name} ${renderer}`] = problem
-      if (problem) {
+      if (problem && !problem.skipped) {
         await shot(`failed-${name}`).catch(() => {})
         await page.close() // what a failed check left behind is not the next one's
         page = undefined
@@ -39,8 +39,7 @@ await Promise.all(RENDERERS.map(async (renderer) => { // each waits for its page
     await browser.close()
   }
 }))
-process.stdout.write(JSON.stringify(answer))
-process.exit(0) // a check that ran out of time may still wait
+process.stdout.write(JSON.stringify(answer), () => process.exit(0)) // a check that ran out of time may still wait
 
 async function run(script, name, given) {
   let timer
@@ -51,8 +50,8 @@ async function run(script, name, given) {
   try {
     const module = await import(`./widgets/${script}.mjs`)
     if (module.alone) release = await turn()
-    await Promise.race([module[name](given), late])
-    return ''
+    const skipped = await Promise.race([module[name](given), late])
+    return skipped ? { skipped } : ''
   } catch (error) {
     return error.stack ?? String(error)
   } finally {

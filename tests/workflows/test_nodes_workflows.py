@@ -9,6 +9,7 @@ from PIL import Image
 from pixstack.models_impl.pixart.buckets import TABLES, nearest
 from pixstack.models_impl.pixart.sampling import time_uniform
 from pixstack.tools import workflow as conversion
+from pixstack.tools.app_mode import app_mode
 from pixstack.tools.make_workflow_pictures import CARDS, calls, cascade_calls, competing
 from pixstack.tools.show_workflows import without_download
 
@@ -63,6 +64,14 @@ def test_a_note_names_nodes_by_what_stands_above_them(workflow, host):
     text = "\n".join(n["widgets_values"][0] for n in notes(workflow)[:1])
     named = re.findall(r"\*\*([^*]+)\*\* `", text)
     assert [name for name in named if not any(title.startswith(name.removesuffix(" ...")) for title in titles)] == []
+
+
+def test_app_mode_asks_for_what_the_nodes_have(workflow, host):
+    saved = json.loads(workflow.read_text(encoding="utf-8"))
+    assert app_mode(saved) == saved, "run `python -m pixstack.tools.app_mode`"
+    prompt, form = conversion.read(workflow, host.object_info()), saved["extra"]["linearData"]
+    assert all(not isinstance(prompt[str(i)]["inputs"][name], list) for i, name in form["inputs"])
+    assert all(host.object_info()[prompt[str(i)]["class_type"]]["output_node"] for i in form["outputs"])
 
 
 def test_groups_are_numbered_and_coloured(workflow):
