@@ -2,8 +2,9 @@
 
     python -m pixstack.tools.app_mode
 
-writes `extra.linearData` of every workflow, as frontends from 1.39 read it: fields as [node id, widget name], results as
-node ids. Older ones keep it and do nothing with it. Run it again after nodes of a template have changed; a test compares.
+writes `extra.linearData` of every workflow, as frontends from 1.39 read it: fields as [node id, widget name], results
+as node ids. Older ones keep it and do nothing with it. Run it again after nodes of a template have changed; a test
+compares.
 """
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ UNUSED = {"CLIPTextEncode": "No negative prompt"}  # class -> title of a node wh
 
 
 def app_mode(workflow: dict) -> dict:
-    """A copy of `workflow` with `extra.linearData`, and with a label on every field whose name says too little: App mode
-    does not show whose it is."""
+    """A copy of `workflow` with `extra.linearData`, and with a label on every field whose name says too little, for App
+    mode does not show whose it is."""
     workflow = copy.deepcopy(workflow)
     nodes = {node["id"]: node for node in workflow["nodes"]}
     sources: dict[int, list[int]] = {i: [] for i in nodes}
