@@ -56,9 +56,7 @@ def networks(args, size: int, batch: int) -> dict:
     peer.load_state_dict(to_diffusers(weights))
     peer.to(**to)
 
-    def attention(q, k, v, mask=None):
-        if mask is not None:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
+    def attention(q, k, v, mask=None):  # the mask is what is added to the scores
         return optimized(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
 
     kept = {}
