@@ -13,16 +13,15 @@ it places tokens elsewhere, so that its predictions differ.
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 import sys
-import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 sys.path[:] = [str(Path(__file__).resolve().parents[1] / "package"), *sys.path[1:]]
 
 import torch  # noqa: E402 - the repository gets its name first
+from pixstack.benchmarks.report import GIB, Report, Row, clock, difference, spread, timed  # noqa: E402
 from pixstack.models_impl.pixart.config import PixArtConfig  # noqa: E402
 from pixstack.models_impl.pixart.key_names import to_diffusers  # noqa: E402
 from pixstack.models_impl.pixart.model import PixArt  # noqa: E402
@@ -31,6 +30,7 @@ from torch.nn import functional as F  # noqa: E402
 
 LENGTHS = (17, 3)
 PADDED = 300  # tokens that diffusers' Sigma pipeline pads to
+TRAINED = (512, 1024, 2048)  # pixels at which ComfyUI's positions are the released ones
 
 
 def networks(args, size: int, batch: int) -> dict:
@@ -60,18 +60,19 @@ def networks(args, size: int, batch: int) -> dict:
         return optimized(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
 
     kept = {}
+    run, encode = torch.compile(net) if args.compile else net, net.encode_text
 
-    def one_pass(x, t, texts):
+    def one_pass(x, t, texts, net=run):
         B = len(x)
         if "both" not in kept:
             rows = [F.pad(text, (0, 0, 0, max(LENGTHS) - text.shape[1])).expand(B, -1, -1) for text in texts]
             keep = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).repeat_interleave(B)[:, None]
-            kept["both"] = net.encode_text(torch.cat(rows), keep.to(x.device))
+            kept["both"] = encode(torch.cat(rows), keep.to(x.device))
         return net(x.repeat(2, 1, 1, 1), t.repeat(2), text=kept["both"], attention=attention)[:, :4].chunk(2)
 
-    def two_passes(x, t, texts):
+    def two_passes(x, t, texts, net=run):
         if "each" not in kept:
-            kept["each"] = [net.encode_text(text.expand(len(x), -1, -1)) for text in texts]
+            kept["each"] = [encode(text.expand(len(x), -1, -1)) for text in texts]
         return [net(x, t, text=text, attention=attention)[:, :4] for text in kept["each"]]
 
     def comfyui(x, t, texts):
@@ -87,41 +88,48 @@ def networks(args, size: int, batch: int) -> dict:
     ways = {"ours in one pass": one_pass, "ours in two passes": two_passes}
     chosen = "ours in one pass" if one_is_faster(batch * (size // 16) ** 2, torch.device(args.device)) else \
         "ours in two passes"
-    return {"ours": ways.pop(chosen), **ways, "ComfyUI": comfyui, "diffusers": diffusers}
+    named = {"ours": ways.pop(chosen)}
+    if args.compile:
+        ways = {"ours, not compiled": partial(named["ours"], net=net)}
+    return {**named, **ways, "ComfyUI": comfyui, "diffusers": diffusers}
 
 
 @torch.inference_mode()
-def compare(args, size: int, batch: int):
+def compare(report: Report, args, size: int, batch: int):
     to = dict(device=args.device, dtype=getattr(torch, args.dtype))
+    what = "PixArt, compiled" if args.compile else "PixArt"
+    details = f"depth {args.depth}, {args.dtype}"
+    title = f"{what}, {size} px, batch {batch}, {details}"
     sides = networks(args, size, batch)
     x = torch.randn(batch, 4, size // 8, size // 8).to(**to)
     t, texts = torch.full((batch,), 500.0, device=args.device), [torch.randn(1, n, 4096).to(**to) for n in LENGTHS]
-    predictions = {}
+    predictions, differences, peaks, notes = {}, {}, {}, {}
     for name, side in list(sides.items()):
         try:
             predictions[name] = torch.cat(list(side(x, t, texts))).float()  # and a warm-up
         except ZeroDivisionError:
-            print(f"{size} px, batch {batch}: {name} divides by zero")
+            print(f"{title}: {name} divides by zero")
             del sides[name]
+            continue
+        differences[name] = difference(predictions[name], predictions["ours"])
+        if name == "ComfyUI" and size not in TRAINED:
+            notes[name] = "ComfyUI places tokens elsewhere between trained sizes"
+        elif not report.equal(title, name, differences[name], args.dtype):
+            del sides[name]
+            continue
+        peaks[name] = timed(partial(side, x, t, texts), args.device)[2] / GIB
     seconds = {name: [] for name in sides}
     for _ in range(args.repeats):
         for name, side in sides.items():
-            start = time.perf_counter()
+            start = clock(args.device)
             side(x, t, texts)
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    print(f"{size} px, batch {batch}, depth {args.depth}, {args.dtype}: ours {spread(seconds['ours'])} s a step")
+            seconds[name].append(clock(args.device) - start)
+    print(f"{title}: ours {spread(seconds['ours'])} s a step, peak {peaks['ours']:.3f} GiB over the weights")
     for name in [name for name in sides if name != "ours"]:
-        ratios = [a / b for a, b in zip(seconds[name], seconds["ours"], strict=True)]
-        difference = (predictions[name] - predictions["ours"]).abs().max() / predictions["ours"].std()
-        print(f"  {name} / ours = {spread(ratios)} over {args.repeats} rounds, greatest difference "
-              f"{difference:.1e} of the standard deviation", flush=True)
-
-
-def spread(values) -> str:
-    digits = max(2, 2 - math.floor(math.log10(max(values))))
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+        row = Row(what, name, seconds["ours"], seconds[name], details, {"size": size, "batch": batch},
+                  (peaks["ours"], peaks[name]), differences[name], notes.get(name, ""))
+        report.row(row, f"  {name} / ours = {spread(row.ratios)} over {args.repeats} rounds, peak {peaks[name]:.3f} "
+                        f"GiB, greatest difference {row.difference:.1e} of the standard deviation")
 
 
 def main():
@@ -131,15 +139,17 @@ def main():
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4] if cuda else [1])
     parser.add_argument("--depth", type=int, default=28 if cuda else 2, help="28: the released network")
     parser.add_argument("--repeats", type=int, default=10 if cuda else 5)
+    parser.add_argument("--compile", action="store_true", help="ours by torch.compile")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
     args = parser.parse_args()
     Host().start("--use-pytorch-cross-attention")  # as diffusers, and as ComfyUI does by itself on NVIDIA
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}")
-    for size in args.size:
-        for batch in args.batch:
-            compare(args, size, batch)
+    with Report() as report:
+        for size in args.size:
+            for batch in args.batch:
+                compare(report, args, size, batch)
 
 
 if __name__ == "__main__":
