@@ -2,7 +2,8 @@
 
 The plain loop does what pipeline_pixelflow.py of ShoufaChen/PixelFlow does: block noise drawn block by block in Python,
 the rope table on the host and copied in every attention call, text padded to 512 tokens with an additive mask, both
-guidance halves in every stage. The two alternate in processes of their own; printed are seconds of each, their ratio
+guidance halves in every stage. First both draw a picture in one step a stage from the same noise, which must be equal.
+Then the two alternate in processes of their own; printed are seconds of each (on a CPU the process's own), their ratio
 (plain / ours, above 1 = ours is faster) as median (least to most), and each process's peak memory.
 
     python benchmarks/pixelflow.py [--case c2i t2i] [--preset xl|small] [--steps N] [--repeats N]
@@ -10,18 +11,16 @@ guidance halves in every stage. The two alternate in processes of their own; pri
 from __future__ import annotations
 
 import argparse
-import math
 import multiprocessing
 import resource
-import statistics
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 sys.path[:] = [str(Path(__file__).resolve().parents[1] / "package"), *sys.path[1:]]
 
 import torch  # noqa: E402 - the repository gets its name first
+from pixstack.benchmarks.report import Report, Row, clock, difference, spread  # noqa: E402
 from pixstack.kernels.rope import rotate  # noqa: E402
 from pixstack.models_impl.pixelflow import model as network_file  # noqa: E402
 from pixstack.models_impl.pixelflow import sampling  # noqa: E402
@@ -90,7 +89,8 @@ def ours(model, case, size, steps, batch, device, dtype):
     return flow.sample(predict, noise, schedule, lambda stage, shape: sampling.block_noise(shape, rng).to(device))
 
 
-def plain(model, case, size, steps, batch, device, dtype):
+def plain(model, case, size, steps, batch, device, dtype, rng=None):
+    """rng: draws the noise as ours does, instead of as the released code."""
     cond, uncond = conditions(model, batch, device, dtype)
     config, stages = model.config, Stages(model.config.num_stages)
     if config.text_conditional:
@@ -108,12 +108,15 @@ def plain(model, case, size, steps, batch, device, dtype):
     covariance = (4 / 3 + sampling.NOISE_EPS) * torch.eye(4) - 1 / 3 * torch.ones(4, 4)
     normal = torch.distributions.MultivariateNormal(torch.zeros(4), covariance)
     small = stage_size(size, size, 0, stages.num_stages)
-    x = torch.randn(batch, 3, *small, device=device)
+    x = torch.randn(batch, 3, *small, generator=rng).to(device) if rng else torch.randn(batch, 3, *small, device=device)
     for k in range(stages.num_stages):
         if k:
             B, C, H, W = x.shape
-            blocks = torch.stack([normal.sample() for _ in range(B * C * H * W)])  # one per block of the doubled size
-            noise = blocks.view(B, C, H, W, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(B, C, 2 * H, 2 * W).to(device)
+            if rng:
+                noise = sampling.block_noise((B, C, 2 * H, 2 * W), rng).to(device)
+            else:  # one by one, a block of the doubled size at a time
+                blocks = torch.stack([normal.sample() for _ in range(B * C * H * W)])
+                noise = blocks.view(B, C, H, W, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(B, C, 2 * H, 2 * W).to(device)
             x = sampling.jump(x, k, noise, stages)
         h, w = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
         rope = rope_table(h, w, config.head_dim)  # stays on the host, as the released code has it
@@ -131,19 +134,21 @@ def plain(model, case, size, steps, batch, device, dtype):
 
 @torch.inference_mode()
 def worker(pipe, side, case, args):
-    """One side in a process of its own: samples at each request and returns the seconds."""
+    """One side in a process of its own: a picture in one step a stage first, then the seconds of each that is asked."""
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     model = network(case, args.preset, args.device, dtype)
     run = {"ours": ours, "plain": plain}[side]
     if side == "plain":  # its table is on the host: every attention call gets a copy on the device
         network_file.rotate = lambda x, table: rotate(x, table.to(x.device))
+    torch.manual_seed(1)  # the text
+    given = {"rng": torch.Generator().manual_seed(0)} if side == "plain" else {}
+    picture = run(model, case, args.size[case], 1, args.batch, args.device, dtype, **given)  # and a warm-up
+    pipe.send(picture.float().cpu().numpy())
     while pipe.recv():
-        start = time.perf_counter()
+        start = clock(args.device)
         picture = run(model, case, args.size[case], args.steps, args.batch, args.device, dtype)
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = clock(args.device) - start
         assert picture.shape[-1] == args.size[case] and picture.isfinite().all()
         pipe.send(seconds)
     if args.device == "cuda":
@@ -152,33 +157,34 @@ def worker(pipe, side, case, args):
         pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
 
 
-def compare(case: str, args):
+def compare(report: Report, case: str, args):
+    details = f"{args.preset}, {args.steps} steps a stage, {args.dtype}"
+    what, axes = f"PixelFlow {case}", {"size": args.size[case], "batch": args.batch}
+    title = f"{what}, {args.size[case]} px, batch {args.batch}, {details}"
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for side in ("plain", "ours"):
         pipes[side], other = context.Pipe()
         context.Process(target=worker, args=(other, side, case, args), daemon=True).start()
+    pictures = {side: torch.from_numpy(pipe.recv()) for side, pipe in pipes.items()}
+    different = difference(pictures["plain"], pictures["ours"])
+    same = report.equal(title, "plain", different, args.dtype)
     seconds = {side: [] for side in pipes}
-    for repeat in range(args.repeats + 1):  # the first is a warm-up
+    for _ in range(args.repeats if same else 0):
         for side, pipe in pipes.items():
             pipe.send(True)
-            taken = pipe.recv()
-            if repeat:
-                seconds[side].append(taken)
+            seconds[side].append(pipe.recv())
     memory = {}
     for side, pipe in pipes.items():
         pipe.send(False)
         memory[side] = pipe.recv()
-    ratios = [a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True)]
-    name = f"{case} {args.preset} {args.size[case]} px, batch {args.batch}, {args.steps} steps/stage, {args.dtype}"
-    print(f"{name}\n  plain {spread(seconds['plain'])} s, peak {memory['plain']:.2f} GiB")
-    print(f"  ours  {spread(seconds['ours'])} s, peak {memory['ours']:.2f} GiB")
-    print(f"  plain / ours = {spread(ratios)} over {args.repeats} pairs", flush=True)
-
-
-def spread(values) -> str:
-    digits = max(2, 2 - math.floor(math.log10(max(values))))
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    if not same:
+        return
+    row = Row(what, "plain loop of the release", seconds["ours"], seconds["plain"], details, axes,
+              (memory["ours"], memory["plain"]), different)
+    report.row(row, f"{title}\n  plain {spread(row.theirs)} s, peak {memory['plain']:.2f} GiB\n  ours  "
+                    f"{spread(row.ours)} s, peak {memory['ours']:.2f} GiB\n  plain / ours = {spread(row.ratios)} over "
+                    f"{args.repeats} pairs, greatest difference {different:.1e} of the standard deviation")
 
 
 def main():
@@ -199,8 +205,9 @@ def main():
     args.size = {"c2i": args.c2i_size, "t2i": args.t2i_size}
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     print(f"torch {torch.__version__}, {where}")
-    for case in args.case:
-        compare(case, args)
+    with Report() as report:
+        for case in args.case:
+            compare(report, case, args)
 
 
 if __name__ == "__main__":
