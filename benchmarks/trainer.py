@@ -25,20 +25,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import gc
-import math
 import multiprocessing
 import resource
-import statistics
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path[:] = [str(Path(__file__).resolve().parents[1] / "package"), *sys.path[1:]]
+
+from pixstack.benchmarks.report import GIB, Report, Row, clock, forget_peak, spread, status_bytes  # noqa: E402
 
 WIDTH, LENGTH, LIMIT = 4096, 60, 300  # of T5's tokens; tokens of a caption, and the most that the network reads
 WARM_UP = 2  # steps
@@ -413,6 +411,8 @@ SIDES = {
     "controlnet": (ours_pixart, peer_pixart),
 }
 """case -> (ours, peer)"""
+PEERS = {"full": "diffusers", "lora": "diffusers with peft", "pixelflow": "plain loop of the release",
+         "controlnet": "plain loop over diffusers' blocks"}
 DEFAULTS = {  # case -> (size, depth, batch) on a CPU, on a GPU
     "full": ((256, 2, 2), (1024, 28, 4)),
     "lora": ((256, 2, 2), (1024, 28, 4)),
@@ -433,11 +433,9 @@ def worker(pipe, side: str, case: str, args):
     learns = [p for p in made.module.parameters() if p.requires_grad]
     update = updates(side, args, learns)
     libraries = peak_from_here() - weight_bytes(made)
-    clock = time.process_time if args.device == "cpu" else time.perf_counter
     step = 0
     while steps := pipe.recv():
-        waited(args)
-        begin, losses = clock(), []
+        begin, losses = clock(args.device), []
         for _ in range(steps):
             loss = made.loss(step)
             loss.backward()
@@ -446,8 +444,7 @@ def worker(pipe, side: str, case: str, args):
                 made.after(step)
             losses.append(loss.item())
             step += 1
-        waited(args)
-        pipe.send({"seconds": clock() - begin, "losses": losses})
+        pipe.send({"seconds": clock(args.device) - begin, "losses": losses})
     memory = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak()
     pipe.send({"memory": memory, "training": memory if args.device == "cuda" else memory - libraries,
                "learns": sum(p.numel() for p in learns)})
@@ -478,13 +475,6 @@ def updates(side: str, args, learns):
     return update
 
 
-def waited(args):
-    if args.device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-
-
 def weight_bytes(side: Side) -> int:
     """Bytes of all parameters that the side holds: of what learns, and of what its loss reads."""
     import torch
@@ -499,24 +489,16 @@ def weight_bytes(side: Side) -> int:
 def peak_from_here() -> int:
     """Forgets the greatest memory until now, in which the weights were made. -> bytes that are in use"""
     gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError, TypeError):  # only on Linux with glibc; else it counts
-        pass
+    forget_peak()
     return peak()
 
 
 def peak() -> int:
     """The greatest memory of this process, in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return status_bytes("VmHWM") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def compare(case: str, args):
+def compare(report: Report, case: str, args):
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, {}
     for side in ("ours", "peer"):
@@ -529,36 +511,40 @@ def compare(case: str, args):
         try:
             pipes[side].send(steps)
             return pipes[side].recv()
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             sys.exit(f"{side}, {case}: ended before it was asked to")
 
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[args.precision]
+    what = f"trainer, {case}"
+    details = (f"depth {args.depth}, {args.precision}{', checkpointed' if args.checkpoint else ''}, the peer's AdamW: "
+               f"{args.adamw}")
     first, other = (ask(side, 1)["losses"][0] for side in pipes)
-    if not abs(first - other) <= (1e-3 if args.precision == "fp32" else 3e-2) * abs(other):
-        sys.exit(f"{case}: the sides do not do the same maths: the first loss is {first} and {other}")
+    different = abs(first - other) / abs(other)
+    if not report.equal(f"{what}, {args.size} px, the first loss", PEERS[case], different, dtype):
+        for side in pipes:
+            ask(side, 0)
+        return
     for side in pipes:
         ask(side, WARM_UP - 1)
     rounds = []
     for i in range(args.rounds):
         turns = list(pipes) if i % 2 == 0 else list(pipes)[::-1]
-        rounds.append({side: args.steps / ask(side, args.steps)["seconds"] for side in turns})
+        rounds.append({side: ask(side, args.steps)["seconds"] / args.steps for side in turns})
     end = {side: ask(side, 0) for side in pipes}
     for process in processes.values():
         process.join()
 
-    speed = [r["ours"] / r["peer"] for r in rounds]
-    print(f"{case}, {args.size} px, batch {args.batch}, depth {args.depth}, {args.precision}, {args.device}"
-          f"{', checkpointed' if args.checkpoint else ''}; the peer's AdamW: {args.adamw}; first loss {first:.5f} and "
+    memory = {kind: [end[side][kind] / GIB for side in ("ours", "peer")] for kind in ("memory", "training")}
+    ours, peers = memory["training"]
+    note = f"the difference is the relative one of the first losses; training by itself: {ours:.2f} / {peers:.2f} GiB"
+    row = Row(what, PEERS[case], [r["ours"] for r in rounds], [r["peer"] for r in rounds], details,
+              {"size": args.size, "batch": args.batch}, tuple(memory["memory"]), different, note)
+    print(f"{case}, {args.size} px, batch {args.batch}, {args.device}, {details}; first loss {first:.5f} and "
           f"{other:.5f}; {end['ours']['learns']:,} and {end['peer']['learns']:,} parameters learn")
-    print(f"  ours {spread([r['ours'] for r in rounds])} steps/s, ours / peer = {spread(speed)} over {args.rounds} "
-          f"rounds of {args.steps}")
-    for what in ("memory", "training"):
-        ours, peers = (end[side][what] for side in ("ours", "peer"))
-        print(f"  {what}: ours {ours / 2**30:.3f} GiB, ours / peer = {ours / peers:.3f}", flush=True)
-
-
-def spread(values) -> str:
-    digits = max(2, 2 - math.floor(math.log10(max(values))))
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    report.row(row, f"  ours {spread([1 / s for s in row.ours])} steps/s, ours / peer = {spread(row.ratios)} over "
+                    f"{args.rounds} rounds of {args.steps}")
+    for kind, (ours, peers) in memory.items():
+        print(f"  {kind}: ours {ours:.3f} GiB, ours / peer = {ours / peers:.3f}", flush=True)
 
 
 def main():
@@ -585,11 +571,12 @@ def main():
     given = parser.parse_args()
     if given.checkpoint and "pixelflow" in given.case:
         parser.error("--checkpoint: the released loop of PixelFlow has no checkpointed activations")
-    for case in given.case:
-        args = argparse.Namespace(**vars(given))
-        for name, value in zip(("size", "depth", "batch"), DEFAULTS[case][args.device == "cuda"], strict=True):
-            setattr(args, name, getattr(args, name) or value)
-        compare(case, args)
+    with Report() as report:
+        for case in given.case:
+            args = argparse.Namespace(**vars(given))
+            for name, value in zip(("size", "depth", "batch"), DEFAULTS[case][args.device == "cuda"], strict=True):
+                setattr(args, name, getattr(args, name) or value)
+            compare(report, case, args)
 
 
 if __name__ == "__main__":
