@@ -1,4 +1,4 @@
-"""UltraPixel: Stage A's decode against the other ways to do it, the guide with and without its cache, Stage B's memory.
+"""UltraPixel: Stage A's decode against the other ways to do it, the guide with and without its cache, Stages B and C.
 
 Random weights of the released shapes. Stage A, one process each, taking turns: ComfyUI's decode of the whole picture
 ("untiled"), our VAE ("ours"), ComfyUI's tiled decode (512 pixels, overlap 64), and the reference's windows (256 cells,
@@ -8,28 +8,27 @@ deviation of the picture. Where the untiled decode does not fit, ours takes its 
 
 Guide: one guided step of Stage C of `--depth` eighths of its blocks with cfg, with what the steps have in common kept,
 and computed in every step for both halves of cfg, as the reference does. Stage B: one step with cfg through ComfyUI's
-network, as it is and with our patches, of `--depth` eighths of its blocks.
+network, as it is and with our patches, of `--depth` eighths of its blocks. Stage C: the same through our network, which
+trains, and ComfyUI's, which draws. What is to be equal is compared first.
 
-    python benchmarks/ultrapixel.py [--case stage_a guide stage_b] [--size 1024 4096] [--repeats N] [--depth N]
+    python benchmarks/ultrapixel.py [--case stage_a guide stage_b stage_c] [--size 1024 4096] [--repeats N] [--depth N]
 """
 from __future__ import annotations
 
 import argparse
-import ctypes
-import math
 import multiprocessing
-import statistics
 import sys
 import tempfile
-import time
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
 sys.path[:] = [str(Path(__file__).resolve().parents[1] / "package"), *sys.path[1:]]
 
 import torch  # noqa: E402 - the repository gets its name first
+from pixstack.benchmarks.report import GIB, Report, Row, clock, difference, spread, timed  # noqa: E402
 from pixstack.models_impl.state_dict import write_file  # noqa: E402
+from pixstack.models_impl.ultrapixel.checkpoint import core_attention_names  # noqa: E402
 from pixstack.models_impl.ultrapixel.config import GuideConfig, StageAConfig, StageCConfig  # noqa: E402
 from pixstack.models_impl.ultrapixel.guidance import Features, Guide, GuidedImage  # noqa: E402
 from pixstack.models_impl.ultrapixel.model import StageC  # noqa: E402
@@ -38,57 +37,13 @@ from pixstack.models_impl.ultrapixel.stage_a import StageA  # noqa: E402
 from pixstack.tools.host import Host  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-CASES = ("stage_a", "guide", "stage_b")
+CASES = ("stage_a", "guide", "stage_b", "stage_c")
 SIDES = ("untiled", "ours", "ComfyUI tiled", "reference windows")
 UNTILED = 8448 * 1.15  # values a cell, see `stage_a.decode_bytes`; with what else a process needs
+INEXACT = {"ComfyUI tiled": "tiles of 512 px with seams", "reference windows": "averages windows with wrong borders"}
 NODE = "PixStack_UltraPixelStageALoader"
 STAGE_B = dict(c_hidden=[320, 576, 1152, 1152], nhead=[-1, 9, 18, 18], block_repeat=[[1, 1, 1, 1], [2, 2, 2, 2]],
                dropout=[0.0] * 4)  # fmt: skip
-
-
-# --- Memory and time
-
-class Memory:
-    """Peak over what was held when it was made, in bytes."""
-
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
-            self.before = self._status("VmRSS")
-
-    def peak(self) -> int:
-        return (torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")) - self.before
-
-    @staticmethod
-    def _status(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
-
-
-def timed(work, device: str):
-    """(result, seconds, peak bytes)."""
-    memory, start = Memory(device), clock(device)
-    result = work()
-    return result, clock(device) - start, memory.peak()
-
-
-def clock(device: str) -> float:
-    """Seconds: of the clock with a GPU, else of the processor, all threads together, which neighbours change less."""
-    if device != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def spread(values) -> str:
-    digits = max(2, 2 - math.floor(math.log10(max(values))))
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def random_weights(net: torch.nn.Module, gain: float = 1.0) -> dict:
@@ -174,7 +129,7 @@ def _available() -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
 
 
-def stage_a(args):
+def stage_a(report: Report, args):
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "stage_a.safetensors"
@@ -185,12 +140,12 @@ def stage_a(args):
             pipes[side], other = context.Pipe()
             context.Process(target=decoder, args=(other, side, str(weights), args), daemon=True).start()
         for size in args.size:
-            compare(size, pipes, Path(folder), args)
+            compare(report, size, pipes, Path(folder), args)
         for pipe in pipes.values():
             pipe.send(0)
 
 
-def compare(size: int, pipes: dict, folder: Path, args):
+def compare(report: Report, size: int, pipes: dict, folder: Path, args):
     cells = size // 4
     sides = [s for s in pipes if s != "untiled" or fits(cells, args)]
     base = "untiled" if "untiled" in sides else "ours"
@@ -205,63 +160,92 @@ def compare(size: int, pipes: dict, folder: Path, args):
     pictures = {side: torch.load(folder / f"{side}.pt") for side in sides if measured[side]}
     print(f"Stage A, {size} px, {args.dtype}, standard deviation of the picture {pictures[base].std():.3f}"
           + ("" if base == "untiled" else "; untiled does not fit here"))
+    ours = pictures.get("ours")
     for side, picture in pictures.items():
         seconds, peak = [m[0] for m in measured[side]], max(m[1] for m in measured[side])
         ratios = [a / b[0] for a, b in zip(seconds, measured[base], strict=False)]
         share, tile = peak / max(m[1] for m in measured[base]), measured[side][0][2]
         tiles = f", tiles of {4 * tile} px" if tile else ""
         error = (picture - pictures[base]).abs().max()
-        print(f"  {side:18}{spread(seconds)} s, / {base} = {spread(ratios)}, peak {peak / 2**30:.2f} GiB "
+        print(f"  {side:18}{spread(seconds)} s, / {base} = {spread(ratios)}, peak {peak / GIB:.2f} GiB "
               f"({share:.2f}), greatest difference {error:.1e}{tiles}", flush=True)
+        if side == "ours" or ours is None:
+            continue
+        different, note = difference(picture, ours), INEXACT.get(side, "")
+        if note or report.equal(f"Stage A, {size} px", side, different, args.dtype):
+            same_rounds = [m[0] for m in measured["ours"][: len(seconds)]]
+            memory = max(m[1] for m in measured["ours"]) / GIB, peak / GIB
+            report.row(Row("UltraPixel, Stage A's decode", f"ComfyUI, {side}" if side == "untiled" else side,
+                           same_rounds, seconds, args.dtype, {"size": size}, memory, different, note))
 
 
 # --- The guide
 
 @torch.inference_mode()
-def guide(args):
+def guide(report: Report, args):
     to = dict(device=args.device, dtype=getattr(torch, args.dtype))
-    n, rng = args.depth, torch.Generator().manual_seed(0)
+    n = args.depth
     with torch.device("meta"):
         base = StageC(StageCConfig(down=("CTA" * n, "CTA" * 3 * n), up=("CTA" * 3 * n, "CTA" * n)))
         net = Guide(GuideConfig())
     base, net = (filled(m.to_empty(device=args.device), **to) for m in (base, net))
     for size in args.guide_size:
-        latent_sizes = sizes(size, size)
-
-        def random(*shape):
-            return torch.randn(shape, generator=rng).to(**to)
-
-        context = dict(text=random(2, 77, 1280), pooled=random(2, 1, 1280))
-        timestep = torch.full((2,), 0.5, device=args.device)
-        _, features = base.features(random(2, 16, *latent_sizes.low), timestep, **context)
-        x = random(2, 16, *latent_sizes.stage_c)
-        image, seconds = GuidedImage(net, features.rows(0, 1)), {"with": [], "without": [], "plain": []}
-        both = Features(*([half[:1].repeat(2, 1, 1, 1) for half in way] for way in (features.down, features.up)))
-        outputs = {}
-        for repeat in range(args.repeats + 1):
-            for name in seconds:
-                start = clock(args.device)
-                guided = {"with": image, "without": GuidedImage(net, both), "plain": None}[name]
-                outputs[name] = base(x, timestep, **context, hook=guided and guided.hook(timestep))
-                if repeat:
-                    seconds[name].append(clock(args.device) - start)
-        kept = sum(t.numel() * t.element_size() for t in image._prepared.values())
-        difference = (outputs["with"] - outputs["without"]).abs().max() / outputs["with"].std()
-        cost = {name: [a - b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
-                for name in ("with", "without")}
-        ratios = [a / b for a, b in zip(cost["without"], cost["with"], strict=True)]
-        print(f"Guide, {size} px, {args.dtype}: a step of {n}/8 of Stage C with cfg takes {spread(seconds['plain'])} "
-              f"s without the guide, {spread(seconds['with'])} s with it kept, {spread(seconds['without'])} s computed "
-              f"anew\n  only the guide: {spread(cost['with'])} s kept, {spread(cost['without'])} s anew, ratio "
-              f"{spread(ratios)}; {kept / 2**20:.0f} MiB kept, greatest difference {difference:.1e} of the standard "
-              "deviation", flush=True)
+        compare_guide(report, base, net, size, args)
 
 
-# --- Stage B
+def compare_guide(report: Report, base: StageC, net: Guide, size: int, args):
+    to = dict(device=args.device, dtype=getattr(torch, args.dtype))
+    n, rng = args.depth, torch.Generator().manual_seed(0)
+    latent_sizes = sizes(size, size)
+
+    def random(*shape):
+        return torch.randn(shape, generator=rng).to(**to)
+
+    context = dict(text=random(2, 77, 1280), pooled=random(2, 1, 1280))
+    timestep = torch.full((2,), 0.5, device=args.device)
+    _, features = base.features(random(2, 16, *latent_sizes.low), timestep, **context)
+    x = random(2, 16, *latent_sizes.stage_c)
+    image, seconds = GuidedImage(net, features.rows(0, 1)), {"with": [], "without": [], "plain": []}
+    both = Features(*([half[:1].repeat(2, 1, 1, 1) for half in way] for way in (features.down, features.up)))
+    details = f"{n}/8 of Stage C, {args.dtype}"
+
+    def step(name):
+        guided = {"with": image, "without": GuidedImage(net, both), "plain": None}[name]
+        return base(x, timestep, **context, hook=guided and guided.hook(timestep))
+
+    outputs = {name: step(name) for name in seconds}  # and a warm-up
+    different = difference(outputs["without"], outputs["with"])
+    if not report.equal(f"Guide, {size} px, {details}", "the guide computed anew", different, args.dtype):
+        return
+    peaks = {name: timed(partial(step, name), args.device)[2] / GIB for name in ("with", "without")}
+    for _ in range(args.repeats):
+        for name in seconds:
+            start = clock(args.device)
+            step(name)
+            seconds[name].append(clock(args.device) - start)
+    kept = sum(t.numel() * t.element_size() for t in image._prepared.values())
+    cost = {name: [a - b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
+            for name in ("with", "without")}
+    ratios = [a / b for a, b in zip(cost["without"], cost["with"], strict=True)]
+    report.row(Row("UltraPixel, guided step of Stage C", "the guide computed anew", seconds["with"],
+                   seconds["without"], details, {"size": size}, (peaks["with"], peaks["without"]), different))
+    print(f"Guide, {size} px, {args.dtype}: a step of {n}/8 of Stage C with cfg takes {spread(seconds['plain'])} "
+          f"s without the guide, {spread(seconds['with'])} s with it kept, {spread(seconds['without'])} s computed "
+          f"anew\n  only the guide: {spread(cost['with'])} s kept, {spread(cost['without'])} s anew, ratio "
+          f"{spread(ratios)}; {kept / 2**20:.0f} MiB kept, greatest difference {different:.1e} of the standard "
+          "deviation", flush=True)
+
+
+# --- Stages B and C
+
+@cache
+def start_host():
+    Host().start("--use-pytorch-cross-attention")  # as our Stage C, and as ComfyUI does by itself on NVIDIA
+
 
 @torch.inference_mode()
-def stage_b(args):
-    Host().start()
+def stage_b(report: Report, args):
+    start_host()
     core, ops = import_module("comfy.ldm.cascade.stage_b"), import_module("comfy.ops")
     host = import_module(import_module("nodes").NODE_CLASS_MAPPINGS[NODE].__module__).ultrapixel_stage_b
     to = dict(device=args.device, dtype=getattr(torch, args.dtype))
@@ -280,25 +264,58 @@ def stage_b(args):
         given = [torch.randn(shape, generator=rng).to(**to) for shape in (
             (2, 4, *latent_sizes.stage_b), (2,), (2, 16, *latent_sizes.stage_c), (2, 1, 1280))]
         given[1] = torch.full((2,), 0.5, device=args.device)
-        seconds, peaks, outputs = {"ComfyUI": [], "ours": []}, {}, {}
-        for repeat in range(args.repeats + 1):
-            for side in seconds:
-                for module, forward in patched.items():
-                    if side == "ours":
-                        module.forward = forward
-                    else:
-                        vars(module).pop("forward", None)
-                outputs[side], taken, peak = timed(lambda given=given: net(*given), args.device)
-                if repeat:
-                    seconds[side].append(taken)
-                    peaks[side] = max(peak, peaks.get(side, 0))
-        ratios = [a / b for a, b in zip(seconds["ours"], seconds["ComfyUI"], strict=True)]
-        difference = (outputs["ours"] - outputs["ComfyUI"]).float().abs().max() / outputs["ComfyUI"].float().std()
-        print(f"Stage B, {size} px, {args.dtype}, blocks {depths}: ComfyUI {spread(seconds['ComfyUI'])} s, peak "
-              f"{peaks['ComfyUI'] / 2**30:.2f} GiB; ours {spread(seconds['ours'])} s, peak "
-              f"{peaks['ours'] / 2**30:.2f} GiB\n  ours / ComfyUI: time {spread(ratios)}, memory "
-              f"{peaks['ours'] / peaks['ComfyUI']:.2f}; greatest difference {difference:.1e} of the standard deviation",
-              flush=True)
+
+        def step(side, given=given):
+            for module, forward in patched.items():
+                if side == "ours":
+                    module.forward = forward
+                else:
+                    vars(module).pop("forward", None)
+            return net(*given)
+
+        against_comfyui(report, "Stage B", size, f"blocks {depths}, {args.dtype}", step, args)
+
+
+def against_comfyui(report: Report, stage: str, size: int, details: str, step, args):
+    """step(side): a prediction of ComfyUI or of ours."""
+    outputs = {side: step(side) for side in ("ComfyUI", "ours")}  # and a warm-up
+    different = difference(outputs["ComfyUI"], outputs["ours"])
+    if not report.equal(f"{stage}, {size} px, {details}", "ComfyUI", different, args.dtype):
+        return
+    seconds, peaks = {side: [] for side in outputs}, dict.fromkeys(outputs, 0)
+    for _ in range(args.repeats):
+        for side in seconds:
+            _, taken, peak = timed(partial(step, side), args.device)
+            seconds[side].append(taken)
+            peaks[side] = max(peak / GIB, peaks[side])
+    row = Row(f"UltraPixel, {stage}", "ComfyUI", seconds["ours"], seconds["ComfyUI"], details, {"size": size},
+              (peaks["ours"], peaks["ComfyUI"]), different)
+    share = f", memory {peaks['ours'] / peaks['ComfyUI']:.2f}" if peaks["ComfyUI"] else ""
+    report.row(row, f"{stage}, {size} px, {details}: ComfyUI {spread(seconds['ComfyUI'])} s, peak "
+                    f"{peaks['ComfyUI']:.2f} GiB; ours {spread(seconds['ours'])} s, peak {peaks['ours']:.2f} GiB\n"
+                    f"  ComfyUI / ours: time {spread(row.ratios)}; ours / ComfyUI{share}; greatest difference "
+                    f"{different:.1e} of the standard deviation")
+
+
+@torch.inference_mode()
+def stage_c(report: Report, args):
+    start_host()
+    core, ops = import_module("comfy.ldm.cascade.stage_c"), import_module("comfy.ops")
+    to = dict(device=args.device, dtype=getattr(torch, args.dtype))
+    n = args.depth
+    with torch.device("meta"):
+        ours = StageC(StageCConfig(down=("CTA" * n, "CTA" * 3 * n), up=("CTA" * 3 * n, "CTA" * n)))
+        stock = core.StageC(blocks=[[n, 3 * n], [3 * n, n]], operations=ops.disable_weight_init)
+    ours = filled(ours.to_empty(device=args.device), **to)
+    stock.load_state_dict(core_attention_names(ours.state_dict()), assign=True)
+    nets = {"ours": ours, "ComfyUI": stock.eval()}
+    for size in args.stage_c_size:
+        rng = torch.Generator().manual_seed(0)
+        given = [torch.randn(shape, generator=rng).to(**to) for shape in (
+            (2, 16, *sizes(size, size).stage_c), (2,), (2, 77, 1280), (2, 1, 1280), (2, 1, 768))]
+        given[1] = torch.full((2,), 0.5, device=args.device)
+        against_comfyui(report, "Stage C", size, f"{n}/8 of the blocks, {args.dtype}",
+                        lambda side, given=given: nets[side](*given), args)
 
 
 def main():
@@ -309,6 +326,7 @@ def main():
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="of Stage A's")
     parser.add_argument("--guide-size", type=int, nargs="+", default=[2048, 4096] if cuda else [1536])
     parser.add_argument("--stage-b-size", type=int, nargs="+", default=[2048, 4096] if cuda else [1024])
+    parser.add_argument("--stage-c-size", type=int, nargs="+", default=[2048, 4096] if cuda else [1024])
     parser.add_argument("--depth", type=int, default=8 if cuda else 1, help="eighths of the blocks of Stage C and B")
     parser.add_argument("--repeats", type=int, default=5 if cuda else 3)
     parser.add_argument("--window-repeats", type=int, default=1, help="of the reference's windows, which take long")
@@ -319,8 +337,9 @@ def main():
     torch.set_num_threads(args.threads)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads, processor seconds"
     print(f"torch {torch.__version__}, {where}")
-    for case in args.case:
-        {"stage_a": stage_a, "guide": guide, "stage_b": stage_b}[case](args)
+    with Report() as report:
+        for case in args.case:
+            {"stage_a": stage_a, "guide": guide, "stage_b": stage_b, "stage_c": stage_c}[case](report, args)
 
 
 if __name__ == "__main__":
