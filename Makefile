@@ -2,9 +2,9 @@
 #              (ARGS="--family pixart 'red apple'" for one family and prompts of yours)
 # make serve   ComfyUI with this package at http://127.0.0.1:8188 (ARGS="--listen 0.0.0.0 --port 8200")
 # make test    everything, a process to each core (ARGS="-k layering -x" for a part of it, "-n 0" for one process)
-# make bench   PixelFlow against a plain loop of the released algorithm, PixArt against ComfyUI, diffusers and peft,
-#              PixelPonder's selection against the release's,
-#              UltraPixel's decodes, guide and Stage B against ComfyUI's and the release's ways
+# make bench   drawing and training of every family against ComfyUI, diffusers, peft and plain loops of the releases, at
+#              small sizes on the CPU (ARGS="--case pixart" for a part, "--list" for the names, "--write" for the table in
+#              benchmarks/README.md); GPU=1 for released sizes in bf16 on CUDA, in nine minutes (ARGS="--minutes 20")
 # make count   launches, bytes, casts, waits, FLOPs and peak memory of a step of every network beside ComfyUI's and
 #              diffusers', without a GPU (ARGS="PixArt --operations" for where they are, "--write" for benchmarks/counts.md)
 #
@@ -44,11 +44,7 @@ soak: $(READY)
 	$(RUN) tests/soak/soak.py $(ARGS)
 
 bench: $(READY)
-	$(RUN) benchmarks/pixelflow.py $(ARGS)
-	$(RUN) benchmarks/pixart.py
-	$(RUN) benchmarks/pixelponder.py
-	$(RUN) benchmarks/trainer.py
-	$(RUN) benchmarks/ultrapixel.py
+	$(RUN) benchmarks/suite.py $(if $(filter-out 0,$(GPU)),--gpu) $(ARGS)
 
 count: $(READY)
 	$(RUN) benchmarks/count.py $(ARGS)
