@@ -103,7 +103,7 @@ def compare(report: Report, args, size: int, batch: int):
     sides = networks(args, size, batch)
     x = torch.randn(batch, 4, size // 8, size // 8).to(**to)
     t, texts = torch.full((batch,), 500.0, device=args.device), [torch.randn(1, n, 4096).to(**to) for n in LENGTHS]
-    predictions, differences, peaks, notes = {}, {}, {}, {}
+    predictions, differences, peaks, equal, notes = {}, {}, {}, {}, {}
     for name, side in list(sides.items()):
         try:
             predictions[name] = torch.cat(list(side(x, t, texts))).float()  # and a warm-up
@@ -114,9 +114,8 @@ def compare(report: Report, args, size: int, batch: int):
         differences[name] = difference(predictions[name], predictions["ours"])
         if name == "ComfyUI" and size not in TRAINED:
             notes[name] = "ComfyUI places tokens elsewhere between trained sizes"
-        elif not report.equal(title, name, differences[name], args.dtype):
-            del sides[name]
-            continue
+        else:
+            equal[name] = report.equal(title, name, differences[name], args.dtype)
         peaks[name] = timed(partial(side, x, t, texts), args.device)[2] / GIB
     seconds = {name: [] for name in sides}
     for _ in range(args.repeats):
@@ -127,7 +126,7 @@ def compare(report: Report, args, size: int, batch: int):
     print(f"{title}: ours {spread(seconds['ours'])} s a step, peak {peaks['ours']:.3f} GiB over the weights")
     for name in [name for name in sides if name != "ours"]:
         row = Row(what, name, seconds["ours"], seconds[name], details, {"size": size, "batch": batch},
-                  (peaks["ours"], peaks[name]), differences[name], notes.get(name, ""))
+                  (peaks["ours"], peaks[name]), differences[name], equal.get(name, True), notes.get(name, ""))
         report.row(row, f"  {name} / ours = {spread(row.ratios)} over {args.repeats} rounds, peak {peaks[name]:.3f} "
                         f"GiB, greatest difference {row.difference:.1e} of the standard deviation")
 

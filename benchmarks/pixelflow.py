@@ -168,9 +168,9 @@ def compare(report: Report, case: str, args):
         context.Process(target=worker, args=(other, side, case, args), daemon=True).start()
     pictures = {side: torch.from_numpy(pipe.recv()) for side, pipe in pipes.items()}
     different = difference(pictures["plain"], pictures["ours"])
-    same = report.equal(title, "plain", different, args.dtype)
+    equal = report.equal(title, "plain", different, args.dtype)
     seconds = {side: [] for side in pipes}
-    for _ in range(args.repeats if same else 0):
+    for _ in range(args.repeats):
         for side, pipe in pipes.items():
             pipe.send(True)
             seconds[side].append(pipe.recv())
@@ -178,10 +178,8 @@ def compare(report: Report, case: str, args):
     for side, pipe in pipes.items():
         pipe.send(False)
         memory[side] = pipe.recv()
-    if not same:
-        return
     row = Row(what, "plain loop of the release", seconds["ours"], seconds["plain"], details, axes,
-              (memory["ours"], memory["plain"]), different)
+              (memory["ours"], memory["plain"]), different, equal)
     report.row(row, f"{title}\n  plain {spread(row.theirs)} s, peak {memory['plain']:.2f} GiB\n  ours  "
                     f"{spread(row.ours)} s, peak {memory['ours']:.2f} GiB\n  plain / ours = {spread(row.ratios)} over "
                     f"{args.repeats} pairs, greatest difference {different:.1e} of the standard deviation")

@@ -1,10 +1,11 @@
 """What a benchmark reports: that ours and a peer compute the same, then how they compare, round by round.
 
     with Report() as report:
-        if report.equal("PixArt, 512 px", "diffusers", difference(theirs, ours), "float32"):
-            report.row(Row(what="PixArt", peer="diffusers", ours=[...], theirs=[...], ...), "the line for people")
+        equal = report.equal("PixArt, 512 px", "diffusers", difference(theirs, ours), "float32")
+        report.row(Row(what="PixArt", peer="diffusers", ours=[...], theirs=[...], equal=equal), "the line for people")
 
-A side that computes something else is not measured and fails the benchmark, unless the benchmark says why it differs.
+A side that computes something else fails the benchmark at its end, unless the row says why it differs. It is measured
+all the same, for time on a GPU is rare, and its row says that it is not equal.
 Where the environment variable PIXSTACK_BENCH_ROWS names a file, each row is added to it as a line of JSON.
 """
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Row:
     """Peak memory of ours and of the peer in GiB; None: not measured."""
     difference: float | None = None
     """Greatest difference of the results in standard deviations; None: not compared."""
+    equal: bool = True
+    """Whether the results are the same within the tolerance, where they should be."""
     note: str = ""
     """Why the results differ or are not compared, and what else the reader must know."""
 
@@ -78,7 +81,7 @@ class Report:
         if difference <= TOLERANCE[dtype]:  # False for nan
             return True
         self.unequal.append(f"{what}: the results of ours and of {peer} differ by {difference:.1e} of the standard "
-                            f"deviation, more than the {TOLERANCE[dtype]:g} allowed in {dtype}: not measured.")
+                            f"deviation, more than the {TOLERANCE[dtype]:g} allowed in {dtype}.")
         print(self.unequal[-1], flush=True)
         return False
 

@@ -78,18 +78,18 @@ def case(name: str, deadline: float, command: str) -> Case:
 
 
 CPU = (
-    case("pixelflow", 300, "pixelflow.py --steps 2 --repeats 3 --c2i-size 128 --t2i-size 64"),
-    case("ultrapixel guide", 300, "ultrapixel.py --case guide --guide-size 512 --repeats 2"),
-    case("ultrapixel stage_c", 300, "ultrapixel.py --case stage_c --stage-c-size 512 1024 --repeats 2"),
-    case("ultrapixel stage_b", 300, "ultrapixel.py --case stage_b --stage-b-size 512 --repeats 2"),
-    case("ultrapixel stage_a", 300, "ultrapixel.py --case stage_a --size 512 --sides untiled ours --repeats 2"),
-    case("pixart", 600, "pixart.py --size 128 256 512 --repeats 3"),
-    case("pixart compiled", 600, "pixart.py --size 128 --repeats 3 --compile"),
-    case("pixelponder", 600, "pixelponder.py --size 256 --text 128 --repeats 2"),
-    case("trainer lora", 600, "trainer.py --case lora --size 128 --steps 1 --rounds 3"),
-    case("trainer full", 600, "trainer.py --case full --size 128 --steps 1 --rounds 3"),
-    case("trainer pixelflow", 600, "trainer.py --case pixelflow --size 64 --steps 1 --rounds 3"),
-    case("trainer controlnet", 600, "trainer.py --case controlnet --size 128 --steps 1 --rounds 3"),
+    case("pixelflow", 600, "pixelflow.py --steps 2 --repeats 3 --c2i-size 128 --t2i-size 64"),
+    case("ultrapixel stage_b", 600, "ultrapixel.py --case stage_b --stage-b-size 512 --repeats 2"),
+    case("ultrapixel stage_a", 600, "ultrapixel.py --case stage_a --size 256 512 --sides untiled ours --repeats 2"),
+    case("trainer lora", 900, "trainer.py --case lora --size 128 --steps 1 --rounds 3"),
+    case("trainer pixelflow", 900, "trainer.py --case pixelflow --size 64 --steps 1 --rounds 3"),
+    case("trainer full", 900, "trainer.py --case full --size 128 --steps 1 --rounds 3"),
+    case("trainer controlnet", 900, "trainer.py --case controlnet --size 128 --steps 1 --rounds 3"),
+    case("pixart compiled", 900, "pixart.py --size 128 --repeats 3 --compile"),
+    case("ultrapixel stage_c", 600, "ultrapixel.py --case stage_c --stage-c-size 512 768 --repeats 2"),
+    case("ultrapixel guide", 600, "ultrapixel.py --case guide --guide-size 512 --repeats 2"),
+    case("pixelponder", 900, "pixelponder.py --size 256 --text 128 --repeats 2"),
+    case("pixart", 900, "pixart.py --size 128 256 512 --repeats 3"),
 )
 GPU = (
     case("ultrapixel stage_c", 60, "ultrapixel.py --case stage_c"),
@@ -290,8 +290,9 @@ def table(results: Sequence[dict], where: dict, date: str) -> str:
         for row in result["rows"]:
             memory = " / ".join(f"{n:.2f}" for n in row["memory"]) if row["memory"] else ""
             different = "" if row["difference"] is None else f"{row['difference']:.1e}"
+            note = "; ".join(filter(None, ("" if row["equal"] else "**not equal**", row["note"])))
             cells = (described(row), row["peer"], spread(row["ratios"]), f"{row['seconds']:.3g}", memory, different,
-                     row["note"])
+                     note)
             lines.append("| " + " | ".join(cells) + " |")
     growth = [f"- {result['name']}: {line}." for result in results for line in fitted(result["rows"])]
     if growth:

@@ -172,11 +172,11 @@ def compare(report: Report, size: int, pipes: dict, folder: Path, args):
         if side == "ours" or ours is None:
             continue
         different, note = difference(picture, ours), INEXACT.get(side, "")
-        if note or report.equal(f"Stage A, {size} px", side, different, args.dtype):
-            same_rounds = [m[0] for m in measured["ours"][: len(seconds)]]
-            memory = max(m[1] for m in measured["ours"]) / GIB, peak / GIB
-            report.row(Row("UltraPixel, Stage A's decode", f"ComfyUI, {side}" if side == "untiled" else side,
-                           same_rounds, seconds, args.dtype, {"size": size}, memory, different, note))
+        equal = bool(note) or report.equal(f"Stage A, {size} px", side, different, args.dtype)
+        same_rounds = [m[0] for m in measured["ours"][: len(seconds)]]
+        memory = max(m[1] for m in measured["ours"]) / GIB, peak / GIB
+        report.row(Row("UltraPixel, Stage A's decode", f"ComfyUI, {side}" if side == "untiled" else side, same_rounds,
+                       seconds, args.dtype, {"size": size}, memory, different, equal, note))
 
 
 # --- The guide
@@ -215,8 +215,7 @@ def compare_guide(report: Report, base: StageC, net: Guide, size: int, args):
 
     outputs = {name: step(name) for name in seconds}  # and a warm-up
     different = difference(outputs["without"], outputs["with"])
-    if not report.equal(f"Guide, {size} px, {details}", "the guide computed anew", different, args.dtype):
-        return
+    equal = report.equal(f"Guide, {size} px, {details}", "the guide computed anew", different, args.dtype)
     peaks = {name: timed(partial(step, name), args.device)[2] / GIB for name in ("with", "without")}
     for _ in range(args.repeats):
         for name in seconds:
@@ -228,7 +227,7 @@ def compare_guide(report: Report, base: StageC, net: Guide, size: int, args):
             for name in ("with", "without")}
     ratios = [a / b for a, b in zip(cost["without"], cost["with"], strict=True)]
     report.row(Row("UltraPixel, guided step of Stage C", "the guide computed anew", seconds["with"],
-                   seconds["without"], details, {"size": size}, (peaks["with"], peaks["without"]), different))
+                   seconds["without"], details, {"size": size}, (peaks["with"], peaks["without"]), different, equal))
     print(f"Guide, {size} px, {args.dtype}: a step of {n}/8 of Stage C with cfg takes {spread(seconds['plain'])} "
           f"s without the guide, {spread(seconds['with'])} s with it kept, {spread(seconds['without'])} s computed "
           f"anew\n  only the guide: {spread(cost['with'])} s kept, {spread(cost['without'])} s anew, ratio "
@@ -280,8 +279,7 @@ def against_comfyui(report: Report, stage: str, size: int, details: str, step, a
     """step(side): a prediction of ComfyUI or of ours."""
     outputs = {side: step(side) for side in ("ComfyUI", "ours")}  # and a warm-up
     different = difference(outputs["ComfyUI"], outputs["ours"])
-    if not report.equal(f"{stage}, {size} px, {details}", "ComfyUI", different, args.dtype):
-        return
+    equal = report.equal(f"{stage}, {size} px, {details}", "ComfyUI", different, args.dtype)
     seconds, peaks = {side: [] for side in outputs}, dict.fromkeys(outputs, 0)
     for _ in range(args.repeats):
         for side in seconds:
@@ -289,7 +287,7 @@ def against_comfyui(report: Report, stage: str, size: int, details: str, step, a
             seconds[side].append(taken)
             peaks[side] = max(peak / GIB, peaks[side])
     row = Row(f"UltraPixel, {stage}", "ComfyUI", seconds["ours"], seconds["ComfyUI"], details, {"size": size},
-              (peaks["ours"], peaks["ComfyUI"]), different)
+              (peaks["ours"], peaks["ComfyUI"]), different, equal)
     share = f", memory {peaks['ours'] / peaks['ComfyUI']:.2f}" if peaks["ComfyUI"] else ""
     report.row(row, f"{stage}, {size} px, {details}: ComfyUI {spread(seconds['ComfyUI'])} s, peak "
                     f"{peaks['ComfyUI']:.2f} GiB; ours {spread(seconds['ours'])} s, peak {peaks['ours']:.2f} GiB\n"

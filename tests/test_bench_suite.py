@@ -126,6 +126,8 @@ def test_the_table_of_a_run_is_put_between_the_markers(fake, environment):
     assert "2020-01-02 on A CPU, 2 threads; torch 9.9" in text
     assert "| toy, size 1, float32 | peer | 2.00 (2.00 to 2.00) | 1 |" in text
     assert "n = 2.00 of ours, 2.00 of peer" in text and "| bad | `python " in text and "| failed" in text
+    unequal = {**plain[0], "rows": [{**plain[0]["rows"][0], "equal": False}]}
+    assert "**not equal**" in suite.table([unequal], where, "2020-01-02") and "not equal" not in text
     page = suite.put_in("a\n<!-- suite cpu: begin -->\nold\n<!-- suite cpu: end -->\nb\n", "cpu", text)
     assert page.startswith("a\n<!-- suite cpu: begin -->\nOne run") and page.endswith("<!-- suite cpu: end -->\nb\n")
     assert suite.put_in(page, "cpu", text) == page and "old" not in page
