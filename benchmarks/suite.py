@@ -305,10 +305,10 @@ def table(results: Sequence[dict], where: dict, date: str) -> str:
 
 
 def put_in(page: str, kind: str, text: str) -> str:
-    """The page with the text between the markers of a kind, cpu or gpu."""
+    """The page with the text between the markers of a kind, cpu or gpu. Raises ValueError where they are not there."""
     begin, end = f"<!-- suite {kind}: begin -->", f"<!-- suite {kind}: end -->"
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
-        raise ValueError(f"The page needs the lines {begin} and {end} once each, in this order.")
+        raise ValueError(f"benchmarks/README.md needs the lines {begin} and {end} once each, in this order.")
     before, after = page.partition(begin)[0], page.partition(end)[2]
     return f"{before}{begin}\n{text}\n{end}{after}"
 
@@ -343,8 +343,11 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None, cpu: Sequence[Case] = CPU, gpu: Sequence[Case] = GPU) -> int | str:
     """-> exit code, or a sentence that says why nothing was run"""
     args = arguments(given)
+    kind = "gpu" if args.gpu else "cpu"
     try:
         cases = chosen(gpu if args.gpu else cpu, args.case)
+        if args.write:
+            put_in(README.read_text(encoding="utf-8"), kind, "")  # refused now, not when all has run
     except ValueError as error:
         return str(error)
     if args.list or args.dry:
@@ -362,8 +365,8 @@ def main(given: Sequence[str] | None = None, cpu: Sequence[Case] = CPU, gpu: Seq
     def save(results: list[Result]):
         plain = [asdict(result) for result in results]
         write_whole(args.json, json.dumps({"date": date, "machine": where, "cases": plain}, indent=1))
-        if args.write:
-            page = put_in(README.read_text(encoding="utf-8"), "gpu" if args.gpu else "cpu", table(plain, where, date))
+        if args.write and any(result.rows for result in results):  # until then the last run's table stays
+            page = put_in(README.read_text(encoding="utf-8"), kind, table(plain, where, date))
             write_whole(README, page)
 
     code = run(cases, None if args.minutes is None else 60 * args.minutes, environment, save)

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from pixstack.benchmarks.report import ROWS, Report, Row, difference, exponent, spread
+from pixstack.benchmarks.report import ROWS, Report, Row, difference, exponent, spread, timed
 
 
 def test_the_exponent_is_the_slope_of_the_logarithms():
@@ -35,6 +35,11 @@ def test_a_row_is_added_to_the_file_that_the_environment_names(monkeypatch, tmp_
     assert first == second and capsys.readouterr().out == "a line\na line\n"
     assert first["ratio"] == {"median": 2, "least": 1, "most": 3}
     assert first["seconds"] == 2 and first["memory"] == [1, 2]
+
+
+def test_a_call_is_timed_with_its_result():
+    result, seconds, peak = timed(lambda: sum(range(1000)), "cpu")
+    assert result == 499500 and seconds >= 0 and peak >= 0
 
 
 def test_a_spread_keeps_three_digits():

@@ -133,6 +133,18 @@ def test_the_table_of_a_run_is_put_between_the_markers(fake, environment):
     assert suite.put_in(page, "cpu", text) == page and "old" not in page
 
 
+def test_a_run_writes_its_table_once_it_has_a_row(fake, environment, monkeypatch, tmp_path):
+    page, options = tmp_path / "README.md", ["--write", "--json", str(tmp_path / "results.json")]
+    monkeypatch.setattr(suite, "README", page)
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    page.write_text("no marker", encoding="utf-8")
+    assert "suite cpu: begin" in suite.main(options, cpu=fake("good"))
+    old = "<!-- suite cpu: begin -->\nold\n<!-- suite cpu: end -->"
+    page.write_text(old, encoding="utf-8")
+    assert suite.main(options, cpu=fake("bad")) == 1 and page.read_text(encoding="utf-8") == old
+    assert suite.main(options, cpu=fake("good")) == 0 and "| toy, size 4, float32 |" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 def test_the_readme_has_the_markers_of_the_table(kind):
     assert suite.put_in(suite.README.read_text(encoding="utf-8"), kind, "a new table").count("a new table") == 1
