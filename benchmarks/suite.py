@@ -288,7 +288,7 @@ def table(results: Sequence[dict], where: dict, date: str) -> str:
     ]
     for result in results:
         for row in result["rows"]:
-            memory = " / ".join(f"{n:.2f}" for n in row["memory"]) if row["memory"] else ""
+            memory = " / ".join(f"{n:.3f}" for n in row["memory"]) if row["memory"] else ""
             different = "" if row["difference"] is None else f"{row['difference']:.1e}"
             note = "; ".join(filter(None, ("" if row["equal"] else "**not equal**", row["note"])))
             cells = (described(row), row["peer"], spread(row["ratios"]), f"{row['seconds']:.3g}", memory, different,
