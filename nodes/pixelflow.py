@@ -153,7 +153,8 @@ class PixelFlowClass(CheckedNode):
             display_name="PixelFlow Class (ImageNet)",
             category=CATEGORY,
             search_aliases=["imagenet label", "class label", "class conditioning", "category"],
-            description="What a class-conditional PixelFlow draws: one of ImageNet's 1000 classes, or several.",
+            description="What a class-conditional PixelFlow draws: one of ImageNet's 1000 classes, or several; with a "
+            "model of other pictures connected, classes of those.",
             inputs=[
                 io.Combo.Input(
                     "imagenet_class",
@@ -169,6 +170,8 @@ class PixelFlowClass(CheckedNode):
                     "batch in turn. Empty: the class of the menu above. Indices past 999 are for models trained on "
                     "other pictures.",
                 ),
+                io.Model.Input("model", optional=True, tooltip="Only for a model trained on classes of its own, as the "
+                               "small one of emoji: `classes` then takes their names."),
             ],
             outputs=[
                 io.Conditioning.Output("conditioning", display_name="CONDITIONING",
@@ -181,7 +184,12 @@ class PixelFlowClass(CheckedNode):
         )
 
     @classmethod
-    def validate_inputs(cls, classes=""):
+    def validate_inputs(cls, classes="", model=None, input_types=None):
+        kind = (input_types or {}).get("model")
+        if kind not in (None, "*", "MODEL"):  # ComfyUI leaves links to a node that asks for `input_types`
+            return f"model takes a MODEL, and {kind} is connected."
+        if kind or model is not None:
+            return True  # whose names count is known when it runs
         try:
             imagenet.parse_classes(classes or "")
         except ValueError as error:
@@ -189,9 +197,20 @@ class PixelFlowClass(CheckedNode):
         return True
 
     @classmethod
-    def execute(cls, imagenet_class, classes) -> io.NodeOutput:
-        labels = imagenet.parse_classes(classes) or imagenet.parse_classes(imagenet_class)
+    def execute(cls, imagenet_class, classes, model=None) -> io.NodeOutput:
+        own = class_names(model) if model is not None else ()
+        labels = imagenet.parse_classes(classes, own)
+        if own and not labels:
+            raise ValueError("This model was trained on classes of its own, not on ImageNet's. Write one or more of "
+                             f"them into `classes`: {', '.join(own)}.")
+        labels = labels or imagenet.parse_classes(imagenet_class)
         return io.NodeOutput(class_conditioning(labels), class_conditioning([-1]))
+
+
+def class_names(model) -> tuple[str, ...]:
+    """Names that a PixelFlow has for its classes; none where they are ImageNet's."""
+    cascade.config_of(model)  # refuses other families
+    return model.model.class_names
 
 
 def class_conditioning(labels: list[int]) -> list:

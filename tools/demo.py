@@ -54,8 +54,10 @@ class Section:
     headline: str
     sentence: str
     template: str
-    """Short name of a shipped workflow with a node titled Prompt."""
+    """Short name of a shipped workflow."""
     drawings: tuple[Drawing, ...]
+    asks: str = "Prompt.text"
+    """NODE.input of the template that takes what to draw."""
 
 
 def drawings(*prompts: str, views: tuple[View, ...] = (View(),)) -> tuple[Drawing, ...]:
@@ -107,6 +109,11 @@ SECTIONS = (
             "A picture of 32 pixels is enlarged to 64, which blurs it. The last stage alone brings its edges back.",
             "pixelflow_upscale",
             (enlarged("mushroom", "mushroom"), enlarged("cat_face", "cat face"))),
+    Section("pixelflow", "PixelFlow by classes",
+            "A second PixelFlow knows no words, only 99 kinds of emoji. Another seed draws another one of the kind.",
+            "pixelflow_emoji_classes",
+            drawings("face-smiling", "cat-face", "monkey-face", "heart", "time", "transport-water"),
+            asks="Kinds of emoji.classes"),
     Section("pixart", "PixArt: text to picture at 128 pixels",
             "PixArt-alpha's network with 4.5 million parameters, and a small VAE behind it.",
             "pixart_emoji",
@@ -157,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         chapters.append(chapter)
         for drawing in section.drawings:
             name = f"{section.headline}: {drawing.prompt}"
-            graph, shown = asked(read(path, info), drawing, args.seed, info)
+            graph, shown = asked(read(path, info), drawing, args.seed, info, section.asks)
             run = host.run(graph, fresh=False)  # models stay loaded
             if run.error:
                 failed = True
@@ -183,9 +190,9 @@ def chosen(family: str | None, prompts: list[str]) -> list[Section]:
             for section in sections if first[section.family] is section]
 
 
-def asked(graph: dict, drawing: Drawing, seed: int, info: dict) -> tuple[dict, list[str]]:
-    """(a template's graph that makes a drawing, ids of the nodes that show its views)."""
-    graph = set_inputs(graph, [f"Prompt.text={drawing.prompt}", *drawing.settings], info)
+def asked(graph: dict, drawing: Drawing, seed: int, info: dict, asks: str = Section.asks) -> tuple[dict, list[str]]:
+    """(a template's graph that makes a drawing, ids of the nodes that show its views). asks: as a Section has it."""
+    graph = set_inputs(graph, [f"{asks}={drawing.prompt}", *drawing.settings], info)
     for inputs in [node["inputs"] for node in graph.values()]:
         if "batch_size" in inputs:
             inputs["batch_size"] = 1

@@ -1,15 +1,16 @@
 """PixelFlow's files: the released `model.pt`, training files, and our own safetensors."""
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from ..guard import shape_of
 from ..known_files import WrongFile, family_of
-from ..parsing import LONGEST, from_yaml
+from ..parsing import LONGEST, from_json, from_yaml
 from ..state_dict import (
     config_metadata,
     count,
@@ -22,6 +23,7 @@ from .config import PixelFlowConfig
 
 FAMILY = "pixelflow"
 RELEASED_HEAD_DIM = 72  # not in keys or shapes: the query norm spans all heads
+CLASSES = "pixstack.classes"  # names of the classes, in the metadata of our exported safetensors
 NEEDED = ("patch_embed.proj.weight", "proj_out_2.weight", "transformer_blocks.0.attn1.q_proj.weight")
 RELEASED_RESOLUTION = {"class": 256, "text": 1024}
 
@@ -79,9 +81,23 @@ def _if_it_fits(entries: dict, tensors: Mapping[str, Tensor]) -> dict:
     return entries if all(entries[name] == shapes[name] for name in shapes.keys() & entries.keys()) else {}
 
 
-def metadata(config: PixelFlowConfig) -> dict[str, str]:
-    """Metadata of our exported safetensors: the family and the whole configuration."""
-    return config_metadata(FAMILY, config.as_dict())
+def metadata(config: PixelFlowConfig, classes: Sequence[str] = ()) -> dict[str, str]:
+    """Metadata of our exported safetensors: the family, the whole configuration, and the names of classes, if any."""
+    named = {CLASSES: json.dumps(list(classes), ensure_ascii=False)} if classes else {}
+    return config_metadata(FAMILY, config.as_dict()) | named
+
+
+def class_names(metadata: Mapping[str, str], config: PixelFlowConfig) -> tuple[str, ...]:
+    """Names of the classes that a file of ours was trained on, by index; none in anybody else's file."""
+    if CLASSES not in metadata or not config.num_classes:
+        return ()
+    names = from_json(metadata[CLASSES], "The list of classes in this file's metadata")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("The list of classes in this file's metadata is no list of names: the file is damaged.")
+    if len(names) != config.num_classes:
+        raise ValueError(f"This PixelFlow checkpoint has {config.num_classes} classes, and its metadata names "
+                         f"{len(names)}: the file is damaged.")
+    return tuple(names)
 
 
 def _from_shapes(tensors: Mapping[str, Tensor], head_dim: int) -> dict:

@@ -558,6 +558,58 @@ def test_a_misspelled_class_is_refused_with_the_nearest(flow):
         flow.host.check(wrong)[0])
 
 
+@pytest.fixture(scope="module")
+def named(flow) -> str:
+    """A file of a model that names its own classes."""
+    tiny_pixelflow(flow.host.models / "diffusion_models" / "named.safetensors", text=False, num_classes=3,
+                   names=("cat", "sky & weather", "otter"))
+    return "named.safetensors"
+
+
+def of_own_classes(named: str, text: str, source=("1", 0)) -> dict:
+    return {"1": {"class_type": "PixStack_PixelFlowLoader",
+                  "inputs": {"model_name": named, "weights": "ema", "dtype": "default"}},
+            "2": {"class_type": "PixStack_PixelFlowClass",
+                  "inputs": {"imagenet_class": "0: tench", "classes": text, "model": list(source)}},
+            "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}}}
+
+
+def test_a_model_s_own_classes_have_its_names(flow, named):
+    model = load(flow, named)
+    chosen = run(flow, "Class", imagenet_class="0: tench", classes="Otter, sky & weather; 0", model=model)
+    assert chosen[0][1]["pixelflow_class_labels"].tolist() == [2, 1, 0]
+    assert flow.host.run(of_own_classes(named, "otter")).error is None
+
+
+@pytest.mark.parametrize("text, said", [
+    ("oter", "neither a class index nor one of the names of this model's classes. Near it are 2: otter"),
+    ("goldfish", "neither a class index nor one of the names of this model's classes"),
+    ("", "Write one or more of them into `classes`: cat, sky & weather, otter"),
+])
+def test_what_a_model_has_no_name_for_is_refused(flow, named, text, said):
+    assert said in str(flow.host.run(of_own_classes(named, text)).error)
+
+
+def test_a_model_without_names_takes_imagenet_s(flow):
+    chosen = run(flow, "Class", imagenet_class="3: tiger shark", classes="", model=flow.classes)
+    assert chosen[0][1]["pixelflow_class_labels"].tolist() == [3]
+
+
+def test_only_a_pixelflow_is_asked_for_its_classes(flow, named):
+    wrong = of_own_classes(named, "otter", ("2", 0)) | {"2": of_own_classes(named, "otter", ("4", 0))["2"]}
+    wrong["4"] = {"class_type": "VAELoader", "inputs": {"vae_name": "pixel_space"}}
+    assert "model takes a MODEL, and VAE is connected" in str(flow.host.check(wrong)[0])
+
+
+@pytest.mark.parametrize("names", [("cat",), "cat", {"cat": 1, "dog": 2, "cow": 3}])
+def test_a_damaged_list_of_classes_is_named(flow, named, names):
+    path = flow.host.models / "diffusion_models" / "damaged.safetensors"
+    tensors, metadata = read_file(flow.host.models / "diffusion_models" / named)
+    write_file(path, tensors, metadata | {"pixstack.classes": json.dumps(names)})
+    with pytest.raises(ValueError, match="the file is damaged"):
+        load(flow, path.name)
+
+
 def test_every_class_of_the_menu_is_found_by_its_name(flow):
     options = flow.nodes["PixStack_PixelFlowClass"].define_schema().inputs[0].options
     names = ", ".join(option.split(": ", 1)[1] for option in options)

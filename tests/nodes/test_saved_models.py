@@ -8,7 +8,7 @@ import weights
 
 LOADERS = {  # family -> loader, its file's input, file, what makes it, the rest of its inputs
     "pixelflow class": ("PixelFlowLoader", "saved_c2i.safetensors", lambda path: weights.tiny_pixelflow(
-        path, text=False), dict(weights="ema", dtype="fp32")),
+        path, text=False, num_classes=2, names=("cat", "dog")), dict(weights="ema", dtype="fp32")),
     "pixelflow text": ("PixelFlowLoader", "saved_t2i.safetensors", lambda path: weights.tiny_pixelflow(
         path, num_stages=3, resolution=96), dict(weights="ema", dtype="fp32")),
     "pixart sigma": ("PixArtLoader", "saved_sigma.safetensors", weights.tiny_pixart, dict(
@@ -58,6 +58,7 @@ def config(model):
 
 def same(found, wanted):
     assert config(found) == config(wanted)
+    assert getattr(found.model, "class_names", ()) == getattr(wanted.model, "class_names", ())
     ours, theirs = found.model.diffusion_model.state_dict(), wanted.model.diffusion_model.state_dict()
     assert ours.keys() == theirs.keys()
     assert [key for key, value in ours.items() if not torch.equal(value.float(), theirs[key].float())] == []

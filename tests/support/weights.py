@@ -48,7 +48,7 @@ PICTURE = "example.png"  # a new ComfyUI has a picture of this name in input/
 
 
 def tiny_pixelflow(
-    path: Path, text: bool = True, num_stages: int = 4, resolution: int = 64, num_classes: int = 1000
+    path: Path, text: bool = True, num_stages: int = 4, resolution: int = 64, num_classes: int = 1000, names=()
 ) -> PixelFlowConfig:
     condition = dict(context_dim=WIDTH) if text else dict(num_classes=num_classes)
     config = PixelFlowConfig(
@@ -56,7 +56,7 @@ def tiny_pixelflow(
     )
     torch.manual_seed(0)
     weights = {k: 0.1 * torch.randn_like(v) for k, v in PixelFlow(config).state_dict().items()}
-    write_file(path, weights, checkpoint.metadata(config))
+    write_file(path, weights, checkpoint.metadata(config, names))
     return config
 
 

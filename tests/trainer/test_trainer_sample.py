@@ -10,9 +10,12 @@ import pytest
 import tiny_run
 import torch
 from PIL import Image
+from pixstack.models_impl import state_dict
+from pixstack.models_impl.pixelflow import checkpoint
 from pixstack.trainer.cli import main as cli
 from pixstack.trainer.data.layouts import Item
 from pixstack.trainer.evaluation import sample
+from pixstack.trainer.export import exporting
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,10 +110,25 @@ def test_a_class_that_a_run_does_not_know_is_named(of_classes, tmp_path):
         cli.main(["sample", str(of_classes / "run"), "1", "9", "--out", str(tmp_path / "s"), "--device", "cpu"])
 
 
+def test_classes_have_their_names(of_classes, tmp_path):
+    names = json.loads((of_classes / "run/facts.json").read_text())["classes"]
+    assert drawn(of_classes, tmp_path / "names", *names[2:4]) == drawn(of_classes, tmp_path / "indices", 2, 3)
+
+
+def test_an_export_says_what_its_classes_are_called(of_classes, tmp_path):
+    (file,) = exporting.export(of_classes / "run", tmp_path, "tiny_classes")
+    tensors, metadata = state_dict.read_file(file)
+    config, _ = checkpoint.read(tensors, metadata)
+    names = json.loads((of_classes / "run/facts.json").read_text())["classes"]
+    assert list(checkpoint.class_names(metadata, config)) == names
+
+
 def test_a_run_of_classes_refuses_prompts(of_classes, tmp_path):
+    names = json.loads((of_classes / "run/facts.json").read_text())["classes"]
     with pytest.raises(SystemExit) as stopped:
-        drawn(of_classes, tmp_path / "s", "a cat")
+        drawn(of_classes, tmp_path / "s", names[0] + "x")
     assert "knows classes, not prompts" in str(stopped.value.code)
+    assert f"Near it are {names[0]}" in str(stopped.value.code)
 
 
 class Echo:

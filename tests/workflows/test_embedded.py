@@ -82,6 +82,15 @@ def test_the_last_stage_sharpens_an_enlarged_picture(host):
     assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.8
 
 
+def test_pixelflow_draws_what_a_class_looks_like(host):
+    pictures = drawn(host, "pixelflow_emoji_classes", {
+        ("PixStack_PixelFlowClass", "classes"): "face-smiling, transport-water, monkey-face",
+        ("PixStack_PixelFlowSigmas", "steps"): "6"})
+    faces, ships, monkeys = (np.concatenate([p[p.min(-1) < 0.8] for p in pictures[i::3]]).mean(0) for i in range(3))
+    assert faces[1] > 1.8 * faces[2] and ships[2] > ships[0] + 0.1 and monkeys[0] > 1.5 * monkeys[2]
+    assert faces[1] > 1.1 * monkeys[1]  # yellow, not brown
+
+
 def example(name: str) -> np.ndarray:
     return np.asarray(Image.open(HERE.parents[1] / f"assets/pictures/{name}.png").convert("RGB")) / 255
 

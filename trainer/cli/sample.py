@@ -1,6 +1,7 @@
 """`python -m trainer sample`."""
 from __future__ import annotations
 
+import difflib
 import sys
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from .options import accelerator_of, sampling, with_run, with_sampling
 
 def add_arguments(one):
     with_run(one)
-    one.add_argument("what", nargs="*", metavar="prompt", help="prompts, class indices, or an autoencoder's picture "
-                     "files")
+    one.add_argument("what", nargs="*", metavar="prompt", help="prompts, names or indices of classes, or picture files "
+                     "for an autoencoder")
     one.add_argument("--data", type=Path, help="a .txt with a prompt a line, or a data set, whose captions (classes, "
                      "conditions) are drawn")
     one.add_argument("--all-classes", action="store_true", help="every class of the run in turn")
@@ -44,10 +45,12 @@ def run(args):
         what, items = sample.source(args.data, config, need)
     elif args.all_classes and classes:
         what = list(range(len(known)))
-    elif classes and all(w.isdigit() for w in what):
-        what = [int(w) for w in what]
-    if classes and not all(isinstance(w, int) for w in what):
-        raise ValueError(f"{args.run_folder} knows classes, not prompts: give class indices.")
+    elif classes:
+        what = [int(w) if w.isdigit() else known.index(w) if w in known else w for w in what]
+    if classes and (odd := [w for w in what if not isinstance(w, int)]):
+        near = difflib.get_close_matches(odd[0], known, n=3, cutoff=0.5)
+        raise ValueError(f"{args.run_folder} knows classes, not prompts: give their names or indices, not "
+                         f"{odd[0]!r:.100}." + (f" Near it are {', '.join(near)}." if near else ""))
     if classes and known and (odd := [w for w in what if w >= len(known)]):
         raise ValueError(f"{args.run_folder} knows the classes 0 to {len(known) - 1}, not {odd[0]}.")
     if config.data.conditions and not items:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...models_impl import previews, state_dict
+from ...models_impl.pixelflow import checkpoint
 from ..config.load import stored
 from ..training import build
 from ..training.checkpoints import checkpoints, read_tensors, restore_module
@@ -67,6 +68,8 @@ def export(folder: Path, out: Path, name: str, dtype: str = "bf16", step: int | 
         origin = {"pixstack.run": json.dumps({"name": settings.name, "step": step, "weights": weights})}
         if pattern.startswith("diffusion_models/") and settings.vae.path:
             origin |= previews.of_file(Path(settings.vae.path).expanduser())
+        if pattern.startswith("diffusion_models/") and settings.needs == "classes":
+            metadata = checkpoint.metadata(recipe.diffusion.config, build.class_names(folder))
         tensors = {k: written_as(k, v, dtype) for k, v in tensors.items()}
         state_dict.write_file(path, tensors, {**metadata, **origin})
         written.append(path)

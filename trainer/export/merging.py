@@ -39,7 +39,8 @@ def _pixart(path: Path, tensors: dict, metadata: dict) -> OpenedModel:
 
 def _pixelflow(path: Path, tensors: dict, metadata: dict) -> OpenedModel:
     config, own = pixelflow_checkpoint.read(tensors, metadata, beside=pixelflow_checkpoint.config_beside(path))
-    return OpenedModel(config, own, pixelflow_checkpoint.metadata(config), lora.names_of(shapes(own)))
+    known = pixelflow_checkpoint.metadata(config, pixelflow_checkpoint.class_names(metadata, config))
+    return OpenedModel(config, own, known, lora.names_of(shapes(own)))
 
 
 def _flux(path: Path, tensors: dict, metadata: dict) -> OpenedModel:

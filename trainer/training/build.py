@@ -68,6 +68,11 @@ def other_data(folder: Path, collection: loader.Collection) -> str:
         "now, or other captions or pixels. It goes on with these, and is no repetition of an unbroken run.")
 
 
+def class_names(folder: Path) -> list[str]:
+    """Names of a run's classes, by index."""
+    return entries(folder / FACTS).get("classes", [])
+
+
 def reopened(config: Config, folder: Path) -> nn.Module:
     """The recipe of a run folder, its weights still to be loaded."""
     facts = entries(folder / FACTS)

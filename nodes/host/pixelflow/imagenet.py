@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,22 +21,27 @@ def options() -> list[str]:
     return [f"{index}: {name}" for index, name in enumerate(class_names())]
 
 
-def parse_classes(text: str) -> list[int]:
-    """'207, otter; 417' -> [207, 360, 417]. An index may be past ImageNet's, for models trained on other classes."""
-    return [_index(entry.strip()) for entry in text.replace(";", ",").replace("\n", ",").split(",") if entry.strip()]
+def parse_classes(text: str, known: Sequence[str] = ()) -> list[int]:
+    """'207, otter; 417' -> [207, 360, 417]. known: names by index of a model trained on other classes; without them the
+    names are ImageNet's, and an index may be past those."""
+    entries = text.replace(";", ",").replace("\n", ",").split(",")
+    return [_index(entry.strip(), known) for entry in entries if entry.strip()]
 
 
-def _index(entry: str) -> int:
+def _index(entry: str, known: Sequence[str]) -> int:
     number = entry.split(":", 1)[0].strip()
     if number.isdecimal():
         return int(number)
-    if entry in class_names():  # as written first: Cardigan is a dog, cardigan a garment
-        return class_names().index(entry)
-    names = {name.lower(): index for index, name in enumerate(class_names())}
+    everything = known or class_names()
+    if entry in everything:  # as written first: Cardigan is a dog, cardigan a garment
+        return everything.index(entry)
+    names = {name.lower(): index for index, name in enumerate(everything)}
     name = entry.lower()
     if name in names:
         return names[name]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     near = near or [known for known in names if name in known.split()][:3]
     hint = f" Near it are {', '.join(f'{names[n]}: {n}' for n in near)}." if near else ""
-    raise ValueError(f"{entry!r:.100} is neither a class index nor one of ImageNet's names.{hint}")
+    fault = ("is neither a class index nor one of the names of this model's classes" if known else
+             "is neither a class index nor one of ImageNet's names")
+    raise ValueError(f"{entry!r:.100} {fault}.{hint}")

@@ -25,5 +25,6 @@ def load_pixelflow(
         config, tensors = checkpoint.read(
             tensors, metadata, weights=weights, beside=checkpoint.config_beside(file)
         )
-        model = as_model(ModelConfig(config), tensors, dtype, f"PixelFlow ({file.name})", disable_dynamic, fast)
+        names = checkpoint.class_names(metadata, config)
+        model = as_model(ModelConfig(config, names), tensors, dtype, f"PixelFlow ({file.name})", disable_dynamic, fast)
     return reloadable(model, load_pixelflow, path, weights, dtype, fast)

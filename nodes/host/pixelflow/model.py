@@ -1,6 +1,8 @@
 """PixelFlow as a ComfyUI MODEL: the meaning of its sigmas, its conditioning, and the attention that it calls."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
@@ -9,11 +11,11 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ....models_impl.pixelflow.checkpoint import FAMILY
+from ....models_impl.pixelflow import checkpoint
 from ....models_impl.pixelflow.config import PixelFlowConfig
 from ....models_impl.pixelflow.model import PixelFlow
 from ....models_impl.pixelflow.stages import TRAIN_TIMESTEPS, Stages
-from ....models_impl.state_dict import config_tensor
+from ....models_impl.state_dict import metadata_tensor
 from ..common.attention import host_attention
 from ..common.conds import PromptCache, PromptKey, TextCond, TextMask, once_per_prompt
 from ..common.prefetch import host_prefetch
@@ -100,15 +102,16 @@ class ModelConfig(comfy.supported_models_base.BASE):
     latent_format = PixelFormat
     supported_inference_dtypes = [torch.bfloat16, torch.float32]
 
-    def __init__(self, config: PixelFlowConfig):
+    def __init__(self, config: PixelFlowConfig, classes: Sequence[str] = ()):
         super().__init__({"image_model": "pixelflow", **config.as_dict()})
-        self.pixelflow = config
+        self.pixelflow, self.class_names = config, tuple(classes)
         # ComfyUI multiplies it by pixels, bytes of a value and 2**20 / 100.
         self.memory_usage_factor = ACTIVATIONS * config.hidden / config.patch_size**2 / (2**20 / 100)
 
     def process_unet_state_dict_for_saving(self, state_dict):
         """What core's nodes save, with the configuration."""
-        return super().process_unet_state_dict_for_saving(state_dict) | config_tensor(FAMILY, self.pixelflow.as_dict())
+        own = metadata_tensor(checkpoint.metadata(self.pixelflow, self.class_names))
+        return super().process_unet_state_dict_for_saving(state_dict) | own
 
     def get_model(self, state_dict, prefix="", device=None):
         return PixelFlowModel(self, device=device)
@@ -122,6 +125,11 @@ class PixelFlowModel(comfy.model_base.BaseModel):
     @property
     def config(self) -> PixelFlowConfig:
         return self.diffusion_model.config
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the pictures it was trained on, by index; none where they are ImageNet's or the file does not say."""
+        return self.model_config.class_names
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, *args, prompts=None, mask=None, **kwargs):
         """What does not change from step to step is made here, outside of what torch.compile may have made of the
