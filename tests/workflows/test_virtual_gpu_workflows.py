@@ -62,7 +62,7 @@ def graph_of(name: str) -> dict:
             node["inputs"]["steps"] = min(steps, STEPS)
         if node["class_type"] == "SplitSigmas":
             node["inputs"]["step"] = min(node["inputs"]["step"], STEPS - 1)
-        if isinstance(steps, str) and "," in steps:  # of every stage
+        if isinstance(steps, str):  # of every stage
             node["inputs"]["steps"] = ", ".join(["2"] * len(steps.split(",")))
         if node["class_type"] == "PixStack_UltraPixelCanvas":
             node["inputs"] |= {side: node["inputs"][side] // SMALLER // 16 * 16 for side in ("width", "height")}
