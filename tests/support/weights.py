@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 32  # of the text tokens
 EMBEDDED = (
     ("diffusion_models", "pixelflow_emoji_64.safetensors"), ("text_encoders", "pixelflow_emoji_t5.safetensors"),
+    ("diffusion_models", "pixelflow_emoji_classes_64.safetensors"),
     ("diffusion_models", "pixart_emoji_128.safetensors"), ("vae", "pixart_emoji_vae.safetensors"),
     ("loras", "pixart_emoji_fluent.safetensors"), ("controlnet", "pixart_emoji_hed.safetensors"),
     ("diffusion_models", "flux_emoji_128.safetensors"), ("vae", "flux_emoji_vae.safetensors"),
