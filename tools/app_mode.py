@@ -16,25 +16,28 @@ from collections import Counter
 from .layout_workflows import group_of
 from .workflow import shipped
 
-FIELDS = (  # in the order of the form: prompts, pictures, what steers, size, drawing
-    ("PrimitiveStringMultiline", "value"), ("PixStack_PixArtPrompt", "prompt"), ("PixStack_PixArtPrompt", "style"),
-    ("CLIPTextEncode", "text"), ("PixStack_PixArtTextEncode", "text"), ("PixStack_PixelFlowClass", "imagenet_class"),
-    ("LoadImage", "image"), ("PixStack_ExamplePicture", "picture"), ("PixStack_LoadEntry", "folder"),
-    ("PixStack_PixArtLoraLoader", "strength"), ("LoraLoaderModelOnly", "strength_model"),
-    ("PixStack_UltraPixelPersonalise", "strength"), ("ControlNetApplyAdvanced", "strength"),
-    ("PixStack_PixelPonderApply", "strength"),
-    ("PixStack_PixArtCanvas", "resolution"), ("PixStack_PixArtCanvas", "shape"),
-    ("PixStack_PixArtReferenceCanvas", "resolution"), ("PixStack_PixelFlowCanvas", "shape"),
-    ("PixStack_UltraPixelCanvas", "shape"), ("PixStack_UltraPixelCanvas", "side"),
-    ("PixStack_UltraPixelCanvas", "width"), ("PixStack_UltraPixelCanvas", "height"),
-    ("PixStack_PixArtSigmas", "steps"), ("BasicScheduler", "steps"), ("PixStack_PixelFlowSigmas", "steps"),
-    ("PixStack_PixelFlowSample", "steps"), ("KSampler", "steps"),
-    ("SamplerCustom", "cfg"), ("CFGGuider", "cfg"), ("PixStack_PixelFlowSample", "cfg"), ("KSampler", "cfg"),
-    ("FluxGuidance", "guidance"), ("KSampler", "denoise"),
-    ("PrimitiveInt", "value"), ("RandomNoise", "noise_seed"), ("SamplerCustom", "noise_seed"),
-    ("PixStack_PixelFlowSample", "seed"), ("KSampler", "seed"),
+FIELDS = (  # (type, class, input), in the order of the form: prompts, pictures, what steers, size, drawing
+    ("STRING", "PrimitiveStringMultiline", "value"), ("STRING", "PixStack_PixArtPrompt", "prompt"),
+    ("COMBO", "PixStack_PixArtPrompt", "style"), ("STRING", "CLIPTextEncode", "text"),
+    ("STRING", "PixStack_PixArtTextEncode", "text"), ("COMBO", "PixStack_PixelFlowClass", "imagenet_class"),
+    ("STRING", "PixStack_PixelFlowClass", "classes"), ("COMBO", "LoadImage", "image"),
+    ("COMBO", "PixStack_ExamplePicture", "picture"), ("STRING", "PixStack_LoadEntry", "folder"),
+    ("FLOAT", "PixStack_PixArtLoraLoader", "strength"), ("FLOAT", "LoraLoaderModelOnly", "strength_model"),
+    ("FLOAT", "PixStack_UltraPixelPersonalise", "strength"), ("FLOAT", "ControlNetApplyAdvanced", "strength"),
+    ("FLOAT", "PixStack_PixelPonderApply", "strength"),
+    ("COMBO", "PixStack_PixArtCanvas", "resolution"), ("COMBO", "PixStack_PixArtCanvas", "shape"),
+    ("COMBO", "PixStack_PixArtReferenceCanvas", "resolution"), ("COMBO", "PixStack_PixelFlowCanvas", "shape"),
+    ("COMBO", "PixStack_UltraPixelCanvas", "shape"), ("INT", "PixStack_UltraPixelCanvas", "side"),
+    ("INT", "PixStack_UltraPixelCanvas", "width"), ("INT", "PixStack_UltraPixelCanvas", "height"),
+    ("INT", "PixStack_PixArtSigmas", "steps"), ("INT", "BasicScheduler", "steps"),
+    ("STRING", "PixStack_PixelFlowSigmas", "steps"), ("INT", "PixStack_PixelFlowSample", "steps"),
+    ("INT", "KSampler", "steps"), ("FLOAT", "SamplerCustom", "cfg"), ("FLOAT", "CFGGuider", "cfg"),
+    ("FLOAT", "PixStack_PixelFlowSample", "cfg"), ("FLOAT", "KSampler", "cfg"), ("FLOAT", "FluxGuidance", "guidance"),
+    ("FLOAT", "KSampler", "denoise"), ("INT", "PrimitiveInt", "value"), ("INT", "RandomNoise", "noise_seed"),
+    ("INT", "SamplerCustom", "noise_seed"), ("INT", "PixStack_PixelFlowSample", "seed"), ("INT", "KSampler", "seed"),
 )  # fmt: skip
-TEXTS, MENUS, REAL = {"value", "text"}, {"image", "picture"}, {"cfg", "strength"}
+NAMELESS = {"value", "text"}
+"""Inputs that only their node's title says something of."""
 RESULTS = {"SaveImage", "PixStack_SaveEntry"}
 UNUSED = {"CLIPTextEncode": "No negative prompt"}  # class -> title of a node whose text is to stay empty
 
@@ -50,33 +53,32 @@ def app_mode(workflow: dict) -> dict:
 
     def asked(node: dict, widget: str) -> bool:
         """Whether a person sets it: nothing is connected, it counts, and it is not Stage B's, which goes by itself."""
-        values = node["widgets_values"]
-        free = str(values[0]).startswith("custom") if "UltraPixelCanvas" in node["type"] else False
-        return (not any(one["name"] == widget and one.get("link") is not None for one in node["inputs"])
-                and UNUSED.get(node["type"], "") != node.get("title")
-                and (widget != "denoise" or values[-1] != 1)
-                and {"side": not free, "width": free, "height": free}.get(widget, True)
-                and group_of(node, nodes, sources) != "Decode")
+        values, linked = node["widgets_values"], {one["name"] for one in node["inputs"] if one.get("link") is not None}
+        free = node["type"] == "PixStack_UltraPixelCanvas" and values[0].startswith("custom")
+        counts = {"side": not free, "width": free, "height": free, "denoise": values[-1] != 1,
+                  "imagenet_class": "model" not in linked, "classes": "model" in linked}
+        return (widget not in linked and counts.get(widget, True) and group_of(node, nodes, sources) != "Decode"
+                and UNUSED.get(node["type"], "") != node.get("title"))
 
-    fields = [(node, widget) for kind, widget in FIELDS for node in workflow["nodes"]
-              if node["type"] == kind and asked(node, widget)]
-    often = Counter(widget for _, widget in fields)
-    for node, widget in fields:
-        if (title := node.get("title")) and (widget in TEXTS or often[widget] > 1):
-            label(node, widget, title if widget in TEXTS else f"{widget}: {title}")
+    fields = [(node, widget, kind) for kind, own, widget in FIELDS for node in workflow["nodes"]
+              if node["type"] == own and asked(node, widget)]
+    often = Counter(widget for _, widget, _ in fields)
+    for node, widget, kind in fields:
+        if (title := node.get("title")) and (widget in NAMELESS or often[widget] > 1):
+            label(node, widget, kind, title if widget in NAMELESS else f"{widget}: {title}")
     results = [node["id"] for node in workflow["nodes"] if node["type"] in RESULTS]
-    workflow["extra"]["linearData"] = {"inputs": [[node["id"], widget] for node, widget in fields], "outputs": results}
+    form = [[node["id"], widget] for node, widget, _ in fields]
+    workflow["extra"]["linearData"] = {"inputs": form, "outputs": results}
     return workflow
 
 
-def label(node: dict, widget: str, text: str) -> None:
-    """What stands for a widget's name where the browser shows it."""
+def label(node: dict, widget: str, kind: str, text: str) -> None:
+    """What stands for a widget's name where the browser shows it. kind: the type of the input."""
     socket = next((one for one in node["inputs"] if one["name"] == widget), None)
     if socket is None:
-        kind = "STRING" if widget in TEXTS else "COMBO" if widget in MENUS else "FLOAT" if widget in REAL else "INT"
-        socket = {"name": widget, "type": kind, "widget": {"name": widget}, "link": None}
+        socket = {"name": widget, "widget": {"name": widget}, "link": None}
         node["inputs"].append(socket)
-    socket["label"] = text
+    socket |= {"type": kind, "label": text}
 
 
 def main() -> int:

@@ -71,6 +71,11 @@ def test_app_mode_asks_for_what_the_nodes_have(workflow, host):
     assert app_mode(saved) == saved, "run `python -m pixstack.tools.app_mode`"
     prompt, form = conversion.read(workflow, host.object_info()), saved["extra"]["linearData"]
     assert all(not isinstance(prompt[str(i)]["inputs"][name], list) for i, name in form["inputs"])
+    for node in saved["nodes"]:
+        given = host.object_info()[node["type"]]["input"] if node["type"] in host.object_info() else {}
+        kinds = {name: spec[0] for part in given.values() for name, spec in part.items()}
+        named = {one["name"]: one["type"] for one in node["inputs"] if "label" in one and "widget" in one}
+        assert named == {name: "COMBO" if isinstance(kinds[name], list) else kinds[name] for name in named}
     assert all(host.object_info()[prompt[str(i)]["class_type"]]["output_node"] for i in form["outputs"])
 
 
