@@ -83,8 +83,12 @@ def _if_it_fits(entries: dict, tensors: Mapping[str, Tensor]) -> dict:
 
 def metadata(config: PixelFlowConfig, classes: Sequence[str] = ()) -> dict[str, str]:
     """Metadata of our exported safetensors: the family, the whole configuration, and the names of classes, if any."""
-    named = {CLASSES: json.dumps(list(classes), ensure_ascii=False)} if classes else {}
-    return config_metadata(FAMILY, config.as_dict()) | named
+    return config_metadata(FAMILY, config.as_dict()) | (named(classes) if classes else {})
+
+
+def named(classes: Sequence[str]) -> dict[str, str]:
+    """The entry of the metadata that holds the names of the classes, by index."""
+    return {CLASSES: json.dumps(list(classes), ensure_ascii=False)}
 
 
 def class_names(metadata: Mapping[str, str], config: PixelFlowConfig) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def export(folder: Path, out: Path, name: str, dtype: str = "bf16", step: int | 
         if pattern.startswith("diffusion_models/") and settings.vae.path:
             origin |= previews.of_file(Path(settings.vae.path).expanduser())
         if pattern.startswith("diffusion_models/") and settings.needs == "classes":
-            metadata = checkpoint.metadata(recipe.diffusion.config, build.class_names(folder))
+            origin |= checkpoint.named(build.class_names(folder))
         tensors = {k: written_as(k, v, dtype) for k, v in tensors.items()}
         state_dict.write_file(path, tensors, {**metadata, **origin})
         written.append(path)
