@@ -69,7 +69,7 @@ class Result:
     seconds: float = 0.0
     rows: list[dict] = field(default_factory=list)
     last_lines: list[str] = field(default_factory=list)
-    """Of the output, where the case is not done."""
+    """The end of what it printed, where it is not done."""
 
 
 def case(name: str, deadline: float, command: str) -> Case:
@@ -281,7 +281,8 @@ def table(results: Sequence[dict], where: dict, date: str) -> str:
     lines = [
         f"One run of {date} on {processor}; torch {where['torch']}. Speed is the time of the peer / ours (above 1 = "
         "ours is faster), median (least to most) of the rounds; memory is the peak of ours / of the peer; difference "
-        "is the greatest one between the results, in standard deviations.",
+        "is the greatest one between the results, in standard deviations."
+        + ("" if where["gpu"] else " Time is that of the processor, all threads together, not of the clock."),
         "",
         "| what | against | speed | seconds of ours | memory, GiB | difference | note |",
         "|---|---|---|---|---|---|---|",
