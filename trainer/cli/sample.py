@@ -5,7 +5,6 @@ import difflib
 import sys
 from pathlib import Path
 
-from ..files import entries
 from .options import accelerator_of, sampling, with_run, with_sampling
 
 
@@ -33,6 +32,7 @@ def run(args):
     from ..data.sheets import sheet
     from ..evaluation import sample
     from ..export.exporting import open_run
+    from ..training import build
 
     accelerator = accelerator_of(args.device)
     main = accelerator.is_main_process
@@ -40,7 +40,7 @@ def run(args):
                                     accelerator.device if args.device == "auto" else args.device)
     need, items, what = config.needs, [], args.what
     classes = need == "classes"
-    known = entries(args.run_folder / "facts.json").get("classes", [])
+    known = build.class_names(args.run_folder)
     if args.data:
         what, items = sample.source(args.data, config, need)
     elif args.all_classes and classes:

@@ -40,7 +40,7 @@ def _index(entry: str, known: Sequence[str]) -> int:
     if name in names:
         return names[name]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    near = near or [known for known in names if name in known.split()][:3]
+    near = near or [other for other in names if name in other.split()][:3]
     hint = f" Near it are {', '.join(f'{names[n]}: {n}' for n in near)}." if near else ""
     fault = ("is neither a class index nor one of the names of this model's classes" if known else
              "is neither a class index nor one of ImageNet's names")

@@ -128,7 +128,7 @@ class PixelFlowModel(comfy.model_base.BaseModel):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the pictures it was trained on, by index; none where they are ImageNet's or the file does not say."""
+        """Names of the classes it was trained on, by index; none where they are ImageNet's or the file does not say."""
         return self.model_config.class_names
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, *args, prompts=None, mask=None, **kwargs):
