@@ -24,20 +24,16 @@ def add_arguments(one):
     with_sampling(one)
 
 
-def run(args):
-    """Make pictures with a run, on several processes too (torchrun, accelerate launch); run it again to go on."""
-    import torch
-    from tqdm import tqdm
+def asked(args, config):
+    """What is drawn (prompts, indices of classes or picture files) and the items of the data set they come from, which
+    are none without --data.
 
-    from ..data.sheets import sheet
+    Raises:
+        ValueError: a class that the run does not know, or conditions without a data set that has them.
+    """
     from ..evaluation import sample
-    from ..export.exporting import open_run
     from ..training import build
 
-    accelerator = accelerator_of(args.device)
-    main = accelerator.is_main_process
-    recipe, config, step = open_run(args.run_folder, args.step, args.weights,
-                                    accelerator.device if args.device == "auto" else args.device)
     need, items, what = config.needs, [], args.what
     classes = need == "classes"
     known = build.class_names(args.run_folder)
@@ -56,6 +52,23 @@ def run(args):
     if config.data.conditions and not items:
         raise ValueError(f"{args.run_folder} draws after conditions ({', '.join(config.data.conditions)}): name a data "
                          "set that has them, --data.")
+    return what, items
+
+
+def run(args):
+    """Make pictures with a run, on several processes too (torchrun, accelerate launch); run it again to go on."""
+    import torch
+    from tqdm import tqdm
+
+    from ..data.sheets import sheet
+    from ..evaluation import sample
+    from ..export.exporting import open_run
+
+    accelerator = accelerator_of(args.device)
+    main = accelerator.is_main_process
+    recipe, config, step = open_run(args.run_folder, args.step, args.weights,
+                                    accelerator.device if args.device == "auto" else args.device)
+    what, items = asked(args, config)
     names = [*config.data.conditions, *([""] if items and recipe.of_pictures else [])]
     s, side, count = config.samples, config.data.resolution, len(what) if args.count is None else args.count
     height, width = (given if given is not None else own or side
