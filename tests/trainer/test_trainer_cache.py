@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import accelerate
@@ -294,27 +295,50 @@ def test_a_dry_run_says_what_is_cached_and_reads_no_picture_for_it(made, path, t
     assert "for 7 of 8 are cached" in said()
 
 
+# To import everything takes longer than to cache: one process does, and forks for every line that it reads. It writes
+# the fork's number, and its exit status when it has ended.
+ATTEMPTS = """
+import os, sys
+sys.path[:0] = ["package"]
+from pixstack.trainer import libraries
+libraries.hide_broken_torchvision()
+from diffusers import AutoencoderKL
+from pixstack.trainer.cli import main
+from pixstack.trainer.features import cache, store
+from transformers import AutoTokenizer, T5EncoderModel
+cache.AT_ONCE = store.SHARD_BYTES = 1
+for _ in sys.stdin:
+    if child := os.fork():
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    else:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        main.main(["cache", sys.argv[1]])
+        os._exit(0)
+"""
+
+
 def test_a_cache_killed_by_the_system_leaves_only_whole_shards(made, tmp_path):
     """kill -9 while it writes, and again, until it is done; every shard in between can be read."""
+    def shards():
+        return [*(tmp_path / "cache").rglob("latent-*/*.safetensors")]
+
     file = tiny_pixart.toml(tmp_path, made())
-    code = ("import sys; sys.path[:0] = ['package', 'tests']; from pixstack.trainer.cli import main; "
-            "from pixstack.trainer.features import cache, store; "
-            "cache.AT_ONCE = 1; store.SHARD_BYTES = 1; main.main(['cache', sys.argv[1]])")
-    command = [sys.executable, "-c", code, file]
-    for _ in range(4):
-        running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        there = len(list((tmp_path / "cache").rglob("latent-*/*.safetensors")))
-        while running.poll() is None:
-            if len(list((tmp_path / "cache").rglob("latent-*/*.safetensors"))) > there + 5:
-                running.send_signal(signal.SIGKILL)
-                running.wait()
-            time.sleep(0.01)
-        for shard in (tmp_path / "cache").rglob("*.safetensors"):
-            with stores.safe_open(shard, framework="pt") as opened:
-                assert all(opened.get_tensor(key).isfinite().all() for key in opened.keys())
-        if running.returncode == 0:
-            break
-    assert running.returncode == 0 and loaded(made())[1] == []
+    statuses = []
+    with subprocess.Popen([sys.executable, "-c", ATTEMPTS, file], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as attempts:
+        while len(statuses) < 4 and statuses[-1:] != [0]:
+            print(file=attempts.stdin, flush=True)
+            there, child = len(shards()), int(attempts.stdout.readline())
+            with suppress(ProcessLookupError):
+                while True:
+                    os.kill(child, signal.SIGKILL if len(shards()) > there + 5 else 0)
+                    time.sleep(0.01)
+            statuses.append(int(attempts.stdout.readline()))
+            for shard in (tmp_path / "cache").rglob("*.safetensors"):
+                with stores.safe_open(shard, framework="pt") as opened:
+                    assert all(opened.get_tensor(key).isfinite().all() for key in opened.keys())
+    assert statuses[0] == -signal.SIGKILL and statuses[-1] == 0 and loaded(made())[1] == []
 
 
 # --- The releases' own files
