@@ -70,9 +70,9 @@ def train(settings, interrupt=None):
     return recipe, run
 
 
-def toml(folder, path, out):
+def toml(folder, path, out, **sections):
     """The same settings as a file, for the command line."""
-    raw = {**SETTINGS, "data": {"path": str(path), **IMAGE}, "out": str(out)}
+    raw = {**SETTINGS, "data": {"path": str(path), **IMAGE}, "out": str(out), **sections}
     lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in raw.items() if not isinstance(v, dict)]
     for section, values in raw.items():
         if isinstance(values, dict):

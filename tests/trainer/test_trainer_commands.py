@@ -203,8 +203,8 @@ def launched(tmp_path, *launcher):
     """The weights of two steps in one process, and of the same as the launcher starts it."""
     path = tiny_run.pictures(tmp_path / "set")
     words = ["precision=fp32", "steps=2", "device=auto"]
-    tiny_run.train(tiny_run.settings(path, tmp_path / "one", *words))
-    file = tiny_run.toml(tmp_path, path, tmp_path / "two")
+    tiny_run.train(tiny_run.settings(path, tmp_path / "one", *words, text={}))  # transformers takes long to import
+    file = tiny_run.toml(tmp_path, path, tmp_path / "two", text={})
     command = [sys.executable, "-m", *launcher, "-m", "trainer", "train", str(file), *words]
     done = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -1,9 +1,6 @@
 """Distillation of PixArt and its ControlNet: the losses of the releases, what learns, and what ComfyUI makes of it."""
 import os
 import signal
-import subprocess
-import sys
-import time
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +24,6 @@ from tiny_pixart import recipe_of
 from weights import tiny_hed
 
 pytestmark = pytest.mark.long
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -330,26 +326,6 @@ RECIPES = {
     "pixart_lcm": (), "pixart_dmd": (), "pixart_controlnet": ("recipe.blocks=1",), "pixart_lora": (),
     "pixart_dreambooth": (),
 }
-
-
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(path, parts, base, tmp_path):
-    """SIGKILL while it trains and saves at every step; the newest checkpoint is whole, and leads to the same end."""
-    words = (f"init_from={base}", "steps=40", "save_every=1", "ema.decay=0.95")
-    unbroken, broken = (tiny_pixart.settings(path, tmp_path / n, parts, *words, recipe="pixart_lora", model={})
-                        for n in ("unbroken", "broken"))
-    tiny_run.train(unbroken)
-    command = [sys.executable, "-m", "trainer", "train", tiny_pixart.toml(tmp_path, broken)]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while running.poll() is None and len(checkpoints.checkpoints(tmp_path / "broken")) < 2:
-        time.sleep(0.005)
-    running.kill()
-    running.wait()
-    reached = int(checkpoints.checkpoints(tmp_path / "broken")[-1].name)
-    assert 2 <= reached < 40
-    tiny_run.train(broken)
-    one, other = (checkpoints.read_tensors(tmp_path / n / "checkpoints/00000040/ema.safetensors")
-                  for n in ("unbroken", "broken"))
-    assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -177,7 +177,7 @@ def test_a_second_process_in_a_run_folder_is_refused(path, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_with_its_number_and_the_same_command_goes_on(path, tmp_path, number):
-    recipe = tiny_run.toml(tmp_path, path, tmp_path / "run")
+    recipe = tiny_run.toml(tmp_path, path, tmp_path / "run", text={})  # transformers takes long to import
     command = [sys.executable, "-m", "trainer", "train", str(recipe), "steps=4000", "save_every=4000"]
     started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run/log.jsonl").exists():
@@ -190,6 +190,25 @@ def test_a_signal_ends_the_command_with_its_number_and_the_same_command_goes_on(
     (stopped,) = steps(tmp_path / "run")
     cli.main([*command[3:-2], f"steps={stopped + 1}", "save_every=4000", "resume=changed"])
     assert steps(tmp_path / "run") == [stopped, stopped + 1]
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(path, tmp_path):
+    """SIGKILL while it trains and saves at every step; the newest checkpoint is whole, and leads to the same end."""
+    words = ("steps=80", "save_every=1", "ema.decay=0.95")
+    tiny_run.train(tiny_run.settings(path, tmp_path / "unbroken", *words, text={}))
+    recipe = tiny_run.toml(tmp_path, path, tmp_path / "broken", text={})
+    command = [sys.executable, "-m", "trainer", "train", str(recipe), *words]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None and len(steps(tmp_path / "broken")) < 2:
+        time.sleep(0.005)
+    running.kill()
+    running.wait()
+    assert 2 <= steps(tmp_path / "broken")[-1] < 80
+    tiny_run.train(tiny_run.settings(path, tmp_path / "broken", *words, text={}))
+    for file in ("model", "ema", "optimizer"):
+        one, other = (checkpoints.read_tensors(tmp_path / name / f"checkpoints/00000080/{file}.safetensors")
+                      for name in ("unbroken", "broken"))
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_what_is_flushed_may_be_written_as_windows_wants_it(tmp_path, monkeypatch):
