@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+import tiny_run
 import torch
 from pixstack.models_impl.pixart import checkpoint
 from pixstack.models_impl.pixart.config import PixArtConfig
@@ -11,6 +12,7 @@ from pixstack.trainer import libraries
 from pixstack.trainer.config import check, load
 from pixstack.trainer.data import loader
 from pixstack.trainer.features import tokenizer
+from pixstack.trainer.features.vaes import FrozenVae
 from pixstack.trainer.training import build
 from safetensors import safe_open
 from tiny_run import COLOURS, SETTINGS
@@ -66,6 +68,11 @@ def released(path, seed=0, scale=0.1, **entries):
     weights = {k: scale * torch.randn(v.shape, generator=rng) for k, v in PixArt(shape).state_dict().items()}
     write_file(path, weights, checkpoint.metadata(shape))
     return shape, weights
+
+
+def remembered():
+    """A context in which each picture is encoded once."""
+    yield from tiny_run.remembered(FrozenVae, "path", "annotator", "dtype")
 
 
 def recipe_of(made):

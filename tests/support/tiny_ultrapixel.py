@@ -69,20 +69,7 @@ def effnet(path, config=SHALLOW):
 
 def remembered():
     """A context in which each picture is encoded once."""
-    encode, known = FrozenEffnet.encode, {}
-
-    def once(self, pictures, device):
-        latents = []
-        for one in pictures.split(1):
-            key = (one.numpy().tobytes(), one.shape, str(self.path), self.low, self.dtype)
-            if key not in known:
-                known[key] = encode(self, one, device)
-            latents.append(known[key])
-        return {name: torch.cat([f[name] for f in latents]) for name in latents[0]}
-
-    FrozenEffnet.encode = once
-    yield
-    FrozenEffnet.encode = encode
+    yield from tiny_run.remembered(FrozenEffnet, "path", "low", "dtype")
 
 
 def clip(folder, width=C.text_dim, pooled=C.pooled_dim):

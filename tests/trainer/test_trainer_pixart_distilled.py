@@ -34,6 +34,11 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture
+def remembered():
+    yield from tiny_pixart.remembered()
+
+
+@pytest.fixture
 def made(path, parts, base, tmp_path):
     def settings(recipe, *words, **more):
         return tiny_pixart.settings(path, tmp_path / "run", parts, f"init_from={base}", *words, recipe=recipe,
@@ -96,6 +101,7 @@ def test_the_teacher_of_an_lcm_lora_is_the_network_without_it(made, base):
         assert not torch.equal(recipe.taught(x, t, condition), recipe.target(x, t, condition))
 
 
+@pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("lora", ["true", "false"])
 def test_distillation_lowers_its_loss(made, tmp_path, lora):
     tiny_run.train(made("pixart_lcm", f"recipe.lora={lora}", "steps=60", "optimizer.learning_rate=1e-2",
@@ -155,6 +161,7 @@ def test_gradients_of_student_and_follower_are_clipped_apart(made):
     assert norm > 1000 and (recipe.net.t_block[1].weight.grad == 0.0001).all()
 
 
+@pytest.mark.usefixtures("remembered")
 def test_the_follower_comes_to_know_the_student(made, tmp_path):
     tiny_run.train(made("pixart_dmd", "steps=60", "optimizer.learning_rate=3e-3", "optimizer.warm_up=0",
                         "save_every=60", "recipe.follower_learning_rate_multiple=3.0", "validation.every=60"))
@@ -179,6 +186,7 @@ def controlled(made, annotator):
     return settings
 
 
+@pytest.mark.usefixtures("remembered")
 def test_training_a_controlnet_lowers_the_loss(controlled, tmp_path):
     tiny_run.train(controlled("steps=60", "optimizer.learning_rate=1e-2", "optimizer.warm_up=0", "save_every=60"))
     losses = [line["loss"] for line in tiny_pixart.log(tmp_path / "run")]
@@ -328,6 +336,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_resumed_run_repeats_the_unbroken_run(path, parts, base, annotator, tmp_path, name):
     def interrupt(one, step):
