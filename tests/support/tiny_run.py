@@ -7,6 +7,7 @@ from shutil import copytree, rmtree
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from pixstack.trainer.cli import main as cli
 from pixstack.trainer.config import check, rules
 from pixstack.trainer.data import loader, wording
 from pixstack.trainer.features import text_encoders
@@ -109,9 +110,13 @@ def cut(folder: Path, out: Path, step: int):
     (out / "config.json").write_text(json.dumps({**settings, "out": str(out)}))
 
 
-def every(runs: list[dict]):
-    """All these settings, in this process and in those launched with it."""
+def every(runs: list[dict | list[str]]):
+    """Trains with all these settings, and gives the words to the command line, in this process and in those launched
+    with it."""
     for raw in runs:
+        if isinstance(raw, list):
+            cli.main(raw)
+            continue
         if origin := raw.pop("goes on from", None):  # a run before it in the list, whose last checkpoint is lost
             with Accelerator().main_process_first():
                 if Accelerator().is_main_process:

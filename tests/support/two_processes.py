@@ -1,18 +1,26 @@
-"""Runs of tiny_run.py by two processes that talk by gloo: `two_processes.py LIST.json`, a list of {environment, runs,
-output}, each of which two processes of their own do, one after the other. They are forks of this one, for to import
-everything takes longer than the runs; tests/trainer/test_trainer_commands.py launches processes as a user does."""
+"""Runs of tiny_run.py by two processes that talk by gloo: `two_processes.py LIST.json`, {alone, jobs}. `alone` are runs
+that this process does; each of the jobs {environment, runs, output} is done by two processes of their own, one after
+the other. They are forks of this one, which has imported everything by then and has encoded the pictures: that takes
+longer than the runs. tests/trainer/test_trainer_commands.py launches processes as a user does."""
 import json
 import os
 import socket
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
+import tiny_pixart
 import tiny_run
+import tiny_ultrapixel
+from accelerate.state import AcceleratorState
 
 
-def main(jobs: list[dict]) -> int:
-    return max(together(job) for job in jobs)
+def main(alone: list[dict], jobs: list[dict]) -> int:
+    with contextmanager(tiny_pixart.remembered)(), contextmanager(tiny_ultrapixel.remembered)():
+        tiny_run.every(alone)
+        AcceleratorState._reset_state(reset_partial_state=True)  # a fork is configured by its own environment
+        return max(together(job) for job in jobs)
 
 
 def together(job: dict) -> int:
@@ -46,4 +54,4 @@ def forked(environment: dict[str, str], job: dict) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    sys.exit(main(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -44,12 +44,10 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """Settings of a run of every recipe, which one process has done."""
+    """Settings of a run of every recipe by one process, which `shared` does."""
     folder = tmp_path_factory.mktemp("every")
     found = tiny_recipes.every(folder / "files", folder / "one")
     assert {name.split()[0] for name in found} == RECIPES.keys()
-    for settings in found.values():
-        tiny_run.train(settings)
     return found
 
 
@@ -61,7 +59,8 @@ def longer(path, parts, folder) -> Config:
 
 @pytest.fixture(scope="module")
 def shared(one, path, parts, tmp_path_factory) -> dict[str, tuple[dict[str, Config], Path]]:
-    """The same runs by two processes, and one that goes on: way of sharing -> (settings, folder of the latter)."""
+    """The runs of `one`, the same by two processes, and one that goes on: way of sharing -> (settings of the runs by
+    two processes, folder of the one that goes on)."""
     found, jobs = {}, []
     for way in (way.values[0] for way in WAYS if not any(mark.args[0] for mark in way.marks)):
         folder = tmp_path_factory.mktemp("two")
@@ -72,7 +71,8 @@ def shared(one, path, parts, tmp_path_factory) -> dict[str, tuple[dict[str, Conf
         jobs.append({"environment": TOLD[way], "runs": runs, "output": str(folder / "said")})
         found[way] = every, folder
     file = tmp_path_factory.mktemp("jobs") / "list.json"
-    file.write_text(json.dumps(jobs), encoding="utf-8")
+    alone = [load.as_dict(settings) for settings in one.values()]
+    file.write_text(json.dumps({"alone": alone, "jobs": jobs}), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "package"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, ROOT / "tests/support/two_processes.py", file], cwd=ROOT,
                           capture_output=True, text=True, env=environment)

@@ -54,14 +54,16 @@ def test_a_picture_does_not_depend_on_how_many_there_are(trained, tmp_path):
 
 def test_two_processes_draw_what_one_draws(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("red card\n\nblue square\ngreen card\n")
-    words = ["--data", tmp_path / "prompts.txt", "--count", 7, "--batch", 2, "--npz"]
-    alone = drawn(trained, tmp_path / "alone", *words)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trainer",
-               "sample", str(trained / "run"), *map(str, words), "--out", str(tmp_path / "two"), "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    alone, two = ([*map(str, ("sample", trained / "run", "--data", tmp_path / "prompts.txt", "--count", 7, "--batch", 2,
+                              "--npz", "--out", tmp_path / name, "--device", "cpu"))] for name in ("alone", "two"))
+    (tmp_path / "list.json").write_text(json.dumps({"alone": [alone], "jobs": [
+        {"environment": {}, "runs": [two], "output": str(tmp_path / "said")}]}))
+    done = subprocess.run([sys.executable, ROOT / "tests/support/two_processes.py", tmp_path / "list.json"], cwd=ROOT,
+                          timeout=120, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "package"), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {p.name: p.read_bytes() for p in (tmp_path / "two").glob("*.png")} == alone and len(alone) == 7
+    one, other = ({p.name: p.read_bytes() for p in (tmp_path / name).glob("*.png")} for name in ("alone", "two"))
+    assert one == other and len(one) == 7
     assert np.array_equal(*(np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("alone", "two")))
 
 
