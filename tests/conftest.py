@@ -42,6 +42,12 @@ def host(tmp_path_factory) -> Host:
     return host
 
 
+@pytest.fixture(scope="session")
+def info(host) -> dict[str, dict]:
+    """What the nodes take and give, by type: /object_info as of the first test that asks."""
+    return host.object_info()
+
+
 def take_stand_ins():
     """Core's loaders fix T5-XXL's and CLIP-L's sizes at up to billions of parameters, and FLUX at 24 heads; those of
     the tests' stand-ins fit any machine. Newer ComfyUIs recognise T5-XXL by the size that the stand-in lacks."""

@@ -72,13 +72,13 @@ def as_the_browser(opened, name: str, workflow: dict, info: dict):
     }
 
 
-def test_the_browser_converts_a_workflow_as_we_do(workflow, opened, host):
-    as_the_browser(opened, name_of(workflow), json.loads(workflow.read_text(encoding="utf-8")), host.object_info())
+def test_the_browser_converts_a_workflow_as_we_do(workflow, opened, info):
+    as_the_browser(opened, name_of(workflow), json.loads(workflow.read_text(encoding="utf-8")), info)
 
 
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
-def test_the_browser_converts_a_blueprint_as_we_do(path, opened, host):
-    as_the_browser(opened, path.stem, in_use(path), host.object_info())
+def test_the_browser_converts_a_blueprint_as_we_do(path, opened, info):
+    as_the_browser(opened, path.stem, in_use(path), info)
 
 
 def over(boxes: dict) -> list[tuple[str, str]]:

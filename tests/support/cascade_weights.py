@@ -1,6 +1,7 @@
 """Tiny random weights of Stable Cascade and UltraPixel. Core's loaders fix the sizes of Stage C, Stage B and CLIP-G,
 so the tests' ComfyUI builds shrunk ones (`shrink_core`), for files of which nothing else is known."""
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def shrink_core():
     import comfy.model_base
     import comfy.sdxl_clip
 
+    compute_noise_levels_once()
+
     for module, name, sizes in ((comfy.model_base, "StageC", CORE_C), (comfy.model_base, "StageB", CORE_B)):
         network = getattr(module, name)
         setattr(module, name, lambda network=network, sizes=sizes, **given: network(
@@ -62,6 +65,27 @@ def shrink_core():
     comfy.sdxl_clip.StableCascadeClipG = small_text
     cascade = comfy.ldm.cascade.controlnet
     cascade.ControlNet = partial(cascade.ControlNet, c_proj=HIDDEN)
+
+
+def compute_noise_levels_once():
+    """ComfyUI computes Stable Cascade's 10000 noise levels one by one, on the CPU, for every network that it loads."""
+    import comfy.model_sampling
+
+    kind = comfy.model_sampling.StableCascadeSampling
+    compute, computed = kind.set_parameters, {}
+    numbers = "shift", "cosine_s", "_init_alpha_cumprod", "num_timesteps"
+
+    def set_parameters(self, *given, **named):
+        settings = (given, *named.items())
+        if settings not in computed:
+            compute(self, *given, **named)
+            computed[settings] = [getattr(self, name) for name in numbers], self.sigmas.clone()
+        values, sigmas = computed[settings]
+        for name, value in zip(numbers, values, strict=True):
+            setattr(self, name, copy.copy(value))
+        self.set_sigmas(sigmas.clone())
+
+    kind.set_parameters = set_parameters
 
 
 def random_state(net: torch.nn.Module, scale: float = 0.1) -> dict[str, torch.Tensor]:

@@ -45,8 +45,7 @@ def test_blueprints_are_those_of_their_templates_today():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_blueprint_computes_what_its_template_does(path, host):
-    info = host.object_info()
+def test_a_blueprint_computes_what_its_template_does(path, info):
     template = conversion.read(SHIPPED[make_blueprints.BLUEPRINTS[path.stem].template], info)
     graph = conversion.to_api(json.loads(path.read_text(encoding="utf-8")), info)
     prefix = next(iter(graph)).partition(":")[0] + ":"
@@ -62,8 +61,8 @@ def test_a_blueprint_computes_what_its_template_does(path, host):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_blueprint_runs(path, host):
-    run = host.run(shrunk(conversion.to_api(in_use(path), host.object_info())))
+def test_a_blueprint_runs(path, host, info):
+    run = host.run(shrunk(conversion.to_api(in_use(path), info)))
     assert run.error is None
     with Image.open(*run.images) as picture:
         assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 8

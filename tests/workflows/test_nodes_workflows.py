@@ -21,10 +21,10 @@ def nodes(workflow):
     return json.loads(workflow.read_text(encoding="utf-8"))["nodes"]
 
 
-def test_it_is_the_prompt_it_was_made_from(workflow, host):
+def test_it_is_the_prompt_it_was_made_from(workflow, info):
     name = json.loads(workflow.read_text(encoding="utf-8"))["extra"]["pixstack"]
     prompt = json.loads((ROOT / f"tests/workflows/prompts/{name}.json").read_text(encoding="utf-8"))
-    converted = conversion.read(workflow, host.object_info())
+    converted = conversion.read(workflow, info)
     assert {i: (n["class_type"], n["inputs"]) for i, n in converted.items()} == {
         i: (n["class_type"], n["inputs"]) for i, n in prompt.items()}
 
@@ -57,26 +57,25 @@ def test_the_first_note_lies_at_the_top_left(workflow):
     assert all(x <= n["pos"][0] and y <= n["pos"][1] for n in nodes(workflow))
 
 
-def test_a_note_names_nodes_by_what_stands_above_them(workflow, host):
+def test_a_note_names_nodes_by_what_stands_above_them(workflow, info):
     """In bold, where something of the node is said: **KSampler** `cfg`."""
-    info = host.object_info()
     titles = [n.get("title") or info[n["type"]].get("display_name") or n["type"] for n in nodes(workflow)]
     text = "\n".join(n["widgets_values"][0] for n in notes(workflow)[:1])
     named = re.findall(r"\*\*([^*]+)\*\* `", text)
     assert [name for name in named if not any(title.startswith(name.removesuffix(" ...")) for title in titles)] == []
 
 
-def test_app_mode_asks_for_what_the_nodes_have(workflow, host):
+def test_app_mode_asks_for_what_the_nodes_have(workflow, info):
     saved = json.loads(workflow.read_text(encoding="utf-8"))
     assert app_mode(saved) == saved, "run `python -m pixstack.tools.app_mode`"
-    prompt, form = conversion.read(workflow, host.object_info()), saved["extra"]["linearData"]
+    prompt, form = conversion.read(workflow, info), saved["extra"]["linearData"]
     assert all(not isinstance(prompt[str(i)]["inputs"][name], list) for i, name in form["inputs"])
     for node in saved["nodes"]:
-        given = host.object_info()[node["type"]]["input"] if node["type"] in host.object_info() else {}
+        given = info[node["type"]]["input"] if node["type"] in info else {}
         kinds = {name: spec[0] for part in given.values() for name, spec in part.items()}
         named = {one["name"]: one["type"] for one in node["inputs"] if "label" in one and "widget" in one}
         assert named == {name: "COMBO" if isinstance(kinds[name], list) else kinds[name] for name in named}
-    assert all(host.object_info()[prompt[str(i)]["class_type"]]["output_node"] for i in form["outputs"])
+    assert all(info[prompt[str(i)]["class_type"]]["output_node"] for i in form["outputs"])
 
 
 def test_groups_are_numbered_and_coloured(workflow):
@@ -102,8 +101,8 @@ def test_a_second_run_draws_something_new(workflow):
     assert own or not adds_noise
 
 
-def test_strengths_of_a_lora_are_compared_with_one_seed(host):
-    graph = conversion.read(SHIPPED["pixart_emoji_lora"], host.object_info())
+def test_strengths_of_a_lora_are_compared_with_one_seed(info):
+    graph = conversion.read(SHIPPED["pixart_emoji_lora"], info)
     seeds = [n["inputs"]["seed"] for n in graph.values() if n["class_type"] == "KSampler"]
     assert len(seeds) == 3 and len({tuple(seed) for seed in seeds}) == 1
 
@@ -115,9 +114,9 @@ def test_notes_and_boxes_of_text_say_what_they_are_for(workflow):
         assert "text" not in linked or node.get("title") not in ("Prompt", "Negative prompt"), "text by a link"
 
 
-def test_numbers_below_the_menus_of_a_canvas_are_the_size_that_it_gives(workflow, host):
+def test_numbers_below_the_menus_of_a_canvas_are_the_size_that_it_gives(workflow, info):
     """A menu that is on and a width that is not: people change the one that does nothing."""
-    graph = conversion.read(workflow, host.object_info())
+    graph = conversion.read(workflow, info)
     for node in graph.values():
         inputs = node["inputs"]
         if node["class_type"] == "PixStack_PixArtCanvas" and inputs["resolution"] != "auto" and "image" not in inputs:
@@ -128,8 +127,7 @@ def test_numbers_below_the_menus_of_a_canvas_are_the_size_that_it_gives(workflow
             assert inputs["side"] == pytest.approx((inputs["width"] * inputs["height"]) ** 0.5, abs=32)
 
 
-def test_every_node_that_has_a_seed_is_known(workflow, host):
-    info = host.object_info()
+def test_every_node_that_has_a_seed_is_known(workflow, info):
     seeded = {n["type"] for n in nodes(workflow) for name in ("seed", "noise_seed")
               if name in info.get(n["type"], {}).get("input", {}).get("required", {})}
     assert seeded <= set(SEEDS)

@@ -2,7 +2,6 @@
 where it computes in bf16, and one of each family in float16."""
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 from collections import defaultdict
@@ -33,25 +32,7 @@ def host() -> Host:
     made = Host(bases.filled(Path(FOLDER.name) / "base", Path.cwd())).start()
     conftest.take_stand_ins()
     cascade_weights.shrink_core()
-    compute_noise_levels_once()
     return made
-
-
-def compute_noise_levels_once():
-    """ComfyUI computes Stable Cascade's 10000 noise levels one by one, on the CPU, for every network that it loads."""
-    import comfy.model_sampling
-
-    kind = comfy.model_sampling.StableCascadeSampling
-    compute, computed = kind.set_parameters, {}
-
-    def set_parameters(self, *args, **kwargs):
-        settings = (args, *kwargs.items())
-        if settings not in computed:
-            compute(self, *args, **kwargs)
-            computed[settings] = copy.deepcopy(self.__dict__)
-        self.__dict__.update(copy.deepcopy(computed[settings]))
-
-    kind.set_parameters = set_parameters
 
 
 def graph_of(name: str) -> dict:
