@@ -4,11 +4,11 @@
 // jobs: [{name, renderer, workflow, shown, queue, opened, rest, after}]
 //   renderer        'classic' or 'nodes2'
 //   shown           what a run would leave on the nodes (canvas.mjs, pretend); they are measured again with it
-//   queue           run it truly, wait for its pictures, measure again
+//   queue           run it truly, in one step if its pictures are not kept, wait for its pictures, measure again
 //   opened, rest, after   files for pictures: as it opens, all of it, all of it after the run
 import fs from 'node:fs'
 import { alerts, corner, kinds, load, measure, pretend } from './canvas.mjs'
-import { drawn, fit, launch, open, prompt, RENDERERS } from './page.mjs'
+import { drawn, fit, hurry, launch, open, prompt, RENDERERS } from './page.mjs'
 
 const [address, jobsPath] = process.argv.slice(2)
 const jobs = JSON.parse(fs.readFileSync(jobsPath))
@@ -38,6 +38,7 @@ async function work(page, job) {
   if (job.rest || job.after || job.shown) await fit(page) // a canvas fetches the pictures of what is in view
   if (job.rest) await picture(page, job.rest)
   if (job.shown) await pretend(page, job.shown)
+  if (job.queue && !job.after) await hurry(page)
   if (job.queue) Object.assign(result, await queue(page))
   if (job.shown || job.queue) result.after = (await measure(page)).nodes
   if (job.after) await picture(page, job.after)

@@ -1,6 +1,6 @@
 // A loader that refuses another family's file, and the button that changes it.
 import assert from 'node:assert/strict'
-import { drawn, load, shipped, undo } from '../page.mjs'
+import { drawn, hurry, load, shipped, undo } from '../page.mjs'
 
 const WRONG = 'PixStack_PixArtLoader', RIGHT = 'PixStack_PixelFlowLoader', FILE = 'pixelflow_emoji_64.safetensors'
 const WORKFLOW = shipped('pixelflow_text_to_image')
@@ -23,6 +23,7 @@ export async function the_button_changes_the_loader_and_the_graph_runs({ page, r
   assert.equal((await nodes(page, WRONG)).length, 1)
   await page.evaluate(() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.redo())
   await drawn(page)
+  await hurry(page)
   const done = await queued(page)
   assert.deepEqual([done.event, done.images > 0], ['execution_success', true])
 }
