@@ -252,7 +252,7 @@ def counted(core, monkeypatch):
     """The graphs that torch.compile's backend was given."""
     # Core's attention for a CPU asks the system for free memory, where every graph would end.
     ours = next(module for name, module in sys.modules.items() if name.endswith(".nodes.host.common.attention"))
-    for module in (import_module("comfy.ldm.cascade.common"), ours):
+    for module in (*map(import_module, ("comfy.ldm.cascade.common", "comfy.ldm.flux.math")), ours):
         monkeypatch.setattr(module, "optimized_attention",
                             import_module("comfy.ldm.modules.attention").attention_pytorch)
     graphs, dynamo = [], import_module("torch._dynamo.backends.debugging")
