@@ -75,7 +75,7 @@ def run_part(part: str, folder: Path, stand_ins: Path, share: float, seed: int, 
         table.merge(supervised(lambda: soak_loaders.of_nodes(host, seed, chosen), until))
         table.merge(supervised(lambda: soak_loaders.of_poses(host, folder, seed, 12 if share >= 1 else 3), until))
     elif part == "data":
-        count = max(4, int(120 * share))
+        count = max(2, int(120 * share))
         table.merge(supervised(lambda: soak_loaders.of_lists(folder, seed, count), until))
         table.merge(supervised(lambda: soak_loaders.of_pictures(host, folder, seed, count), until))
         table.merge(supervised(lambda: soak_loaders.of_imports(folder, seed, count), until))

@@ -12,7 +12,7 @@ import trials
 SOAK = Path(__file__).with_name("soak.py")
 pytestmark = pytest.mark.long
 # What needs the same ComfyUI in one process.
-PARTS = (("files=0.02", "data=0.02", "nodes=0.02", "faults=0.12"), ("server=0.08", "kills=0.03"))
+PARTS = (("files=0.01", "data=0.008", "nodes=0.01", "faults=0.04"), ("server=0.04", "kills=0.012"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the soak bounds its processes as Linux can")

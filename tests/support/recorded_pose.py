@@ -65,7 +65,7 @@ def write(path: Path, part: str):
         entry.shape, entry.type, entry.name = list(shape), kind, f"t{len(tensors)}"
         if values is not None:
             buffer = schema.BufferT()
-            buffer.data = list(values.tobytes())
+            buffer.data = numpy.frombuffer(values.tobytes(), numpy.uint8)  # a list is packed byte by byte
             buffers.append(buffer)
             entry.buffer = len(buffers) - 1
         tensors.append(entry)

@@ -494,10 +494,10 @@ def rehearse(run: Callable[[], Waits]) -> dict:
 
 def main(module: str, out: str, *names: str):
     """Run the module's REHEARSALS in the child process and print a line of JSON for each."""
-    from pixstack.tools.comfyui import prepare_torch
+    from conftest import rest_from_collecting  # and with it torch is prepared
 
-    prepare_torch()
     rehearsals = importlib.import_module(module).REHEARSALS
+    rest_from_collecting()
     with open(out, "w", encoding="utf-8") as file:
         for name in names:
             file.write(json.dumps([name, rehearse(rehearsals[name])]) + "\n")
