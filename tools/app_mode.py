@@ -62,6 +62,7 @@ def app_mode(workflow: dict) -> dict:
 
     fields = [(node, widget, kind) for kind, own, widget in FIELDS for node in workflow["nodes"]
               if node["type"] == own and asked(node, widget)]
+    fields += [(node, *field) for node in workflow["nodes"] for field in of_subgraph(node)]
     often = Counter(widget for _, widget, _ in fields)
     for node, widget, kind in fields:
         if (title := node.get("title")) and (widget in NAMELESS or often[widget] > 1):
@@ -70,6 +71,13 @@ def app_mode(workflow: dict) -> dict:
     form = [[node["id"], widget] for node, widget, _ in fields]
     workflow["extra"]["linearData"] = {"inputs": form, "outputs": results}
     return workflow
+
+
+def of_subgraph(node: dict) -> list[tuple[str, str]]:
+    """(name, type) of what stands on a node of a blueprint, all but files; none of another node."""
+    inner = (widget for _, widget in node["properties"].get("proxyWidgets", []))
+    own = [one for one in node["inputs"] if one.get("widget")] if "proxyWidgets" in node["properties"] else []
+    return [(one["name"], one["type"]) for one, widget in zip(own, inner, strict=False) if "name" not in widget]
 
 
 def label(node: dict, widget: str, kind: str, text: str) -> None:

@@ -314,7 +314,7 @@ def one_of_each(workflows: list[dict]) -> tuple[dict, dict[str, str]]:
     """(a workflow of a node of each kind, far apart and as low as the browser lets them, kind -> id in it)."""
     nodes, ids, across = [], {}, 12
     for node in (node for workflow in workflows for node in nodes_of(workflow)):
-        if node["type"] in subgraphs_of(workflows) or kind_of(node) in ids:
+        if kind_of(node) in ids:
             continue
         i = len(nodes) + 1
         ids[kind_of(node)] = str(i)
@@ -324,12 +324,10 @@ def one_of_each(workflows: list[dict]) -> tuple[dict, dict[str, str]]:
             "inputs": [{**socket, "link": None} for socket in node.get("inputs", [])],
             "outputs": [{**socket, "links": None} for socket in node.get("outputs", [])],
         })  # fmt: skip
+    inner = (one for workflow in workflows for one in workflow.get("definitions", {}).get("subgraphs", []))
+    subgraphs = {one["id"]: one for one in inner}
     return dict(id=str(uuid.uuid4()), nodes=nodes, links=[], groups=[], last_node_id=len(nodes), last_link_id=0,
-                config={}, extra={}, version=0.4), ids
-
-
-def subgraphs_of(workflows: list[dict]) -> set[str]:
-    return {one["id"] for workflow in workflows for one in workflow.get("definitions", {}).get("subgraphs", [])}
+                config={}, extra={}, version=0.4, definitions={"subgraphs": [*subgraphs.values()]}), ids
 
 
 def browse(address: str, jobs: list[dict], timeout: float = 900) -> dict:

@@ -4,7 +4,8 @@
 
 A blueprint is the template in one node: the picture that goes in is its input, the one that comes out its output, and
 what people change most stands on it. ComfyUI, 0.3.75 and newer, offers what lies in subgraphs/ among its nodes
-(app/subgraph_manager.py). Run it again after a template of BLUEPRINTS has changed; a test compares.
+(app/subgraph_manager.py). Templates that use such a node hold a copy of it, which is renewed too. Run it again after a
+template of BLUEPRINTS has changed; a test compares.
 """
 from __future__ import annotations
 
@@ -140,11 +141,29 @@ def is_in(node: dict, group: dict) -> bool:
     return x <= node["pos"][0] <= x + wide and y <= node["pos"][1] <= y + high
 
 
+def renewed(workflow: dict, blueprints: list[dict]) -> dict:
+    """A copy of a workflow whose nodes of blueprints are those of today, connected as before."""
+    workflow, current = copy.deepcopy(workflow), {file["nodes"][0]["title"]: file for file in blueprints}
+    for i, subgraph in enumerate(workflow["definitions"]["subgraphs"]):
+        file = copy.deepcopy(current[subgraph["name"]])
+        fresh, = file["nodes"]
+        workflow["definitions"]["subgraphs"][i], = file["definitions"]["subgraphs"]
+        for node in (node for node in workflow["nodes"] if node["type"] == subgraph["id"]):
+            links = {one["name"]: one["link"] for one in node["inputs"]}
+            node["inputs"] = [{**one, "link": links.get(one["name"])} for one in fresh["inputs"]]
+            node["properties"] |= fresh["properties"]
+            node["type"] = fresh["type"]
+    return workflow
+
+
 def written() -> dict[Path, str]:
     """file -> what it should hold."""
-    templates = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in shipped().items()}
+    paths = shipped()
+    templates = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
     files = {FOLDER / f"{name}.json": made(name, one, templates[one.template]) for name, one in BLUEPRINTS.items()}
-    return {path: json.dumps(file, indent=1, ensure_ascii=False) + "\n" for path, file in files.items()}
+    made_of = {paths[name]: renewed(workflow, list(files.values())) for name, workflow in templates.items()
+               if workflow.get("definitions", {}).get("subgraphs")}
+    return {path: json.dumps(file, indent=1, ensure_ascii=False) + "\n" for path, file in {**files, **made_of}.items()}
 
 
 def main() -> int:

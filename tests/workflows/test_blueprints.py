@@ -39,7 +39,7 @@ def in_use(path) -> dict:
 
 def test_blueprints_are_those_of_their_templates_today():
     wanted = make_blueprints.written()
-    assert FILES == sorted(wanted)
+    assert FILES == sorted(path for path in wanted if path.parent == make_blueprints.FOLDER)
     stale = [path.name for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
     assert not stale, "run `python -m pixstack.tools.make_blueprints`"
 

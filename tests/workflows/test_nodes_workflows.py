@@ -69,7 +69,10 @@ def test_app_mode_asks_for_what_the_nodes_have(workflow, info):
     saved = json.loads(workflow.read_text(encoding="utf-8"))
     assert app_mode(saved) == saved, "run `python -m pixstack.tools.app_mode`"
     prompt, form = conversion.read(workflow, info), saved["extra"]["linearData"]
-    assert all(not isinstance(prompt[str(i)]["inputs"][name], list) for i, name in form["inputs"])
+    whole = {n["id"]: {one["name"] for one in n["inputs"] if one.get("widget") and one["link"] is None}
+             for n in saved["nodes"] if "proxyWidgets" in n["properties"]}  # blueprints
+    assert all(name in whole[i] if i in whole else not isinstance(prompt[str(i)]["inputs"][name], list)
+               for i, name in form["inputs"])
     for node in saved["nodes"]:
         given = info[node["type"]]["input"] if node["type"] in info else {}
         kinds = {name: spec[0] for part in given.values() for name, spec in part.items()}

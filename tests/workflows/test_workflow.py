@@ -207,4 +207,6 @@ def test_a_template_is_found_by_its_number_its_short_name_or_its_whole_name():
 
 def test_a_prompt_becomes_a_workflow_that_converts_back(workflow, info):
     graph = conversion.read(workflow, info)
+    if any(":" in number for number in graph):
+        pytest.skip("its nodes are inside of another; a prompt does not say which")
     assert conversion.to_api(conversion.to_workflow(graph, info), info) == graph
