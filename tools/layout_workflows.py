@@ -43,6 +43,8 @@ GAP, BADGE = 16, 18  # between nodes; the classic renderer writes the pack's nam
 GROUP_TITLE, PADDING = 40, 16
 BETWEEN = 44  # groups
 NOTE = 40  # around the text of one
+NOTES = {"color": "#2f3b40", "bgcolor": "#1c2226"}
+"""Of notes: on their own brown Nodes 2.0 writes what is in code style in a blue that cannot be read."""
 NARROWEST = 40  # a node as saved for measuring: the browser enlarges it to what it needs
 
 GROUPS = {  # name -> (colour, classes), in the order of a graph
@@ -212,6 +214,8 @@ def arrange(workflow: dict, sizes: dict[int, Size]) -> dict:
     order = sorted(members, key=lambda name: list(GROUPS).index(name) if name in GROUPS else len(GROUPS))
     groups = [(f"{i} {name}", GROUPS[name][0] if name in GROUPS else OTHERS[i % len(OTHERS)],
                in_order(members[name], sources)) for i, name in enumerate(order, 1)]
+    for note in notes:
+        note |= NOTES
     first, more = ("", "", notes[:1]), [("", "", [note]) for note in notes[1:]]
     columns = best([first, *groups, *more], sizes)
     place(workflow, columns, sizes)

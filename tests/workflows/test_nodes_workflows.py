@@ -10,6 +10,7 @@ from pixstack.models_impl.pixart.buckets import TABLES, nearest
 from pixstack.models_impl.pixart.sampling import time_uniform
 from pixstack.tools import workflow as conversion
 from pixstack.tools.app_mode import app_mode
+from pixstack.tools.layout_workflows import NOTES
 from pixstack.tools.make_workflow_pictures import CARDS, calls, cascade_calls, competing
 from pixstack.tools.show_workflows import without_download
 
@@ -50,6 +51,10 @@ def test_the_first_note_says_what_is_drawn_what_it_needs_and_three_things_to_try
     assert needed.startswith("**Download first") != without_download(json.loads(workflow.read_text(encoding="utf-8")))
     assert needed.startswith(("**Download first", "**No download"))
     assert "**Three things to try**" in first["widgets_values"][0] and tries.count("\n- ") + tries.startswith("- ") == 3
+
+
+def test_notes_have_a_ground_on_which_code_can_be_read(workflow):
+    assert all(note.items() >= NOTES.items() for note in notes(workflow))
 
 
 def test_the_first_note_lies_at_the_top_left(workflow):
