@@ -10,17 +10,14 @@ import sys
 import dynamic_vram
 import pytest
 from conftest import ROOT, SHIPPED
+from pixstack.tools.show_workflows import without_download
 
 STOOD_IN = ("ultrapixel_2048", "ultrapixel_personalised", "pixelponder_lora")
 """What no workflow with embedded files has: the guide on core's Stage C, Stage A and B, core's own LoRAs on FLUX."""
 
 
-def without_downloads(path) -> bool:
-    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
-    return not any(model["url"] for node in nodes for model in node["properties"].get("models", []))
-
-
-DRAWN = (*(name for name, path in SHIPPED.items() if without_downloads(path) and "annotators" not in name), *STOOD_IN)
+DRAWN = (*(name for name, path in SHIPPED.items() if "annotators" not in name
+           and without_download(json.loads(path.read_text(encoding="utf-8")))), *STOOD_IN)
 
 
 @pytest.fixture(scope="module")

@@ -367,14 +367,14 @@ def place(models: Path, workflow: dict) -> None:
     """Every file to download that `workflow` names, the user's own LoRA, picture and data set, MediaPipe's files, and
     the embedded files if not shipped."""
     files = model_files.read()
-    wanted = {(f.folder, f.name) for node in workflow["nodes"] for f in model_files.wanted(node, files)}
+    wanted = {(f.folder, f.name) for node in model_files.nodes_of(workflow) for f in model_files.wanted(node, files)}
     wanted |= set(OWN)
     wanted |= {(folder, name) for folder, name in EMBEDDED if not (ROOT / "assets" / folder / name).exists()}
     for folder, name in wanted:
         path = models / folder / name
         if not path.exists():
             next(make for where, start, make in STAND_INS if where == folder and name.startswith(start))(path)
-    types = {node["type"] for node in workflow["nodes"]}
+    types = {node["type"] for node in model_files.nodes_of(workflow)}
     for part, file in pose.FILES.items() if "PixStack_FindPoses" in types else ():
         if not (path := models / "annotators" / file.split("/")[-1]).exists():
             recorded_pose.write(path, part)
