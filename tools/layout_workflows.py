@@ -44,7 +44,7 @@ GROUP_TITLE, PADDING = 40, 16
 BETWEEN = 44  # groups
 NOTE = 40  # around the text of one
 NOTES = {"color": "#2f3b40", "bgcolor": "#1c2226"}
-"""Of notes: on their own brown Nodes 2.0 writes what is in code style in a blue that cannot be read."""
+"""Colours of notes. On their own brown Nodes 2.0 writes what is in code style in a blue that cannot be read."""
 NARROWEST = 40  # a node as saved for measuring: the browser enlarges it to what it needs
 
 GROUPS = {  # name -> (colour, classes), in the order of a graph
